@@ -1,0 +1,14 @@
+"""Data sets by name, from the formats they are published in, and the generators that bias them.
+
+source = load("mnist-4v9", data_dir="~/data")          # METAKERN_DATA when data_dir is not given
+task = binary_imbalance(source, majority=0.995, seed=0)
+task.train, task.meta, task.test                       # Examples: inputs, targets, ids
+"""
+
+from metakern.data.catalogue import NAMES, load
+from metakern.data.examples import Examples, Source, Task
+from metakern.data.folder import DataNotFound, data_dir
+from metakern.data.idx import read_idx
+from metakern.data.imbalance import binary_imbalance
+
+__all__ = ["NAMES", "DataNotFound", "Examples", "Source", "Task", "binary_imbalance", "data_dir", "load", "read_idx"]

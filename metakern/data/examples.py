@@ -1,0 +1,67 @@
+"""The three values that data travels in: examples, a data set as published, and what one run trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n examples: inputs[n, ...], targets[n] int64, and ids[n] int64, the row each had in the published set.
+
+    The ids are what makes leakage checkable: two subsets of one source share an example exactly when they share an id.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.inputs), len(self.targets), len(self.ids))
+        if len(set(lengths)) != 1:
+            raise ValueError(f"Examples: inputs, targets and ids must be equally long, got {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: Tensor) -> Examples:
+        """The examples at `rows`[k] int64, in that order."""
+        return Examples(self.inputs[rows], self.targets[rows], self.ids[rows])
+
+    def counts(self, classes: int) -> Tensor:
+        """How many examples each class has, [classes] int64."""
+        return torch.bincount(self.targets, minlength=classes)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as it is published: its own training and test examples, before any bias is made."""
+
+    name: str
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one run sees: biased training examples, a small clean meta set, and the test examples.
+
+    `train` and `meta` never share an id; `clean_targets`[n] holds the labels of `train` from before any noise was added.
+    """
+
+    name: str
+    train: Examples
+    meta: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    clean_targets: Tensor
+
+    @property
+    def class_shares(self) -> Tensor:
+        """The share of each class in `train`, [C] float32, summing to 1."""
+        counts = self.train.counts(len(self.class_names)).float()
+        return counts / counts.sum()

@@ -1,0 +1,51 @@
+"""Where data sets lie on disk, and what to say when one does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "METAKERN_DATA"
+
+
+class DataNotFound(FileNotFoundError):
+    """A data set is not where it was looked for; the message says what is missing, in which format, and who publishes it."""
+
+
+def data_dir(explicit: str | Path | None = None) -> Path | None:
+    """The folder of data sets: `explicit` when given, else the environment variable METAKERN_DATA, else None.
+
+    Raises: DataNotFound when the folder that was named does not exist.
+    """
+    named = explicit or os.environ.get(VARIABLE)
+    if not named:
+        return None
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        origin = "--data-dir" if explicit else VARIABLE
+        raise DataNotFound(f"{origin} names {str(folder)!r}, which is not a folder")
+    return folder
+
+
+def find_file(
+    root: Path | None, folders: tuple[str, ...], names: tuple[str, ...], *, data: str, form: str, published: str
+) -> Path:
+    """The first of root/folder/name that exists, over `folders` and then `names`.
+
+    Raises: DataNotFound saying the data set, the file names looked for, their format and the place of publication.
+    """
+    if root is not None:
+        for folder in folders:
+            for name in names:
+                path = root / folder / name
+                if path.is_file():
+                    return path
+    wanted = " or ".join(repr(name) for name in names)
+    where = f"in {str(root)!r} (or its {', '.join(map(repr, folders))})" if root else "because no data folder was named"
+    raise DataNotFound(
+        f"{data}: {wanted} not found {where}.\n"
+        f"  format:    {form}\n"
+        f"  published: {published}\n"
+        f"  then:      set {VARIABLE} or --data-dir to the folder that holds {folders[0]!r}. "
+        f"Without any download, 'digits-4v9' works."
+    )

@@ -1,0 +1,54 @@
+"""Class imbalance, made by drawing: seeded, without replacement, with a meta set that shares no example with training."""
+
+from __future__ import annotations
+
+import torch
+
+from metakern.data.examples import Source, Task
+
+
+def _binary_counts(available: torch.Tensor, majority: float, size: int, meta_per_class: int) -> tuple[int, int]:
+    """How many minority and majority examples to draw: the share asked for, at the largest size up to `size` there is."""
+    size = min(size, int(available[1] / majority), int(available[0] / (1 - majority)))
+    minority = max(size - round(size * majority), meta_per_class + 1)
+    return minority, min(round(size * majority), int(available[1]))
+
+
+def binary_imbalance(
+    source: Source, *, majority: float = 0.995, size: int = 5000, meta_per_class: int = 5, seed: int = 0
+) -> Task:
+    """A two-class task in which class 1 has the share `majority` of `size` training examples.
+
+    The meta set, `meta_per_class` of each class, is taken out of those `size` examples, so no method sees more data
+    than another; the test set is the source's own. Where the source is too small the size shrinks, and the minority
+    keeps one training example at least: `Task.class_shares` has the shares that came out.
+    Raises: ValueError when the source is not binary, majority is not in [0.5, 1), or a class has too few examples.
+    Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, section 4.1.
+    """
+    if len(source.class_names) != 2:
+        raise ValueError(f"binary_imbalance: source must have 2 classes, {source.name!r} has {len(source.class_names)}")
+    if not 0.5 <= majority < 1:
+        raise ValueError(f"binary_imbalance: majority must be in [0.5, 1), got {majority}")
+    available = source.train.counts(2)
+    if meta_per_class < 1 or int(available.min()) <= meta_per_class:
+        raise ValueError(
+            f"binary_imbalance: meta_per_class must be at least 1 and below the smaller class's "
+            f"{int(available.min())} examples, got {meta_per_class}"
+        )
+    counts = _binary_counts(available, majority, size, meta_per_class)
+    generator = torch.Generator().manual_seed(seed)
+    meta, train = [], []
+    for target, count in enumerate(counts):
+        rows = (source.train.targets == target).nonzero().squeeze(1)
+        rows = rows[torch.randperm(len(rows), generator=generator)][:count]
+        meta.append(rows[:meta_per_class])
+        train.append(rows[meta_per_class:])
+    chosen = source.train.take(torch.cat(train))
+    return Task(
+        f"{source.name} at majority {majority:g}",
+        chosen,
+        source.train.take(torch.cat(meta)),
+        source.test,
+        source.class_names,
+        chosen.targets.clone(),
+    )
