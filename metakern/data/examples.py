@@ -50,7 +50,7 @@ class Source:
 class Task:
     """What one run sees: biased training examples, a small clean meta set, and the test examples.
 
-    `train` and `meta` never share an id; `clean_targets`[n] holds the labels of `train` from before any noise was added.
+    `train` and `meta` never share an id; `clean_targets`[n] are the labels of `train` from before any noise.
     """
 
     name: str

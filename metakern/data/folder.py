@@ -9,7 +9,7 @@ VARIABLE = "METAKERN_DATA"
 
 
 class DataNotFound(FileNotFoundError):
-    """A data set is not where it was looked for; the message says what is missing, in which format, and who publishes it."""
+    """A data set is not there; the message says what is missing, in which format, and where it is published."""
 
 
 def data_dir(explicit: str | Path | None = None) -> Path | None:

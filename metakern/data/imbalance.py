@@ -1,4 +1,4 @@
-"""Class imbalance, made by drawing: seeded, without replacement, with a meta set that shares no example with training."""
+"""Class imbalance by seeded drawing without replacement, with a meta set that shares no example with training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from metakern.data.examples import Source, Task
 
 
 def _binary_counts(available: torch.Tensor, majority: float, size: int, meta_per_class: int) -> tuple[int, int]:
-    """How many minority and majority examples to draw: the share asked for, at the largest size up to `size` there is."""
+    """How many minority and majority examples to draw: the share asked for, at the largest size there is."""
     size = min(size, int(available[1] / majority), int(available[0] / (1 - majority)))
     minority = max(size - round(size * majority), meta_per_class + 1)
     return minority, min(round(size * majority), int(available[1]))

@@ -1,0 +1,10 @@
+"""The methods, one file per paper: its composition and what is particular to it, nothing else.
+
+method = find("l2rw")
+outcome = method.step(model, batch, meta_batch, optimizer=optimizer, setting=setting)
+"""
+
+from metakern.methods.catalogue import METHODS, find
+from metakern.methods.method import Method, Outcome, Setting
+
+__all__ = ["METHODS", "Method", "Outcome", "Setting", "find"]

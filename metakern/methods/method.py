@@ -1,0 +1,83 @@
+"""What every method is: a name, the settings of its paper, and one function that takes one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern.data.sampling import shuffled
+
+Batch = tuple[Tensor, Tensor]  # inputs[n, ...], targets[n] int64
+Sampler = Callable[[Tensor, int, torch.Generator], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step may know beyond its two batches: class_counts[C] of the training set, random draws, progress 0 to 1."""
+
+    class_counts: Tensor
+    generator: torch.Generator
+    progress: float = 0.0
+    engine: str = "auto"
+
+    @property
+    def class_shares(self) -> Tensor:
+        """The share of each class in the training set, [C] float32."""
+        return self.class_counts.float() / self.class_counts.sum()
+
+
+class Outcome(NamedTuple):
+    """What a step reports: the weight each example had in the step, its loss before the step, the meta loss if any."""
+
+    weights: Tensor
+    losses: Tensor
+    meta_loss: Tensor | None
+
+
+class Step(Protocol):
+    """One optimizer step on `batch`; `meta_batch` is there for the methods that use it."""
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method with the settings its paper's code uses."""
+
+    name: str
+    summary: str
+    source: str
+    step: Step
+    steps: int = 8000
+    batch_size: int = 100
+    needs_meta: bool = False
+    handles: str = "imbalance"
+    sampler: Sampler = shuffled
+
+
+# losses[n], targets[n], setting -> weights[n]
+Rule = Callable[[Tensor, Tensor, Setting], Tensor]
+
+
+def weighted_step(rule: Rule) -> Step:
+    """The step of every method whose weights need no gradient: one pass, then the gradient of sum_n w_n l_n."""
+
+    def step(
+        model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        inputs, targets = batch
+        losses = F.cross_entropy(model(inputs), targets, reduction="none")
+        weights = rule(losses.detach(), targets, setting)
+        optimizer.zero_grad(set_to_none=True)
+        (weights * losses).sum().backward()
+        optimizer.step()
+        return Outcome(weights, losses.detach(), None)
+
+    return step

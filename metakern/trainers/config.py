@@ -1,0 +1,72 @@
+"""What decides a run: every field is a command-line option, and the whole record is stored beside the results."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from metakern.methods import Method
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are the settings of the code published with L2RW (Ren et al., ICML 2018)."""
+
+    method: str
+    data: str = _option("digits-4v9", "data set: see 'metakern list'")
+    data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
+    majority: float = _option(0.995, "share of the majority class in the training set, 0.5 to 1")
+    train_size: int = _option(5000, "training and meta examples together, at most")
+    meta_per_class: int = _option(5, "clean examples of each class that the meta set takes out of them")
+    seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
+    steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
+    schedule: float = _option(1.0, "share of the method's own number of steps to take")
+    batch_size: int | None = _option(None, "training examples in a batch (default: the method's own)")
+    lr: float = _option(1e-3, "learning rate of SGD")
+    momentum: float = _option(0.9, "momentum of SGD")
+    weight_decay: float = _option(0.0, "weight decay of SGD")
+    engine: str = _option("auto", "how the dot products are computed: auto, ghost, jvp or double_backward")
+    evaluations: int = _option(20, "how often in a run the test error is measured")
+    threads: int = _option(2, "CPU threads")
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "meta_per_class", "steps", "batch_size", "evaluations", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("schedule", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+
+    def total_steps(self, method: Method) -> int:
+        """The number of steps this run takes with `method`."""
+        return self.steps or max(1, round(method.steps * self.schedule))
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result: all but the place of the data and the number of threads."""
+        return {name: value for name, value in asdict(self).items() if name not in ("data_dir", "threads")}
+
+
+def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+    """Give `parser` one option for each field of TrainConfig that has a default and is not in `leave_out`."""
+    hints = typing.get_type_hints(TrainConfig)
+    for entry in fields(TrainConfig):
+        if not entry.metadata or entry.name in leave_out:
+            continue
+        kinds = [kind for kind in typing.get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
+        meaning = entry.metadata["help"] + ("" if entry.default is None else f" (default: {entry.default})")
+        parser.add_argument(
+            "--" + entry.name.replace("_", "-"), type=kinds[0], default=entry.default, metavar="X", help=meaning
+        )
+
+
+def from_options(options: argparse.Namespace, **given: Any) -> TrainConfig:
+    """The TrainConfig of parsed options; `given` fields take precedence."""
+    known = {entry.name for entry in fields(TrainConfig)}
+    return TrainConfig(**{**{name: value for name, value in vars(options).items() if name in known}, **given})

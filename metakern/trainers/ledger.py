@@ -1,0 +1,55 @@
+"""The weights a method gave each training example, summed up over a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metakern.data import Task
+
+
+class Ledger:
+    """Per training example: how often it was in a batch, how often its weight was not 0, and the mean of n * weight.
+
+    n * weight is 1 for an example of average standing in its batch, whatever the batch size. The first tenth of the
+    run is left out: the network has learned nothing yet and the weights say nothing about the example.
+    """
+
+    def __init__(self, task: Task, steps: int) -> None:
+        n = len(task.train)
+        self._task, self._from_step = task, steps // 10
+        self._seen = torch.zeros(n, dtype=torch.int64)
+        self._kept = torch.zeros(n, dtype=torch.int64)
+        self._sum = torch.zeros(n, dtype=torch.float64)
+
+    def add(self, step: int, rows: Tensor, weights: Tensor) -> None:
+        """Record `weights`[n] of the training examples at `rows`[n]."""
+        if step < self._from_step:
+            return
+        weights = weights.detach().cpu().double()
+        self._seen.index_add_(0, rows, torch.ones_like(rows))
+        self._kept.index_add_(0, rows, (weights != 0).long())
+        self._sum.index_add_(0, rows, weights * len(rows))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Arrays[n]: id, label, clean_label, times_seen, share_kept and mean_weight, nan where never seen."""
+        seen = self._seen.double()
+        return {
+            "id": self._task.train.ids.numpy(),
+            "label": self._task.train.targets.numpy(),
+            "clean_label": self._task.clean_targets.numpy(),
+            "times_seen": self._seen.numpy(),
+            "share_kept": (self._kept / seen).float().numpy(),
+            "mean_weight": (self._sum / seen).float().numpy(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write weights.npz and weights.csv, the same columns."""
+        columns = self.columns()
+        np.savez_compressed(folder / "weights.npz", **columns)
+        lines = [",".join(columns)]
+        lines += [",".join(f"{value:.6g}" for value in row) for row in zip(*columns.values(), strict=True)]
+        (folder / "weights.csv").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,92 @@
+"""Every method takes its step as its formula says: parameters after it equal a plain step on sum_n w_n l_n."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import metakern
+from metakern.methods import METHODS, Setting, find
+
+FIXED = [name for name, method in METHODS.items() if not method.needs_meta]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+
+    def batch(n: int):
+        inputs = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+        return inputs, (torch.rand(n, generator=generator) < 0.7).long()
+
+    return batch(12), batch(4)
+
+
+def take(name: str, model: nn.Module, batches, lr: float = 0.1):
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    setting = Setting(torch.tensor([30, 70]), torch.Generator().manual_seed(2))
+    return find(name).step(model, *batches, optimizer=optimizer, setting=setting)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_step_is_the_weighted_gradient(name, model, batches):
+    plain = copy.deepcopy(model)
+    outcome = take(name, model, batches)
+    (inputs, targets), _ = batches
+    losses = F.cross_entropy(plain(inputs), targets, reduction="none")
+    (outcome.weights * losses).sum().backward()
+    torch.optim.SGD(plain.parameters(), 0.1).step()
+    torch.testing.assert_close(outcome.losses, losses.detach())
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_weights_are_a_share(name, model, batches):
+    weights = take(name, model, batches).weights
+    assert (weights >= 0).all()
+    if not name.endswith("proportion-as-shipped"):
+        assert float(weights.sum()) == pytest.approx(1)
+
+
+def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatch):
+    seen = {}
+
+    def stub(model, batch, meta_batch, **keywords):
+        from types import SimpleNamespace
+
+        seen.update(keywords, batch=batch, meta_batch=meta_batch)
+        return SimpleNamespace(weights=torch.ones(12) / 12, losses=torch.ones(12), meta_loss=torch.tensor(0.5))
+
+    monkeypatch.setattr(metakern, "l2rw_step", stub, raising=False)
+    outcome = take("l2rw", model, batches)
+    assert seen["batch"] is batches[0] and seen["meta_batch"] is batches[1]
+    assert seen["engine"] == "auto" and isinstance(seen["optimizer"], torch.optim.SGD)
+    assert float(outcome.meta_loss) == 0.5
+
+
+@pytest.mark.skipif(not hasattr(metakern, "l2rw_step"), reason="metakern.l2rw_step is not there")
+def test_l2rw_weights_by_hand(model, batches):
+    (inputs, targets), (meta_inputs, meta_targets) = batches
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(F.cross_entropy(model(meta_inputs), meta_targets), parameters)
+    dots = []
+    for n in range(12):
+        gradient = torch.autograd.grad(F.cross_entropy(model(inputs[n : n + 1]), targets[n : n + 1]), parameters)
+        dots.append(sum((a * b).sum() for a, b in zip(gradient, wanted, strict=True)))
+    clipped = torch.stack(dots).clamp(min=0)
+    torch.testing.assert_close(take("l2rw", model, batches).weights, clipped / clipped.sum())
+
+
+def test_unknown_method_lists_the_known():
+    with pytest.raises(ValueError, match="unknown method 'l3rw'") as caught:
+        find("l3rw")
+    assert all(name in str(caught.value) for name in METHODS)
