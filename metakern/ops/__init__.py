@@ -1,0 +1,12 @@
+"""Arithmetic on matrices: the operators that the dots and the weighted gradient are made of.
+
+One folder per operator: `contract` (schema, checks, shapes, FLOPs), `reference` (the truth), `native` and `triton` (the
+fast ones), `api` (the documented function and the table of implementations). Operators know nothing of models.
+"""
+
+from metakern.ops.clip_normalise.api import clip_normalise
+from metakern.ops.direction_dots.api import direction_dots
+from metakern.ops.pair_dots.api import pair_dots
+from metakern.ops.weighted_grad.api import weighted_grad
+
+__all__ = ["clip_normalise", "direction_dots", "pair_dots", "weighted_grad"]

@@ -1,0 +1,23 @@
+"""direction_dots: schema, checks, shapes and FLOPs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from metakern.ops.operands import accumulator, check_operands
+
+SCHEMA = "direction_dots(Tensor A, Tensor V, Tensor B, *, str? impl=None) -> Tensor"
+
+
+def check(A: Tensor, V: Tensor, B: Tensor) -> None:
+    check_operands("direction_dots", {"A": "nti", "V": "oi", "B": "nto"}, (A, V, B))
+
+
+def fake(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
+    return A.new_empty(A.shape[0], dtype=accumulator(A.dtype))
+
+
+def flops(A: Tensor, V: Tensor, B: Tensor) -> int:
+    n, t, i = A.shape
+    o = B.shape[2]
+    return 2 * n * t * i * o + 2 * n * t * min(i, o)

@@ -1,0 +1,39 @@
+"""The checks that the operators on layer records share: ranks, sizes, floating dtypes, one dtype, one device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def check_operands(operator: str, letters: dict[str, str], tensors: tuple[Tensor, ...]) -> None:
+    """Check tensors against their index letters, e.g. {"A": "nti", "V": "oi"}: one letter is one size.
+
+    Raises: TypeError for dtypes, ValueError for ranks, sizes and devices, naming the argument.
+    """
+    sizes: dict[str, int] = {}
+    first = tensors[0]
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOATING:
+        raise TypeError(f"{operator}: {next(iter(letters))} must be a floating-point tensor; got {dtype}")
+    for (name, axes), tensor in zip(letters.items(), tensors, strict=True):
+        shape = tensor.shape
+        if len(shape) != len(axes):
+            raise ValueError(f"{operator}: {name} must have shape [{', '.join(axes)}]; got {list(shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{operator}: {name} must be {dtype} like {next(iter(letters))}; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{operator}: {name} must be on {device} like {next(iter(letters))}; got {tensor.device}")
+        for axis, size in zip(axes, shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{operator}: {name} must have shape [{', '.join(axes)}] with {axis} = {sizes[axis]}; "
+                    f"got {list(shape)}"
+                )
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -1,0 +1,37 @@
+"""pair_dots: the public function and its table of implementations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from metakern.ops.pair_dots import contract, native, reference
+from metakern.ops.select import Implementation, Operator, always
+
+OPERATOR = Operator(
+    contract.SCHEMA,
+    check=contract.check,
+    fake=contract.fake,
+    flops=contract.flops,
+    table=(
+        Implementation("native", native.pair_dots, always),
+        Implementation("reference", reference.pair_dots, always),
+    ),
+)
+
+
+def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, *, impl: str | None = None) -> Tensor:
+    """Dot of every example's gradient with the summed meta gradient, for a layer y = W x, by pairs of positions.
+
+    `out_n = sum_t,s (A_nt . A'_s)(B_nt . B'_s)`; s runs over all positions of all meta examples. The caller divides
+    by the number of meta examples. It equals `direction_dots` with V = B'^T A' and is the cheaper one
+    when s (i + o) < i o.
+
+    Args:
+        A, B: inputs and output gradients of the batch, [n, t, i] and [n, t, o], any strides.
+        A_meta, B_meta: the same of the meta batch, positions flattened, [s, i] and [s, o].
+        impl: None takes the first implementation that supports the case; a name never falls back.
+    Returns: [n], float32, or float64 for float64 operands; unit (loss per parameter)^2.
+    Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
+        RuntimeError if the implementation asked for does not support the case.
+    """
+    return OPERATOR(A, B, A_meta, B_meta, impl=impl)

@@ -1,0 +1,23 @@
+"""pair_dots by the device's own matrix product: both Gram matrices in tiles of examples, never held whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern.ops.layout import examples_per_tile, in_columns, product
+from metakern.ops.operands import accumulator
+
+
+def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
+    columns = in_columns(A, B)
+    examples = examples_per_tile(A.shape[1], A_meta.shape[0])
+    if A.shape[0] <= examples:
+        return _tile(A, B, A_meta, B_meta, columns)
+    tiles = zip(A.split(examples), B.split(examples), strict=True)
+    return torch.cat([_tile(a, b, A_meta, B_meta, columns) for a, b in tiles])
+
+
+def _tile(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, columns: bool) -> Tensor:
+    inputs = product(A, A_meta, columns).to(accumulator(A.dtype))
+    return inputs.mul_(product(B, B_meta, columns)).flatten(1).sum(1)

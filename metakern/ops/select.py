@@ -1,0 +1,101 @@
+"""Which implementation of an operator runs: the first of its table that supports the case, or the one asked for.
+
+An operator is declared once, here: its schema, its fake (shapes without data), its FLOPs and its table go to
+`torch.library` together, so that the eager call, `torch.compile`, `opcheck` and the FLOP counter see one operator.
+The choice is made inside the device kernel, because registering a second kernel for one device is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("metakern", "FRAGMENT")
+
+OPERATORS: dict[str, Operator] = {}
+"""Every registered operator by name; the report and the tests walk it, so none is forgotten."""
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operator. `supports` takes the operator's arguments and returns the reason for a no."""
+
+    name: str
+    run: Callable[..., Tensor]
+    supports: Callable[..., str | None]
+
+
+def always(*_: Any) -> None:
+    """`supports` of an implementation that takes every case."""
+
+
+class Operator:
+    """An operator of the library `metakern`, with its implementations in order of preference."""
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        fake: Callable[..., Tensor],
+        flops: Callable[..., int],
+        table: tuple[Implementation, ...],
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.check = check
+        self.table = table
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(self.name, self.run, device)
+
+        def checked_fake(*arguments: Any, impl: str | None = None) -> Tensor:
+            check(*arguments)
+            return fake(*arguments)
+
+        torch.library.register_fake(f"metakern::{self.name}", checked_fake, lib=LIBRARY)
+        packet = getattr(torch.ops.metakern, self.name)
+        register_flop_formula(packet, get_raw=True)(lambda *arguments, out_val=None, impl=None: flops(*arguments))
+        self.overload = packet.default
+        OPERATORS[self.name] = self
+
+    def __call__(self, *arguments: Any, impl: str | None = None) -> Tensor:
+        """Call through the dispatcher; refuse inputs that autograd would have to follow."""
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            raise ValueError(
+                f"{self.name} has no derivative, and an input requires grad: call it under torch.no_grad() "
+                "or pass detached tensors"
+            )
+        return self.overload(*arguments) if impl is None else self.overload(*arguments, impl=impl)
+
+    def run(self, *arguments: Any, impl: str | None = None) -> Tensor:
+        """The device kernel: check, choose, compute. Autograd never looks inside."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.run(*arguments, impl=impl)
+        self.check(*arguments)
+        return self.choose(*arguments, impl=impl).run(*arguments)
+
+    def choose(self, *arguments: Any, impl: str | None = None) -> Implementation:
+        """The implementation that would run.
+
+        Raises: ValueError for an unknown `impl`; RuntimeError if the one asked for, or none, supports the case.
+        """
+        refusals: list[str] = []
+        for candidate in self.table:
+            if impl is not None and candidate.name != impl:
+                continue
+            reason = candidate.supports(*arguments)
+            if reason is None:
+                return candidate
+            refusals.append(f"{candidate.name}: {reason}")
+        if not refusals:
+            names = ", ".join(repr(candidate.name) for candidate in self.table)
+            raise ValueError(f"{self.name}(impl=...) must be None or one of {names}; got {impl!r}")
+        raise RuntimeError(f"{self.name} cannot run here: " + "; ".join(refusals))
+
+    def reasons(self, *arguments: Any) -> dict[str, str | None]:
+        """Per implementation, None if it runs on these arguments, else why not."""
+        return {candidate.name: candidate.supports(*arguments) for candidate in self.table}

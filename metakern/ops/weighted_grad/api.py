@@ -1,0 +1,36 @@
+"""weighted_grad: the public function and its table of implementations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from metakern.ops.select import Implementation, Operator, always
+from metakern.ops.weighted_grad import contract, native, reference
+
+OPERATOR = Operator(
+    contract.SCHEMA,
+    check=contract.check,
+    fake=contract.fake,
+    flops=contract.flops,
+    table=(
+        Implementation("native", native.weighted_grad, always),
+        Implementation("reference", reference.weighted_grad, always),
+    ),
+)
+
+
+def weighted_grad(A: Tensor, B: Tensor, w: Tensor, *, impl: str | None = None) -> Tensor:
+    """Weighted sum of per-example gradients of a layer y = W x; rows of weight zero are never multiplied.
+
+    `out = sum_n,t w_n B_nt A_nt^T`.
+
+    Args:
+        A: inputs of the layer, [n, t, i], any strides.
+        B: gradients of the summed losses at the layer's outputs, [n, t, o].
+        w: weights [n], any floating dtype, any sign.
+        impl: None takes the first implementation that supports the case; a name never falls back.
+    Returns: [o, i] in A's dtype, accumulated in float32, or float64 for float64 operands.
+    Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
+        RuntimeError if the implementation asked for does not support the case.
+    """
+    return OPERATOR(A, B, w, impl=impl)

@@ -1,0 +1,30 @@
+"""weighted_grad: schema, checks, shapes and FLOPs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from metakern.ops.operands import FLOATING, check_operands
+
+SCHEMA = "weighted_grad(Tensor A, Tensor B, Tensor w, *, str? impl=None) -> Tensor"
+
+
+def check(A: Tensor, B: Tensor, w: Tensor) -> None:
+    check_operands("weighted_grad", {"A": "nti", "B": "nto"}, (A, B))
+    if w.dim() != 1 or w.shape[0] != A.shape[0]:
+        raise ValueError(f"weighted_grad: w must have shape [n] with n = {A.shape[0]}; got {list(w.shape)}")
+    if w.dtype not in FLOATING:
+        raise TypeError(f"weighted_grad: w must be a floating-point tensor; got {w.dtype}")
+    if w.device != A.device:
+        raise ValueError(f"weighted_grad: w must be on {A.device} like A; got {w.device}")
+
+
+def fake(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
+    return A.new_empty(B.shape[2], A.shape[2])
+
+
+def flops(A: Tensor, B: Tensor, w: Tensor) -> int:
+    """Of the rows that are multiplied; all of them where the weights cannot be read (fake tensors)."""
+    n, t, i = A.shape
+    kept = n if w.is_meta or type(w) is not Tensor else int(w.count_nonzero())
+    return 2 * kept * t * i * B.shape[2]
