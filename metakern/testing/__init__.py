@@ -1,1 +1,3 @@
-"""What tests, benchmarks and `metakern.check` judge results with: oracles, error budgets, seeded inputs, small models."""
+"""What tests, benchmarks and `metakern.check` judge results with: oracles, error budgets, seeded inputs, small
+models.
+"""

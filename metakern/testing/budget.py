@@ -1,7 +1,8 @@
-"""How large an error may be: every tolerance of the project is computed here, from the dtype and the size of the operands.
+"""How large an error may be: every tolerance of the project is computed here, from the dtype and the size of the
+operands.
 
-A dot product is a sum that cancels, so its error is judged against |g||v| (what it could have been), never against the dot
-itself; a weighted gradient against sum_n |w_n||g_n|. See docs/numerics.md.
+A dot product is a sum that cancels, so its error is judged against |g||v| (what it could have been), never against
+the dot itself; a weighted gradient against sum_n |w_n||g_n|. See docs/numerics.md.
 """
 
 import math
@@ -40,9 +41,10 @@ class Verdict:
 def unit(dtype: torch.dtype, terms: int = 1) -> float:
     """Error allowed per unit of scale after accumulating `terms` products of `dtype` operands.
 
-    float64: 1e-12. Otherwise eps(dtype) for storing the result + CONFIDENCE * sqrt(terms) * eps(float32) / 2, since the
-    library accumulates in float32 at least.
-    Source: Higham & Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 2019, theorem 2.4.
+    float64: 1e-12. Otherwise eps(dtype) for storing the result + CONFIDENCE * sqrt(terms) * eps(float32) / 2, since
+    the library accumulates in float32 at least.
+    Source: Higham & Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 2019, theorem
+    2.4.
     """
     if dtype == torch.float64:
         return FLOAT64_UNIT
@@ -75,8 +77,8 @@ def assert_within(
 ) -> float:
     """Assert |got - want| <= unit(dtype, terms) * scale; return the share of the budget used.
 
-    `scale` is what the sum could have been had nothing cancelled, e.g. sum |a||b| for a dot; `terms` how many products it has;
-    `dtype` that of the operands (default: got's).
+    `scale` is what the sum could have been had nothing cancelled, e.g. sum |a||b| for a dot; `terms` how many
+    products it has; `dtype` that of the operands (default: got's).
     """
     result = verdict(name, got, want, unit(dtype or got.dtype, terms) * torch.as_tensor(scale, dtype=torch.float64))
     if not result.ok:
@@ -99,8 +101,9 @@ def gradient_verdict(
 ) -> Verdict:
     """Judge a weighted gradient, tensor by tensor: the budget of each element is band * sum_n |w_n||g_n|.
 
-    The truth is formed with `weights` where given (the weights that the step really took), else with the oracle's own; so an
-    error of the dots is charged to the dots and not a second time here. Returns the verdict of the worst parameter.
+    The truth is formed with `weights` where given (the weights that the step really took), else with the oracle's
+    own; so an error of the dots is charged to the dots and not a second time here. Returns the verdict of the worst
+    parameter.
     """
     expected = oracle.gradient(oracle.weights if weights is None else weights)
     worst = Verdict("gradient", 0.0, 0.0, 0.0)
@@ -143,10 +146,11 @@ def _relative(got: Tensor, want: Tensor, scale: Tensor) -> float:
 
 
 def _band(dtype: torch.dtype, measured: float | None) -> float:
-    """Share of the scale that may be lost: 1e-12 in float64, else twice what plain PyTorch loses on the same work, plus 8 eps.
+    """Share of the scale that may be lost: 1e-12 in float64, else twice what plain PyTorch loses on the same work,
+    plus 8 eps.
 
-    A network's error depends on its depth and conditioning, which no formula in eps knows: so plain autograd in the same dtype
-    is measured beside it. The few eps keep a lucky plain run from setting an impossible mark.
+    A network's error depends on its depth and conditioning, which no formula in eps knows: so plain autograd in the
+    same dtype is measured beside it. The few eps keep a lucky plain run from setting an impossible mark.
     """
     if dtype == torch.float64:
         return FLOAT64_UNIT

@@ -20,7 +20,8 @@ def labels(*shape: int, classes: int, seed: int = 0, device: str = "cpu") -> Ten
 
 
 def non_contiguous(tensor: Tensor) -> Tensor:
-    """The same values as every other element of a wider tensor; the gaps hold NaN, so a read of the wrong element shows.
+    """The same values as every other element of a wider tensor; the gaps hold NaN, so a read of the wrong element
+    shows.
 
     Integers cannot hold NaN: their gaps hold the largest value, which is no valid index.
     """

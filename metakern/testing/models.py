@@ -28,7 +28,9 @@ def mlp(width: int = 1024, depth: int = 4, classes: int = 10) -> nn.Sequential:
 
 
 def conv_net(width: int = 64, depth: int = 5, classes: int = 10) -> nn.Sequential:
-    """`depth` 3x3 convolutions of `width` channels with ReLU, two of them followed by a pool, global mean, linear head."""
+    """`depth` 3x3 convolutions of `width` channels with ReLU, two of them followed by a pool, global mean, linear
+    head.
+    """
     layers: list[nn.Module] = []
     for index in range(depth):
         layers += [nn.Conv2d(3 if index == 0 else width, width, 3, padding=1), nn.ReLU()]
@@ -38,7 +40,9 @@ def conv_net(width: int = 64, depth: int = 5, classes: int = 10) -> nn.Sequentia
 
 
 class Attention(nn.Module):
-    """Self-attention from four linear layers; composed of matmul and softmax, or fused (`scaled_dot_product_attention`)."""
+    """Self-attention from four linear layers; composed of matmul and softmax, or fused
+    (`scaled_dot_product_attention`).
+    """
 
     def __init__(self, width: int, heads: int, fused: bool) -> None:
         super().__init__()

@@ -19,7 +19,8 @@ Select = Callable[[Any, int], Any]
 
 @dataclass(frozen=True)
 class Oracle:
-    """dots[n] = <g_n, v>, weights[n] = max(dots, 0) / sum, losses[n], meta_loss[], example_norms[n] = |g_n|, meta_norm = |v|.
+    """dots[n] = <g_n, v>, weights[n] = max(dots, 0) / sum, losses[n], meta_loss[], example_norms[n] = |g_n|,
+    meta_norm = |v|.
 
     g_n is the gradient of example n's loss, v the gradient of the mean meta loss, both over the trainable parameters.
     """
@@ -33,7 +34,9 @@ class Oracle:
     example_gradient: Callable[[int], dict[str, Tensor]]
 
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        """sum_n weights_n g_n, by parameter name; computed again example by example, so that no more than one g_n is held."""
+        """sum_n weights_n g_n, by parameter name; computed again example by example, so that no more than one g_n is
+        held.
+        """
         total = {name: torch.zeros_like(grad) for name, grad in self.example_gradient(0).items()}
         for n, weight in enumerate(weights.to(self.dots).tolist()):
             if weight != 0.0:
@@ -57,12 +60,13 @@ def oracle(
     select: Select | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Oracle:
-    """Dots, weights and gradients of a re-weighted step, by a loop over single examples of a copy of `model` in `dtype`.
+    """Dots, weights and gradients of a re-weighted step, by a loop over single examples of a copy of `model` in
+    `dtype`.
 
-    `names` restricts the parameters; `select(batch, n)` returns example n as a batch of one (default: row n of every tensor, so
-    time-major batches need their own). `interacting=True` is for models whose examples see each other (BatchNorm in train
-    mode): g_n is then the gradient of entry n of the whole batch's losses, meta batch likewise, and nothing is sliced.
-    `model` and the generators' states are left alone.
+    `names` restricts the parameters; `select(batch, n)` returns example n as a batch of one (default: row n of every
+    tensor, so time-major batches need their own). `interacting=True` is for models whose examples see each other
+    (BatchNorm in train mode): g_n is then the gradient of entry n of the whole batch's losses, meta batch likewise,
+    and nothing is sliced. `model` and the generators' states are left alone.
 
     Raises: ValueError for a model in train mode with dropout: a mask cannot be drawn again example by example.
     """
@@ -106,7 +110,9 @@ def clip_normalise(dots: Tensor) -> Tensor:
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Cross entropy per example of `(inputs, targets)`, or of a mapping given to the model by keyword with its "labels"."""
+    """Cross entropy per example of `(inputs, targets)`, or of a mapping given to the model by keyword with its
+    "labels".
+    """
     if isinstance(batch, Mapping):
         output, targets = model(**batch), batch["labels"]
     else:

@@ -1,0 +1,9 @@
+"""Every layer and structure the library answers for, declared once: tests judge each engine by it."""
+
+from metakern.testing.catalogue.case import Case, Setup
+from metakern.testing.catalogue.layers import LAYERS
+from metakern.testing.catalogue.structures import STRUCTURES
+
+CASES: list[Case] = [*LAYERS, *STRUCTURES]
+
+__all__ = ["CASES", "LAYERS", "STRUCTURES", "Case", "Setup"]
