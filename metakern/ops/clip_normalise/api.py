@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from metakern.ops.clip_normalise import contract, reference
+from metakern.ops.clip_normalise import contract, native, reference
 from metakern.ops.select import Implementation, Operator, always
 
 OPERATOR = Operator(
@@ -12,7 +12,10 @@ OPERATOR = Operator(
     check=contract.check,
     fake=contract.fake,
     flops=contract.flops,
-    table=(Implementation("reference", reference.clip_normalise, always),),
+    table=(
+        Implementation("native", native.clip_normalise, native.supports),
+        Implementation("reference", reference.clip_normalise, always),
+    ),
 )
 
 

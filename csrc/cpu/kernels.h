@@ -1,0 +1,18 @@
+// CPU kernels: plain pointers and sizes, instantiated for float and double. No torch headers.
+#pragma once
+#include <cstdint>
+
+// One copy of the function per vector width, chosen when the module is loaded, so that one binary serves every x86-64.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define METAKERN_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define METAKERN_VECTORISED
+#endif
+
+namespace metakern::cpu {
+
+// weights_n = max(d_n, 0) / (D + [D == 0]), D = sum_k max(d_k, 0). `dots` has a stride, `weights` is contiguous.
+template <typename T>
+void clip_normalise(const T* dots, T* weights, int64_t n, int64_t stride);
+
+}  // namespace metakern::cpu

@@ -1,0 +1,16 @@
+// CUDA kernels: plain pointers, sizes and a stream; each returns the error of its launch. No torch headers.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace metakern::cuda {
+
+// Element type of a buffer, numbered as in metakern/ops/extension.py.
+enum class Scalar : int { f16 = 0, bf16 = 1, f32 = 2, f64 = 3 };
+
+// weights_n = max(d_n, 0) / (D + [D == 0]), D = sum_k max(d_k, 0). `dots` has a stride, `weights` is contiguous.
+cudaError_t clip_normalise(Scalar dtype, const void* dots, void* weights, int64_t n, int64_t stride,
+                           cudaStream_t stream);
+
+}  // namespace metakern::cuda

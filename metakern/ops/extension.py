@@ -1,0 +1,38 @@
+"""The compiled module `metakern._C`: whether it is there, why not, and how tensors are named to it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+"""Element types as csrc/cuda/kernels.h numbers them."""
+
+_module: ModuleType | None
+try:
+    from metakern import _C as _module  # type: ignore[attr-defined]
+
+    missing: str | None = None
+except ImportError as error:  # torch is imported above, so its OpenMP runtime is there for _C
+    _module = None
+    missing = f"metakern._C is not there ({error}); install with METAKERN_BUILD=auto"
+
+cpu: Any = getattr(_module, "cpu", None)
+cuda: Any = getattr(_module, "cuda", None)
+
+
+def unsupported(tensor: Tensor) -> str | None:
+    """Why the compiled module has no kernel for this tensor's device, or None."""
+    if missing is not None:
+        return missing
+    if tensor.is_cuda:
+        return None if cuda is not None else "metakern._C was built without CUDA (no nvcc at install time)"
+    return None if tensor.device.type == "cpu" else f"metakern._C has no kernels for {tensor.device.type}"
+
+
+def stream(tensor: Tensor) -> int:
+    """The current CUDA stream of the tensor's device, as the kernels take it."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
