@@ -1,0 +1,32 @@
+"""metakern: meta-gradients for PyTorch at about the price of a plain step, without double backward.
+
+Five stages, in the order in which data flows:
+
+    capture        one forward and backward pass; for every use of a parameter its input A and output gradient B
+    dots           dots_n = <g_n, g_meta>, from those records and the meta gradient
+    weights        dots -> weights, by a small pure rule
+    weighted_grad  sum_n w_n g_n from the same records, without a second backward
+    step           .grad, or a step of any torch optimizer
+
+Published methods are compositions of them. Learning to re-weight (Ren et al., 2018) is
+
+    dots = <g_n, g_meta> at theta;  weights = clip_normalise(dots);  step with sum_n weights_n g_n
+
+which is `l2rw_step`. Selecting the k most helpful examples of a batch is the same with another rule,
+
+    reweight_step(model, batch, meta_batch, rule=functools.partial(metakern.weights.top_k, k=8))
+
+and in-run data attribution stops after stage two: add up lr * `grad_dots(model, batch, meta_batch).dots` over training.
+"""
+
+from metakern import ops as ops
+from metakern import weights as weights
+from metakern.layers import LayerRule as LayerRule
+from metakern.layers import register_layer as register_layer
+from metakern.step import Dots as Dots
+from metakern.step import StepResult as StepResult
+from metakern.step import grad_dots as grad_dots
+from metakern.step import l2rw_step as l2rw_step
+from metakern.step import reweight_step as reweight_step
+
+__version__ = "0.1.0"

@@ -1,0 +1,30 @@
+"""Stage 1: one forward and backward pass; per use of a parameter, its inputs A and output gradients B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from metakern.capture.losses import LossFunction, per_example_losses
+from metakern.capture.record import BatchRecord as BatchRecord
+from metakern.capture.record import Record as Record
+from metakern.capture.record import Trace as Trace
+from metakern.capture.refusal import EngineUnavailable as EngineUnavailable
+from metakern.capture.trace import Tracer
+
+
+def trace_batch(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None,
+    trainable: Mapping[str, nn.Parameter],
+    argument: str,
+) -> Trace:
+    """Forward pass of one batch, with every use of a trainable parameter noted."""
+    constants = [b for b in model.buffers() if not b.requires_grad]
+    constants += [p for p in model.parameters() if not p.requires_grad]
+    with Tracer(trainable.values(), constants) as tracer:
+        losses = per_example_losses(model, batch, loss_fn, argument)
+    return tracer.trace(losses)

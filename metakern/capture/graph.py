@@ -1,0 +1,85 @@
+"""The autograd graph of a traced pass: is every use known, and what are the output gradients B?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from metakern.capture.record import Trace, Use
+from metakern.capture.refusal import EngineUnavailable
+
+
+def require_complete(trace: Trace, names: Mapping[int, str]) -> None:
+    """Raise unless every path from the losses to a trainable parameter goes through a traced use.
+
+    `names` maps the identity of each trainable parameter to its qualified name. The walk starts at the losses and at
+    the data inputs of every use and stops at the outputs of uses, so it can only arrive at a parameter by a way that
+    the trace does not know.
+    """
+    known = {edge.node for use in trace.uses for edge in use.edges}
+    stack = [trace.losses.grad_fn, *(node for use in trace.uses for node in use.upstream)]
+    seen = set(known)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            raise EngineUnavailable(
+                f"parameter '{names[id(variable)]}' is used in a way that tracing a forward pass does not see (a "
+                "custom autograd.Function, a scripted or compiled module, reentrant checkpointing, a write through a "
+                "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
+            )
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def output_gradients(trace: Trace, weights: Tensor | None = None, retain_graph: bool = False) -> list[list[Tensor | None]]:
+    """B of every use: d(sum_n weights_n loss_n)/d(output), by one backward pass that forms no parameter gradient."""
+    edges = [edge for use in trace.uses for edge in use.edges]
+    cotangent = torch.ones_like(trace.losses) if weights is None else weights
+    grads = iter(
+        torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True)
+    )
+    return [[next(grads) for _ in use.edges] for use in trace.uses]
+
+
+def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | None]], None]) -> None:
+    """Call `visit(use index, B)` as each B comes by in one backward pass, without keeping it; the graph is retained.
+
+    A gradient can be seen in passing only at a node that runs, so the pass asks for the outputs of the uses that have
+    no use below them and watches all the others.
+    """
+    lowest = [k for k, use in enumerate(trace.uses) if not use.upstream]
+    handles = []
+    try:
+        for k, use in enumerate(trace.uses):
+            if use.upstream:
+                handles.extend(_watch(k, use, visit))
+        edges = [edge for k in lowest for edge in trace.uses[k].edges]
+        grads = iter(
+            torch.autograd.grad(
+                trace.losses, edges, torch.ones_like(trace.losses), retain_graph=True, allow_unused=True
+            )
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    for k in lowest:
+        visit(k, [next(grads) for _ in trace.uses[k].edges])
+
+
+def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:
+    """Hooks that hand the output gradients of one use to `visit` when its nodes run."""
+
+    def watcher(position: int, output_nr: int) -> Callable[[Sequence[Tensor | None]], None]:
+        def watch(grads: Sequence[Tensor | None]) -> None:
+            found: list[Tensor | None] = [None] * len(use.edges)
+            found[position] = grads[output_nr]
+            visit(k, found)
+
+        return watch
+
+    return [edge.node.register_prehook(watcher(p, edge.output_nr)) for p, edge in enumerate(use.edges)]

@@ -1,0 +1,147 @@
+"""Batches in, one loss per example out: the one place where reductions are decided.
+
+A batch is `(inputs, targets)`, a mapping given to `model(**batch)` with "labels", or anything at all together with a
+`loss_fn(model, batch)` that returns one loss per example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
+    """Losses l_n of one batch, shape [n]; `argument` is the name ("batch", "meta_batch") that errors speak of.
+
+    Without `loss_fn` the loss is the cross entropy of each example; an example with several positions (tokens,
+    pixels) counts the mean over its positions that are not ignored (-100).
+
+    Raises:
+        TypeError: the batch has no known form, or the losses are not a floating point tensor.
+        ValueError: not one loss per example, no example at all, or a loss that is not finite.
+    """
+    losses = evaluate_losses(model, batch, loss_fn, argument)
+    _validate(losses, argument)
+    return losses
+
+
+def evaluate_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
+    """As `per_example_losses`, without looking at what comes out."""
+    if loss_fn is not None:
+        return loss_fn(model, batch)
+    if isinstance(batch, Mapping):
+        return _mapping_losses(model, batch, argument)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = batch
+        return cross_entropy(_logits(_forward(model, inputs)), targets, argument)
+    raise TypeError(
+        f"{argument} must be (inputs, targets) or a mapping with 'labels', or come with a loss_fn(model, batch); "
+        f"got {type(batch).__name__}"
+    )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> Tensor:
+    """Cross entropy per example, [n, C, ...] logits and [n, ...] class indices or [n, C, ...] probabilities -> [n]."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{argument}: targets must be a tensor of class indices, got {type(targets).__name__}")
+    if logits.dim() < 2:
+        raise ValueError(
+            f"{argument}: the model returned logits of shape {tuple(logits.shape)}; the default loss needs [n, C] or "
+            "[n, C, positions]; pass loss_fn(model, batch) -> losses[n] for another loss"
+        )
+    hard = not targets.is_floating_point()
+    expected = (logits.shape[0], *logits.shape[2:]) if hard else tuple(logits.shape)
+    if tuple(targets.shape) != expected:
+        raise ValueError(
+            f"{argument}: targets have shape {tuple(targets.shape)}; logits of shape {tuple(logits.shape)} need "
+            f"{'class indices' if hard else 'probabilities'} of shape {expected}"
+        )
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    if losses.dim() == 1:
+        return losses
+    counted = (targets != -100).flatten(1).sum(1).clamp(min=1) if hard else losses[0].numel()
+    return losses.flatten(1).sum(1) / counted
+
+
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    raise TypeError(
+        f"the model returned {type(output).__name__}, neither a tensor nor an object with .logits; pass "
+        "loss_fn(model, batch) -> losses[n]"
+    )
+
+
+def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -> Tensor:
+    """Losses of a model that takes its labels as a keyword, as those of transformers do."""
+    if "labels" not in batch:
+        raise ValueError(f"{argument} is a mapping without 'labels' (it has {sorted(batch)}); add them or pass loss_fn")
+    output = model(**batch)
+    logits, labels = _logits(output), batch["labels"]
+    if logits.dim() == 3 and labels.dim() == 2:
+        logits, labels = _token_logits(model, logits, labels)
+    losses = cross_entropy(logits, labels, argument)
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.dim() == 0:
+        _require_same_loss(own, losses, labels, argument)
+    return losses
+
+
+def _token_logits(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [n, t, C] as cross entropy wants them, [n, C, t]; a causal model predicts the next token."""
+    if "CausalLM" in f"{getattr(model, 'loss_type', '')} {type(model).__name__}" or type(model).__name__.endswith("LMHeadModel"):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits.transpose(1, 2), labels
+
+
+def _require_same_loss(own: Tensor, losses: Tensor, labels: Tensor, argument: str) -> None:
+    """The model's own loss must be the mean (over examples, or over counted tokens) of ours, or ours is another loss."""
+    mean = losses.detach().double().mean()
+    if labels.dim() > 1 and not labels.is_floating_point():
+        counts = (labels != -100).flatten(1).sum(1).double()
+        mean = (losses.detach().double() * counts).sum() / counts.sum().clamp(min=1)
+    tolerance = 64 * torch.finfo(losses.dtype).eps if losses.dtype != torch.float32 else 1e-4
+    tolerance = max(tolerance, 64 * torch.finfo(own.dtype).eps)
+    if not torch.isclose(own.detach().double(), mean, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"{argument}: the model's own loss is {own.item():.6g}, but cross entropy of its logits gives "
+            f"{mean.item():.6g}; this model trains on another loss, so pass loss_fn(model, batch) -> losses[n]"
+        )
+
+
+def _validate(losses: Any, argument: str) -> None:
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"{argument}: losses must be a floating point tensor of shape [n], got {kind}")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"{argument}: expected one loss per example, shape [n], got shape {tuple(losses.shape)}; use "
+            "reduction='none' and sum or average over everything but the examples"
+        )
+    if losses.shape[0] == 0:
+        raise ValueError(f"{argument} has no examples (n = 0); at least one is needed")
+    if not losses.requires_grad:
+        raise ValueError(
+            f"{argument}: the losses do not depend on any trainable parameter (all frozen, or computed under "
+            "torch.no_grad or inference_mode)"
+        )
+    if not torch.isfinite(losses.detach().sum()):
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"{argument}: the losses of examples {bad[:10]} are not finite; nothing was changed")

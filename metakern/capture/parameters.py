@@ -1,0 +1,73 @@
+"""Which parameters a call is about, and models that cannot be served at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Qualified name -> parameter, for every parameter that requires a gradient; a tied one once."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("model has no parameter with requires_grad=True; there is nothing to train")
+    for name, p in found.items():
+        if p.is_complex():
+            raise TypeError(f"parameter '{name}' is complex ({p.dtype}); metakern takes real parameters")
+    return found
+
+
+def select_parameters(model: nn.Module, trainable: dict[str, nn.Parameter], params: Any) -> dict[str, nn.Parameter]:
+    """The trainable parameters that `params` names: None for all, patterns ("layer4.*"), parameters or modules."""
+    if params is None:
+        return trainable
+    if isinstance(params, (str, Tensor, nn.Module)):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be None, names, parameters or modules, got {type(params).__name__}")
+    names = {id(p): name for name, p in trainable.items()}
+    chosen: dict[str, nn.Parameter] = {}
+    for entry in params:
+        chosen.update(_named_by(entry, trainable, names))
+    if not chosen:
+        raise ValueError("params selects no trainable parameter of the model")
+    return {name: p for name, p in trainable.items() if name in chosen}
+
+
+def _named_by(entry: Any, trainable: dict[str, nn.Parameter], names: dict[int, str]) -> dict[str, nn.Parameter]:
+    if isinstance(entry, str):
+        found = {name: p for name, p in trainable.items() if fnmatchcase(name, entry) or name.startswith(entry + ".")}
+        if not found:
+            raise ValueError(f"params: no trainable parameter matches '{entry}'; there are {list(trainable)[:8]} ...")
+        return found
+    if isinstance(entry, nn.Module):
+        return {names[id(p)]: p for p in entry.parameters() if id(p) in names}
+    if isinstance(entry, Tensor):
+        if id(entry) not in names:
+            raise ValueError(f"params: a tensor of shape {tuple(entry.shape)} is no trainable parameter of the model")
+        return {names[id(entry)]: trainable[names[id(entry)]]}
+    raise TypeError(f"params must hold names, parameters or modules, got {type(entry).__name__}")
+
+
+def require_servable(model: Any) -> None:
+    """Refuse what no engine can serve, with the way out."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"{type(model).__name__} is not supported: pass model.module"
+            + ("" if isinstance(model, nn.DataParallel) else " together with process_group=")
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"module '{name}'" if name else "model"
+            raise NotImplementedError(
+                f"{where} is compiled; its calls cannot be traced: pass the original (model._orig_mod, or the module "
+                "before .compile())"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(f"module '{name}' is a ScriptModule; its calls cannot be traced: pass the original")

@@ -1,0 +1,114 @@
+"""What capture keeps: plain frozen values, nothing hung on modules or parameters.
+
+A *use* is one call of a torch function that mixes a trainable parameter (or a tensor derived from parameters alone)
+with example data. A *derivation* is a call that makes such a tensor from parameters and constants alone: the transpose
+of a weight, a normalised weight, a slice of positional embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+class ArgPath(NamedTuple):
+    """Where a tensor sits in a call: the position or keyword, and the index inside it when it is a sequence."""
+
+    key: int | str
+    item: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a torch function, with everything needed to make it again."""
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: tuple[tuple[ArgPath, Tensor], ...]  # the trainable tensors among the arguments
+    outputs: tuple[Tensor | None, ...]  # differentiable outputs of a derivation; uses keep edges instead
+    in_place: bool
+    rng_state: Any = None  # set for random functions, so that a replay sees the same mask
+    autocast: tuple[str, torch.dtype] | None = None  # device type and dtype, when the call ran under autocast
+    versions: tuple[tuple[Tensor, int], ...] = ()  # data arguments with their version counters at the call
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        """The argument that the function calls `keyword`, however it was passed."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(keyword, default)
+
+    def parameter(self, position: int, keyword: str) -> Tensor | None:
+        """The trainable tensor passed as `keyword`, or None when that argument is absent, frozen or data."""
+        for path, tensor in self.parameters:
+            if path == (position, None) or path == (keyword, None):
+                return tensor
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A call in which parameters meet example data; B = d(sum of losses)/d(output) is asked for at its edges."""
+
+    call: Call
+    edges: tuple[GradientEdge, ...]
+    output_places: tuple[int, ...]  # which of the tensors that the call returns the edges belong to
+    output_shapes: tuple[torch.Size, ...]
+    upstream: tuple[Any, ...]  # autograd nodes of the data arguments, as they were before the call
+
+    @property
+    def name(self) -> str:
+        return self.call.name
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One traced forward pass: its per-example losses and every use of a trainable parameter."""
+
+    losses: Tensor
+    uses: tuple[Use, ...]
+    derivations: tuple[Call, ...]
+    couplings: tuple[str, ...] = ()  # reasons why examples are known to interact in this pass
+
+    @property
+    def examples(self) -> int:
+        return self.losses.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A use together with its output gradients B and the axis along which its outputs tell examples apart."""
+
+    use: Use
+    output_grads: tuple[Tensor | None, ...]
+    axes: tuple[Any, ...]
+
+    @property
+    def call(self) -> Call:
+        return self.use.call
+
+    @property
+    def output_grad(self) -> Tensor:
+        """B of a use with a single output."""
+        (grad,) = self.output_grads
+        assert grad is not None
+        return grad
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """Everything stages 2 and 4 need of one batch: no graph, only inputs A and output gradients B per use."""
+
+    losses: Tensor
+    records: Sequence[Record]
+    derivations: Sequence[Call] = field(default_factory=tuple)
+
+    @property
+    def examples(self) -> int:
+        return self.losses.shape[0]

@@ -1,0 +1,243 @@
+"""Run a model once and note every place where a trainable parameter meets example data.
+
+The unit of capture is a call of a torch function, not a module. So a user's own layer, a bare parameter, a
+parametrised or low-rank weight, a functional call and a subclass are all seen the same way, and the model is not
+wrapped, hooked or changed. What cannot be seen from here (a custom autograd.Function fed with a parameter, a
+scripted module) is found afterwards by `capture.graph.require_complete`, which refuses instead of being short.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from metakern.capture.record import ArgPath, Call, Trace, Use
+from metakern.capture.refusal import EngineUnavailable
+
+# Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
+_SHAPE_ONLY = frozenset(
+    f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
+
+_RANDOM = frozenset(
+    "dropout dropout_ alpha_dropout alpha_dropout_ feature_dropout feature_dropout_ feature_alpha_dropout rrelu rrelu_ "
+    "dropout1d dropout2d dropout3d bernoulli bernoulli_ multinomial normal gumbel_softmax rand_like randn_like".split()
+)
+
+_IN_PLACE_OPERATORS = frozenset(
+    "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ __ixor__ __imatmul__ "
+    "__setitem__ __delitem__".split()
+)
+
+ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
+
+# Called on tensors all the time and never part of a gradient.
+_METADATA = frozenset(
+    getattr(Tensor, name)
+    for name in "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
+    "element_size ndimension nelement get_device is_same_size __len__ __repr__ __hash__ register_hook".split()
+)
+
+# Written in Python around several calls that each take parameters; its body is traced, not the call as a whole.
+_UNROLLED = {F.multi_head_attention_forward}
+
+
+def _unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func` without its own torch-function dispatch, so that the calls in its body are traced one by one."""
+    ignore = {name: lambda *_: False for name in ("has_torch_function", "has_torch_function_unary")}
+    ignore["has_torch_function_variadic"] = lambda *_: False
+    copy = types.FunctionType(
+        func.__code__, {**func.__globals__, **ignore}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def tensor_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[ArgPath, Tensor]]:
+    """Every tensor among the arguments of a call, also inside lists such as those of `cat` and `stack`."""
+    for key, value in enumerate(args):
+        if isinstance(value, Tensor):
+            yield ArgPath(key), value
+        elif isinstance(value, (list, tuple)):
+            for item, inner in enumerate(value):
+                if isinstance(inner, Tensor):
+                    yield ArgPath(key, item), inner
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            yield ArgPath(key), value
+        elif isinstance(value, (list, tuple)):
+            for item, inner in enumerate(value):
+                if isinstance(inner, Tensor):
+                    yield ArgPath(key, item), inner
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from tensors_in(item)
+
+
+def random_state() -> tuple[Tensor, list[Tensor] | None]:
+    """The state of every default generator a forward pass may draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda
+
+
+def restore_random_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+class Tracer(TorchFunctionMode):
+    """Notes uses and derivations of `parameters` while active; the calls themselves run unchanged."""
+
+    def __init__(self, parameters: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self.derivations: list[Call] = []
+        self.couplings: list[str] = []
+        # By identity; the tensors are held, so that an id cannot be taken over by another tensor.
+        self._parametric: dict[int, Tensor] = {id(p): p for p in parameters}
+        self._derived_versions: dict[int, int] = {}
+        self._constant: dict[int, Tensor] = {id(c): c for c in constants}
+
+    def trace(self, losses: Tensor) -> Trace:
+        return Trace(losses, tuple(self.uses), tuple(self.derivations), tuple(self.couplings))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        if func in _UNROLLED:
+            with self:
+                return _unrolled(func)(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # x.shape, x.device, x.T: only views of a parameter matter here
+            return self._attribute(func, args)
+        if name == "batch_norm":
+            self._note_batch_statistics(args, kwargs)
+        return self._call(func, name, args, kwargs)
+
+    def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parametric, data, constant_only = [], [], True
+        for path, tensor in tensor_arguments(args, kwargs):
+            if id(tensor) in self._parametric:
+                self._require_unchanged(tensor)
+                parametric.append((path, tensor))
+            elif tensor.requires_grad or id(tensor) not in self._constant:
+                data.append(tensor)
+                constant_only = False
+        if not parametric:
+            output = func(*args, **kwargs)
+            if constant_only or name in _SHAPE_ONLY:
+                self._mark_constant(output)
+            return output
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if data:
+            return self._use(func, name, args, kwargs, tuple(parametric), data)
+        return self._derivation(func, name, args, kwargs, tuple(parametric))
+
+    def _derivation(self, func: Any, name: str, args: Any, kwargs: Any, parametric: Any) -> Any:
+        if _is_in_place(name, kwargs):
+            raise EngineUnavailable(
+                f"a tensor derived from parameters is changed in place by {name}(); write it out of place for "
+                "engine='ghost' (engine='jvp' takes it as it is)"
+            )
+        state = random_state() if name in _RANDOM else None
+        output = func(*args, **kwargs)
+        # A no-op such as `contiguous` hands its argument back, which is known already.
+        outputs = tuple(
+            t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output)
+        )
+        self._mark_constant(output)
+        if any(o is not None for o in outputs):
+            self._add_derivation(Call(func, name, args, kwargs, parametric, outputs, False, state))
+        return output
+
+    def _add_derivation(self, call: Call) -> None:
+        for tensor in call.outputs:
+            if tensor is not None:
+                self._parametric[id(tensor)] = tensor
+                self._derived_versions[id(tensor)] = tensor._version
+        self.derivations.append(call)
+
+    def _use(self, func: Any, name: str, args: Any, kwargs: Any, parametric: Any, data: list[Tensor]) -> Any:
+        in_place = _is_in_place(name, kwargs)
+        if in_place and (id(args[0]) in self._parametric or id(args[0]) in self._constant or "out" in kwargs):
+            raise EngineUnavailable(
+                f"{name}() writes example data into a tensor of parameters or constants in place; use torch.cat or "
+                "torch.where for engine='ghost' (engine='jvp' takes it as it is)"
+            )
+        upstream = tuple(t.grad_fn for t in data if t.grad_fn is not None)
+        kept, versions = args, tuple((t, t._version) for t in data)
+        if name in ADDITIONS:
+            versions = ()  # a sum's derivative does not depend on what was added to
+        elif in_place:  # the value before the call is gone afterwards, and a replay needs it
+            kept = (args[0].detach().clone(), *args[1:])
+            versions = tuple((t, version) for t, version in versions if t is not args[0])
+        state = random_state() if name in _RANDOM else None
+        output = func(*args, **kwargs)
+        result = args[0] if in_place else output
+        found = [(place, t) for place, t in enumerate(tensors_in(result)) if t.requires_grad]
+        if found:
+            call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
+            places, tensors = zip(*found)
+            edges = tuple(get_gradient_edge(t) for t in tensors)
+            self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
+        return output
+
+    def _attribute(self, func: Any, args: tuple[Any, ...]) -> Any:
+        output = func(*args)
+        if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+            return output
+        source = args[0]
+        if id(source) not in self._parametric:
+            if id(source) in self._constant:
+                self._mark_constant(output)
+            return output
+        if output.requires_grad and output is not source and torch.is_grad_enabled():
+            self._add_derivation(Call(func, "__get__", args, {}, ((ArgPath(0), source),), (output,), False))
+        self._mark_constant(output)
+        return output
+
+    def _mark_constant(self, output: Any) -> None:
+        for tensor in tensors_in(output):
+            if not tensor.requires_grad:
+                self._constant[id(tensor)] = tensor
+
+    def _require_unchanged(self, tensor: Tensor) -> None:
+        version = self._derived_versions.get(id(tensor))
+        if version is not None and tensor._version != version:
+            raise EngineUnavailable(
+                f"a tensor of shape {tuple(tensor.shape)} derived from parameters was changed in place after it was "
+                "made; write it out of place for engine='ghost' (engine='jvp' takes it as it is)"
+            )
+
+    def _note_batch_statistics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        if training:
+            self.couplings.append("batch_norm in training mode takes its statistics over the batch")
+
+
+def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:
+    kind = tensor.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return name in _IN_PLACE_OPERATORS or kwargs.get("out") is not None or kwargs.get("inplace") is True

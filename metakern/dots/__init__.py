@@ -1,0 +1,7 @@
+"""Stage 2: how much does a step on example n help the meta loss? dots_n = <g_n, g_meta>, summed over uses."""
+
+from metakern.dots.direction import direction_dots as direction_dots
+from metakern.dots.direction import extend_to_derived as extend_to_derived
+from metakern.dots.pairs import pair_dots as pair_dots
+from metakern.dots.pairs import pairable as pairable
+from metakern.dots.pairs import pairs_are_cheaper as pairs_are_cheaper

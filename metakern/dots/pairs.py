@@ -1,0 +1,54 @@
+"""Pairs form: dots_n = (1/m) sum_j sum_ts (A_nt . A'_js)(B_nt . B'_js), without the direction V of that weight.
+
+It is cheaper than the direction form when the meta batch has few positions. It needs a weight that is used exactly
+once in either pass: a weight used k times has k x k cross terms, which the direction form carries by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from metakern import ops
+from metakern.capture.record import Record, Trace, Use
+from metakern.layers.linear import matrices
+from metakern.layers.table import rule_for
+
+
+def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
+    """identity of a weight -> index of its only use, for weights that the pairs form may serve."""
+    uses = Counter(id(parameter) for use in trace.uses for _, parameter in use.call.parameters)
+    for call in trace.derivations:
+        uses.update(2 * [id(parameter) for _, parameter in call.parameters])  # never once
+    found = {}
+    for k, use in enumerate(trace.uses):
+        weight = use.call.parameter(1, "weight")
+        if weight is not None and id(weight) in chosen and uses[id(weight)] == 1:
+            if rule_for(use.call).matrices is not None:
+                found[id(weight)] = k
+    return found
+
+
+def pairs_are_cheaper(use: Use, meta_use: Use) -> bool:
+    """Compare multiplications: n t s (i + o) for the Grams, (n t + s) i o for V and its product with A."""
+    rows = use.output_shapes[0][:-1].numel()
+    meta_rows = meta_use.output_shapes[0][:-1].numel()
+    outputs, inputs = use.call.argument(1, "weight").shape
+    return rows * meta_rows * (inputs + outputs + _GRAM_OVERHEAD) < (rows + meta_rows) * inputs * outputs
+
+
+# The two Grams are written, multiplied and summed: memory traffic worth about this many multiplications an entry.
+_GRAM_OVERHEAD = 64
+
+
+def pair_dots(record: Record, meta_record: Record, examples: int) -> Tensor:
+    """The contribution of one weight to the dots of mean meta loss, [n]; B' belongs to that mean, 1/m included."""
+    a, b = matrices(record, examples)
+    meta_a, meta_b = matrices(meta_record, 1)
+    rows = ops.pair_dots(
+        a, b, meta_a.reshape(-1, a.shape[-1]).to(a.dtype), meta_b.reshape(-1, b.shape[-1]).to(b.dtype)
+    )
+    axis = record.axes[0]
+    return rows if axis.leading else axis.total(rows.view(record.output_grad.shape[:-1]), examples)

@@ -1,0 +1,52 @@
+"""Which engine answers: the cheapest exact one. An engine asked for by name never falls back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_on_error
+from metakern.engines import double_backward, ghost, jvp
+from metakern.engines.problem import Answer, Problem
+
+ENGINES: dict[str, Callable[[Problem], Answer]] = {
+    "ghost": ghost.solve,
+    "jvp": jvp.solve,
+    "double_backward": double_backward.solve,
+}
+
+
+def solve(problem: Problem, engine: str) -> tuple[Answer, str]:
+    """The answer, and the name of the engine that gave it.
+
+    Raises:
+        ValueError: no engine of that name.
+        EngineUnavailable: the engine asked for, or with "auto" none, is exact for this model; the message says why.
+    """
+    if engine != "auto":
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be 'auto' or one of {sorted(ENGINES)}, got {engine!r}")
+        return ENGINES[engine](problem), engine
+    if _normalises_over_batch(problem.model):
+        return jvp.solve(problem), "jvp"
+    try:
+        with unchanged_on_error(problem.model):
+            return ghost.solve(problem), "ghost"
+    except EngineUnavailable as refusal:
+        try:
+            return jvp.solve(problem), "jvp"
+        except EngineUnavailable as second:
+            raise EngineUnavailable(
+                f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the price). "
+                f"ghost: {refusal}. jvp: {second}"
+            ) from second
+
+
+def _normalises_over_batch(model: nn.Module) -> bool:
+    """Known without a pass: batch statistics make examples interact, so tracing would be in vain."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )

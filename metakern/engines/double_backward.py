@@ -1,0 +1,32 @@
+"""The classic way, kept as the oracle that users can select: differentiate the gradient once more.
+
+g(u) = d(sum_n u_n l_n)/dtheta, and dots = d<g(u), V>/du. Exact wherever every operation has a second derivative;
+fused attention has none and is replaced by its plain form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metakern.engines.group import mean_over_group
+from metakern.engines.problem import Answer, Problem
+from metakern.engines.weighted_backward import weighted_backward
+
+
+def solve(problem: Problem) -> Answer:
+    """Dots by double backward, the weighted gradient by a plain one."""
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = problem.batch_losses()
+    meta_loss, direction = problem.meta_gradient()
+    mean_over_group(direction, problem.process_group)
+    u = torch.ones_like(losses, requires_grad=True)
+    parameters = [problem.chosen[name] for name in direction]
+    grads = torch.autograd.grad(losses, parameters, u, create_graph=True, allow_unused=True)
+    along = [(g * v).sum() for g, v in zip(grads, direction.values()) if g is not None]
+    dots = torch.zeros_like(losses)
+    if along:
+        (dots,) = torch.autograd.grad(sum(along[1:], along[0]), u, retain_graph=True)
+    return Answer(
+        dots.detach(), losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights)
+    )

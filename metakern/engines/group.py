@@ -1,0 +1,41 @@
+"""The three reductions that a re-weighted step needs over a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def mean_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
+    """Average V over the group, in place: the meta loss is the mean over the meta batches of all ranks.
+
+    Every rank must hold the same parameters, and its meta batch the same number of examples.
+    """
+    if group is None:
+        return
+    for tensor in tensors.values():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+        tensor.div_(dist.get_world_size(group))
+
+
+def sum_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
+    """Add up weighted gradients over the group, in place."""
+    if group is not None:
+        for tensor in tensors.values():
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+
+
+def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: Any) -> Tensor:
+    """Apply a weight rule to the dots of all ranks at once and return this rank's part."""
+    if group is None:
+        return rule(dots)
+    counts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, dots.shape[0], group=group)
+    gathered = [torch.empty(count, dtype=dots.dtype, device=dots.device) for count in counts]
+    dist.all_gather(gathered, dots, group=group)
+    start = sum(counts[: dist.get_rank(group)])  # type: ignore[arg-type]
+    return rule(torch.cat(gathered))[start : start + dots.shape[0]]

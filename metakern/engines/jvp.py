@@ -1,0 +1,63 @@
+"""Forward mode: dots_n = d/dr l_n(theta + r V), one dual pass through the whole model.
+
+Exact also where examples interact (batch statistics, graphs, contrastive losses). It costs an extra forward with
+tangents, and fused attention is replaced by its plain form for that pass, since it has no forward mode.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metakern.capture.losses import evaluate_losses
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import Buffers
+from metakern.capture.trace import random_state, restore_random_state
+from metakern.engines.group import mean_over_group
+from metakern.engines.problem import Answer, Problem
+from metakern.engines.substitution import substituted
+from metakern.engines.weighted_backward import weighted_backward
+
+
+def solve(problem: Problem) -> Answer:
+    """Dots by one dual pass; the weighted gradient by a plain backward of the weighted losses.
+
+    Raises:
+        EngineUnavailable: an operation of the model has no forward mode.
+    """
+    before, state = Buffers(problem.model), random_state()
+    losses = problem.batch_losses()
+    meta_loss, direction = problem.meta_gradient()
+    mean_over_group(direction, problem.process_group)
+    after = random_state()
+    restore_random_state(state)  # the dual pass draws the dropout masks of the pass it belongs to
+    with before.replayed():
+        dots = loss_tangents(problem, direction)
+    restore_random_state(after)
+    return Answer(dots, losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights))
+
+
+def loss_tangents(problem: Problem, direction: dict[str, Tensor]) -> Tensor:
+    """d/dr l_n(theta + r V), [n]; the parameters are not touched."""
+    try:
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH)):
+                stack.enter_context(context)
+            if any(isinstance(module, nn.LSTM) for module in problem.model.modules()):
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # its LSTM has no forward mode
+            duals = {
+                id(problem.chosen[name]): forward_ad.make_dual(problem.chosen[name].detach(), v)
+                for name, v in direction.items()
+            }
+            stack.enter_context(substituted(problem.model, duals))
+            losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
+            tangent = forward_ad.unpack_dual(losses).tangent
+            return torch.zeros_like(losses) if tangent is None else tangent.clone()
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(word in str(error).lower() for word in ("forward ad", "forward mode", "jvp")):
+            raise
+        raise EngineUnavailable(f"an operation of the model has no forward mode ({error})") from error

@@ -1,0 +1,92 @@
+"""What an engine is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction, per_example_losses
+from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
+from metakern.capture.state import unchanged_buffers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of a public function: a model, its batches, and which parameters count."""
+
+    model: nn.Module
+    batch: Any
+    meta_batch: Any
+    loss_fn: LossFunction | None
+    trainable: dict[str, nn.Parameter]  # every parameter that gets a gradient
+    chosen: dict[str, nn.Parameter]  # those that the dots run over
+    memory: str
+    process_group: Any = None
+
+    @property
+    def context(self) -> Hashable:
+        """What may couple examples beside the traced calls: the loss, and the mode of every module."""
+        loss = getattr(self.loss_fn, "__code__", None) or type(self.loss_fn)
+        return loss, tuple(module.training for module in self.model.modules())
+
+    def batch_losses(self) -> Tensor:
+        return per_example_losses(self.model, self.batch, self.loss_fn, "batch")
+
+    def meta_losses(self) -> Tensor:
+        """Losses of the meta batch; running statistics are not touched."""
+        with unchanged_buffers(self.model):
+            return per_example_losses(self.model, self.meta_batch, self.loss_fn, "meta_batch")
+
+    def meta_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward."""
+        meta_loss = self.meta_losses().mean()
+        found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
+        return meta_loss.detach(), {name: g for name, g in zip(self.chosen, found) if g is not None}
+
+    def require_participation(self, reached: set[int]) -> None:
+        """Raise ValueError for a trainable parameter whose identity is not among those the losses depend on."""
+        missing = [name for name, p in self.trainable.items() if id(p) not in reached]
+        if missing:
+            owner = missing[0].rpartition(".")[0] or "the model itself"
+            raise ValueError(
+                f"parameter '{missing[0]}' (of module '{owner}') did not take part in the losses of batch"
+                + (f", nor did {len(missing) - 1} more" if missing[1:] else "")
+                + "; freeze it with requires_grad_(False), or make the forward pass use it"
+            )
+
+
+class Answer(NamedTuple):
+    """Dots, losses and meta loss, and a way to the weighted gradient that shares their work."""
+
+    dots: Tensor
+    losses: Tensor
+    meta_loss: Tensor
+    weighted_gradient: Callable[[Tensor], dict[str, Tensor]]
+
+
+def pose(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    loss_fn: LossFunction | None,
+    params: Any,
+    memory: str,
+    process_group: Any = None,
+) -> Problem:
+    """Validate the arguments that all public functions share.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    require_servable(model)
+    if memory not in ("reuse", "two_pass"):
+        raise ValueError(f"memory must be 'reuse' or 'two_pass', got {memory!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(model, batch) -> losses[n], got {type(loss_fn).__name__}")
+    trainable = trainable_parameters(model)
+    chosen = select_parameters(model, trainable, params)
+    return Problem(model, batch, meta_batch, loss_fn, trainable, chosen, memory, process_group)

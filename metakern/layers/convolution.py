@@ -1,0 +1,82 @@
+"""conv1d, conv2d, conv3d: linear in the kernel, so dots_n = <B_n, conv(A_n; V, v)> by the library's own convolution.
+
+The weighted gradient is the library's kernel gradient of the rows that carry weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern.capture.record import Call, Record
+from metakern.layers.inner import per_example_inner
+from metakern.layers.replay import parameter_gradients
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+
+_SPATIAL = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+
+
+def _applies(call: Call) -> bool:
+    return all(path.key not in (0, "input") for path, _ in call.parameters) and call.argument(1, "weight") is not None
+
+
+def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
+    call, grad = record.call, record.output_grad
+    response = convolve_direction(call, tangents, grad.dtype)
+    return per_example_inner(response, grad, record.axes[0], examples)
+
+
+def convolve_direction(call: Call, tangents: Tangents, dtype: torch.dtype) -> Tensor:
+    """conv(A; V, v): the call with every trainable tensor replaced by its direction, frozen ones by zero."""
+    weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+    v = tangents.get(id(weight)) if call.parameter(1, "weight") is not None else None
+    vb = tangents.get(id(bias)) if call.parameter(2, "bias") is not None else None
+    v = torch.zeros_like(weight) if v is None else v
+    return call.func(
+        call.argument(0, "input").detach().to(dtype),
+        v.to(dtype),
+        None if vb is None else vb.to(dtype),
+        *call.args[3:],
+        **{k: value for k, value in call.kwargs.items() if k not in ("input", "weight", "bias")},
+    )
+
+
+def weighted_grads(record: Record, weights: Weights) -> Gradients:
+    call, grad, axis = record.call, record.output_grad, record.axes[0]
+    padding = call.argument(4, "padding", 0)
+    if isinstance(padding, str) or not (axis.leading and axis.inner == 1):
+        scaled = grad * axis.spread(weights.values, grad.shape).to(grad.dtype)
+        return parameter_gradients(call, (0,), (scaled,))
+    inputs = call.argument(0, "input").detach().to(grad.dtype)
+    w = weights.values
+    if weights.kept is not None:
+        inputs, grad, w = inputs[weights.kept], grad[weights.kept], w[weights.kept]
+    scaled = grad * w.view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
+    return _kernel_gradient(call, inputs, scaled, padding)
+
+
+def _kernel_gradient(call: Call, inputs: Tensor, grad: Tensor, padding: int | tuple[int, ...]) -> Gradients:
+    weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
+    kernel, spatial = call.argument(1, "weight").detach(), _SPATIAL[call.name]
+
+    def each(value: int | tuple[int, ...]) -> list[int]:
+        return [value] * spatial if isinstance(value, int) else [*value] * (spatial // len(value))
+
+    _, for_weight, for_bias = torch.ops.aten.convolution_backward(
+        grad,
+        inputs,
+        kernel.to(grad.dtype),
+        None if bias is None else [bias.shape[0]],
+        each(call.argument(3, "stride", 1)),
+        each(padding),
+        each(call.argument(5, "dilation", 1)),
+        False,
+        [0] * spatial,
+        call.argument(6, "groups", 1),
+        [False, weight is not None, bias is not None],
+    )
+    found = {} if weight is None else {id(weight): for_weight}
+    return found if bias is None else {**found, id(bias): for_bias}
+
+
+RULE = LayerRule(_applies, dots, weighted_grads)

@@ -1,0 +1,56 @@
+"""Table look-up, torch.nn.functional.embedding: dots_n = sum_t <B_nt, V[a_nt]>; the padding row takes no part."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakern.capture.record import Call, Record
+from metakern.capture.refusal import EngineUnavailable
+from metakern.layers.inner import per_example_inner
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+
+
+def _applies(call: Call) -> bool:
+    if call.argument(3, "max_norm") is not None:
+        raise EngineUnavailable("an embedding with max_norm rewrites its weight in the forward pass; set max_norm=None")
+    if call.argument(5, "scale_grad_by_freq", False):
+        raise EngineUnavailable(
+            "an embedding with scale_grad_by_freq=True couples the examples of a batch; set scale_grad_by_freq=False"
+        )
+    return True
+
+
+def _padding(call: Call, rows: int) -> int:
+    """Index of the row that takes no part, or -1."""
+    padding = call.argument(2, "padding_idx")
+    return -1 if padding is None else padding % rows
+
+
+def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
+    call, grad = record.call, record.output_grad
+    table = tangents[id(call.argument(1, "weight"))]
+    table = table.to_dense() if table.is_sparse else table
+    indices = call.argument(0, "input")
+    response = F.embedding(indices, table.to(grad.dtype))
+    padding = _padding(call, table.shape[0])
+    if padding >= 0:
+        response.masked_fill_((indices == padding).unsqueeze(-1), 0)
+    return per_example_inner(response, grad, record.axes[0], examples)
+
+
+def weighted_grads(record: Record, weights: Weights) -> Gradients:
+    call, grad, axis = record.call, record.output_grad, record.axes[0]
+    indices, weight, w = call.argument(0, "input"), call.argument(1, "weight"), weights.values
+    if axis.leading and axis.inner == 1 and weights.kept is not None:
+        indices, grad = indices[weights.kept], grad[weights.kept]
+        scaled = grad * w[weights.kept].view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
+    else:
+        scaled = grad * axis.spread(w, grad.shape).to(grad.dtype)
+    rows = weight.shape[0]
+    found = torch.ops.aten.embedding_dense_backward(scaled, indices, rows, _padding(call, rows), False)
+    return {id(weight): found}
+
+
+RULE = LayerRule(_applies, dots, weighted_grads)

@@ -1,0 +1,80 @@
+"""Y = A W^T + b: torch.nn.functional.linear, on any number of leading dimensions.
+
+dots_n = sum_t B_nt^T V A_nt + sum_t B_nt . v;  weighted gradient sum_nt w_n B_nt A_nt^T and sum_nt w_n B_nt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern import ops
+from metakern.capture.record import Call, Record
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+
+
+def _applies(call: Call) -> bool:
+    return call.argument(1, "weight").dim() == 2 and all(path.key not in (0, "input") for path, _ in call.parameters)
+
+
+def _rows_per_example(record: Record) -> bool:
+    return record.axes[0].leading
+
+
+def matrices(record: Record, examples: int) -> tuple[Tensor, Tensor]:
+    """A[n,t,i] and B[n,t,o]; where examples do not come first, every row stands alone: A[rows,1,i], B[rows,1,o]."""
+    inputs, grad = record.call.argument(0, "input").detach(), record.output_grad
+    first = examples if _rows_per_example(record) else grad.numel() // grad.shape[-1]
+    return (
+        inputs.to(grad.dtype).reshape(first, -1, inputs.shape[-1]),
+        grad.reshape(first, -1, grad.shape[-1]),
+    )
+
+
+def _sum_rows(record: Record, rows: Tensor, examples: int) -> Tensor:
+    """Dots per row to dots per example."""
+    if _rows_per_example(record):
+        return rows
+    return record.axes[0].total(rows.view(record.output_grad.shape[:-1]), examples)
+
+
+def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
+    a, b = matrices(record, examples)
+    direction = _tangent(record, tangents, 1, "weight")
+    bias = _tangent(record, tangents, 2, "bias")
+    total = None if direction is None else ops.direction_dots(a, direction.to(a.dtype), b)
+    if bias is not None:
+        through_bias = bias_dots(b, bias)
+        total = through_bias if total is None else total + through_bias
+    assert total is not None
+    return _sum_rows(record, total, examples)
+
+
+def bias_dots(b: Tensor, direction: Tensor) -> Tensor:
+    """sum_t B_nt . v, [n]."""
+    flat = b.reshape(-1, b.shape[-1])
+    return torch.mv(flat, direction.to(b.dtype)).view(b.shape[:2]).sum(1)
+
+
+def weighted_grads(record: Record, weights: Weights) -> Gradients:
+    a, b = matrices(record, weights.examples)
+    w = weights.values
+    if not _rows_per_example(record):
+        shape = record.output_grad.shape[:-1]
+        w = record.axes[0].spread(w, shape).expand(shape).reshape(-1)
+    found: Gradients = {}
+    weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
+    if weight is not None:
+        found[id(weight)] = ops.weighted_grad(a, b, w)
+    if bias is not None:
+        rows = w.to(b.dtype).repeat_interleave(b.shape[1]) if b.shape[1] > 1 else w.to(b.dtype)
+        found[id(bias)] = torch.mv(b.reshape(-1, b.shape[-1]).t(), rows)
+    return found
+
+
+def _tangent(record: Record, tangents: Tangents, position: int, keyword: str) -> Tensor | None:
+    parameter = record.call.parameter(position, keyword)
+    return None if parameter is None else tangents.get(id(parameter))
+
+
+RULE = LayerRule(_applies, dots, weighted_grads, matrices)

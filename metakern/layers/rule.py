@@ -1,0 +1,41 @@
+"""One signature for every layer: what a use does with a direction, and with weighted output gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from metakern.capture.record import Call, Record
+
+Tangents = Mapping[int, Tensor]  # identity of a trainable tensor -> V, the direction in it
+Gradients = dict[int, Tensor]  # identity of a trainable tensor -> its gradient
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one batch, and the rows that are not zero where the host knows them."""
+
+    values: Tensor  # [n]
+    kept: Tensor | None  # indices of the non-zero weights, None when they are not known or all are kept
+
+    @property
+    def examples(self) -> int:
+        return self.values.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one kind of call takes part.
+
+    applies(call)                whether the rule covers this call; the generic rule covers the rest
+    dots(record, V, n)           -> [n], sum over positions of <B_n, d output_n / d parameters . V>
+    weighted_grads(record, w)    -> sum_n w_n B_n^T d output_n / d parameters, by parameter
+    matrices(record, n)          -> A[n,t,i], B[n,t,o] when the use is a matrix product with its weight
+    """
+
+    applies: Callable[[Call], bool]
+    dots: Callable[[Record, Tangents, int], Tensor]
+    weighted_grads: Callable[[Record, Weights], Gradients]
+    matrices: Callable[[Record, int], tuple[Tensor, Tensor]] | None = None

@@ -1,0 +1,161 @@
+"""Dots, weights, weighted gradient, step: learning to re-weight examples, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction
+from metakern.capture.state import unchanged_on_error
+from metakern.engines import Answer, Problem, pose, solve
+from metakern.engines.group import sum_over_group, weights_over_group
+from metakern.step.hand_over import hand_over, require_optimizer
+from metakern.step.result import Dots, StepResult
+from metakern.weights import apply_rule, weight_rule
+
+
+def grad_dots(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    loss_fn: LossFunction | None = None,
+    engine: str = "auto",
+    params: Any = None,
+    memory: str = "reuse",
+) -> Dots:
+    """Dot product of each example's gradient with the meta gradient; nothing is changed.
+
+    dots_n = < dl_n/dtheta, (1/m) sum_j dl'_j/dtheta >
+
+    Args: as for `l2rw_step`.
+    Returns: `Dots` with dots [n], losses [n], meta_loss [] and the engine used.
+    Raises: as `l2rw_step`.
+    """
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory)
+    with unchanged_on_error(model):
+        answer, used = solve(problem, engine)
+        _require_finite(answer, problem)
+    return Dots(answer.dots, answer.losses, answer.meta_loss, used)
+
+
+def reweight_step(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    rule: str | Callable[[Tensor], Tensor] = "clip_normalise",
+    loss_fn: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    engine: str = "auto",
+    params: Any = None,
+    accumulate: bool = False,
+    memory: str = "reuse",
+    process_group: Any = None,
+) -> StepResult:
+    """One re-weighted step with any rule from dots to weights.
+
+    weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
+
+    Args:
+        rule: "clip_normalise", "softmax", "unclipped", or a function from dots [n] to weights [n].
+        The others: as for `l2rw_step`.
+    Returns: `StepResult`.
+    Raises: as `l2rw_step`; ValueError if the rule does not return one weight per example.
+    """
+    function = weight_rule(rule)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group)
+    require_optimizer(optimizer, problem.trainable)
+    with unchanged_on_error(model):
+        answer, used = solve(problem, engine)
+        _require_finite(answer, problem)
+        with torch.no_grad():
+            weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
+        gradient = answer.weighted_gradient(weights)
+        sum_over_group(gradient, process_group)
+        hand_over(problem.trainable, gradient, optimizer, accumulate)
+    return StepResult(weights, answer.dots, answer.losses, answer.meta_loss, used)
+
+
+def l2rw_step(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    engine: str = "auto",
+    params: Any = None,
+    accumulate: bool = False,
+    memory: str = "reuse",
+    process_group: Any = None,
+) -> StepResult:
+    """One step of learning to re-weight examples: keep what agrees with a small clean meta batch, drop the rest.
+
+    dots_n = < dl_n/dtheta, (1/m) sum_j dl'_j/dtheta >
+    weights_n = max(dots_n, 0) / (S + [S == 0]),  S = sum_n max(dots_n, 0)
+    .grad = sum_n weights_n dl_n/dtheta
+
+    This is the exact gradient of the method at eps = 0, where the virtual step leaves theta as it is and its learning
+    rate cancels; no second differentiation takes place.
+
+    Args:
+        model: any nn.Module, unmodified.
+        batch: `(inputs, targets)`, a mapping given to `model(**batch)` with "labels", or anything with `loss_fn`.
+            The default loss is cross entropy per example (mean over the positions of an example).
+        meta_batch: a batch of the same form; n and m may differ, and both may be 1.
+        loss_fn: `loss_fn(model, batch) -> losses [n]`, one loss per example.
+        optimizer: if given, it steps with the re-weighted gradient; otherwise that is left in `.grad` for you to clip,
+            scale and step.
+        engine: "auto" takes "ghost" where it is exact and "jvp" where examples interact (batch statistics); "ghost",
+            "jvp" and "double_backward" take that one or raise.
+        params: restrict the dots to parameters by name pattern, module or parameter; the gradient is of all.
+        accumulate: add to `.grad` instead of replacing it.
+        memory: "reuse" keeps inputs and output gradients of every layer and needs no second backward; "two_pass" keeps
+            neither and runs one.
+        process_group: weights normalised, and gradients summed, over the ranks of a torch.distributed group.
+
+    Returns:
+        `StepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, a loss is not finite, or a trainable parameter took no
+            part. Model, gradients, buffers and random state are then as before the call.
+        NotImplementedError: no exact engine serves the model; the message says why and what to do.
+
+    Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, algorithm 1.
+    """
+    return reweight_step(
+        model,
+        batch,
+        meta_batch,
+        rule="clip_normalise",
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        engine=engine,
+        params=params,
+        accumulate=accumulate,
+        memory=memory,
+        process_group=process_group,
+    )
+
+
+def _require_finite(answer: Answer, problem: Problem) -> None:
+    """Dots must be finite; float16 may overflow and is left to a GradScaler, which then skips the step."""
+    if torch.isfinite(answer.dots.sum()) or _uses_float16(problem):
+        return
+    bad = (~torch.isfinite(answer.dots)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the gradients of examples {bad[:10]} are not finite although their losses are; nothing was changed "
+            "(look for a division by zero or an overflow in the backward pass)"
+        )
+
+
+def _uses_float16(problem: Problem) -> bool:
+    kind = next(iter(problem.trainable.values())).device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or any(p.dtype == torch.float16 for p in problem.trainable.values())

@@ -1,0 +1,56 @@
+"""Stage 4: sum_n w_n g_n from what capture kept: no second forward, no second backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.record import BatchRecord
+from metakern.layers.rule import Gradients, Weights
+from metakern.layers.table import rule_for
+
+
+def weighted_gradients(
+    batch: BatchRecord, weights: Tensor, trainable: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """sum_n w_n dl_n/dtheta for every trainable parameter, by name; rows of weight zero are not multiplied.
+
+    Shapes and dtypes are those of the parameters.
+    """
+    given = Weights(weights, _kept(weights))
+    if given.kept is not None and given.kept.numel() == 0:
+        return {name: torch.zeros_like(p) for name, p in trainable.items()}
+    total: Gradients = {}
+    for record in batch.records:
+        for key, grad in rule_for(record.call).weighted_grads(record, given).items():
+            total[key] = total[key] + grad if key in total else grad
+    _through_derivations(batch, total, trainable)
+    return {
+        name: _like(total[id(p)], p) if id(p) in total else torch.zeros_like(p) for name, p in trainable.items()
+    }
+
+
+def _kept(weights: Tensor) -> Tensor | None:
+    """Rows of non-zero weight. On a GPU finding them would make the host wait, unless it has to anyway."""
+    if weights.is_cuda:
+        return None
+    kept = weights.nonzero().squeeze(1)
+    return None if kept.numel() == weights.numel() else kept
+
+
+def _through_derivations(batch: BatchRecord, total: Gradients, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Carry gradients of derived tensors on to the parameters that they were made from."""
+    derived = [t for call in batch.derivations for t in call.outputs if t is not None and id(t) in total]
+    if not derived:
+        return
+    grads = [total[id(t)].to(t.dtype).view_as(t) for t in derived]
+    found = torch.autograd.grad(derived, list(trainable.values()), grads, allow_unused=True)
+    for parameter, grad in zip(trainable.values(), found):
+        if grad is not None:
+            total[id(parameter)] = total[id(parameter)] + grad if id(parameter) in total else grad
+
+
+def _like(grad: Tensor, parameter: Tensor) -> Tensor:
+    return grad.to(parameter.dtype).view_as(parameter)

@@ -1,0 +1,39 @@
+"""Weight rules that need nothing but the dots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern import ops
+
+
+def clip_normalise(dots: Tensor) -> Tensor:
+    """max(dots_n, 0) / (S + [S == 0]) with S = sum_n max(dots_n, 0); all zero when no example helps.
+
+    Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, equations 8 and 9.
+    """
+    return ops.clip_normalise(dots)
+
+
+def unclipped(dots: Tensor) -> Tensor:
+    """dots_n / (S + [S == 0]) with S = sum_n |dots_n|: harmful examples push the other way."""
+    total = dots.abs().sum()
+    return dots / (total + (total == 0).to(total.dtype))
+
+
+def softmax(dots: Tensor, temperature: float = 1.0) -> Tensor:
+    """softmax_n(dots_n / (temperature * s)), with s the standard deviation of the dots, so that scale does not matter."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    scale = dots.std(correction=0)
+    return torch.softmax(dots / (temperature * (scale + (scale == 0).to(scale.dtype))), 0)
+
+
+def top_k(dots: Tensor, k: int) -> Tensor:
+    """1/k for the k largest dots, 0 for the rest."""
+    if not 1 <= k <= dots.numel():
+        raise ValueError(f"k must be between 1 and the number of examples ({dots.numel()}), got {k}")
+    weights = torch.zeros_like(dots)
+    weights[dots.topk(k).indices] = 1 / k
+    return weights
