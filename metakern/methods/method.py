@@ -18,7 +18,11 @@ Sampler = Callable[[Tensor, int, torch.Generator], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step may know beyond its two batches: class_counts[C] of the training set, random draws, progress 0 to 1."""
+    """What a step may know beyond its two batches.
+
+    class_counts[C] of the training set; a generator for random draws; the share of the run that is done, 0 to 1; and
+    the engine that computes dot products.
+    """
 
     class_counts: Tensor
     generator: torch.Generator

@@ -1,0 +1,86 @@
+"""A grid of runs, each in its own folder; a finished one is never run again."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from metakern.methods import find
+from metakern.trainers.config import TrainConfig
+from metakern.trainers.loop import train
+from metakern.trainers.run_folder import finished
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison: its config, its folder, and its result.json once it is complete."""
+
+    config: TrainConfig
+    folder: Path
+    result: dict[str, Any] | None
+
+
+def grid(
+    base: TrainConfig, methods: Sequence[str], majorities: Sequence[float], seeds: Sequence[int]
+) -> list[TrainConfig]:
+    """Every combination; seeds vary slowest, so an interrupted comparison has whole tables of the first seeds.
+
+    Raises: ValueError for methods that are not known.
+    """
+    for method in methods:
+        find(method)
+    return [
+        replace(base, method=method, majority=majority, seed=seed)
+        for seed in seeds
+        for majority in majorities
+        for method in methods
+    ]
+
+
+def cell(root: Path, config: TrainConfig) -> Cell:
+    """The cell of `config` under `root`, with its result if it has one."""
+    folder = root / "cells" / f"{config.data}-{config.majority:g}-{config.method}-{config.seed}"
+    return Cell(config, folder, finished(folder, config))
+
+
+def _run(config: TrainConfig, folder: Path) -> Path:
+    train(config, folder, progress=False)
+    return folder
+
+
+def _folders_done(cells: Sequence[Cell], jobs: int) -> Iterator[Path]:
+    """Run `cells` and yield their folders as they finish."""
+    if jobs == 1:
+        yield from (_run(entry.config, entry.folder) for entry in cells)
+        return
+    # Spawned, not forked: a fork copies torch's thread pool in whatever state it is in.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_run, entry.config, entry.folder) for entry in cells]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, progress: bool = True) -> list[Cell]:
+    """Run the cells of `configs` that have no result yet, `jobs` at a time, and return all of them.
+
+    A cell that fails stops the comparison; what was finished before stays finished.
+    Raises: ValueError when jobs is below 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    missing = [entry for entry in (cell(root, config) for config in configs) if entry.result is None]
+    bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
+    with bar:
+        for folder in _folders_done(missing, jobs):
+            bar.set_postfix_str(folder.name, refresh=False)
+            bar.update()
+    return [cell(root, config) for config in configs]

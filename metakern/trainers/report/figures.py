@@ -1,0 +1,139 @@
+"""Figures of a report, as SVG text that takes its colours from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Drawn in these and replaced by CSS variables, so that one figure reads on a light and on a dark page.
+_INK, _FAINT = "#010203", "#040506"
+# Of middle lightness and told apart with any colour vision (after Okabe and Ito).
+SERIES = ("#0f8ac9", "#e0682b", "#1a9e77", "#c65fa5", "#b58a00", "#7a7fd6", "#5b8f2a", "#9a6b4f")
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "grid.alpha": 0.5,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterator[tuple[list[Axes], list[str]]]:
+    """Axes to draw on, and a list that holds the figure's SVG afterwards."""
+    svg: list[str] = []
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield list(figure.subplots(1, columns, squeeze=False)[0]), svg
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg.append(_themed(buffer.getvalue(), name))
+
+
+def _themed(text: str, name: str) -> str:
+    """Matplotlib's SVG without a size of its own, in the page's colours and font, its ids apart from other figures'."""
+    prefix = re.sub(r"\W+", "-", name) + "-"
+    text = text[text.index("<svg") :].replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r'<svg ([^>]*?)(?:height|width)="[^"]*pt" ([^>]*?)(?:height|width)="[^"]*pt"', r"<svg \1\2", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1)
+
+
+def curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Test error, losses and the share of examples kept over the steps, one colour for each of `runs`."""
+    with _figure("training curves", 11, 3.2, columns=3) as (axes, svg):
+        titles = "test error, %", "mean loss (dashed: meta set)", "examples with weight above 0, %"
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title)
+            axis.set_xlabel("step")
+        for colour, (name, metrics) in zip(_colours(), runs.items(), strict=False):
+            steps = metrics["step"]
+            axes[0].plot(steps, metrics["test_error"], color=colour, label=name)
+            axes[1].plot(steps, metrics["loss"], color=colour)
+            if not np.isnan(metrics["meta_loss"]).all():
+                axes[1].plot(steps, metrics["meta_loss"], color=colour, linestyle="--")
+            axes[2].plot(steps, [100 * kept for kept in metrics["kept"]], color=colour)
+        axes[0].set_ylim(bottom=0)
+        axes[1].set_yscale("log")
+        axes[2].set_ylim(-3, 103)
+        axes[0].legend()
+    return svg[0]
+
+
+def _colours() -> Iterator[str]:
+    while True:
+        yield from SERIES
+
+
+def weight_distribution(weights: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str) -> str:
+    """Each class's spread of mean weights: the share of its examples in bins that are equal on a log scale."""
+    known = ~np.isnan(weights)
+    weights, labels = weights[known], labels[known]
+    positive = weights[weights > 0]
+    low = max(float(positive.min()) if positive.size else 0.1, 1e-3) / 1.3
+    high = max(float(weights.max()) if weights.size else 1.0, 1.0) * 1.3
+    bins = np.geomspace(low, high, 36)
+    with _figure(f"weights by class, {name}", 11, 2.8) as (axes, svg):
+        axis = axes[0]
+        for target, (colour, label) in enumerate(zip(_colours(), class_names, strict=False)):
+            own = weights[labels == target]
+            if own.size:
+                counts, _ = np.histogram(own.clip(low, high), bins)
+                axis.stairs(100 * counts / own.size, bins, fill=True, color=colour, alpha=0.3)
+                axis.stairs(
+                    100 * counts / own.size,
+                    bins,
+                    color=colour,
+                    linewidth=1.5,
+                    label=f"{label} ({own.size:,} examples, mean {own.mean():.2g})",
+                )
+        axis.axvline(1, color=_INK, linewidth=1, linestyle=":")
+        axis.set_xscale("log")
+        axis.set_xlabel(
+            "mean weight, in shares of an equal part (1 = what the plain loss gives; left end: at or below)"
+        )
+        axis.set_ylabel("examples of the class, %")
+        axis.legend()
+    return svg[0]
+
+
+def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) -> str:
+    """Test error against the majority share: for each method, share -> (mean, deviation)."""
+    with _figure("test error by majority share", 8.5, 4.2) as (axes, svg):
+        axis = axes[0]
+        shares = sorted({share for row in table.values() for share in row})
+        for colour, (method, row) in zip(_colours(), table.items(), strict=False):
+            places = [shares.index(share) for share in sorted(row)]
+            means, deviations = np.array([row[share] for share in sorted(row)]).T
+            axis.errorbar(places, means, np.nan_to_num(deviations), color=colour, label=method, marker="o", capsize=3)
+        axis.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
+        axis.set_xlabel("share of the majority class in training")
+        axis.set_ylabel("test error, % (bars: one deviation over seeds)")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    return svg[0]

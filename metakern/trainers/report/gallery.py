@@ -1,0 +1,54 @@
+"""Training images with their learned weights, as HTML that carries the pixels itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from metakern.data import Examples
+
+
+def _picture(pixels: np.ndarray, caption: str) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def gallery(train: Examples, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> str:
+    """The images at `rows` of the ledger, in that order, each with its mean weight.
+
+    `ids` and `weights` are the ledger's columns; the images are looked up in `train` by id.
+    """
+    place = {int(row): k for k, row in enumerate(train.ids)}
+    images = [train.inputs[place[int(ids[row])], 0].numpy() for row in rows]
+    pictures = [_picture(image, f"{weights[row]:.2g}×") for image, row in zip(images, rows, strict=True)]
+    return f'<div class="gallery">{"".join(pictures)}</div>'
+
+
+def trusted(
+    train: Examples,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    class_names: Sequence[str],
+    count: int = 12,
+) -> str:
+    """Each class's `count` most and least trusted images; a class of at most 2 * count is shown once, whole."""
+    parts = []
+    for target, name in enumerate(class_names):
+        rows = np.flatnonzero((labels == target) & ~np.isnan(weights))
+        rows = rows[np.argsort(-weights[rows], kind="stable")]
+        if len(rows) <= 2 * count:
+            kinds = [("all", rows)]
+        else:
+            kinds = [("most trusted", rows[:count]), ("least trusted", rows[::-1][:count])]
+        for kind, chosen in kinds:
+            heading = f"<h4>{escape(name)}, {kind}</h4>" if len(chosen) else ""
+            parts.append(heading + (gallery(train, ids, weights, chosen) if len(chosen) else ""))
+    return "".join(parts)

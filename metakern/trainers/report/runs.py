@@ -1,0 +1,119 @@
+"""The report of one run, or of several on the same task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metakern.data import DataNotFound, Source, load
+from metakern.methods import find
+from metakern.trainers.config import TrainConfig
+from metakern.trainers.metrics import read_metrics
+from metakern.trainers.report import figures
+from metakern.trainers.report.gallery import trusted
+from metakern.trainers.report.page import page, settings, table
+
+
+class _Record(NamedTuple):
+    name: str
+    config: dict[str, Any]
+    result: dict[str, Any]
+    metrics: dict[str, list[float]]
+    weights: dict[str, np.ndarray]
+
+
+def _read(folder: Path) -> _Record:
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run: result.json is missing")
+    config = json.loads((folder / "config.json").read_text())
+    with np.load(folder / "weights.npz", allow_pickle=False) as stored:
+        weights = {name: stored[name] for name in stored.files}
+    result = json.loads((folder / "result.json").read_text())
+    return _Record(config["method"], config, result, read_metrics(folder / "metrics.csv"), weights)
+
+
+def write_report(
+    folders: Sequence[Path], path: Path, *, data_dir: str | None = None, step_times: dict[str, str] | None = None
+) -> Path:
+    """Write the report of the finished runs in `folders` to `path` and return it; `step_times` adds a column.
+
+    Raises: FileNotFoundError when a folder holds no finished run.
+    """
+    records = [_read(folder) for folder in folders]
+    try:
+        source = load(records[0].config["data"], data_dir or records[0].config["data_dir"])
+    except DataNotFound:
+        source = None
+    first = records[0].config
+    sections = [("", _results(records, step_times)), ("Training", _curves(records))]
+    learned = [record for record in records if find(record.name).needs_meta]
+    sections += [(_weights_heading(record), _weights(record, source)) for record in learned]
+    known = [entry.name for entry in fields(TrainConfig)]
+    values = [(name, str(value)) for name, value in first.items() if name in known or len(records) == 1]
+    sections.append(("", settings(values)))
+    path.write_text(page(_title(records), _lead(first), sections))
+    return path
+
+
+def _title(records: Sequence[_Record]) -> str:
+    return f"{' and '.join(record.name for record in records)} on {records[0].config['data']}"
+
+
+def _lead(config: dict[str, Any]) -> str:
+    shares = ", ".join(
+        f"{100 * share:.3g} % are {name}"
+        for name, share in zip(config["class_names"], config["class_shares"], strict=True)
+    )
+    return (
+        f"{config['train_examples']:,} training examples, of which {shares}; {config['meta_examples']} clean examples "
+        f"in the meta set; {config['test_examples']:,} test examples. Seed {config['seed']}."
+    )
+
+
+def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> str:
+    names = records[0].config["class_names"]
+    head = ["method", "test error"] + [f"error on {name}" for name in names] + ["steps", "seconds"]
+    rows = [head + (["step, in plain steps"] if step_times else [])]
+    for record in records:
+        errors = [record.result["test_error"], *record.result["error_by_class"]]
+        row = [record.name] + [f"{error:.2f} %" for error in errors]
+        row += [f"{record.result['steps']:,}", f"{record.result['seconds']:.0f}"]
+        rows.append(row + ([step_times.get(record.name, "-")] if step_times else []))
+    best = min(range(len(records)), key=lambda k: records[k].result["test_error"])
+    return table(rows, best=[(best + 1, 1)] if len(records) > 1 else [])
+
+
+def _curves(records: Sequence[_Record]) -> str:
+    names = [record.name for record in records]
+    # Runs of one method are told apart by their seed.
+    labels = names if len(set(names)) == len(names) else [f"{r.name}, seed {r.config['seed']}" for r in records]
+    drawn = {label: record.metrics for label, record in zip(labels, records, strict=True)}
+    return figures.curves(drawn)
+
+
+def _weights_heading(record: _Record) -> str:
+    return f"What {record.name} learned about the training examples"
+
+
+def _weights(record: _Record, source: Source | None) -> str:
+    columns, class_names = record.weights, record.config["class_names"]
+    weights, labels = columns["mean_weight"], columns["label"]
+    text = (
+        "<p>The mean weight an example had over the run, the first tenth left out, in shares of an equal part: at 1 "
+        "it counted as in the plain loss, at 0 it was never used. All of them are in <code>weights.csv</code>.</p>"
+    )
+    text += figures.weight_distribution(weights, labels, class_names, record.name)
+    if source is None:
+        return text + "<p>The images are not shown: the data set is not at hand.</p>"
+    if source.train.inputs.ndim != 4 or source.train.inputs.shape[1] != 1:
+        return text
+    text += (
+        "<h3>Most and least trusted training images</h3><p>Under each image its mean weight. Images of equal weight, "
+        "such as the ones never used, come in the order of the data.</p>"
+    )
+    return text + trusted(source.train, columns["id"], labels, weights, class_names)

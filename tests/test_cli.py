@@ -1,0 +1,89 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import metakern
+from metakern.cli import main
+from metakern.data import NAMES
+from metakern.methods import METHODS
+
+QUICK = ["--steps", "4", "--batch-size", "20", "--evaluations", "2", "--threads", "1", "--majority", "0.9"]
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("METAKERN_DATA", raising=False)
+
+
+def test_train_leaves_a_report(tmp_path, capsys):
+    assert main(["train", "random", *QUICK, "--seed", "3", "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "test error" in shown and str(tmp_path / "run" / "report.html") in shown
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+    for name in ("metrics.csv", "weights.csv", "weights.npz", "result.json", "report.html"):
+        assert (tmp_path / "run" / name).is_file()
+
+
+def test_progress_shows_loss_kept_and_speed(tmp_path, capsys):
+    main(["train", "random", *QUICK, "--steps", "40", "--out", str(tmp_path)])
+    shown = capsys.readouterr().err
+    assert "loss=" in shown and "kept=" in shown and "step/s" in shown
+
+
+def test_compare_and_report(tmp_path, capsys):
+    arguments = ["compare", "--methods", "uniform,resample", "--seeds", "0-1", *QUICK, "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "resample" in first and (tmp_path / "leaderboard.csv").is_file() and (tmp_path / "report.html").is_file()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    runs = [str(path) for path in sorted((tmp_path / "cells").iterdir())]
+    assert main(["report", *runs, "--out", str(tmp_path / "all.html")]) == 0
+    assert "resample, seed 1" in (tmp_path / "all.html").read_text()
+
+
+def test_demo_ends_with_a_table(tmp_path, capsys, monkeypatch):
+    def step(model, batch, meta_batch, *, optimizer, engine):
+        losses = torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return SimpleNamespace(
+            weights=torch.ones(len(losses)), losses=losses.detach(), meta_loss=losses.mean().detach()
+        )
+
+    from metakern.trainers import demo
+
+    plain = demo.demo_config(None)
+    monkeypatch.setattr(metakern, "l2rw_step", step, raising=False)
+    monkeypatch.setattr(
+        "metakern.cli.demo_config", lambda _: plain.__class__("uniform", majority=0.9, steps=3, threads=1)
+    )
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step, in plain steps" in shown and str(tmp_path / "report.html") in shown
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*METHODS, *NAMES))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "l3rw"], "unknown method 'l3rw'; there are: uniform"),
+        (["train", "uniform", "--data", "mnist-1v2"], "unknown data set 'mnist-1v2'; there are: digits-4v9"),
+        (["train", "uniform", "--majority", "1.5"], "majority must be in"),
+        (["train", "uniform", "--steps", "0"], "--steps must be at least 1"),
+        (["compare", "--methods", "uniform,l3rw"], "unknown method 'l3rw'"),
+        (["report", "no-such-folder"], "holds no finished run"),
+        (["train", "uniform", "--data", "mnist-4v9"], "published: "),
+    ],
+)
+def test_unusable_input_is_said_in_a_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,70 @@
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+
+from metakern.trainers import compare
+from metakern.trainers.compare import Cell, cell, grid, run_missing
+from metakern.trainers.leaderboard import as_text, leaderboard, save
+from metakern.trainers.report import write_comparison
+
+
+def test_grid_refuses_unknown_methods(quick):
+    with pytest.raises(ValueError, match="unknown method 'no-such'"):
+        grid(quick, ["uniform", "no-such"], [0.9], [0])
+
+
+def test_interrupted_comparison_gives_the_same_table(quick, tmp_path):
+    configs = grid(quick, ["uniform", "resample"], [0.9], [0, 1])
+    whole = run_missing(tmp_path / "whole", configs, jobs=2, progress=False)
+    run_missing(tmp_path / "parts", configs[:1], progress=False)
+    # A run that was killed half-way: it has a config but no result.
+    killed = cell(tmp_path / "parts", configs[1])
+    killed.folder.mkdir(parents=True)
+    (killed.folder / "config.json").write_text("{")
+    resumed = run_missing(tmp_path / "parts", configs, progress=False)
+    tables = [[entry._replace(seconds=0) for entry in leaderboard(cells)] for cells in (whole, resumed)]
+    assert [repr(table) for table in tables] == [repr(tables[0])] * 2
+    first = (tmp_path / "parts" / "cells" / configs[0].data).parent
+    assert len(list(first.iterdir())) == 4
+
+
+def test_finished_cells_are_not_run_again(quick, tmp_path, monkeypatch):
+    configs = grid(quick, ["uniform"], [0.9], [0])
+    run_missing(tmp_path, configs, progress=False)
+    monkeypatch.setattr(compare, "train", None)
+    written = cell(tmp_path, configs[0]).folder / "result.json"
+    before = written.stat().st_mtime_ns
+    run_missing(tmp_path, configs, progress=False)
+    assert written.stat().st_mtime_ns == before
+
+
+def made_up(quick, errors: dict[str, list[float]]) -> list[Cell]:
+    return [
+        Cell(replace(quick, method=method, seed=seed), None, {"test_error": error, "seconds": 2.0})
+        for method, row in errors.items()
+        for seed, error in enumerate(row)
+    ]
+
+
+def test_leaderboard_by_hand(quick, tmp_path):
+    entries = leaderboard(made_up(quick, {"uniform": [10, 12, 14], "l2rw": [5, 6, 10]}))
+    uniform, l2rw = entries
+    assert (uniform.mean, uniform.deviation, uniform.seeds) == (12, 2, 3)
+    assert (l2rw.lowest, l2rw.highest, l2rw.difference) == (5, 10, -5)
+    # Differences -5, -6, -4: deviation 1, t(0.975, 2) = 4.3027.
+    assert l2rw.interval == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    text = as_text(entries)
+    assert "12.00 ± 2.00" in text and "7.00 ± 2.65" in text
+    save(entries, tmp_path / "leaderboard.csv")
+    with (tmp_path / "leaderboard.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["uniform", "l2rw"]
+
+
+def test_leaderboard_of_one_seed_and_of_an_unfinished_one(quick, tmp_path):
+    cells = made_up(quick, {"uniform": [10], "l2rw": [5]}) + [Cell(replace(quick, seed=9), tmp_path, None)]
+    entries = leaderboard(cells)
+    assert [entry.seeds for entry in entries] == [1, 1] and math.isnan(entries[1].deviation)
+    text = write_comparison(cells, tmp_path / "report.html").read_text()
+    assert "2 of 3 runs are finished" in text and "nan" not in text

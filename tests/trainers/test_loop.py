@@ -1,0 +1,79 @@
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from metakern.trainers import train
+from metakern.trainers.loop import make_model, make_task
+from metakern.trainers.metrics import read_metrics
+from metakern.trainers.run_folder import finished
+
+
+def test_a_run_leaves_its_records(quick, tmp_path):
+    run = train(replace(quick, method="random"), tmp_path, progress=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["method"] == "random" and config["train_examples"] == len(run.task.train) and config["steps"] == 6
+    metrics = read_metrics(tmp_path / "metrics.csv")
+    assert metrics["step"] == [2, 4, 6]
+    assert metrics["test_error"][-1] == pytest.approx(run.errors.test, rel=1e-5)
+    assert all(0 < kept < 1 for kept in metrics["kept"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["test_error"] == run.errors.test and result["steps"] == 6
+    assert np.mean(result["error_by_class"]) == pytest.approx(result["balanced_error"])
+
+
+def test_ledger_adds_up(quick, tmp_path):
+    run = train(replace(quick, steps=40), tmp_path, progress=False)
+    with np.load(tmp_path / "weights.npz", allow_pickle=False) as stored:
+        columns = {name: stored[name] for name in stored.files}
+    assert columns["times_seen"].sum() == 36 * 20  # the first tenth of the run is left out
+    seen = columns["times_seen"] > 0
+    np.testing.assert_allclose(columns["mean_weight"][seen], 1, rtol=1e-6)  # n * (1 / n)
+    np.testing.assert_array_equal(columns["id"], run.task.train.ids)
+    with (tmp_path / "weights.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(run.task.train) and float(rows[0]["id"]) == columns["id"][0]
+
+
+def test_same_seed_same_run(quick, tmp_path):
+    first, again, other = (
+        train(replace(quick, seed=seed), tmp_path / str(k), progress=False) for k, seed in enumerate((3, 3, 4))
+    )
+    state = first.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.model.state_dict().items())
+    assert any(not torch.equal(value, state[name]) for name, value in other.model.state_dict().items())
+
+
+def test_methods_start_alike_and_see_the_same_batches(quick):
+    task = make_task(quick)
+    first, second = (make_model(replace(quick, method=name), task) for name in ("uniform", "random"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["resample", "hard-mining", "hard-mining-as-shipped", "proportion-as-shipped"])
+def test_every_baseline_runs(quick, tmp_path, method):
+    assert finished(tmp_path, replace(quick, method=method)) is None
+    train(replace(quick, method=method), tmp_path, progress=False)
+    assert finished(tmp_path, replace(quick, method=method)) is not None
+
+
+def test_a_result_counts_for_its_own_config_only(quick, tmp_path):
+    train(quick, tmp_path, progress=False)
+    assert finished(tmp_path, replace(quick, threads=2, data_dir="elsewhere")) is not None
+    assert finished(tmp_path, replace(quick, lr=0.1)) is None
+
+
+def test_nonfinite_loss_stops_and_leaves_no_result(quick, tmp_path):
+    with pytest.raises(RuntimeError, match=r"step \d+: the loss of \d+ of 20 examples is not finite"):
+        train(replace(quick, lr=1e30), tmp_path, progress=False)
+    assert finished(tmp_path, replace(quick, lr=1e30)) is None
+
+
+def test_training_learns(quick, tmp_path):
+    run = train(replace(quick, method="resample", steps=120), tmp_path, progress=False)
+    metrics = read_metrics(tmp_path / "metrics.csv")
+    assert metrics["loss"][-1] < metrics["loss"][0] / 2
+    assert run.errors.test < 25

@@ -1,0 +1,103 @@
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import metakern
+from metakern.trainers import train
+from metakern.trainers.report import write_report
+from metakern.trainers.report.figures import error_by_majority, weight_distribution
+from metakern.trainers.step_time import step_time
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """l2rw_step replaced by one that keeps every second example: these tests are about what is shown."""
+
+    def step(model, batch, meta_batch, *, optimizer, engine):
+        n = len(batch[1])
+        weights = (torch.arange(n) % 2).float() / (n // 2)
+        losses = torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        optimizer.zero_grad()
+        (weights * losses).sum().backward()
+        optimizer.step()
+        return SimpleNamespace(weights=weights, losses=losses.detach(), meta_loss=losses.mean().detach())
+
+    monkeypatch.setattr(metakern, "l2rw_step", step, raising=False)
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed without being open, and remembers what it saw."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href") and value]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_is_whole_and_self_contained(quick, tmp_path, stand_in):
+    folders = [
+        train(replace(quick, method=name), tmp_path / name, progress=False).folder for name in ("uniform", "l2rw")
+    ]
+    text = write_report(folders, tmp_path / "report.html", step_times={"uniform": "1", "l2rw": "1.23"}).read_text()
+    page = Balanced(text)
+    assert not page.open and page.seen.count("svg") == 2 and page.seen.count("img") > 12
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert "most trusted" in text and "1.23" in text and "prefers-color-scheme: dark" in text
+    identifiers = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)) <= set(identifiers)
+
+
+def test_colours_come_from_the_page(quick):
+    svg = weight_distribution(torch.rand(50).numpy(), (torch.arange(50) % 2).numpy(), ("4", "9"), "l2rw")
+    assert "var(--ink)" in svg and "#010203" not in svg and "<style" in svg
+    assert not re.search(r'<svg [^>]*\b(width|height)="', svg)
+
+
+def test_figures_take_odd_input():
+    assert "<svg" in error_by_majority({"l2rw": {0.9: (1.0, float("nan"))}, "uniform": {0.9: (2, 1), 0.99: (3, 1)}})
+    zeros = torch.zeros(5).numpy()
+    assert "<svg" in weight_distribution(zeros, zeros.astype(int), ("4", "9"), "all unused")
+
+
+def test_missing_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="result.json is missing"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_report_without_the_data(quick, tmp_path, stand_in, monkeypatch):
+    from metakern.data import DataNotFound
+    from metakern.trainers.report import runs
+
+    run = train(replace(quick, method="l2rw"), tmp_path, progress=False)
+
+    def absent(*_):
+        raise DataNotFound("not here")
+
+    monkeypatch.setattr(runs, "load", absent)
+    assert "the data set is not at hand" in write_report([run.folder], tmp_path / "report.html").read_text()
+
+
+def test_step_time_is_a_ratio(quick, tmp_path):
+    run = train(quick, tmp_path, progress=False)
+    measured = step_time(quick, run.task, pairs=4)
+    assert 0 < measured.low <= measured.ratio <= measured.high and measured.plain_seconds > 0
