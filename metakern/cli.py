@@ -108,7 +108,7 @@ def _summary(runs: Sequence[Run], step_times: dict[str, str] | None = None) -> s
         errors = [run.errors.test, *run.errors.by_class]
         rows.append([run.config.method] + [f"{error:.2f} %" for error in errors] + [f"{run.seconds:.0f}"])
     if step_times:
-        rows = [row + [step_times.get(row[0], "step, in plain steps")] for row in rows]
+        rows = [[*row, step_times.get(row[0], "step, in plain steps")] for row in rows]
     return aligned(rows)
 
 

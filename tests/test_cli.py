@@ -20,7 +20,8 @@ def no_data(monkeypatch):
 def test_train_leaves_a_report(tmp_path, capsys):
     assert main(["train", "random", *QUICK, "--seed", "3", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
-    assert "test error" in shown and str(tmp_path / "run" / "report.html") in shown
+    assert "test error" in shown
+    assert str(tmp_path / "run" / "report.html") in shown
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
     for name in ("metrics.csv", "weights.csv", "weights.npz", "result.json", "report.html"):
         assert (tmp_path / "run" / name).is_file()
@@ -29,14 +30,18 @@ def test_train_leaves_a_report(tmp_path, capsys):
 def test_progress_shows_loss_kept_and_speed(tmp_path, capsys):
     main(["train", "random", *QUICK, "--steps", "40", "--out", str(tmp_path)])
     shown = capsys.readouterr().err
-    assert "loss=" in shown and "kept=" in shown and "step/s" in shown
+    assert "loss=" in shown
+    assert "kept=" in shown
+    assert "step/s" in shown
 
 
 def test_compare_and_report(tmp_path, capsys):
     arguments = ["compare", "--methods", "uniform,resample", "--seeds", "0-1", *QUICK, "--out", str(tmp_path)]
     assert main(arguments) == 0
     first = capsys.readouterr().out
-    assert "resample" in first and (tmp_path / "leaderboard.csv").is_file() and (tmp_path / "report.html").is_file()
+    assert "resample" in first
+    assert (tmp_path / "leaderboard.csv").is_file()
+    assert (tmp_path / "report.html").is_file()
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
     runs = [str(path) for path in sorted((tmp_path / "cells").iterdir())]
@@ -60,7 +65,8 @@ def test_demo_ends_with_a_table(tmp_path, capsys, monkeypatch):
     )
     assert main(["demo", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "step, in plain steps" in shown and str(tmp_path / "report.html") in shown
+    assert "step, in plain steps" in shown
+    assert str(tmp_path / "report.html") in shown
 
 
 def test_list_names_everything(capsys):
@@ -85,5 +91,6 @@ def test_unusable_input_is_said_in_a_line(arguments, message, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error
+    assert "Traceback" not in error
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ class Errors(NamedTuple):
 
 
 @torch.no_grad()
-def test_errors(model: nn.Module, examples: Examples, classes: int, *, batch_size: int = 500) -> Errors:
+def measure_errors(model: nn.Module, examples: Examples, classes: int, *, batch_size: int = 500) -> Errors:
     """The share of `examples` whose largest logit is not their target's; the model is left in its former mode."""
     was_training = model.training
     model.eval()

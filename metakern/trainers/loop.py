@@ -13,7 +13,7 @@ from tqdm import tqdm
 from metakern.data import Task, binary_imbalance, load
 from metakern.methods import Method, Outcome, Setting, find
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.evaluate import Errors, test_errors
+from metakern.trainers.evaluate import Errors, measure_errors
 from metakern.trainers.ledger import Ledger
 from metakern.trainers.lenet import LeNet, initialise
 from metakern.trainers.metrics import MetricsFile
@@ -70,7 +70,7 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
     began = time.perf_counter()
     ledger = _run(config, method, task, model, MetricsFile(folder / "metrics.csv", task.class_names), progress)
     seconds = time.perf_counter() - began
-    errors = test_errors(model, task.test, len(task.class_names))
+    errors = measure_errors(model, task.test, len(task.class_names))
     ledger.save(folder)
     finish(folder, config, errors, seconds, config.total_steps(method))
     return Run(config, task, model, errors, seconds, folder)
@@ -107,7 +107,7 @@ def _run(
             ledger.add(step - 1, rows, outcome.weights)
             metrics.add(outcome)
             if step in evaluate_at:
-                metrics.write(step, test_errors(model, task.test, len(task.class_names)))
+                metrics.write(step, measure_errors(model, task.test, len(task.class_names)))
             bar.update()
             if step % 10 == 0:
                 bar.set_postfix(metrics.brief(), refresh=False)

@@ -23,7 +23,8 @@ def test_reads_what_was_written(tmp_path, packed, code, dtype):
     path = tmp_path / "array"
     path.write_bytes(gzip.compress(raw) if packed else raw)
     read = read_idx(path)
-    assert read.dtype.isnative and read.shape == (2, 3, 4)
+    assert read.dtype.isnative
+    assert read.shape == (2, 3, 4)
     np.testing.assert_array_equal(read, values)
 
 

@@ -33,7 +33,8 @@ def test_no_leakage(seed):
     source = made_up(300, 3000)
     task = binary_imbalance(source, majority=0.95, size=1000, seed=seed)
     assert not ids(task.train) & ids(task.meta)
-    assert len(ids(task.train)) == len(task.train) and len(ids(task.meta)) == len(task.meta)
+    assert len(ids(task.train)) == len(task.train)
+    assert len(ids(task.meta)) == len(task.meta)
     assert ids(task.train) | ids(task.meta) <= ids(source.train)
     assert torch.equal(task.test.ids, source.test.ids)
     lookup = {int(row): value for row, value in zip(source.train.ids, source.train.inputs, strict=True)}
@@ -47,7 +48,8 @@ def test_seeded():
     def drawn(seed: int) -> Task:
         return binary_imbalance(made_up(300, 3000), majority=0.9, size=500, seed=seed)
 
-    assert torch.equal(drawn(3).train.ids, drawn(3).train.ids) and torch.equal(drawn(3).meta.ids, drawn(3).meta.ids)
+    assert torch.equal(drawn(3).train.ids, drawn(3).train.ids)
+    assert torch.equal(drawn(3).meta.ids, drawn(3).meta.ids)
     assert not torch.equal(drawn(3).train.ids, drawn(4).train.ids)
 
 

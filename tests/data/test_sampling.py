@@ -13,7 +13,8 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_shuffled_sees_every_example_once_an_epoch():
     rows = torch.cat(list(islice(shuffled(torch.zeros(10), 4, generator()), 5)))
     assert len(rows) == 20
-    assert sorted(rows[:10].tolist()) == list(range(10)) and sorted(rows[10:].tolist()) == list(range(10))
+    assert sorted(rows[:10].tolist()) == list(range(10))
+    assert sorted(rows[10:].tolist()) == list(range(10))
 
 
 def test_shuffled_batch_is_at_most_the_whole_set():
@@ -38,4 +39,5 @@ def test_class_balanced_skips_an_absent_class_and_spreads_the_remainder():
 def test_seeded(sampler):
     targets = torch.tensor([0, 1] * 20)
     first, again, other = (torch.stack(list(islice(sampler(targets, 8, generator(seed)), 4))) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -29,9 +29,12 @@ def test_mnist_is_found_in_every_layout(tmp_path, folder, packed):
     write_mnist(tmp_path / "root" / folder, packed)
     source = load("mnist-4v9", tmp_path / "root")
     assert source.class_names == ("4", "9")
-    assert source.train.counts(2).tolist() == [6, 6] and source.test.counts(2).tolist() == [3, 3]
-    assert source.train.inputs.shape == (12, 1, 28, 28) and source.train.inputs.dtype == torch.float32
-    assert float(source.train.inputs.min()) >= 0 and float(source.train.inputs.max()) <= 1
+    assert source.train.counts(2).tolist() == [6, 6]
+    assert source.test.counts(2).tolist() == [3, 3]
+    assert source.train.inputs.shape == (12, 1, 28, 28)
+    assert source.train.inputs.dtype == torch.float32
+    assert float(source.train.inputs.min()) >= 0
+    assert float(source.train.inputs.max()) <= 1
     # An id is the row in the published file: there, row r had the label r % 10.
     assert (source.train.ids % 10).tolist() == [(4, 9)[target] for target in source.train.targets.tolist()]
 
@@ -71,7 +74,7 @@ def test_folder_that_is_none(tmp_path):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="unknown data set 'mnist-4v8'.*digits-4v9") as caught:
+    with pytest.raises(ValueError, match=r"unknown data set 'mnist-4v8'.*digits-4v9") as caught:
         load("mnist-4v8")
     assert all(name in str(caught.value) for name in NAMES)
 
@@ -85,7 +88,8 @@ def test_digits_need_no_download(name, monkeypatch):
     monkeypatch.delenv("METAKERN_DATA", raising=False)
     source = load(name)
     assert source.train.inputs.shape[1:] == (1, 28, 28)
-    assert float(source.train.inputs.min()) >= 0 and float(source.train.inputs.max()) <= 1
+    assert float(source.train.inputs.min()) >= 0
+    assert float(source.train.inputs.max()) <= 1
     assert source.test.counts(len(source.class_names)).unique().tolist() == [45]
     assert not overlap(source)
     again = load(name)

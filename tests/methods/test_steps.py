@@ -68,8 +68,10 @@ def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatc
 
     monkeypatch.setattr(metakern, "l2rw_step", stub, raising=False)
     outcome = take("l2rw", model, batches)
-    assert seen["batch"] is batches[0] and seen["meta_batch"] is batches[1]
-    assert seen["engine"] == "auto" and isinstance(seen["optimizer"], torch.optim.SGD)
+    assert seen["batch"] is batches[0]
+    assert seen["meta_batch"] is batches[1]
+    assert seen["engine"] == "auto"
+    assert isinstance(seen["optimizer"], torch.optim.SGD)
     assert float(outcome.meta_loss) == 0.5
 
 

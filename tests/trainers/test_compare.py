@@ -56,15 +56,18 @@ def test_leaderboard_by_hand(quick, tmp_path):
     # Differences -5, -6, -4: deviation 1, t(0.975, 2) = 4.3027.
     assert l2rw.interval == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     text = as_text(entries)
-    assert "12.00 ± 2.00" in text and "7.00 ± 2.65" in text
+    assert "12.00 ± 2.00" in text
+    assert "7.00 ± 2.65" in text
     save(entries, tmp_path / "leaderboard.csv")
     with (tmp_path / "leaderboard.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["uniform", "l2rw"]
 
 
 def test_leaderboard_of_one_seed_and_of_an_unfinished_one(quick, tmp_path):
-    cells = made_up(quick, {"uniform": [10], "l2rw": [5]}) + [Cell(replace(quick, seed=9), tmp_path, None)]
+    cells = [*made_up(quick, {"uniform": [10], "l2rw": [5]}), Cell(replace(quick, seed=9), tmp_path, None)]
     entries = leaderboard(cells)
-    assert [entry.seeds for entry in entries] == [1, 1] and math.isnan(entries[1].deviation)
+    assert [entry.seeds for entry in entries] == [1, 1]
+    assert math.isnan(entries[1].deviation)
     text = write_comparison(cells, tmp_path / "report.html").read_text()
-    assert "2 of 3 runs are finished" in text and "nan" not in text
+    assert "2 of 3 runs are finished" in text
+    assert "nan" not in text

@@ -17,7 +17,8 @@ def test_defaults_are_the_papers_codes():
     config = parse()
     assert config == TrainConfig("l2rw")
     assert (config.lr, config.momentum, config.train_size, config.meta_per_class) == (1e-3, 0.9, 5000, 5)
-    assert config.total_steps(find("l2rw")) == 4000 and config.total_steps(find("uniform")) == 8000
+    assert config.total_steps(find("l2rw")) == 4000
+    assert config.total_steps(find("uniform")) == 8000
     assert find("l2rw").batch_size == 100
 
 

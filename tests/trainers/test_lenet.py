@@ -15,7 +15,8 @@ def test_two_classes_are_one_sigmoid():
     torch.manual_seed(0)
     model, images, targets = LeNet().double(), torch.rand(4, 1, 28, 28, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
     logits = model(images)
-    assert logits.shape == (4, 2) and (logits[:, 0] == 0).all()
+    assert logits.shape == (4, 2)
+    assert (logits[:, 0] == 0).all()
     sigmoid = F.binary_cross_entropy_with_logits(logits[:, 1], targets.double(), reduction="none")
     torch.testing.assert_close(F.cross_entropy(logits, targets, reduction="none"), sigmoid)
 

@@ -15,13 +15,16 @@ from metakern.trainers.run_folder import finished
 def test_a_run_leaves_its_records(quick, tmp_path):
     run = train(replace(quick, method="random"), tmp_path, progress=False)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["method"] == "random" and config["train_examples"] == len(run.task.train) and config["steps"] == 6
+    assert config["method"] == "random"
+    assert config["train_examples"] == len(run.task.train)
+    assert config["steps"] == 6
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert metrics["step"] == [2, 4, 6]
     assert metrics["test_error"][-1] == pytest.approx(run.errors.test, rel=1e-5)
     assert all(0 < kept < 1 for kept in metrics["kept"])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["test_error"] == run.errors.test and result["steps"] == 6
+    assert result["test_error"] == run.errors.test
+    assert result["steps"] == 6
     assert np.mean(result["error_by_class"]) == pytest.approx(result["balanced_error"])
 
 
@@ -35,7 +38,8 @@ def test_ledger_adds_up(quick, tmp_path):
     np.testing.assert_array_equal(columns["id"], run.task.train.ids)
     with (tmp_path / "weights.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(run.task.train) and float(rows[0]["id"]) == columns["id"][0]
+    assert len(rows) == len(run.task.train)
+    assert float(rows[0]["id"]) == columns["id"][0]
 
 
 def test_same_seed_same_run(quick, tmp_path):

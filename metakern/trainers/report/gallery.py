@@ -27,7 +27,7 @@ def gallery(train: Examples, ids: np.ndarray, weights: np.ndarray, rows: np.ndar
     """
     place = {int(row): k for k, row in enumerate(train.ids)}
     images = [train.inputs[place[int(ids[row])], 0].numpy() for row in rows]
-    pictures = [_picture(image, f"{weights[row]:.2g}×") for image, row in zip(images, rows, strict=True)]
+    pictures = [_picture(image, f"{weights[row]:.2g} x") for image, row in zip(images, rows, strict=True)]
     return f'<div class="gallery">{"".join(pictures)}</div>'
 
 
