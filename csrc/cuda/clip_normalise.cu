@@ -28,8 +28,8 @@ cudaError_t clip_normalise(Scalar dtype, const void* dots, void* weights, int64_
   if (n == 0) return cudaSuccess;
   return with_scalar(dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
-    clip_normalise_kernel<T><<<1, kThreads, 0, stream>>>(static_cast<const T*>(dots), static_cast<T*>(weights), n,
-                                                         stride);
+    clip_normalise_kernel<T>
+        <<<1, kThreads, 0, stream>>>(static_cast<const T*>(dots), static_cast<T*>(weights), n, stride);
     return cudaGetLastError();
   });
 }

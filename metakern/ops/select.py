@@ -35,29 +35,27 @@ def always(*_: Any) -> None:
 class Operator:
     """An operator of the library `metakern`, with its implementations in order of preference."""
 
-    def __init__(
-        self,
-        schema: str,
-        *,
-        check: Callable[..., None],
-        fake: Callable[..., Tensor],
-        flops: Callable[..., int],
-        table: tuple[Implementation, ...],
-    ) -> None:
-        self.name = schema.split("(", 1)[0]
-        self.check = check
+    def __init__(self, contract: Any, table: tuple[Implementation, ...]) -> None:
+        """`contract` is the operator's module of that name: SCHEMA, check, fake, flops, example."""
+        self.name = contract.SCHEMA.split("(", 1)[0]
+        self.contract = contract
+        self.check = contract.check
         self.table = table
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.define(contract.SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(self.name, self.run, device)
+        # nothing to differentiate: without this autograd wraps every output and warns in the backward pass
+        LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
 
         def checked_fake(*arguments: Any, impl: str | None = None) -> Tensor:
-            check(*arguments)
-            return fake(*arguments)
+            contract.check(*arguments)
+            return contract.fake(*arguments)
 
         torch.library.register_fake(f"metakern::{self.name}", checked_fake, lib=LIBRARY)
         packet = getattr(torch.ops.metakern, self.name)
-        register_flop_formula(packet, get_raw=True)(lambda *arguments, out_val=None, impl=None: flops(*arguments))
+        register_flop_formula(packet, get_raw=True)(
+            lambda *arguments, out_val=None, impl=None: contract.flops(*arguments)
+        )
         self.overload = packet.default
         OPERATORS[self.name] = self
 

@@ -8,10 +8,7 @@ from metakern.ops.clip_normalise import contract, native, reference
 from metakern.ops.select import Implementation, Operator, always
 
 OPERATOR = Operator(
-    contract.SCHEMA,
-    check=contract.check,
-    fake=contract.fake,
-    flops=contract.flops,
+    contract,
     table=(
         Implementation("native", native.clip_normalise, native.supports),
         Implementation("reference", reference.clip_normalise, always),

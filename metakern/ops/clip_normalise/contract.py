@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from metakern.ops.operands import check_operands
@@ -19,3 +20,8 @@ def fake(dots: Tensor) -> Tensor:
 
 def flops(dots: Tensor) -> int:
     return 3 * dots.shape[0]
+
+
+def example(device: torch.device) -> tuple[Tensor, ...]:
+    """Small arguments, for the report and the tests."""
+    return (torch.linspace(-1, 1, 5, device=device),)

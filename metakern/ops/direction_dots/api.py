@@ -8,10 +8,7 @@ from metakern.ops.direction_dots import contract, native, reference
 from metakern.ops.select import Implementation, Operator, always
 
 OPERATOR = Operator(
-    contract.SCHEMA,
-    check=contract.check,
-    fake=contract.fake,
-    flops=contract.flops,
+    contract,
     table=(
         Implementation("native", native.direction_dots, always),
         Implementation("reference", reference.direction_dots, always),

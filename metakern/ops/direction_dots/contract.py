@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from metakern.ops.operands import accumulator, check_operands
@@ -21,3 +22,9 @@ def flops(A: Tensor, V: Tensor, B: Tensor) -> int:
     n, t, i = A.shape
     o = B.shape[2]
     return 2 * n * t * i * o + 2 * n * t * min(i, o)
+
+
+def example(device: torch.device) -> tuple[Tensor, ...]:
+    """Small arguments, for the report and the tests."""
+    sizes = ((2, 3, 4), (5, 4), (2, 3, 5))
+    return tuple(torch.ones(size, device=device) for size in sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from metakern.ops.operands import accumulator, check_operands
@@ -22,3 +23,9 @@ def flops(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> int:
     n, t, i = A.shape
     o = B.shape[2]
     return 2 * n * t * A_meta.shape[0] * (i + o + 1)
+
+
+def example(device: torch.device) -> tuple[Tensor, ...]:
+    """Small arguments, for the report and the tests."""
+    sizes = ((2, 3, 4), (2, 3, 5), (6, 4), (6, 5))
+    return tuple(torch.ones(size, device=device) for size in sizes)

@@ -8,10 +8,7 @@ from metakern.ops.select import Implementation, Operator, always
 from metakern.ops.weighted_grad import contract, native, reference
 
 OPERATOR = Operator(
-    contract.SCHEMA,
-    check=contract.check,
-    fake=contract.fake,
-    flops=contract.flops,
+    contract,
     table=(
         Implementation("native", native.weighted_grad, always),
         Implementation("reference", reference.weighted_grad, always),

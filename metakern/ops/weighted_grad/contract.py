@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from metakern.ops.operands import FLOATING, check_operands
@@ -28,3 +29,9 @@ def flops(A: Tensor, B: Tensor, w: Tensor) -> int:
     n, t, i = A.shape
     kept = n if w.is_meta or type(w) is not Tensor else int(w.count_nonzero())
     return 2 * kept * t * i * B.shape[2]
+
+
+def example(device: torch.device) -> tuple[Tensor, ...]:
+    """Small arguments, for the report and the tests."""
+    w = torch.tensor([0.0, 1.0], device=device)
+    return torch.ones(2, 3, 4, device=device), torch.ones(2, 3, 5, device=device), w

@@ -16,26 +16,29 @@ LOOP_ELEMENTS = 1 << 16
 
 
 def weighted_grad(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
-    if A.shape[2] < B.shape[2]:  # scale the narrower operand
-        return _scaled_product(B, A, w).t()
-    return _scaled_product(A, B, w)
-
-
-def _scaled_product(wide: Tensor, narrow: Tensor, w: Tensor) -> Tensor:
-    """sum_nt w_n narrow_nt wide_nt^T."""
     kept = w.nonzero().squeeze(1)
-    t, width = wide.shape[1:]
-    if t * width >= LOOP_ELEMENTS and wide.dtype is accumulator(wide.dtype):
-        return _by_example(wide, narrow, w.to(wide.dtype), kept)
+    t, i = A.shape[1:]
+    o = B.shape[2]
+    if t * max(i, o) >= LOOP_ELEMENTS and A.dtype is accumulator(A.dtype):
+        return _by_example(A, B, w.to(A.dtype), kept)
     if len(kept) < len(w):
-        wide, narrow, w = wide.index_select(0, kept), narrow.index_select(0, kept), w.index_select(0, kept)
-    # type promotion keeps the product in w's precision until it is rounded once
-    scaled = (narrow * w.view(-1, 1, 1)).to(narrow.dtype)
-    return torch.mm(scaled.flatten(0, 1).t(), wide.flatten(0, 1))
+        A, B, w = A.index_select(0, kept), B.index_select(0, kept), w.index_select(0, kept)
+    if i < o:
+        A = _scaled(A, w.view(-1, 1, 1))
+    else:
+        B = _scaled(B, w.view(-1, 1, 1))
+    return torch.mm(B.flatten(0, 1).t(), A.flatten(0, 1))
 
 
-def _by_example(wide: Tensor, narrow: Tensor, w: Tensor, kept: Tensor) -> Tensor:
-    out = wide.new_zeros(narrow.shape[2], wide.shape[2])
+def _by_example(A: Tensor, B: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+    out = A.new_zeros(B.shape[2], A.shape[2])
+    narrow_inputs = A.shape[2] < B.shape[2]
     for n in kept.tolist():
-        torch.addmm(out, (narrow[n] * w[n]).t(), wide[n], out=out)
+        a, b = (_scaled(A[n], w[n]), B[n]) if narrow_inputs else (A[n], _scaled(B[n], w[n]))
+        torch.addmm(out, b.t(), a, out=out)
     return out
+
+
+def _scaled(narrow: Tensor, w: Tensor) -> Tensor:
+    """The narrower operand times the weights, kept in the wider dtype of the two until it is rounded once."""
+    return (narrow * w).to(narrow.dtype)

@@ -1,0 +1,48 @@
+# The only commands a developer needs. Everything runs in a virtual environment of its own, under constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Real data sets, where they lie beside the repository; without them the demo and the tests use scikit-learn's digits.
+ifneq ($(wildcard ../shared/data),)
+export METAKERN_DATA ?= $(abspath ../shared/data)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+# What is installed depends on these files only: Python sources are used in place, native ones are rebuilt by `setup`.
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing metakern into $(VENV)"
+	@$(PIP) torch numpy triton
+	@$(PIP) --editable '.[dev,train,triton]'
+	@touch $@
+
+setup: $(VENV)/installed  ## make the virtual environment and install
+
+demo: setup  ## train plainly and with L2RW, and write a report
+	$(BIN)/metakern demo
+
+test: setup  ## the whole suite: everything, then the Triton kernels under the interpreter
+	$(BIN)/python -m pytest -q tests/ops -m interpreter --interpreter
+	$(BIN)/python -m pytest -q
+
+check: setup  ## ruff, pyright, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.txt,$(NATIVE))
+
+format: setup  ## apply ruff and clang-format
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter-out %.txt,$(NATIVE))
+
+bench: setup  ## metakern and its peers, in plain steps
+	$(BIN)/python -m pytest benchmarks

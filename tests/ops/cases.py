@@ -1,0 +1,83 @@
+"""The operators' cases, declared once: arguments by size and dtype, and the scale that errors are judged against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakern.testing.inputs import normal
+
+Sizes = tuple[int, ...]
+
+
+class Case(NamedTuple):
+    """How to test one operator: sizes worth trying, arguments of those sizes, the budget's scale and terms."""
+
+    sizes: tuple[Sizes, ...]
+    arguments: Callable[[Sizes, torch.dtype], tuple[Tensor, ...]]
+    scale: Callable[..., Tensor]
+    terms: Callable[[Sizes], int]
+
+
+def _clip_normalise(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (normal(*sizes, dtype=dtype),)
+
+
+def _direction_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    n, t, i, o = sizes
+    return (
+        normal(n, t, i, seed=1, dtype=dtype),
+        normal(o, i, seed=2, dtype=dtype),
+        normal(n, t, o, seed=3, dtype=dtype),
+    )
+
+
+def _pair_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    n, t, s, i, o = sizes
+    shapes = ((n, t, i), (n, t, o), (s, i), (s, o))
+    return tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+
+
+def _weighted_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    n, t, i, o = sizes
+    w = normal(n, seed=3, dtype=torch.float32).clamp_min(0)  # about half are zero
+    return normal(n, t, i, seed=1, dtype=dtype), normal(n, t, o, seed=2, dtype=dtype), w
+
+
+def _clip_scale(dots: Tensor) -> Tensor:
+    """The weight itself, or where float16 runs out of normal numbers their smallest."""
+    clipped = dots.clamp_min(0)
+    weights = clipped / clipped.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return weights.clamp_min(torch.finfo(torch.float16).smallest_normal)
+
+
+def _direction_scale(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
+    """sum_t |B_nt| |V| |A_nt|: the product V A is rounded entry by entry before it meets B."""
+    return torch.einsum("nti,oi,nto->n", A.abs(), V.abs(), B.abs())
+
+
+def _pair_scale(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
+    inputs = torch.einsum("nti,si->nts", A.abs(), A_meta.abs())
+    return torch.einsum("nts,nto,so->n", inputs, B.abs(), B_meta.abs())
+
+
+def _weighted_scale(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
+    return torch.einsum("nti,nto,n->oi", A.abs(), B.abs(), w.abs())
+
+
+_MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20, 70), (3, 130, 65, 9))
+
+CASES = {
+    "clip_normalise": Case(((0,), (1,), (5,), (1000,)), _clip_normalise, _clip_scale, lambda s: s[0]),
+    "direction_dots": Case(_MATRICES, _direction_dots, _direction_scale, lambda s: s[1] * s[2] * s[3]),
+    "pair_dots": Case(
+        ((0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (7, 1, 19, 33, 17), (3, 130, 5, 65, 9)),
+        _pair_dots,
+        _pair_scale,
+        lambda s: s[1] * s[2] * max(s[3], s[4]),
+    ),
+    "weighted_grad": Case((*_MATRICES, (3, 300, 260, 5)), _weighted_grad, _weighted_scale, lambda s: s[0] * s[1]),
+}

@@ -1,0 +1,155 @@
+"""Every operator and implementation on the CPU against the float64 reference, and as a citizen of torch.library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from metakern import ops
+from metakern.ops.select import OPERATORS
+from metakern.testing.budget import assert_within
+from metakern.testing.inputs import non_contiguous
+from tests.ops.cases import CASES
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = sorted(OPERATORS)
+EACH_SIZE = [
+    pytest.param(name, sizes, id=f"{name}-{'x'.join(map(str, sizes))}") for name in NAMES for sizes in CASES[name].sizes
+]
+LAYOUTS = {
+    "contiguous": lambda tensor: tensor,
+    "strided": non_contiguous,
+    "reversed": lambda tensor: (
+        tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+    ),
+    "columns": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+}
+
+
+def doubled(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In float64 where they are floating point: indices and flags stay what they are."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+def assert_exact(name: str, sizes: tuple[int, ...], arguments: tuple[Tensor, ...], impl: str | None) -> None:
+    """One call against the reference in float64, within the operator's budget."""
+    case, operator = CASES[name], OPERATORS[name]
+    got = operator(*arguments, impl=impl)
+    want = operator(*doubled(arguments), impl="reference")
+    scale = case.scale(*doubled(arguments))
+    assert_within(got, want, scale, dtype=arguments[0].dtype, terms=case.terms(sizes), name=f"{name}[{impl}]")
+
+
+def implementations(name: str, arguments: tuple[Tensor, ...]) -> list[str]:
+    return [impl for impl, reason in OPERATORS[name].reasons(*arguments).items() if reason is None]
+
+
+def test_every_operator_has_a_case() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "metakern" in name
+    }
+    assert registered == set(OPERATORS) == set(CASES) == set(ops.__all__)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "sizes"), EACH_SIZE)
+def test_matches_reference_in_float64(name: str, sizes: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    arguments = tuple(LAYOUTS[layout](argument) for argument in CASES[name].arguments(sizes, dtype))
+    for impl in (None, *implementations(name, arguments)):
+        assert_exact(name, sizes, arguments, impl)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("name", "sizes"), EACH_SIZE)
+def test_opcheck(name: str, sizes: tuple[int, ...], requires_grad: bool) -> None:
+    arguments = CASES[name].arguments(sizes, torch.float32)
+    if requires_grad:
+        arguments = tuple(a.requires_grad_() if a.is_floating_point() else a for a in arguments)
+    torch.library.opcheck(OPERATORS[name].overload, arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_agrees_with_real(name: str) -> None:
+    for sizes in CASES[name].sizes:
+        for dtype in DTYPES:
+            arguments = CASES[name].arguments(sizes, dtype)
+            real = OPERATORS[name](*arguments)
+            fake = OPERATORS[name](*(argument.to("meta") for argument in arguments))
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_inputs_that_require_grad(name: str) -> None:
+    arguments = CASES[name].arguments(CASES[name].sizes[-1], torch.float32)
+    arguments[0].requires_grad_()
+    with pytest.raises(ValueError, match=r"no_grad"):
+        OPERATORS[name](*arguments)
+    with torch.no_grad():
+        assert not OPERATORS[name](*arguments).requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_and_unavailable_implementations(name: str) -> None:
+    arguments = CASES[name].arguments(CASES[name].sizes[-1], torch.float32)
+    with pytest.raises(ValueError, match=r"impl=\.\.\.\) must be None or one of .*'reference'.*got 'cuda'"):
+        OPERATORS[name](*arguments, impl="cuda")
+    for impl, reason in OPERATORS[name].reasons(*arguments).items():
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=f"cannot run here: {impl}: "):
+                OPERATORS[name](*arguments, impl=impl)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arguments_are_named(name: str) -> None:
+    arguments = CASES[name].arguments(CASES[name].sizes[-1], torch.float32)
+    with pytest.raises(ValueError, match=rf"{name}: \w+ must have shape"):
+        OPERATORS[name](arguments[0].unsqueeze(0), *arguments[1:])
+    with pytest.raises(TypeError, match=rf"{name}: \w+ must be a floating-point tensor; got torch.complex64"):
+        OPERATORS[name](arguments[0].to(torch.complex64), *arguments[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_are_counted(name: str) -> None:
+    arguments = CASES[name].arguments(CASES[name].sizes[-1], torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        OPERATORS[name](*arguments)
+    assert counter.get_total_flops() == OPERATORS[name].contract.flops(*arguments) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_whole(name: str) -> None:
+    arguments = CASES[name].arguments(CASES[name].sizes[-1], torch.float32)
+    compiled = torch.compile(getattr(ops, name), fullgraph=True, backend="aot_eager")
+    want = getattr(ops, name)(*arguments)
+    assert torch.equal(compiled(*arguments), want)
+
+
+def test_weighted_grad_skips_rows_of_weight_zero() -> None:
+    A, B, w = CASES["weighted_grad"].arguments((6, 2, 5, 4), torch.float32)
+    A[w == 0] = float("inf")
+    B[w == 0] = float("nan")
+    for impl in implementations("weighted_grad", (A, B, w)):
+        assert ops.weighted_grad(A, B, w, impl=impl).isfinite().all()
+
+
+def test_clip_normalise_edges() -> None:
+    for impl in ("native", "reference"):
+        if impl in implementations("clip_normalise", (torch.ones(1),)):
+            assert ops.clip_normalise(torch.tensor([-1.0, 0.0, -2.0]), impl=impl).tolist() == [0, 0, 0]
+            assert ops.clip_normalise(torch.tensor([-1.0, 3.0, 1.0]), impl=impl).tolist() == [0, 0.75, 0.25]
+            assert ops.clip_normalise(torch.tensor([1.0, float("nan")]), impl=impl).isnan().all()
+
+
+def test_supports_may_not_hide_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Tensor) -> str | None:
+        raise ZeroDivisionError
+
+    operator = OPERATORS["clip_normalise"]
+    broken_table = (operator.table[0]._replace(supports=broken), *operator.table[1:])
+    monkeypatch.setattr(operator, "table", broken_table)
+    with pytest.raises(ZeroDivisionError):
+        operator(torch.ones(3))

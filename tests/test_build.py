@@ -1,0 +1,139 @@
+"""The native build: its switches, its failures, and the module it makes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from metakern.ops import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "csrc", "LICENSE", "README.md", "metakern")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the build reads, so that a build here cannot touch the working tree."""
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif source.exists():
+            shutil.copy(source, tmp_path / name)
+    return tmp_path
+
+
+def build(checkout: Path, **switches: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext --inplace` with the given switches; output and errors together."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, **switches}
+    return subprocess.run(
+        command, cwd=checkout, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+
+
+def wheel(checkout: Path, **switches: str) -> list[str]:
+    """The files in a wheel built with the given switches."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "out", "."]
+    subprocess.run(command, cwd=checkout, env={**os.environ, **switches}, check=True)
+    (path,) = (checkout / "out").glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def modules(checkout: Path) -> list[Path]:
+    return list((checkout / "metakern").glob("_C*.so"))
+
+
+@pytest.mark.slow
+def test_cpu_build_names_what_it_built(checkout: Path) -> None:
+    result = build(checkout, METAKERN_BUILD="cpu", MAX_JOBS="1")
+    assert result.returncode == 0, result.stdout
+    assert "for CPU\n" in result.stdout
+    assert len(modules(checkout)) == 1
+
+
+def test_unknown_mode_is_refused(checkout: Path) -> None:
+    result = build(checkout, METAKERN_BUILD="gpu")
+    assert result.returncode != 0
+    assert "METAKERN_BUILD must be one of auto, cpu, cuda, none; got 'gpu'" in result.stdout
+
+
+@pytest.mark.slow
+def test_compile_error_fails_the_build(checkout: Path) -> None:
+    (checkout / "csrc" / "module.cpp").write_text("#error broken on purpose\n")
+    result = build(checkout, METAKERN_BUILD="cpu")
+    assert result.returncode != 0
+    assert "broken on purpose" in result.stdout
+    assert modules(checkout) == []
+
+
+def without_nvcc(tmp_path: Path) -> dict[str, str]:
+    """Switches under which no nvcc can be found: a PATH of links to the tools that are needed."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("cmake", "ninja", "c++", "g++", "gcc", "cc", "ld", "as", "ar", "ranlib", "uname", "sh"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    return {"PATH": str(tools), "CUDA_HOME": str(tools)}
+
+
+@pytest.mark.slow
+def test_missing_nvcc_is_said_in_one_line(checkout: Path) -> None:
+    result = build(checkout, METAKERN_BUILD="auto", **without_nvcc(checkout))
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("no nvcc found: building the CPU kernels only") == 1
+    refused = build(checkout, METAKERN_BUILD="cuda", PATH=str(checkout / "tools"), CUDA_HOME=str(checkout))
+    assert refused.returncode != 0
+    assert "METAKERN_BUILD=cuda, but no nvcc" in refused.stdout
+
+
+def test_none_is_a_pure_python_wheel(checkout: Path) -> None:
+    files = wheel(checkout, METAKERN_BUILD="none")
+    assert "metakern/ops/select.py" in files
+    assert not [name for name in files if name.endswith(".so")]
+
+
+def test_without_the_module_the_operators_say_so_and_run() -> None:
+    program = """
+import sys, torch
+sys.modules["metakern._C"] = None
+from metakern import ops
+from metakern.ops.select import OPERATORS
+for name, operator in OPERATORS.items():
+    arguments = operator.contract.example(torch.device("cpu"))
+    operator(*arguments)
+print(OPERATORS["clip_normalise"].reasons(torch.ones(2))["native"])
+"""
+    output = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert "install with METAKERN_BUILD=auto" in output
+
+
+@pytest.mark.skipif(extension.missing is not None, reason=str(extension.missing))
+def test_one_openmp_runtime_and_no_driver_needed() -> None:
+    from metakern import _C
+
+    needed = subprocess.check_output(["readelf", "-d", _C.__file__], text=True)
+    assert "gomp" not in needed
+    assert "libcuda" not in needed
+    assert "torch" not in needed
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_cuda_sources_compile_without_spills_for_every_architecture(checkout: Path) -> None:
+    result = build(checkout, METAKERN_BUILD="cuda")
+    assert result.returncode == 0, result.stdout
+    assert "for CPU and CUDA" in result.stdout
+    compiled = set(re.findall(r"for '(sm_\w+)'", result.stdout))
+    assert compiled == {"sm_80", "sm_90a", "sm_100a"}
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stdout)
+    assert frames
+    assert {spilled for frame in frames for spilled in frame} == {"0"}
