@@ -1,4 +1,4 @@
-"""Ways in which models use their parameters that a rule per layer does not see: bare, shared, reused, frozen, folded."""
+"""Ways in which models use parameters that a rule per layer does not see: bare, shared, reused, frozen, folded."""
 
 import torch
 import torch.nn.functional as F
