@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ def test_demo_ends_with_a_table(tmp_path, capsys, monkeypatch):
     plain = demo.demo_config(None)
     monkeypatch.setattr(metakern, "l2rw_step", step, raising=False)
     monkeypatch.setattr(
-        "metakern.cli.demo_config", lambda _: plain.__class__("uniform", majority=0.9, steps=3, threads=1)
+        "metakern.trainers.commands.demo_config", lambda _: plain.__class__("uniform", majority=0.9, steps=3, threads=1)
     )
     assert main(["demo", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -94,3 +95,12 @@ def test_unusable_input_is_said_in_a_line(arguments, message, capsys, tmp_path, 
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_optional_packages(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "metakern.trainers.commands", None)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for name in [name for name in sys.modules if name.startswith("metakern.trainers")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["list"]) == 2
+    assert "tqdm is not installed; try: pip install 'metakern[train]'" in capsys.readouterr().err

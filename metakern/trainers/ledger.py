@@ -49,7 +49,7 @@ class Ledger:
     def save(self, folder: Path) -> None:
         """Write weights.npz and weights.csv, the same columns."""
         columns = self.columns()
-        np.savez_compressed(folder / "weights.npz", **columns)
+        np.savez_compressed(folder / "weights.npz", allow_pickle=False, **columns)
         lines = [",".join(columns)]
         lines += [",".join(f"{value:.6g}" for value in row) for row in zip(*columns.values(), strict=True)]
         (folder / "weights.csv").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,143 @@
+"""The commands of the command line, each a function of its parsed options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from metakern.data import NAMES
+from metakern.methods import METHODS, find
+from metakern.trainers import train
+from metakern.trainers.compare import grid, run_missing
+from metakern.trainers.config import add_options, from_options
+from metakern.trainers.demo import demo_config
+from metakern.trainers.leaderboard import aligned, as_text, leaderboard, save
+from metakern.trainers.loop import Run
+from metakern.trainers.report import write_comparison, write_report
+from metakern.trainers.step_time import step_time
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="metakern", description="Train with re-weighted examples.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("train", help="train with one method and write a report")
+    one.add_argument("method", metavar="METHOD", help="see 'metakern list'")
+    one.add_argument(
+        "--out", type=Path, metavar="X", help="folder of the run (default: runs/DATA-MAJORITY-METHOD-SEED)"
+    )
+    add_options(one)
+    one.set_defaults(command=_train)
+
+    many = commands.add_parser("compare", help="run methods x majority shares x seeds and write a leaderboard")
+    many.add_argument("--methods", type=_words, default=list(METHODS), metavar="A,B", help="default: all")
+    many.add_argument("--majority", dest="majorities", type=_shares, default=[0.9, 0.995], metavar="P,Q", help="shares")
+    many.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="A-B", help="seeds, as 0-4 or 0,2,5")
+    many.add_argument("--jobs", type=int, default=1, metavar="X", help="runs at a time (default: 1)")
+    many.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), metavar="X", help="folder (default: %(default)s)"
+    )
+    add_options(many, leave_out=("majority", "seed"))
+    many.set_defaults(command=_compare)
+
+    demo = commands.add_parser("demo", help="plain training beside l2rw, in a few minutes")
+    demo.add_argument(
+        "--data-dir", metavar="X", help="folder of data sets (default: METAKERN_DATA); MNIST is used if there"
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="X", help="folder (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+
+    report = commands.add_parser("report", help="rebuild the report of runs; without runs: what this machine can run")
+    report.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs")
+    report.add_argument("--data-dir", metavar="X", help="folder of data sets")
+    report.add_argument(
+        "--out", type=Path, metavar="X", help="the file to write (default: report.html in the first run)"
+    )
+    report.set_defaults(command=_report)
+
+    commands.add_parser("list", help="the methods and data sets").set_defaults(command=_list)
+    return root
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _shares(text: str) -> list[float]:
+    return [float(word) for word in _words(text)]
+
+
+def _seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    for word in _words(text):
+        first, _, last = word.partition("-")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = from_options(options)
+    find(config.method)
+    name = f"{config.data}-{config.majority:g}-{config.method}-{config.seed}"
+    run = train(config, options.out or Path("runs") / name)
+    print(_summary([run]))
+    print(f"report: {write_report([run.folder], run.folder / 'report.html', data_dir=config.data_dir)}")
+
+
+def _summary(runs: Sequence[Run], step_times: dict[str, str] | None = None) -> str:
+    names = runs[0].task.class_names
+    rows = [["method", "test error"] + [f"error on {name}" for name in names] + ["seconds"]]
+    for run in runs:
+        errors = [run.errors.test, *run.errors.by_class]
+        rows.append([run.config.method] + [f"{error:.2f} %" for error in errors] + [f"{run.seconds:.0f}"])
+    if step_times:
+        rows = [[*row, step_times.get(row[0], "step, in plain steps")] for row in rows]
+    return aligned(rows)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    base = from_options(options, method=options.methods[0], majority=options.majorities[0], seed=0)
+    configs = grid(base, options.methods, options.majorities, options.seeds)
+    cells = run_missing(options.out, configs, jobs=options.jobs)
+    entries = leaderboard(cells)
+    save(entries, options.out / "leaderboard.csv")
+    print(as_text(entries))
+    print(f"table:  {options.out / 'leaderboard.csv'}")
+    print(f"report: {write_comparison(cells, options.out / 'report.html')}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    base = demo_config(options.data_dir)
+    print(
+        f"{base.data}, {100 * base.majority:g} % of the training images in one class, 10 clean images as the meta set."
+    )
+    runs = [train(replace(base, method=method), options.out / method) for method in ("uniform", "l2rw")]
+    measured = step_time(runs[1].config, runs[1].task)
+    step_times = {"uniform": "1", "l2rw": f"{measured.ratio:.2f} ({measured.low:.2f} to {measured.high:.2f})"}
+    report = write_report([run.folder for run in runs], options.out / "report.html", step_times=step_times)
+    print(_summary(runs, step_times))
+    print(f"A plain step takes {1000 * measured.plain_seconds:.1f} ms here; in brackets the 20th and 80th percentile.")
+    print(f"report: {report}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    if options.runs:
+        path = options.out or options.runs[0] / "report.html"
+        print(f"report: {write_report(options.runs, path, data_dir=options.data_dir)}")
+    else:
+        from metakern.report import main as print_machine_report
+
+        print_machine_report()
+
+
+def _list(options: argparse.Namespace) -> None:
+    rows = [["method", "handles", "meta set", "steps", "batch", "from"]]
+    for method in METHODS.values():
+        meta = "yes" if method.needs_meta else "no"
+        rows.append([method.name, method.handles, meta, str(method.steps), str(method.batch_size), method.source])
+    width = max(len(row[0]) for row in rows)
+    for row in rows:
+        print(f"{row[0]:<{width}}  {row[1]:<10} {row[2]:<8} {row[3]:>5}  {row[4]:>5}  {row[5]}")
+    print("\ndata sets: " + ", ".join(NAMES))
