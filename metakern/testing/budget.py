@@ -80,7 +80,8 @@ def assert_within(
     `scale` is what the sum could have been had nothing cancelled, e.g. sum |a||b| for a dot; `terms` how many
     products it has; `dtype` that of the operands (default: got's).
     """
-    result = verdict(name, got, want, unit(dtype or got.dtype, terms) * torch.as_tensor(scale, dtype=torch.float64))
+    allowed = unit(dtype or got.dtype, terms) * torch.as_tensor(scale).detach().double()
+    result = verdict(name, got, want, allowed)
     if not result.ok:
         raise AssertionError(f"over the error budget: {result}")
     return result.share

@@ -1,0 +1,160 @@
+"""Ways to use a parameter that a trace of torch functions cannot see: exact by another engine, or refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metakern
+from metakern.testing import inputs
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.catalogue.structures import Checkpointed
+from metakern.testing.judge import Snapshot, judge_step
+
+
+class Cube(torch.autograd.Function):
+    """x * w^3 with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad * weight**3, (grad * x * 3 * weight**2).sum(0)
+
+
+class CubeLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.linspace(0.5, 1.5, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Cube.apply(x, self.weight))
+
+
+def setup_of(model: nn.Module) -> Setup:
+    return Setup(model.double(), *inputs.pair(6, 3, 4, classes=3))
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_custom_function_on_a_parameter(memory: str) -> None:
+    setup = setup_of(CubeLayer())
+    before = Snapshot.of(setup.model)
+    with pytest.raises(NotImplementedError, match=r"'weight'.*custom autograd"):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine="ghost", memory=memory)
+    before.assert_unchanged(setup.model)
+
+
+def test_custom_function_by_double_backward() -> None:
+    """It has no forward mode; its backward is differentiable, so one engine is left."""
+    judge_step(metakern.l2rw_step, setup_of(CubeLayer()), engine="double_backward")
+
+
+def test_custom_function_on_data_only() -> None:
+    """Without a parameter it is nobody's business."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Cube.apply(self.first(x), torch.ones(4, dtype=x.dtype)))
+
+    judge_step(metakern.l2rw_step, setup_of(Model()), engine="ghost")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("engine", ["auto", "ghost", "jvp", "double_backward"])
+def test_reentrant_checkpoint(engine: str) -> None:
+    """Its backward runs a backward of its own, which the engines cannot enter: exact or refused, never short."""
+    torch.manual_seed(0)
+    setup = setup_of(Checkpointed(reentrant=False))
+    truth = setup.oracle()
+    setup.model.reentrant = True
+    before = Snapshot.of(setup.model)
+    try:
+        judge_step(metakern.l2rw_step, setup, truth=truth, engine=engine)
+    except (NotImplementedError, RuntimeError):
+        before.assert_unchanged(setup.model)
+
+
+def test_parameters_behind_data_and_detach() -> None:
+    """`.data` hides a use on purpose: the remaining uses are served, the hidden one counts for nobody."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.first(x)) + x @ self.first.weight.data + x @ self.first.weight.detach())
+
+    judge_step(metakern.l2rw_step, setup_of(Model()), engine="ghost")
+
+
+def test_weights_from_a_generator_network() -> None:
+    """The weight of one layer is computed from parameters of others, and from data."""
+
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.generate = nn.Parameter(torch.randn(2)), nn.Linear(2, 12)
+            self.per_example = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shared = torch.tanh(self.generate(self.code)).view(3, 4)
+            own = torch.tanh(self.per_example(x)).view(-1, 3, 4)
+            return nn.functional.linear(x, shared) + torch.einsum("noi,ni->no", own, x)
+
+    torch.manual_seed(0)
+    judge_step(metakern.l2rw_step, setup_of(Hyper()), engine="auto")
+
+
+def test_functional_call() -> None:
+    """Stateless use inside the loss."""
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        scaled = {name: param * 1.5 for name, param in model.named_parameters()}
+        logits = torch.func.functional_call(model, scaled, (batch[0],))
+        return nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+    torch.manual_seed(0)
+    setup = setup_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+    setup.loss_fn = losses
+    judge_step(metakern.l2rw_step, setup, engine="ghost")
+
+
+def test_regularisers_in_the_loss() -> None:
+    """A penalty on the weights in every example's loss reaches the parameters without any example data."""
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        penalty = sum(param.square().sum() for param in model.parameters())
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") + 0.1 * penalty
+
+    torch.manual_seed(0)
+    setup = setup_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+    setup.loss_fn = losses
+    before = Snapshot.of(setup.model)
+    try:
+        judge_step(metakern.l2rw_step, setup, engine="ghost")
+    except NotImplementedError:
+        before.assert_unchanged(setup.model)
+    setup.model.zero_grad()
+    judge_step(metakern.l2rw_step, setup, engine="auto")
+
+
+def test_user_hooks_still_fire() -> None:
+    """Forward hooks that look on, and that change an output, belong to the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    judge_step(metakern.l2rw_step, setup_of(model), engine="ghost")
+    assert 6 in seen
+    assert 3 in seen

@@ -1,0 +1,224 @@
+"""Examples that see each other: forward mode is exact, ghost refuses, and running statistics move once."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metakern
+from metakern.testing import budget, inputs
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.catalogue.structures import BatchNormalised
+from metakern.testing.judge import Snapshot, judge_step
+
+
+def batch_norm_setup(n: int = 6, m: int = 4) -> Setup:
+    torch.manual_seed(0)
+    model = BatchNormalised().double()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+    return Setup(model, *inputs.pair(n, m, 2, 5, 5, classes=3), interacting=True)
+
+
+def contrastive_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Each example is compared with every other one."""
+    features = model(batch[0])
+    similar = features @ features.T
+    return nn.functional.cross_entropy(similar, torch.arange(len(similar)).roll(1), reduction="none")
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the batch, with no layer that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.strength = nn.Linear(4, 6), nn.Linear(6, 3), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(torch.tanh(hidden - self.strength * hidden.mean(0)))
+
+
+class Graph(nn.Module):
+    """A graph convolution: every node is an example and sees its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        ring = (torch.eye(n, dtype=x.dtype) + torch.eye(n, dtype=x.dtype).roll(1, 0)) / 2
+        return ring @ self.second(torch.tanh(ring @ self.first(x)))
+
+
+def linear_setup(model: nn.Module, loss_fn: Any = None) -> Setup:
+    torch.manual_seed(0)
+    return Setup(model.double(), *inputs.pair(6, 4, 4, classes=3), loss_fn=loss_fn, interacting=True)
+
+
+INTERACTING = {
+    "batch-norm": batch_norm_setup,
+    "contrastive": lambda: linear_setup(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), contrastive_losses),
+    "centred": lambda: linear_setup(Centred()),
+    "graph": lambda: linear_setup(Graph()),
+}
+
+every_setup = pytest.mark.parametrize("make", INTERACTING.values(), ids=INTERACTING.keys())
+
+
+@every_setup
+@pytest.mark.parametrize("engine", ["auto", "jvp", "double_backward"])
+def test_exact(make: Any, engine: str) -> None:
+    judgement = judge_step(metakern.l2rw_step, make(), engine=engine)
+    assert judgement.result.engine == ("jvp" if engine == "auto" else engine)
+
+
+@every_setup
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_ghost_refuses(make: Any, memory: str) -> None:
+    setup = make()
+    before = Snapshot.of(setup.model)
+    with pytest.raises(NotImplementedError, match="interact"):
+        metakern.l2rw_step(
+            setup.model, setup.batch, setup.meta_batch, loss_fn=setup.loss_fn, engine="ghost", memory=memory
+        )
+    before.assert_unchanged(setup.model)
+
+
+@every_setup
+def test_single_example_is_exact_by_any_engine(make: Any) -> None:
+    setup = make()
+    setup.batch = tuple(part[:1] for part in setup.batch)
+    if isinstance(setup.model, Centred):
+        pytest.skip("one example minus its own mean is zero: the first layer takes no part")
+    judge_step(metakern.l2rw_step, setup, engine="auto")
+
+
+@pytest.mark.parametrize("engine", ["auto", "jvp", "double_backward"])
+def test_running_statistics_move_as_in_a_plain_step(engine: str) -> None:
+    setup = batch_norm_setup()
+    plain = copy.deepcopy(setup.model)
+    plain(setup.batch[0])
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine=engine)
+    for (name, got), want in zip(setup.model.named_buffers(), plain.buffers(), strict=True):
+        budget.assert_within(got, want, 1.0, dtype=torch.float64, name=name)
+
+
+@pytest.mark.parametrize("engine", ["auto", "jvp", "double_backward"])
+def test_running_statistics_do_not_move_in_eval(engine: str) -> None:
+    setup = batch_norm_setup()
+    setup.model.eval()
+    setup.interacting = False
+    judge_step(metakern.l2rw_step, setup, engine=engine)
+
+
+def test_grad_dots_moves_statistics_once_too() -> None:
+    """It runs the forward pass of a training step; that it does so once is what is checked."""
+    setup = batch_norm_setup()
+    metakern.grad_dots(setup.model, setup.batch, setup.meta_batch)
+    assert int(setup.model.norm.num_batches_tracked) <= 1
+
+
+def test_batch_norm_after_eval_and_back() -> None:
+    """What was learnt about the model in one mode must not be believed in the other."""
+    setup = batch_norm_setup()
+    for training, engine in ((False, "ghost"), (True, "jvp"), (False, "ghost"), (True, "jvp")):
+        setup.model.train(training)
+        setup.interacting = training
+        setup.model.zero_grad()
+        assert judge_step(metakern.l2rw_step, setup).result.engine == engine
+
+
+def test_frozen_batch_norm_in_a_training_model() -> None:
+    setup = batch_norm_setup()
+    setup.model.norm.eval()
+    setup.interacting = False
+    assert judge_step(metakern.l2rw_step, setup).result.engine == "ghost"
+
+
+def test_coupling_that_starts_later() -> None:
+    """A coupling whose strength is an attribute, zero at first, as in a warm-up: step one must not decide for all."""
+    setup = linear_setup(Centred())
+    for strength in (0.0, 0.5, 0.0, 1.0):
+        setup.model.strength = strength
+        setup.model.zero_grad()
+        judge_step(metakern.l2rw_step, setup)
+
+
+def test_coupling_in_the_loss_that_starts_later() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    strength = 0.0
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = model(batch[0])
+        alone = nn.functional.cross_entropy(logits, batch[1], reduction="none")
+        return alone + strength * (logits - logits.mean(0)).square().sum(1)
+
+    setup = linear_setup(model, losses)
+    for strength in (0.0, 0.5, 1.0):  # noqa: B007 - read by the loss
+        setup.model.zero_grad()
+        judge_step(metakern.l2rw_step, setup)
+
+
+class Switched(Centred):
+    """The coupling sits behind a branch: its operations are absent at first."""
+
+    switched_on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.switched_on:
+            hidden = hidden - hidden.mean(0)
+        return self.second(torch.tanh(hidden))
+
+
+def test_coupling_behind_a_branch() -> None:
+    setup = linear_setup(Switched())
+    for setup.model.switched_on in (False, True, False):
+        setup.model.zero_grad()
+        judge_step(metakern.l2rw_step, setup)
+
+
+class SortedByLength(nn.Module):
+    """Sorts the examples by a feature, works on them, and puts them back: the order differs from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return self.second(torch.tanh(self.first(x[order])))[order.argsort()]
+
+
+def test_an_order_that_differs_from_batch_to_batch() -> None:
+    """The first batch happens to be sorted already; the next is not."""
+    setup = linear_setup(SortedByLength())
+    setup.interacting = False
+    shuffled = setup.batch
+    order = shuffled[0][:, 0].argsort()
+    setup.batch = (shuffled[0][order], shuffled[1][order])
+    judge_step(metakern.l2rw_step, setup)
+    setup.batch = shuffled
+    setup.model.zero_grad()
+    judge_step(metakern.l2rw_step, setup)
+
+
+@pytest.mark.parametrize("strength", [1e-2, 1e-4, 1e-6, 1e-8])
+def test_weak_coupling(strength: float) -> None:
+    """However weak the interaction: the answer is exact, or there is none."""
+    setup = linear_setup(Centred())
+    setup.model.strength = strength
+    judge_step(metakern.l2rw_step, setup)
+
+
+@pytest.mark.parametrize("strength", [1e-2, 1e-4])
+def test_weak_coupling_in_float32(strength: float) -> None:
+    setup = linear_setup(Centred())
+    setup.model.strength = strength
+    setup.model.float()
+    setup.batch, setup.meta_batch = ((x.float(), y) for x, y in (setup.batch, setup.meta_batch))
+    judge_step(metakern.l2rw_step, setup, plain=setup.oracle(dtype=torch.float32))

@@ -1,0 +1,197 @@
+"""What is done with the weighted gradient: left, added, stepped with; and over which parameters the dots run."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metakern
+from metakern.testing import budget, inputs
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.judge import gradients, judge_step
+
+
+def setup_of(n: int = 6, m: int = 3) -> Setup:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    return Setup(model, *inputs.pair(n, m, 4, classes=3))
+
+
+ENGINES = pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
+
+
+@ENGINES
+def test_replaces_what_is_there(engine: str) -> None:
+    setup = setup_of()
+    for param in setup.model.parameters():
+        param.grad = torch.full_like(param, 1e3)
+    judge_step(metakern.l2rw_step, setup, engine=engine)
+
+
+@ENGINES
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_accumulates(engine: str, memory: str) -> None:
+    setup = setup_of()
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine=engine)
+    once = {name: grad.clone() for name, grad in gradients(setup.model).items()}
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine=engine, memory=memory, accumulate=True)
+    for name, grad in gradients(setup.model).items():
+        budget.assert_within(grad, 2 * once[name], 1.0, name=name)
+
+
+def test_accumulates_onto_nothing() -> None:
+    setup = setup_of()
+    judge_step(metakern.l2rw_step, setup, accumulate=True)
+
+
+def test_gradients_own_their_memory() -> None:
+    """Clipping in place, or a second step, must not reach the first result or another parameter's gradient."""
+    setup = setup_of()
+    first = metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
+    kept = {name: grad.clone() for name, grad in gradients(setup.model).items()}
+    dots = first.dots.clone()
+    addresses = [grad.untyped_storage().data_ptr() for grad in gradients(setup.model).values()]
+    assert len(set(addresses)) == len(addresses)
+    for name, grad in gradients(setup.model).items():
+        assert torch.equal(grad, kept[name])
+        assert not grad.requires_grad
+        grad.mul_(0)
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
+    assert torch.equal(first.dots, dots)
+
+
+def test_results_are_detached() -> None:
+    setup = setup_of()
+    result = metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
+    for value in (result.weights, result.dots, result.losses, result.meta_loss):
+        assert not value.requires_grad
+        assert value.grad_fn is None
+    assert result.meta_loss.shape == ()
+
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_optimizer_steps_as_by_hand(make: Any) -> None:
+    setup = setup_of()
+    other = copy.deepcopy(setup.model)
+    optimizer, manual = make(setup.model.parameters()), make(other.parameters())
+    for _ in range(3):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, optimizer=optimizer)
+        metakern.l2rw_step(other, setup.batch, setup.meta_batch)
+        manual.step()
+    for got, want in zip(setup.model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+@ENGINES
+def test_thirty_steps_follow_the_oracle(engine: str, memory: str) -> None:
+    """Training by the library and by the float64 loop: the same weights of examples and of the network all along."""
+    setup = setup_of(8, 4)
+    reference = copy.deepcopy(setup)
+    optimizers = [torch.optim.SGD(each.model.parameters(), lr=0.1, momentum=0.9) for each in (setup, reference)]
+    for _ in range(30):
+        truth = reference.oracle()
+        for name, grad in truth.gradient(truth.weights).items():
+            reference.model.get_parameter(name).grad = grad
+        optimizers[1].step()
+        metakern.l2rw_step(
+            setup.model, setup.batch, setup.meta_batch, optimizer=optimizers[0], engine=engine, memory=memory
+        )
+    for got, want in zip(setup.model.parameters(), reference.model.parameters(), strict=True):
+        budget.assert_within(got, want, 1 + want.abs(), dtype=torch.float64, name="parameters after thirty steps")
+
+
+@ENGINES
+def test_params_restrict_the_dots_and_not_the_gradient(engine: str) -> None:
+    for chosen, names in (
+        ("0.*", ["0.weight", "0.bias"]),
+        ("*.bias", ["0.bias", "2.bias", "3.bias"]),
+        (["3.weight", "2.*"], ["2.weight", "2.bias", "3.weight"]),
+    ):
+        setup = setup_of()
+        _judge_restricted(setup, chosen, names, engine)
+    setup = setup_of()
+    _judge_restricted(setup, setup.model[3], ["3.weight", "3.bias"], engine)
+    setup = setup_of()
+    _judge_restricted(setup, [setup.model[0].weight], ["0.weight"], engine)
+
+
+def _judge_restricted(setup: Setup, chosen: Any, names: list[str], engine: str) -> None:
+    restricted, whole = setup.oracle(names=names), setup.oracle()
+    result = metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, params=chosen, engine=engine)
+    budget.assert_dots(result.dots, restricted)
+    budget.assert_gradient(gradients(setup.model), whole, weights=result.weights)
+
+
+@ENGINES
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_any_rule(engine: str, memory: str) -> None:
+    """Negative weights, and weights that do not sum to one."""
+
+    def rule(dots: Tensor) -> Tensor:
+        return torch.linspace(-2, 3, len(dots), dtype=dots.dtype)
+
+    setup = setup_of()
+    truth = setup.oracle()
+    result = metakern.reweight_step(setup.model, setup.batch, setup.meta_batch, rule=rule, engine=engine, memory=memory)
+    assert torch.equal(result.weights, rule(result.dots))
+    budget.assert_gradient(gradients(setup.model), truth, weights=result.weights)
+
+
+def test_rule_by_name_is_l2rw() -> None:
+    setup = setup_of()
+    judge_step(metakern.reweight_step, setup, rule="clip_normalise")
+
+
+@ENGINES
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_no_example_helps(engine: str, memory: str) -> None:
+    """All weights zero: a gradient of zeros, not None, not NaN."""
+    setup = setup_of()
+    result = metakern.reweight_step(
+        setup.model, setup.batch, setup.meta_batch, rule=torch.zeros_like, engine=engine, memory=memory
+    )
+    assert not result.weights.any()
+    for grad in gradients(setup.model).values():
+        assert grad is not None
+        assert not grad.any()
+
+
+@ENGINES
+def test_grad_dots_changes_nothing(engine: str) -> None:
+    setup = setup_of()
+    before = {name: param.clone() for name, param in setup.model.named_parameters()}
+    result = metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, engine=engine)
+    budget.assert_dots(result.dots, setup.oracle())
+    assert result.engine == engine
+    for name, param in setup.model.named_parameters():
+        assert param.grad is None
+        assert torch.equal(param, before[name])
+
+
+def test_engines_and_memories_agree() -> None:
+    """The same numbers to rounding, whichever way they are computed."""
+    setup = setup_of(9, 5)
+    truth = setup.oracle()
+    for engine in ("ghost", "jvp", "double_backward"):
+        for memory in ("reuse", "two_pass"):
+            setup.model.zero_grad()
+            judge_step(metakern.l2rw_step, setup, truth=truth, engine=engine, memory=memory)
+
+
+def test_frozen_parameters_keep_their_gradient() -> None:
+    setup = setup_of()
+    setup.model[0].requires_grad_(False)
+    setup.model[0].weight.grad = torch.ones_like(setup.model[0].weight)
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
+    assert bool((setup.model[0].weight.grad == 1).all())
+    assert setup.model[0].bias.grad is None
