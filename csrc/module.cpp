@@ -27,6 +27,13 @@ void bind_cpu(py::module_& cpu, const std::string& suffix) {
   });
 }
 
+template <typename T, typename Sum>
+void bind_row_dots(py::module_& cpu, const char* name) {
+  cpu.def(name, [](uintptr_t x, uintptr_t y, uintptr_t out, int64_t n, int64_t k, int64_t x_stride, int64_t y_stride) {
+    metakern::cpu::row_dots(pointer<const T>(x), pointer<const T>(y), pointer<Sum>(out), n, k, x_stride, y_stride);
+  });
+}
+
 #ifdef METAKERN_CUDA
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
@@ -39,6 +46,12 @@ void bind_cuda(py::module_& cuda) {
              check(clip_normalise(static_cast<Scalar>(dtype), pointer<const void>(dots), pointer<void>(weights), n,
                                   stride, pointer<CUstream_st>(stream)));
            });
+  cuda.def("row_dots_chunks", &row_dots_chunks);
+  cuda.def("row_dots", [](int dtype, uintptr_t x, uintptr_t y, uintptr_t workspace, uintptr_t out, int64_t n, int64_t k,
+                          int64_t x_stride, int64_t y_stride, uintptr_t stream) {
+    check(row_dots(static_cast<Scalar>(dtype), pointer<const void>(x), pointer<const void>(y), pointer<void>(workspace),
+                   pointer<void>(out), n, k, x_stride, y_stride, pointer<CUstream_st>(stream)));
+  });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));
@@ -53,6 +66,9 @@ PYBIND11_MODULE(_C, module) {
   auto cpu = module.def_submodule("cpu");
   bind_cpu<float>(cpu, "f32");
   bind_cpu<double>(cpu, "f64");
+  bind_row_dots<float, float>(cpu, "row_dots_f32");
+  bind_row_dots<double, double>(cpu, "row_dots_f64");
+  bind_row_dots<metakern::cpu::bfloat16, float>(cpu, "row_dots_bf16");
 #ifdef METAKERN_CUDA
   auto cuda = module.def_submodule("cuda");
   bind_cuda(cuda);

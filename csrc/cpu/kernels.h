@@ -11,8 +11,16 @@
 
 namespace metakern::cpu {
 
+struct bfloat16 {
+  uint16_t bits;
+};
+
 // weights_n = max(d_n, 0) / (D + [D == 0]), D = sum_k max(d_k, 0). `dots` has a stride, `weights` is contiguous.
 template <typename T>
 void clip_normalise(const T* dots, T* weights, int64_t n, int64_t stride);
+
+// out_n = sum_k x_nk y_nk. Rows have a stride, their elements none.
+template <typename T, typename Sum>
+void row_dots(const T* x, const T* y, Sum* out, int64_t n, int64_t k, int64_t x_stride, int64_t y_stride);
 
 }  // namespace metakern::cpu

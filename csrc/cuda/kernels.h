@@ -13,4 +13,9 @@ enum class Scalar : int { f16 = 0, bf16 = 1, f32 = 2, f64 = 3 };
 cudaError_t clip_normalise(Scalar dtype, const void* dots, void* weights, int64_t n, int64_t stride,
                            cudaStream_t stream);
 
+// out_n = sum_k x_nk y_nk. Rows have a stride, their elements none; `workspace` holds n * row_dots_chunks(k) sums.
+int64_t row_dots_chunks(int64_t k);
+cudaError_t row_dots(Scalar dtype, const void* x, const void* y, void* workspace, void* out, int64_t n, int64_t k,
+                     int64_t x_stride, int64_t y_stride, cudaStream_t stream);
+
 }  // namespace metakern::cuda

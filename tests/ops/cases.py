@@ -41,6 +41,10 @@ def _pair_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
 
 
+def _row_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return normal(*sizes, seed=1, dtype=dtype), normal(*sizes, seed=2, dtype=dtype)
+
+
 def _weighted_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     n, t, i, o = sizes
     w = normal(n, seed=3, dtype=torch.float32).clamp_min(0)  # about half are zero
@@ -78,6 +82,12 @@ CASES = {
         _pair_dots,
         _pair_scale,
         lambda s: s[1] * s[2] * max(s[3], s[4]),
+    ),
+    "row_dots": Case(
+        ((0, 3), (2, 0), (1, 1), (3, 63), (5, 64), (7, 1000), (2, 40001)),
+        _row_dots,
+        lambda X, Y: (X * Y).abs().sum(1),
+        lambda s: s[1],
     ),
     "weighted_grad": Case((*_MATRICES, (3, 300, 260, 5)), _weighted_grad, _weighted_scale, lambda s: s[0] * s[1]),
 }

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.ops.layout import examples_per_tile, in_columns, product
-from metakern.ops.operands import accumulator
+from metakern.ops.layout import contract, examples_per_tile, in_columns, product
 
 
 def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
@@ -25,5 +24,4 @@ def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
 
 
 def _tile(A: Tensor, V: Tensor, B: Tensor, columns: bool) -> Tensor:
-    P = product(A, V, columns).to(accumulator(A.dtype))
-    return P.mul_(B.transpose(1, 2) if columns else B).flatten(1).sum(1)
+    return contract(product(A, V, columns), B, columns)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.ops.layout import examples_per_tile, in_columns, product
-from metakern.ops.operands import accumulator
+from metakern.ops.layout import contract, examples_per_tile, in_columns, product
 
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
@@ -19,5 +18,5 @@ def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
 
 
 def _tile(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, columns: bool) -> Tensor:
-    inputs = product(A, A_meta, columns).to(accumulator(A.dtype))
-    return inputs.mul_(product(B, B_meta, columns)).flatten(1).sum(1)
+    inputs, outputs = product(A, A_meta, columns), product(B, B_meta, columns)
+    return contract(inputs, outputs.transpose(1, 2) if columns else outputs, columns)

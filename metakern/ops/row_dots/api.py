@@ -1,0 +1,31 @@
+"""row_dots: the public function and its table of implementations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from metakern.ops.row_dots import contract, native, reference
+from metakern.ops.select import Implementation, Operator, always
+
+OPERATOR = Operator(
+    contract,
+    table=(
+        Implementation("native", native.row_dots, native.supports),
+        Implementation("reference", reference.row_dots, always),
+    ),
+)
+
+
+def row_dots(X: Tensor, Y: Tensor, *, impl: str | None = None) -> Tensor:
+    """Dot product of every row of X with the same row of Y, without writing their product.
+
+    `out_n = sum_k X_nk Y_nk`.
+
+    Args:
+        X, Y: [n, k]; rows whose elements are not adjacent in memory are left to the reference.
+        impl: None takes the first implementation that supports the case; a name never falls back.
+    Returns: [n], float32, or float64 for float64 operands, summed in that dtype.
+    Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
+        RuntimeError if the implementation asked for does not support the case.
+    """
+    return OPERATOR(X, Y, impl=impl)
