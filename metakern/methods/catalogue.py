@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from metakern.methods.bootstrapping import REED_HARD, REED_SOFT
+from metakern.methods.class_difficulty import CDB
+from metakern.methods.class_weights import CLASS_BALANCED, INVERSE_SQRT
+from metakern.methods.focal import FOCAL
 from metakern.methods.hard_mining import HARD_MINING, HARD_MINING_AS_SHIPPED
+from metakern.methods.label_smoothing import LABEL_SMOOTHING, LABEL_SMOOTHING_BY_CLASS
+from metakern.methods.ldam import LDAM_DRW
 from metakern.methods.learning_to_reweight import L2RW
+from metakern.methods.logit_adjustment import ARB, LOGIT_ADJUSTMENT
 from metakern.methods.method import Method
 from metakern.methods.proportion import PROPORTION, PROPORTION_AS_SHIPPED
 from metakern.methods.random_weights import RANDOM
 from metakern.methods.resample import RESAMPLE
+from metakern.methods.self_paced import SELF_PACED, SELF_PACED_LINEAR
 from metakern.methods.uniform import UNIFORM
 
 METHODS: dict[str, Method] = {
@@ -21,6 +29,19 @@ METHODS: dict[str, Method] = {
         HARD_MINING,
         HARD_MINING_AS_SHIPPED,
         L2RW,
+        INVERSE_SQRT,
+        CLASS_BALANCED,
+        FOCAL,
+        LDAM_DRW,
+        LOGIT_ADJUSTMENT,
+        ARB,
+        CDB,
+        LABEL_SMOOTHING,
+        LABEL_SMOOTHING_BY_CLASS,
+        SELF_PACED,
+        SELF_PACED_LINEAR,
+        REED_SOFT,
+        REED_HARD,
     )
 }
 

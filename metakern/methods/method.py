@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.data.sampling import shuffled
@@ -64,24 +63,3 @@ class Method:
     needs_meta: bool = False
     handles: str = "imbalance"
     sampler: Sampler = shuffled
-
-
-# losses[n], targets[n], setting -> weights[n]
-Rule = Callable[[Tensor, Tensor, Setting], Tensor]
-
-
-def weighted_step(rule: Rule) -> Step:
-    """The step of every method whose weights need no gradient: one pass, then the gradient of sum_n w_n l_n."""
-
-    def step(
-        model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
-    ) -> Outcome:
-        inputs, targets = batch
-        losses = F.cross_entropy(model(inputs), targets, reduction="none")
-        weights = rule(losses.detach(), targets, setting)
-        optimizer.zero_grad(set_to_none=True)
-        (weights * losses).sum().backward()
-        optimizer.step()
-        return Outcome(weights, losses.detach(), None)
-
-    return step

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting, weighted_step
+from metakern.methods.method import Method, Setting
+from metakern.methods.weighted_step import weighted_step
 
 
 def inverse_share_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:

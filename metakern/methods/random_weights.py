@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting, weighted_step
+from metakern.methods.method import Method, Setting
+from metakern.methods.weighted_step import weighted_step
 
 
 def random_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:

@@ -5,7 +5,7 @@ from metakern.methods import Setting
 from metakern.methods.hard_mining import first, hardest
 from metakern.methods.proportion import inverse_share_weights, opposite_share_weights
 from metakern.methods.random_weights import random_weights
-from metakern.methods.uniform import uniform_weights
+from metakern.methods.weighted_step import uniform_weights
 
 
 def setting(*counts: int, seed: int = 0) -> Setting:

@@ -1,0 +1,70 @@
+"""CDB: weights by how badly the model does on each class of a clean set."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern.methods.class_weights import by_class
+from metakern.methods.method import Batch, Method, Outcome, Setting
+
+TAU_RULES = ("imagenet", "cifar")
+
+
+def dynamic_tau(accuracies: Tensor, rule: str = "imagenet") -> Tensor:
+    """The exponent from the spread of difficulties d = 1 - accuracy; accuracies[C] in 0..1 -> [].
+
+    bias = (1 - min d) / (1 - max d + 0.01); "imagenet": 2 sigmoid(bias - 1), as in the paper; "cifar": sigmoid(bias).
+    The two published codes disagree.
+    Raises: ValueError for another rule.
+    Source: Sinha et al., "Class-Wise Difficulty-Balanced Loss for Solving Class-Imbalance", ACCV 2020, section 3.3.
+    """
+    if rule not in TAU_RULES:
+        raise ValueError(f"dynamic_tau: rule must be one of {', '.join(TAU_RULES)}, got {rule!r}")
+    bias = accuracies.max() / (accuracies.min() + 0.01)
+    return 2 * torch.sigmoid(bias - 1) if rule == "imagenet" else torch.sigmoid(bias)
+
+
+def difficulty_weights(accuracies: Tensor, tau: float | Tensor) -> Tensor:
+    """w_c = (1 - accuracy_c)^tau, scaled to mean 1; all 1 when every class is perfect; accuracies[C] -> [C].
+
+    Source: as `dynamic_tau`, equation 3.
+    """
+    weights = (1 - accuracies) ** tau
+    total = weights.sum()
+    return weights * len(weights) / total if total > 0 else torch.ones_like(weights)
+
+
+def step(
+    model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+) -> Outcome:
+    """Difficulty is measured on the meta batch before each step; the paper does it once an epoch on 25 a class.
+
+    A class that the meta batch does not hold counts as perfect.
+    """
+    (inputs, targets), (meta_inputs, meta_targets) = batch, meta_batch
+    with torch.no_grad():
+        meta_logits = model(meta_inputs)
+    classes = len(setting.class_counts)
+    right = (meta_logits.argmax(1) == meta_targets).to(meta_logits)
+    held = torch.bincount(meta_targets, minlength=classes)
+    accuracies = torch.where(held > 0, right.new_zeros(classes).index_add_(0, meta_targets, right) / held, 1)
+    losses = F.cross_entropy(model(inputs), targets, reduction="none")
+    # No class of the batch is difficult: the weights would all be 0, and the plain mean is what is left to learn from.
+    class_weights = difficulty_weights(accuracies, dynamic_tau(accuracies))
+    usable = class_weights if class_weights[targets].any() else torch.ones_like(class_weights)
+    weights = by_class(usable, targets)
+    optimizer.zero_grad(set_to_none=True)
+    (weights * losses).sum().backward()
+    optimizer.step()
+    return Outcome(weights, losses.detach(), F.cross_entropy(meta_logits, meta_targets))
+
+
+CDB = Method(
+    "cdb",
+    "weights by the error on each class of a clean set",
+    "Sinha et al., ACCV 2020",
+    step,
+    needs_meta=True,
+)

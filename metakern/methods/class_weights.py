@@ -1,0 +1,69 @@
+"""Weights by class counts: inverse frequency, its square root, and the effective number of examples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from metakern.methods.method import Method, Setting
+from metakern.methods.weighted_step import Rule, weighted_step
+
+
+def _scaled(weights: Tensor, counts: Tensor) -> Tensor:
+    weights = torch.where(counts > 0, weights, 0)
+    return (weights * (counts > 0).sum() / weights.sum()).float()
+
+
+def inverse_frequency(counts: Tensor, *, power: float = 1.0) -> Tensor:
+    """w_c = n_c^-power, scaled so that the classes present have mean 1; counts[C] -> [C] float32, absent classes 0.
+
+    power 1 is the inverse frequency, 1/2 the inverse square root.
+    """
+    return _scaled(counts.double() ** -power, counts)
+
+
+def effective_number(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
+    """w_c = (1 - beta) / (1 - beta^n_c), scaled so that the classes present have mean 1; counts[C] -> [C] float32.
+
+    beta 0 gives equal weights, beta -> 1 the inverse frequency.
+    Raises: ValueError when beta is not in [0, 1).
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, equation 2.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"effective_number: beta must be in [0, 1), got {beta}")
+    if beta == 0:
+        return _scaled(torch.ones(len(counts), dtype=torch.float64), counts)
+    # 1 - beta^n by expm1: for beta near 1 and few examples the subtraction would leave nothing.
+    return _scaled(-(1 - beta) / torch.expm1(counts.double() * math.log(beta)), counts)
+
+
+def by_class(class_weights: Tensor, targets: Tensor) -> Tensor:
+    """w_n = class_weights[y_n], normalised to sum 1 over the batch, as `cross_entropy(weight=...)` averages."""
+    weights = class_weights[targets]
+    return weights / weights.sum()
+
+
+def _inverse_sqrt(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+    return by_class(inverse_frequency(setting.class_counts, power=0.5).to(losses), targets)
+
+
+def class_balanced_rule(beta: float = 0.9999) -> Rule:
+    """The rule that weights each example by its class's effective number."""
+
+    def rule(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+        return by_class(effective_number(setting.class_counts, beta=beta).to(losses), targets)
+
+    return rule
+
+
+INVERSE_SQRT = Method(
+    "inverse-sqrt", "weights by 1 / sqrt(class count)", "Mahajan et al., ECCV 2018", weighted_step(_inverse_sqrt)
+)
+CLASS_BALANCED = Method(
+    "class-balanced",
+    "weights by the effective number of examples, beta 0.9999",
+    "Cui et al., CVPR 2019",
+    weighted_step(class_balanced_rule()),
+)

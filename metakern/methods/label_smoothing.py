@@ -1,0 +1,53 @@
+"""Label smoothing, with one strength for all or one per class."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakern.methods.method import Method, Setting
+from metakern.methods.weighted_step import weighted_step
+
+
+def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float | Tensor = 0.1) -> Tensor:
+    """l_n = -(1 - e) log q_n[y_n] - (e / C) sum_k log q_n[k]; e one number, or smoothing[C] and e = smoothing[y_n].
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
+    """
+    log_q = F.log_softmax(logits, 1)
+    strength = smoothing.to(logits)[targets] if isinstance(smoothing, Tensor) else smoothing
+    own = log_q.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return -(1 - strength) * own - strength * log_q.mean(1)
+
+
+def smoothing_by_count(counts: Tensor, *, largest: float = 0.1) -> Tensor:
+    """The rarer a class the more it is smoothed: e_c = largest * min n / n_c; counts[C] -> [C] float32.
+
+    Source: the class-conditional smoothing of Shwartz-Ziv et al., "Simplifying Neural Network Training Under Class
+    Imbalance", NeurIPS 2023, which says that minority classes get more; this rule for how much is ours.
+    """
+    counts = counts.clamp(min=1).double()
+    return (largest * counts.min() / counts).float()
+
+
+def _plain(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+    return label_smoothing_loss(logits, targets)
+
+
+def _by_class(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+    return label_smoothing_loss(logits, targets, smoothing_by_count(setting.class_counts))
+
+
+LABEL_SMOOTHING = Method(
+    "label-smoothing",
+    "targets mixed with the uniform distribution, 0.1",
+    "Szegedy et al., CVPR 2016",
+    weighted_step(criterion=_plain),
+    handles="both",
+)
+LABEL_SMOOTHING_BY_CLASS = Method(
+    "label-smoothing-by-class",
+    "rarer classes smoothed more",
+    "Shwartz-Ziv et al., NeurIPS 2023",
+    weighted_step(criterion=_by_class),
+)
