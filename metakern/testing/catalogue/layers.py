@@ -198,6 +198,12 @@ PARAMETRIZED = [
 
 ACTIVATIONS = [
     model_case("relu-in-place", lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), 5),
+    # The output of a linear layer with positions is a view of a matrix: changing it in place rewrites the graph.
+    model_case(
+        "positions-relu-in-place",
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(24, 3)),
+        *(4, 5),
+    ),
     model_case(
         "norm-then-hardtanh-in-place",
         lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Hardtanh(-0.9, 0.7, inplace=True), nn.Linear(6, 3)),
