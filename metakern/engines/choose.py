@@ -29,7 +29,7 @@ def solve(problem: Problem, engine: str) -> tuple[Answer, str]:
         if engine not in ENGINES:
             raise ValueError(f"engine must be 'auto' or one of {sorted(ENGINES)}, got {engine!r}")
         return ENGINES[engine](problem), engine
-    if _normalises_over_batch(problem.model):
+    if normalises_over_batch(problem.model):
         return jvp.solve(problem), "jvp"
     try:
         with unchanged_on_error(problem.model):
@@ -44,7 +44,7 @@ def solve(problem: Problem, engine: str) -> tuple[Answer, str]:
             ) from second
 
 
-def _normalises_over_batch(model: nn.Module) -> bool:
+def normalises_over_batch(model: nn.Module) -> bool:
     """Known without a pass: batch statistics make examples interact, so tracing would be in vain."""
     return any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)

@@ -12,9 +12,7 @@ from metakern.layers.rule import Gradients, Weights
 from metakern.layers.table import rule_for
 
 
-def weighted_gradients(
-    batch: BatchRecord, weights: Tensor, trainable: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
+def weighted_gradients(batch: BatchRecord, weights: Tensor, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """sum_n w_n dl_n/dtheta for every trainable parameter, by name; rows of weight zero are not multiplied.
 
     Shapes and dtypes are those of the parameters.
@@ -27,9 +25,7 @@ def weighted_gradients(
         for key, grad in rule_for(record.call).weighted_grads(record, given).items():
             total[key] = total[key] + grad if key in total else grad
     _through_derivations(batch, total, trainable)
-    return {
-        name: _like(total[id(p)], p) if id(p) in total else torch.zeros_like(p) for name, p in trainable.items()
-    }
+    return {name: _like(total[id(p)], p) if id(p) in total else torch.zeros_like(p) for name, p in trainable.items()}
 
 
 def _kept(weights: Tensor) -> Tensor | None:
@@ -46,7 +42,8 @@ def _through_derivations(batch: BatchRecord, total: Gradients, trainable: Mappin
     if not derived:
         return
     grads = [total[id(t)].to(t.dtype).view_as(t) for t in derived]
-    found = torch.autograd.grad(derived, list(trainable.values()), grads, allow_unused=True)
+    # The graph stays: a virtual step asks for the gradient of a second weighting.
+    found = torch.autograd.grad(derived, list(trainable.values()), grads, retain_graph=True, allow_unused=True)
     for parameter, grad in zip(trainable.values(), found):
         if grad is not None:
             total[id(parameter)] = total[id(parameter)] + grad if id(parameter) in total else grad

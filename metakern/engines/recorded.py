@@ -1,0 +1,148 @@
+"""The train pass of the ghost engine: inputs A and output gradients B of every use, kept or looked at in passing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from metakern import dots as stage_dots
+from metakern.capture import trace_batch
+from metakern.capture.examples import ExampleAxis, example_axes
+from metakern.capture.graph import output_gradients, require_complete, visit_output_gradients
+from metakern.capture.record import BatchRecord, Record, Trace, Use
+from metakern.capture.refusal import EngineUnavailable
+from metakern.engines.problem import Problem
+from metakern.engines.weighted_backward import weighted_backward
+from metakern.layers.rule import Tangents
+from metakern.weighted_grad import weighted_gradients
+
+NONE_PAIRED: Mapping[int, Record] = {}
+
+
+class Recorded:
+    """A and B of every use are kept, and no graph: any number of directions and weightings, without a backward."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.trace, axes = _traced(problem)
+        self.losses = self.trace.losses.detach()
+        grads = output_gradients(self.trace)
+        _require_participation(problem, self.trace, [any(g is not None for g in found) for found in grads])
+        self.records = [
+            _record(use, found, line) for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
+        ]
+
+    def dots_along(self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED) -> Tensor:
+        """<dl_n/dtheta, V>, [n]; V by identity of the parameter, or as the meta record paired with a use."""
+        self._require_intact()
+        tangents = stage_dots.extend_to_derived(direction, self.trace.derivations)
+        total = _Total(self.trace)
+        for k, record in enumerate(self.records):
+            if record is not None:
+                total.add(record, paired.get(k), tangents)
+        return total.dots
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
+        self._require_intact()
+        kept = [record for record in self.records if record is not None]
+        batch = BatchRecord(self.losses, kept, self.trace.derivations)
+        return weighted_gradients(batch, weights, self._problem.trainable)
+
+    def _require_intact(self) -> None:
+        for record in self.records:
+            if record is not None:
+                _require_unchanged(record.use)
+
+
+class InPassing:
+    """The graph is kept instead: each B is used as it comes by and dropped, a weighted gradient is another backward."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.trace, self._axes = _traced(problem)
+        self.losses = self.trace.losses.detach()
+
+    def dots_along(self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED) -> Tensor:
+        trace = self.trace
+        tangents = stage_dots.extend_to_derived(direction, trace.derivations)
+        total, reached = _Total(trace), [False] * len(trace.uses)
+
+        def visit(k: int, grads: list[Tensor | None]) -> None:
+            reached[k] = reached[k] or any(g is not None for g in grads)
+            record = _record(trace.uses[k], grads, self._axes[k])
+            if record is not None:
+                with torch.no_grad():
+                    total.add(record, paired.get(k), tangents)
+
+        visit_output_gradients(trace, visit)
+        _require_participation(self._problem, trace, reached)
+        return total.dots
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
+        return weighted_backward(self._problem, self.trace.losses, weights, keep)
+
+
+def recorded(problem: Problem) -> Recorded | InPassing:
+    """The train pass as `problem.memory` asks for it.
+
+    Raises:
+        EngineUnavailable: examples interact, or a parameter is used where tracing cannot see it.
+    """
+    return InPassing(problem) if problem.memory == "two_pass" else Recorded(problem)
+
+
+def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
+    trace = trace_batch(problem.model, problem.batch, problem.loss_fn, problem.trainable, "batch")
+    if trace.couplings and trace.examples > 1:
+        raise EngineUnavailable(
+            f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use engine='jvp'"
+        )
+    require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
+    return trace, example_axes(problem.model, trace, problem.context)
+
+
+def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis]) -> Record | None:
+    """The use with its B; None where the losses do not depend on it, or not through any entry."""
+    if all(g is None or g.numel() == 0 for g in grads):
+        return None
+    _require_unchanged(use)
+    return Record(use, tuple(grads), tuple(axes))
+
+
+def _require_unchanged(use: Use) -> None:
+    for tensor, version in use.call.versions:
+        if tensor._version != version:
+            raise EngineUnavailable(
+                f"the input of {use.name} (shape {tuple(tensor.shape)}) was overwritten in place after it was read, so "
+                "its dots would be wrong; make that operation out of place, or use engine='jvp'"
+            )
+
+
+class _Total:
+    """The running sum of the dots over the uses of a pass."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.dots = torch.zeros(trace.examples, dtype=_sum_dtype(trace.losses), device=trace.losses.device)
+
+    def add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
+        n = self.dots.shape[0]
+        if meta_record is not None:
+            self.dots += stage_dots.pair_dots(record, meta_record, n)
+        term = stage_dots.direction_dots(record, tangents, n)
+        if term is not None:
+            self.dots += term
+
+
+def _sum_dtype(losses: Tensor) -> torch.dtype:
+    return torch.float64 if losses.dtype == torch.float64 else torch.float32
+
+
+def _require_participation(problem: Problem, trace: Trace, reached: list[bool]) -> None:
+    """Every trainable parameter must have a use that the losses depend on, its own or through a derived tensor."""
+    known = {id(p) for use, yes in zip(trace.uses, reached, strict=True) if yes for _, p in use.call.parameters}
+    for call in reversed(trace.derivations):
+        if any(t is not None and id(t) in known for t in call.outputs):
+            known.update(id(p) for _, p in call.parameters)
+    problem.require_participation(known)

@@ -1,0 +1,127 @@
+"""A pass over the train batch that answers more than once: dots along any direction, gradients of any weighting.
+
+`solve` needs one direction and one weighting. A virtual step needs the gradient of one weighting first, then the dots
+along a direction found at other parameters, then the gradient of another weighting, all of the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import Buffers, unchanged_on_error
+from metakern.capture.trace import random_state, restore_random_state
+from metakern.engines import choose, jvp
+from metakern.engines.problem import Problem
+from metakern.engines.recorded import recorded
+from metakern.engines.weighted_backward import weighted_backward
+
+
+class TrainPass(Protocol):
+    """One forward pass of the train batch at theta."""
+
+    losses: Tensor  # [n], detached
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """<dl_n/dtheta, V> over the parameters that `direction` names, [n]."""
+        ...
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
+        """sum_n weights_n dl_n/dtheta for every trainable parameter, by name; the last question unless `keep`."""
+        ...
+
+
+class _Ghost:
+    """Dots by the per-use records, see `metakern.engines.recorded`."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self._pass = problem, recorded(problem)
+        self.losses = self._pass.losses
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self._pass.dots_along({id(self._problem.chosen[name]): v for name, v in direction.items()})
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
+        return self._pass.weighted_gradient(weights, keep)
+
+
+class GraphPass:
+    """The graph of the losses; weighted gradients are ordinary backward passes over it."""
+
+    def __init__(self, problem: Problem, losses: Tensor) -> None:
+        self._problem, self._losses = problem, losses
+        self.losses = losses.detach()
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
+        return weighted_backward(self._problem, self._losses, weights, keep)
+
+
+class _Dual(GraphPass):
+    """Dots by forward mode, in a second forward pass with the random numbers and buffers of the first."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._buffers, self._random = Buffers(problem.model), random_state()
+        super().__init__(problem, problem.batch_losses())
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        after = random_state()
+        restore_random_state(self._random)
+        try:
+            with self._buffers.replayed():
+                return jvp.loss_tangents(self._problem, dict(direction))
+        finally:
+            restore_random_state(after)
+
+
+class _Differentiated(GraphPass):
+    """Dots by differentiating the gradient once more."""
+
+    def __init__(self, problem: Problem) -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            losses = problem.batch_losses()
+        super().__init__(problem, losses)
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        u = torch.ones_like(self._losses, requires_grad=True)
+        parameters = [self._problem.chosen[name] for name in direction]
+        grads = torch.autograd.grad(self._losses, parameters, u, create_graph=True, allow_unused=True)
+        along = [(g * v).sum() for g, v in zip(grads, direction.values(), strict=True) if g is not None]
+        if not along:
+            return torch.zeros_like(self.losses)
+        (dots,) = torch.autograd.grad(sum(along[1:], along[0]), u, retain_graph=True)
+        return dots.detach()
+
+
+_PASSES: dict[str, Callable[[Problem], TrainPass]] = {
+    "ghost": _Ghost,
+    "jvp": _Dual,
+    "double_backward": _Differentiated,
+}
+
+
+def open_pass(problem: Problem, engine: str) -> tuple[TrainPass, str]:
+    """The forward pass of the train batch by the engine asked for, or by the cheapest exact one, and its name.
+
+    Raises: as `metakern.engines.solve`; that an operation has no forward mode shows when dots are asked for.
+    """
+    if engine != "auto":
+        if engine not in _PASSES:
+            raise ValueError(f"engine must be 'auto' or one of {sorted(_PASSES)}, got {engine!r}")
+        return _PASSES[engine](problem), engine
+    if choose.normalises_over_batch(problem.model):
+        return _Dual(problem), "jvp"
+    try:
+        with unchanged_on_error(problem.model):
+            return _Ghost(problem), "ghost"
+    except EngineUnavailable:
+        return _Dual(problem), "jvp"
+
+
+def plain_pass(problem: Problem) -> tuple[GraphPass, str]:
+    """A forward pass for weighted gradients only, which every model allows; it has no dots."""
+    return GraphPass(problem, problem.batch_losses()), "backward"
