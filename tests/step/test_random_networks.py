@@ -60,7 +60,7 @@ def specs(draw: st.DrawFn) -> Spec:
     return Spec(
         image=image,
         layers=tuple(draw(st.lists(st.sampled_from(IMAGE if image else SEQUENCE), min_size=1, max_size=6))),
-        width=draw(st.sampled_from([2, 4, 6])),
+        width=draw(st.sampled_from([4, 6, 8])),
         length=draw(st.integers(2, 5)),
         n=draw(st.integers(1, 6)),
         m=draw(st.integers(1, 4)),
