@@ -5,10 +5,24 @@ task = binary_imbalance(source, majority=0.995, seed=0)
 task.train, task.meta, task.test                       # Examples: inputs, targets, ids
 """
 
+from metakern.data.biased import biased
 from metakern.data.catalogue import NAMES, load
 from metakern.data.examples import Examples, Source, Task
 from metakern.data.folder import DataNotFound, data_dir
 from metakern.data.idx import read_idx
 from metakern.data.imbalance import binary_imbalance
+from metakern.data.noise import NOISE_KINDS
 
-__all__ = ["NAMES", "DataNotFound", "Examples", "Source", "Task", "binary_imbalance", "data_dir", "load", "read_idx"]
+__all__ = [
+    "NAMES",
+    "NOISE_KINDS",
+    "DataNotFound",
+    "Examples",
+    "Source",
+    "Task",
+    "biased",
+    "binary_imbalance",
+    "data_dir",
+    "load",
+    "read_idx",
+]

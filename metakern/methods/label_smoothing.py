@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +16,7 @@ def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float | Ten
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
     """
     log_q = F.log_softmax(logits, 1)
-    strength = smoothing.to(logits)[targets] if isinstance(smoothing, Tensor) else smoothing
+    strength = torch.as_tensor(smoothing).to(logits).expand(logits.shape[1])[targets]
     own = log_q.gather(1, targets.unsqueeze(1)).squeeze(1)
     return -(1 - strength) * own - strength * log_q.mean(1)
 

@@ -25,15 +25,13 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("train", help="train with one method and write a report")
     one.add_argument("method", metavar="METHOD", help="see 'metakern list'")
-    one.add_argument(
-        "--out", type=Path, metavar="X", help="folder of the run (default: runs/DATA-MAJORITY-METHOD-SEED)"
-    )
+    one.add_argument("--out", type=Path, metavar="X", help="folder of the run (default: runs/DATA-BIAS-METHOD-SEED)")
     add_options(one)
     one.set_defaults(command=_train)
 
     many = commands.add_parser("compare", help="run methods x majority shares x seeds and write a leaderboard")
     many.add_argument("--methods", type=_words, default=list(METHODS), metavar="A,B", help="default: all")
-    many.add_argument("--majority", dest="majorities", type=_shares, default=[0.9, 0.995], metavar="P,Q", help="shares")
+    many.add_argument("--majority", dest="majorities", type=_shares, default=[None], metavar="P,Q", help="shares")
     many.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="A-B", help="seeds, as 0-4 or 0,2,5")
     many.add_argument("--jobs", type=int, default=1, metavar="X", help="runs at a time (default: 1)")
     many.add_argument(
@@ -80,8 +78,7 @@ def _seeds(text: str) -> list[int]:
 def _train(options: argparse.Namespace) -> None:
     config = from_options(options)
     find(config.method)
-    name = f"{config.data}-{config.majority:g}-{config.method}-{config.seed}"
-    run = train(config, options.out or Path("runs") / name)
+    run = train(config, options.out or Path("runs") / config.name())
     print(_summary([run]))
     print(f"report: {write_report([run.folder], run.folder / 'report.html', data_dir=config.data_dir)}")
 
@@ -110,9 +107,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     base = demo_config(options.data_dir)
-    print(
-        f"{base.data}, {100 * base.majority:g} % of the training images in one class, 10 clean images as the meta set."
-    )
+    print(f"{base.data} at a majority share of {base.majority:g}, with 10 clean images as the meta set")
     runs = [train(replace(base, method=method), options.out / method) for method in ("uniform", "l2rw")]
     measured = step_time(runs[1].config, runs[1].task)
     step_times = {"uniform": "1", "l2rw": f"{measured.ratio:.2f} ({measured.low:.2f} to {measured.high:.2f})"}

@@ -27,7 +27,7 @@ class Cell:
 
 
 def grid(
-    base: TrainConfig, methods: Sequence[str], majorities: Sequence[float], seeds: Sequence[int]
+    base: TrainConfig, methods: Sequence[str], majorities: Sequence[float | None], seeds: Sequence[int]
 ) -> list[TrainConfig]:
     """Every combination; seeds vary slowest, so an interrupted comparison has whole tables of the first seeds.
 
@@ -45,7 +45,7 @@ def grid(
 
 def cell(root: Path, config: TrainConfig) -> Cell:
     """The cell of `config` under `root`, with its result if it has one."""
-    folder = root / "cells" / f"{config.data}-{config.majority:g}-{config.method}-{config.seed}"
+    folder = root / "cells" / config.name()
     return Cell(config, folder, finished(folder, config))
 
 

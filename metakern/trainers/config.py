@@ -7,6 +7,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from metakern.data import NOISE_KINDS
 from metakern.methods import Method
 
 
@@ -21,7 +22,10 @@ class TrainConfig:
     method: str
     data: str = _option("digits-4v9", "data set: see 'metakern list'")
     data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
-    majority: float = _option(0.995, "share of the majority class in the training set, 0.5 to 1")
+    majority: float | None = _option(None, "sets of two classes: share of the larger one in training (default: 0.995)")
+    imbalance: float = _option(1.0, "sets of more classes: largest class to smallest, falling exponentially")
+    noise: str | None = _option(None, f"sets of more classes: label noise, one of {', '.join(NOISE_KINDS)}")
+    noise_rate: float = _option(0.0, "share of labels the noise draws anew")
     train_size: int = _option(5000, "training and meta examples together, at most")
     meta_per_class: int = _option(5, "clean examples of each class that the meta set takes out of them")
     seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
@@ -47,6 +51,14 @@ class TrainConfig:
     def total_steps(self, method: Method) -> int:
         """The number of steps this run takes with `method`."""
         return self.steps or max(1, round(method.steps * self.schedule))
+
+    def name(self) -> str:
+        """A name for the run's folder: the data, its bias, the method and the seed."""
+        parts = [self.data]
+        parts += [f"{self.majority:g}"] if self.majority is not None else []
+        parts += [f"imbalance{self.imbalance:g}"] if self.imbalance != 1 else []
+        parts += [f"{self.noise}{self.noise_rate:g}"] if self.noise is not None else []
+        return "-".join([*parts, self.method, str(self.seed)])
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: all but the place of the data and the number of threads."""

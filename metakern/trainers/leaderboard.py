@@ -19,7 +19,7 @@ class Entry(NamedTuple):
     """
 
     method: str
-    majority: float
+    majority: float | None
     seeds: int
     mean: float
     deviation: float
@@ -47,8 +47,8 @@ def _half_interval(values: Sequence[float]) -> float:
 
 def leaderboard(cells: Sequence[Cell]) -> list[Entry]:
     """One entry for each method and majority share that has a finished cell, in the order of `cells`."""
-    errors: dict[tuple[str, float], dict[int, float]] = {}
-    seconds: dict[tuple[str, float], float] = {}
+    errors: dict[tuple[str, float | None], dict[int, float]] = {}
+    seconds: dict[tuple[str, float | None], float] = {}
     for cell in cells:
         if cell.result is not None:
             key = cell.config.method, cell.config.majority
@@ -85,19 +85,24 @@ def save(entries: Sequence[Entry], path: Path) -> None:
         writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in entries)
 
 
+def shares(entries: Sequence[Entry]) -> list[float | None]:
+    """The majority shares in `entries`, rising; [None] for sets of more than two classes."""
+    return sorted({entry.majority for entry in entries}, key=lambda share: share or 0.0)
+
+
 def as_text(entries: Sequence[Entry]) -> str:
     """A table to print: methods down, majority shares across, test error in percent as mean +- deviation."""
-    majorities = sorted({entry.majority for entry in entries})
+    majorities = shares(entries)
     methods = list(dict.fromkeys(entry.method for entry in entries))
     by_key = {(entry.method, entry.majority): entry for entry in entries}
 
-    def shown(method: str, majority: float) -> str:
+    def shown(method: str, majority: float | None) -> str:
         entry = by_key.get((method, majority))
         if entry is None:
             return "-"
         return f"{entry.mean:.2f}" + ("" if math.isnan(entry.deviation) else f" ± {entry.deviation:.2f}")
 
-    rows = [["test error, %"] + [f"{majority:g}" for majority in majorities]]
+    rows = [["test error, %"] + ["" if majority is None else f"{majority:g}" for majority in majorities]]
     rows += [[method] + [shown(method, majority) for majority in majorities] for method in methods]
     return aligned(rows)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from metakern.data import Task, binary_imbalance, load
+from metakern.data import Task, biased, binary_imbalance, load
 from metakern.methods import Method, Outcome, Setting, find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.evaluate import Errors, measure_errors
@@ -33,13 +33,27 @@ class Run:
 
 
 def make_task(config: TrainConfig) -> Task:
-    """The data of a run, biased as its config says."""
-    return binary_imbalance(
-        load(config.data, config.data_dir),
-        majority=config.majority,
-        size=config.train_size,
-        meta_per_class=config.meta_per_class,
-        seed=config.seed,
+    """The data of a run, biased as its config says.
+
+    Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
+    """
+    source = load(config.data, config.data_dir)
+    size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
+    if len(source.class_names) == 2:
+        if config.imbalance != 1 or config.noise is not None:
+            raise ValueError(f"--imbalance and --noise are for more than two classes; {config.data} takes --majority")
+        majority = 0.995 if config.majority is None else config.majority
+        return binary_imbalance(source, majority=majority, size=size, meta_per_class=meta_per_class, seed=seed)
+    if config.majority is not None:
+        raise ValueError(f"--majority is for two classes; {config.data} takes --imbalance and --noise")
+    return biased(
+        source,
+        factor=config.imbalance,
+        noise=config.noise,
+        rate=config.noise_rate,
+        size=size,
+        meta_per_class=meta_per_class,
+        seed=seed,
     )
 
 

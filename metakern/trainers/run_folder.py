@@ -66,4 +66,6 @@ def finished(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    return result if result["identity"] == config.identity() else None
+    # A result from before an option existed has that option's default.
+    defaults = TrainConfig(config.method).identity()
+    return result if {**defaults, **result["identity"]} == config.identity() else None

@@ -40,6 +40,14 @@ def test_finished_cells_are_not_run_again(quick, tmp_path, monkeypatch):
     assert written.stat().st_mtime_ns == before
 
 
+def test_comparison_of_many_classes(quick, tmp_path):
+    base = replace(quick, data="digits", majority=None, steps=2)
+    cells = run_missing(tmp_path, grid(base, ["uniform", "random"], [None], [0, 1]), progress=False)
+    assert "test error" in as_text(leaderboard(cells))
+    text = write_comparison(cells, tmp_path / "report.html").read_text()
+    assert "2 methods on digits" in text
+
+
 def made_up(quick, errors: dict[str, list[float]]) -> list[Cell]:
     return [
         Cell(replace(quick, method=method, seed=seed), None, {"test_error": error, "seconds": 2.0})

@@ -81,3 +81,31 @@ def test_training_learns(quick, tmp_path):
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert metrics["loss"][-1] < metrics["loss"][0] / 2
     assert run.errors.test < 25
+
+
+def test_many_classes_with_noise(quick, tmp_path):
+    many = replace(quick, data="digits", majority=None, noise="symmetric", noise_rate=0.4, imbalance=5.0)
+    run = train(many, tmp_path, progress=False)
+    assert run.errors.by_class
+    assert len(run.errors.by_class) == 10
+    with np.load(tmp_path / "weights.npz") as stored:
+        flipped = stored["label"] != stored["clean_label"]
+    assert 0.2 < flipped.mean() < 0.6
+    assert many.name() == "digits-imbalance5-symmetric0.4-uniform-0"
+
+
+def test_options_of_the_other_kind_of_set_are_refused(quick):
+    with pytest.raises(ValueError, match="digits-4v9 takes --majority"):
+        make_task(replace(quick, noise="uniform", noise_rate=0.2))
+    with pytest.raises(ValueError, match="digits takes --imbalance and --noise"):
+        make_task(replace(quick, data="digits"))
+
+
+def test_a_result_from_before_an_option_existed_still_counts(quick, tmp_path):
+    train(quick, tmp_path, progress=False)
+    path = tmp_path / "result.json"
+    result = json.loads(path.read_text())
+    del result["identity"]["noise"]
+    path.write_text(json.dumps(result))
+    assert finished(tmp_path, quick) is not None
+    assert finished(tmp_path, replace(quick, noise="uniform")) is None

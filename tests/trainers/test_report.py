@@ -72,6 +72,14 @@ def test_report_is_whole_and_self_contained(quick, tmp_path, stand_in):
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)) <= set(identifiers)
 
 
+def test_noise_is_shown_by_what_became_of_the_labels(quick, tmp_path, stand_in):
+    noisy = replace(quick, method="l2rw", data="digits", majority=None, noise="symmetric", noise_rate=0.4, steps=60)
+    run = train(noisy, tmp_path, progress=False)
+    text = write_report([run.folder], tmp_path / "report.html").read_text()
+    assert "of the labels were flipped" in text
+    assert "label flipped, least trusted" in text
+
+
 def test_colours_come_from_the_page(quick):
     svg = weight_distribution(torch.rand(50).numpy(), (torch.arange(50) % 2).numpy(), ("4", "9"), "l2rw")
     assert "var(--ink)" in svg

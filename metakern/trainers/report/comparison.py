@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metakern.trainers.compare import Cell
-from metakern.trainers.leaderboard import Entry, leaderboard
+from metakern.trainers.leaderboard import Entry, leaderboard, shares
 from metakern.trainers.report import figures
 from metakern.trainers.report.page import page, settings, table
 
@@ -21,28 +21,29 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
     lead = f"Test error over {len(seeds)} seeds; {done} of {len(cells)} runs are finished."
     by_method: dict[str, dict[float, tuple[float, float]]] = {}
     for entry in entries:
-        by_method.setdefault(entry.method, {})[entry.majority] = (entry.mean, entry.deviation)
+        if entry.majority is not None:
+            by_method.setdefault(entry.method, {})[entry.majority] = (entry.mean, entry.deviation)
     sections = [
         ("Test error, %", "<p>Mean and deviation over seeds; the lowest mean is set off.</p>" + _errors(entries)),
         ("", figures.error_by_majority(by_method) if by_method else ""),
         (f"Difference to {config.method}, paired by seed", _differences(entries, config.method)),
         ("", settings([(name, str(value)) for name, value in config.identity().items() if name not in _VARIED])),
     ]
-    path.write_text(page(f"{len(by_method)} methods on {config.data}", lead, sections))
+    path.write_text(page(f"{len({entry.method for entry in entries})} methods on {config.data}", lead, sections))
     return path
 
 
 _VARIED = ("method", "majority", "seed")
 
 
-def _axes(entries: Sequence[Entry]) -> tuple[list[str], list[float], dict[tuple[str, float], Entry]]:
+def _axes(entries: Sequence[Entry]) -> tuple[list[str], list[float | None], dict[tuple[str, float | None], Entry]]:
     methods = list(dict.fromkeys(entry.method for entry in entries))
-    majorities = sorted({entry.majority for entry in entries})
+    majorities = shares(entries)
     return methods, majorities, {(entry.method, entry.majority): entry for entry in entries}
 
 
-def _head(majorities: Sequence[float]) -> list[str]:
-    return ["method"] + [f"{100 * majority:g} %" for majority in majorities]
+def _head(majorities: Sequence[float | None]) -> list[str]:
+    return ["method"] + ["test error" if share is None else f"{100 * share:g} %" for share in majorities]
 
 
 def _errors(entries: Sequence[Entry]) -> str:

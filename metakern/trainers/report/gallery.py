@@ -34,15 +34,15 @@ def gallery(train: Examples, ids: np.ndarray, weights: np.ndarray, rows: np.ndar
 def trusted(
     train: Examples,
     ids: np.ndarray,
-    labels: np.ndarray,
+    groups: np.ndarray,
     weights: np.ndarray,
-    class_names: Sequence[str],
+    names: Sequence[str],
     count: int = 12,
 ) -> str:
-    """Each class's `count` most and least trusted images; a class of at most 2 * count is shown once, whole."""
+    """Each group's `count` most and least trusted images; a group of at most 2 * count is shown once, whole."""
     parts = []
-    for target, name in enumerate(class_names):
-        rows = np.flatnonzero((labels == target) & ~np.isnan(weights))
+    for group, name in enumerate(names):
+        rows = np.flatnonzero((groups == group) & ~np.isnan(weights))
         rows = rows[np.argsort(-weights[rows], kind="stable")]
         if len(rows) <= 2 * count:
             kinds = [("all", rows)]

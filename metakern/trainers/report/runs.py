@@ -102,12 +102,16 @@ def _weights_heading(record: _Record) -> str:
 
 def _weights(record: _Record, source: Source | None) -> str:
     columns, class_names = record.weights, record.config["class_names"]
-    weights, labels = columns["mean_weight"], columns["label"]
+    weights, groups, names = columns["mean_weight"], columns["label"], class_names
+    flipped = columns["label"] != columns["clean_label"]
     text = (
         "<p>The mean weight an example had over the run, the first tenth left out, in shares of an equal part: at 1 "
         "it counted as in the plain loss, at 0 it was never used. All of them are in <code>weights.csv</code>.</p>"
     )
-    text += figures.weight_distribution(weights, labels, class_names, record.name)
+    if flipped.any():
+        groups, names = flipped.astype(int), ["label kept", "label flipped"]
+        text += _finding(weights, flipped)
+    text += figures.weight_distribution(weights, groups, names, record.name)
     if source is None:
         return text + "<p>The images are not shown: the data set is not at hand.</p>"
     if source.train.inputs.ndim != 4 or source.train.inputs.shape[1] != 1:
@@ -116,4 +120,15 @@ def _weights(record: _Record, source: Source | None) -> str:
         "<h3>Most and least trusted training images</h3><p>Under each image its mean weight. Images of equal weight, "
         "such as the ones never used, come in the order of the data.</p>"
     )
-    return text + trusted(source.train, columns["id"], labels, weights, class_names)
+    return text + trusted(source.train, columns["id"], groups, weights, names)
+
+
+def _finding(weights: np.ndarray, flipped: np.ndarray) -> str:
+    from sklearn.metrics import roc_auc_score
+
+    known = ~np.isnan(weights)
+    area = roc_auc_score(flipped[known], -weights[known])
+    return (
+        f"<p>{100 * flipped.mean():.1f} % of the labels were flipped. A flipped label has the lower weight of a random "
+        f"pair of a flipped and a kept one in {100 * area:.1f} % of the cases (the area under the ROC curve).</p>"
+    )

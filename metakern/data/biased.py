@@ -1,0 +1,53 @@
+"""A many-class task: a clean balanced meta set taken out, then imbalance, then label noise."""
+
+from __future__ import annotations
+
+import torch
+
+from metakern.data.examples import Examples, Source, Task
+from metakern.data.long_tail import long_tail_counts
+from metakern.data.noise import corrupt, noise_matrix
+
+
+def biased(
+    source: Source,
+    *,
+    factor: float = 1.0,
+    noise: str | None = None,
+    rate: float = 0.0,
+    size: int | None = None,
+    meta_per_class: int = 10,
+    seed: int = 0,
+) -> Task:
+    """`meta_per_class` clean examples of each class as the meta set; the rest long-tailed by `factor`, then noisy.
+
+    `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
+    Raises: ValueError when a class has no more than meta_per_class examples, and as `long_tail_counts`, `noise_matrix`.
+    """
+    classes = len(source.class_names)
+    generator = torch.Generator().manual_seed(seed)
+    available = source.train.counts(classes)
+    if meta_per_class < 1 or int(available.min()) <= meta_per_class:
+        raise ValueError(
+            f"biased: meta_per_class must be at least 1 and below the smallest class's {int(available.min())} "
+            f"examples, got {meta_per_class}"
+        )
+    counts = available - meta_per_class
+    if size is not None:
+        counts = counts.clamp(max=max(size // classes, 1))
+    if factor != 1:
+        counts = long_tail_counts(counts, factor)
+    meta, train = [], []
+    for target, count in enumerate(counts.tolist()):
+        rows = (source.train.targets == target).nonzero().squeeze(1)
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        meta.append(rows[:meta_per_class])
+        train.append(rows[meta_per_class : meta_per_class + count])
+    clean = source.train.take(torch.cat(train))
+    noisy = clean
+    if noise is not None:
+        drawn = corrupt(clean.targets, noise_matrix(noise, classes, rate, generator), generator)
+        noisy = Examples(clean.inputs, drawn.targets, clean.ids)
+    parts = [f"imbalance {factor:g}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
+    name = ", ".join([source.name, *filter(None, parts)])
+    return Task(name, noisy, source.train.take(torch.cat(meta)), source.test, source.class_names, clean.targets)

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from metakern.data import Examples, Source, biased, load
+from metakern.data.long_tail import long_tail_counts, step_counts
+
+
+def made_up(per_class: int = 60, classes: int = 4) -> Source:
+    targets = torch.arange(classes).repeat(per_class)
+    train = Examples(torch.randn(len(targets), 2), targets, torch.arange(len(targets)))
+    test = Examples(torch.randn(4, 2), torch.arange(4) % classes, torch.arange(4))
+    return Source("made-up", train, test, tuple("abcdefgh"[:classes]))
+
+
+def test_long_tail_is_the_papers_cifar10():
+    # The usual CIFAR-10 cut at factor 100, from 5000 a class.
+    counts = long_tail_counts(torch.full((10,), 5000), 100)
+    assert counts.tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert long_tail_counts(torch.tensor([7, 9]), 1).tolist() == [7, 7]
+
+
+def test_step_by_hand():
+    assert step_counts(torch.full((4,), 100), 20).tolist() == [100, 100, 5, 5]
+    assert step_counts(torch.full((4,), 100), 20, minority=0.25).tolist() == [100, 100, 100, 5]
+
+
+@pytest.mark.parametrize("counts", [long_tail_counts, step_counts])
+def test_counts_refuse(counts):
+    with pytest.raises(ValueError, match=r"at least 1, got 0\.5"):
+        counts(torch.tensor([5, 5]), 0.5)
+    with pytest.raises(ValueError, match="leaves a class without examples"):
+        counts(torch.tensor([5, 5]), 100)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_leakage_and_the_truth_kept(seed):
+    source = made_up()
+    task = biased(source, factor=10, noise="symmetric", rate=0.4, meta_per_class=8, seed=seed)
+    train, meta = set(task.train.ids.tolist()), set(task.meta.ids.tolist())
+    assert not train & meta
+    assert len(train) == len(task.train) == sum([52, 24, 11, 5])
+    assert task.meta.counts(4).tolist() == [8] * 4
+    # In the made-up source the id tells the class: truth kept, meta set clean.
+    assert torch.equal(task.train.ids % 4, task.clean_targets)
+    assert torch.equal(task.meta.ids % 4, task.meta.targets)
+    wrong = (task.train.targets != task.clean_targets).double().mean()
+    assert 0.2 < wrong < 0.6
+
+
+def test_size_caps_each_class():
+    assert biased(made_up(), size=80, meta_per_class=2).train.counts(4).tolist() == [20] * 4
+
+
+def test_seeded():
+    first, again, other = (biased(made_up(), noise="uniform", rate=0.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.train.targets, again.train.targets)
+    assert torch.equal(first.train.ids, again.train.ids)
+    assert not torch.equal(first.train.ids, other.train.ids)
+
+
+def test_real_digits():
+    task = biased(load("digits"), noise="background", rate=0.4, meta_per_class=5)
+    assert not set(task.train.ids.tolist()) & set(task.test.ids.tolist())
+    assert task.train.counts(10).max() > 0.3 * len(task.train)
+
+
+def test_refuses_a_meta_set_that_takes_all():
+    with pytest.raises(ValueError, match="below the smallest class's 60 examples, got 60"):
+        biased(made_up(), meta_per_class=60)
