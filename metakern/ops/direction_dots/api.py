@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from metakern.ops import triton_backend
 from metakern.ops.direction_dots import contract, native, reference
 from metakern.ops.select import Implementation, Operator, always
 
 OPERATOR = Operator(
     contract,
     table=(
+        triton_backend.implementation("direction_dots"),
         Implementation("native", native.direction_dots, always),
         Implementation("reference", reference.direction_dots, always),
     ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from metakern.ops import triton_backend
 from metakern.ops.pair_dots import contract, native, reference
 from metakern.ops.select import Implementation, Operator, always
 
 OPERATOR = Operator(
     contract,
     table=(
+        triton_backend.implementation("pair_dots"),
         Implementation("native", native.pair_dots, always),
         Implementation("reference", reference.pair_dots, always),
     ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from metakern.ops import triton_backend
 from metakern.ops.select import Implementation, Operator, always
 from metakern.ops.weighted_grad import contract, native, reference
 
 OPERATOR = Operator(
     contract,
     table=(
+        triton_backend.implementation("weighted_grad"),
         Implementation("native", native.weighted_grad, always),
         Implementation("reference", reference.weighted_grad, always),
     ),

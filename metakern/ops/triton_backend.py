@@ -1,0 +1,63 @@
+"""Triton as an optional backend: whether it can run a case, which tiles it uses, and how its kernels are found.
+
+An operator's `triton.py` is imported when it is first asked for, so that the library works without Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakern.ops.select import Implementation
+
+missing = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tile(NamedTuple):
+    """Sizes of the blocks of a product [M, K] x [K, N], and how a program is run."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def implementation(operator: str) -> Implementation:
+    """The table's entry for `metakern.ops.<operator>.triton`, whose function has the operator's name."""
+    module = f"metakern.ops.{operator}.triton"
+
+    def run(*arguments: Tensor) -> Any:
+        return getattr(importlib.import_module(module), operator)(*arguments)
+
+    return Implementation("triton", run, unsupported)
+
+
+def unsupported(*operands: Tensor) -> str | None:
+    """Why Triton cannot run this case, or None."""
+    if missing is not None:
+        return missing
+    first = operands[0]
+    if not first.is_cuda and not interpreting:
+        return f"needs a CUDA tensor; this one is on {first.device.type}"
+    if first.dtype is torch.float64:
+        return "accumulates in float32; float64 needs float64"
+    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "needs compute capability 8.0"
+    if first.dim() == 3 and first.shape[0] * first.shape[1] >= 2**31:
+        return "counts rows in 32 bits"
+    return None
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: TF32 where the user has allowed it, else three TF32 products that make up
+    for its rounding."""
+    if dtype is not torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -1,0 +1,101 @@
+"""Triton kernels compiled ahead of time, without a GPU: they use the tensor cores, spill nothing and fit the chip.
+
+Register counts move with Triton's version, so these figures hold for the version that constraints.txt pins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter's process cannot compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from metakern.ops.direction_dots import triton as direction  # noqa: E402
+from metakern.ops.pair_dots import triton as pairs  # noqa: E402
+from metakern.ops.triton_backend import Tile  # noqa: E402
+from metakern.ops.weighted_grad import triton as weighted  # noqa: E402
+
+pytestmark = pytest.mark.compiled
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+POINTERS = {"A": "x", "B": "x", "V": "x", "A_meta": "x", "B_meta": "x", "partial": "fp32", "kept": "i32"}
+
+
+class Launch(NamedTuple):
+    """A kernel as its launcher would call it on contiguous, aligned operands."""
+
+    kernel: Any
+    tile: Tile
+    out: str
+
+
+LAUNCHES = {
+    "direction_dots": (direction.direction_dots_kernel, direction.TILES, direction.SMALL),
+    "pair_dots": (pairs.pair_dots_kernel, pairs.TILES, pairs.SMALL),
+    "weighted_grad": (weighted.weighted_grad_kernel, weighted.TILES),
+}
+ELEMENTS = {"bf16": (2, "ieee"), "fp16": (2, "ieee"), "fp32": (4, "tf32x3"), "tf32": (4, "tf32")}
+EACH = [
+    pytest.param(kernel, table[size], element, precision, id=f"{name}-{'small' if k else 'large'}-{element}")
+    for name, (kernel, *tables) in LAUNCHES.items()
+    for k, table in enumerate(tables)
+    for element, (size, precision) in ELEMENTS.items()
+]
+
+
+def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: int, tmp_path: Path) -> dict[str, Any]:
+    """Compile for one architecture; registers, stack, local memory accesses and shared memory of the machine code."""
+    element = "fp32" if element == "tf32" else element
+    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "PRECISION": precision, "UPCAST": False}
+    # the last stride of a contiguous operand is 1, which the launcher makes a constant
+    last = ("stride_ai", "stride_vi", "stride_bo", "stride_ai_meta", "stride_bo_meta")
+    constants |= {name: 1 for name in kernel.arg_names if name in last}
+    types = {**POINTERS, "kept_weights": "fp32", "count": "i32", "out": element}
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "*" + types[name].replace("x", element) if name in types else "i32"
+        if name not in ("t", "splits", "rows", "s"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", cubin], text=True, stderr=subprocess.STDOUT)
+    code = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "local accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": binary.metadata.shared,
+        "ptx": binary.asm["ptx"],
+    }
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("kernel", "tile", "element", "precision"), EACH)
+def test_no_spills_and_tensor_cores(
+    kernel: Any, tile: Tile, element: str, precision: str, capability: int, tmp_path: Path
+) -> None:
+    code = compiled(kernel, tile, element, precision, capability, tmp_path)
+    print({name: value for name, value in code.items() if name != "ptx"})
+    assert (code["stack"], code["local accesses"]) == (0, 0)
+    assert code["shared"] <= SHARED_KIB[capability] * 1024
+    assert MATRIX_INSTRUCTION[capability] in code["ptx"]

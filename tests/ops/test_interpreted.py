@@ -1,0 +1,35 @@
+"""Triton kernels under Triton's interpreter: their arithmetic, masks and strides, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metakern.ops.select import OPERATORS
+from tests.ops.cases import CASES
+from tests.ops.test_operators import LAYOUTS, assert_exact
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # the interpreter's own, for every loop whose bound is an argument
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
+
+NAMES = [name for name, operator in OPERATORS.items() if operator.table[0].name == "triton"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_matches_reference_in_float64(name: str, layout: str, dtype: torch.dtype) -> None:
+    for sizes in CASES[name].sizes:
+        arguments = tuple(LAYOUTS[layout](argument) for argument in CASES[name].arguments(sizes, dtype))
+        assert_exact(name, sizes, arguments, "triton")
+
+
+def test_weighted_grad_splits_rows_and_skips_those_of_weight_zero() -> None:
+    A, B, w = CASES["weighted_grad"].arguments((40, 13, 9, 7), torch.float32)
+    assert_exact("weighted_grad", (40, 13, 9, 7), (A, B, w), "triton")
+    A[w == 0], B[w == 0] = float("inf"), float("nan")
+    assert OPERATORS["weighted_grad"](A, B, w, impl="triton").isfinite().all()
+    assert torch.equal(OPERATORS["weighted_grad"](A, B, 0 * w, impl="triton"), torch.zeros(7, 9))
