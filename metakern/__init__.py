@@ -24,9 +24,11 @@ from metakern import weights as weights
 from metakern.layers import LayerRule as LayerRule
 from metakern.layers import register_layer as register_layer
 from metakern.step import Dots as Dots
+from metakern.step import MetaStepResult as MetaStepResult
 from metakern.step import StepResult as StepResult
 from metakern.step import grad_dots as grad_dots
 from metakern.step import l2rw_step as l2rw_step
+from metakern.step import mwnet_step as mwnet_step
 from metakern.step import reweight_step as reweight_step
 
 __version__ = "0.1.0"

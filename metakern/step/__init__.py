@@ -1,5 +1,7 @@
 """Stage 5: use the weighted gradient. One public function per family of methods."""
 
+from metakern.step.mwnet import MetaStepResult as MetaStepResult
+from metakern.step.mwnet import mwnet_step as mwnet_step
 from metakern.step.result import Dots as Dots
 from metakern.step.result import StepResult as StepResult
 from metakern.step.reweight import grad_dots as grad_dots

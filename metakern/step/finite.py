@@ -1,0 +1,26 @@
+"""A step must not go on with numbers that are none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern.engines.problem import Problem
+
+
+def require_finite(dots: Tensor, problem: Problem) -> None:
+    """Dots must be finite; float16 may overflow and is left to a GradScaler, which then skips the step."""
+    if torch.isfinite(dots.sum()) or _uses_float16(problem):
+        return
+    bad = (~torch.isfinite(dots)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the gradients of examples {bad[:10]} are not finite although their losses are; nothing was changed "
+            "(look for a division by zero or an overflow in the backward pass)"
+        )
+
+
+def _uses_float16(problem: Problem) -> bool:
+    kind = next(iter(problem.trainable.values())).device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or any(p.dtype == torch.float16 for p in problem.trainable.values())

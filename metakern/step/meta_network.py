@@ -1,0 +1,82 @@
+"""The small network that a step trains beside the model: what it must be, how it steps, how a failure is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.state import unchanged_on_error
+
+
+def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_argument: str) -> None:
+    """Raise unless `network` is a module with something to train and `optimizer` None or an optimizer of it."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(network).__name__}")
+    trainable = {id(p) for p in network.parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"{argument} has no parameter with requires_grad=True; there is nothing to learn")
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{optimizer_argument} must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & trainable:
+        raise ValueError(f"{optimizer_argument} holds none of the trainable parameters of {argument}")
+
+
+def features_of(features: Any, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """Extra arguments of a meta network: a tensor, a tuple, or what `features(model, batch)` returns; constants."""
+    if callable(features) and not isinstance(features, Tensor):
+        with torch.no_grad():
+            features = features(model, batch)
+    if features is None:
+        return ()
+    given = tuple(features) if isinstance(features, (tuple, list)) else (features,)
+    return tuple(f.detach() if isinstance(f, Tensor) else f for f in given)
+
+
+def gradient_of(network: nn.Module, surrogate: Tensor) -> dict[nn.Parameter, Tensor]:
+    """d surrogate/dphi, for the parameters that the surrogate depends on."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    found = torch.autograd.grad(surrogate, parameters, allow_unused=True)
+    return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def step_meta_network(
+    network: nn.Module, optimizer: torch.optim.Optimizer | None, gradient: dict[nn.Parameter, Tensor]
+) -> None:
+    """Replace `.grad` of every trainable parameter, and step the optimizer if there is one."""
+    for p in network.parameters():
+        if p.requires_grad:
+            p.grad = gradient.get(p)
+    if optimizer is not None:
+        optimizer.step()
+
+
+@contextmanager
+def undone_on_error(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Parameters, buffers, gradients and optimizer state are as before if an exception leaves the block.
+
+    Everything is copied, so this is for networks that are small beside the model.
+    """
+    values = [(p, p.detach().clone()) for p in network.parameters()]
+    state = None if optimizer is None else {p: _copied(held) for p, held in optimizer.state.items()}
+    with unchanged_on_error(network):
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for p, value in values:
+                    p.copy_(value)
+            if optimizer is not None and state is not None:
+                optimizer.state.clear()
+                optimizer.state.update(state)
+            raise
+
+
+def _copied(state: Any) -> Any:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -1,0 +1,131 @@
+"""Weight nets: a small network turns losses into weights, and learns to from a clean meta batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction
+from metakern.capture.state import unchanged_on_error
+from metakern.engines import pose
+from metakern.engines.problem import Problem
+from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
+from metakern.step.finite import require_finite
+from metakern.step.hand_over import hand_over, require_optimizer
+from metakern.step.meta_network import (
+    features_of,
+    gradient_of,
+    require_meta_network,
+    step_meta_network,
+    undone_on_error,
+)
+from metakern.step.virtual import meta_gradient_at, require_virtual, virtual_step
+from metakern.step.weighting import NORMALISATIONS, Weighting
+
+
+class MetaStepResult(NamedTuple):
+    """Outcome of a step whose weights come from a network; every tensor is detached."""
+
+    weights: Tensor  # [n], what the losses' gradients were multiplied by, normalisation included
+    dots: Tensor | None  # [n], s_n = <g_n, v>; None when the weight net was not updated
+    losses: Tensor  # [n], before the step
+    meta_loss: Tensor | None  # [], mean over the meta batch after the virtual step
+    engine: str  # "ghost", "jvp" or "double_backward"; "backward" when the weight net was not updated
+
+
+def mwnet_step(
+    model: nn.Module,
+    weight_net: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    weight_optimizer: torch.optim.Optimizer | None,
+    virtual_lr: float | None,
+    features: Any = None,
+    normalise: str = "sum",
+    detach_losses: bool = True,
+    virtual: str = "sgd",
+    update_weight_net: bool = True,
+    loss_fn: LossFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    engine: str = "auto",
+    params: Any = None,
+    accumulate: bool = False,
+    memory: str = "reuse",
+) -> MetaStepResult:
+    """One step of the weight-net family: virtual step, step of the weight net, real step with the new weights.
+
+    G(l; phi) = sum_n w_n l_n / S,  w_n = weight_net(l_n, features_n; phi),  c_n = dG/dl_n
+    theta^ = theta - update(sum_n c_n g_n),  v = (d update/d gradient) g_meta(theta^),  s_n = <g_n(theta), v>
+    d meta_loss(theta^)/dphi = - sum_n s_n dc_n/dphi
+    .grad = sum_n w_n g_n / S with the new phi
+
+    The meta-gradient is exact, and no second derivative of the model occurs in it. The model runs forward once on
+    `batch` and once on `meta_batch`; the two gradients and the dots share one pass.
+
+    Args:
+        weight_net: called as `weight_net(losses [n, 1], *features)`, returns weights [n] or [n, 1].
+        batch, meta_batch, loss_fn, optimizer, engine, params, accumulate, memory: as for `l2rw_step`. `params` are
+            those that the virtual step moves.
+        weight_optimizer: steps with the meta-gradient. None leaves that in the weight net's `.grad`, and the real
+            step then uses the weights of the present phi.
+        virtual_lr: learning rate of the virtual step; None takes that of `optimizer`, group by group.
+        features: a tensor, a tuple, or `features(model, batch)`, called after the forward pass of `batch`; constants.
+        normalise: S is "sum" of the weights, the same as a constant ("detached_sum"), n ("mean") or 1 ("none").
+        detach_losses: whether the losses enter the weight net as constants; if not, c_n holds l_n dw_n/dl_n too.
+        virtual: "sgd", or the rule of `optimizer` with its present state: "momentum", "nesterov", "adam",
+            "adam_frozen" (second moments as constants of the derivative).
+        update_weight_net: False skips the virtual step (for an update every k steps); `meta_batch` may be None.
+
+    Returns: `MetaStepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`; meta_loss is that at theta^.
+
+    Raises: as `l2rw_step`; nothing has changed then, neither model nor weight net nor its optimizer.
+
+    Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, equations 3 to 7.
+    """
+    _require_weight_net(weight_net, weight_optimizer, normalise)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory)
+    require_optimizer(optimizer, problem.trainable)
+    if update_weight_net:
+        require_virtual(virtual, virtual_lr, optimizer, problem.chosen)
+    with unchanged_on_error(model), undone_on_error(weight_net, weight_optimizer):
+        weighting = Weighting(weight_net, normalise, detach_losses)
+        dots = meta_loss = None
+        if update_weight_net:
+            train, used = open_pass(problem, engine)
+            given = features_of(features, model, batch)
+            coefficients = weighting.coefficients(train.losses, given)
+            dots, meta_loss = virtual_dots(problem, train, coefficients.detach(), virtual, virtual_lr, optimizer)
+            surrogate = -(dots.to(coefficients) * coefficients).sum()
+            step_meta_network(weight_net, weight_optimizer, gradient_of(weight_net, surrogate))
+        else:
+            train, used = plain_pass(problem)
+            given = features_of(features, model, batch)
+        weights = weighting.weights(train.losses, given)
+        hand_over(problem.trainable, train.weighted_gradient(weights), optimizer, accumulate)
+    return MetaStepResult(weights, dots, train.losses, meta_loss, used)
+
+
+def virtual_dots(
+    problem: Problem,
+    train: TrainPass,
+    coefficients: Tensor,
+    rule: str,
+    lr: float | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> tuple[Tensor, Tensor]:
+    """s_n = <g_n(theta), J g_meta(theta^)>, [n], and the meta loss at theta^ = theta - update(sum_n c_n g_n)."""
+    gradient = train.weighted_gradient(coefficients, keep=True)
+    step = virtual_step(rule, lr, optimizer, problem.chosen, gradient)
+    meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
+    dots = train.dots(step.pulled_back(meta_gradient))
+    require_finite(dots, problem)
+    return dots, meta_loss
+
+
+def _require_weight_net(weight_net: Any, optimizer: Any, normalise: str) -> None:
+    if normalise not in NORMALISATIONS:
+        raise ValueError(f"normalise must be one of {list(NORMALISATIONS)}, got {normalise!r}")
+    require_meta_network(weight_net, optimizer, "weight_net", "weight_optimizer")

@@ -1,0 +1,63 @@
+"""What a weight net makes of a batch of losses: coefficients of the virtual step, and weights of the real one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NORMALISATIONS = ("sum", "detached_sum", "mean", "none")
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """w_n = weight_net(l_n, features_n) and G(l) = sum_n w_n l_n / S, where S depends on `normalise`.
+
+    S is sum_n w_n ("sum"), the same as a constant ("detached_sum"), n ("mean") or 1 ("none").
+    """
+
+    weight_net: nn.Module
+    normalise: str
+    detach_losses: bool
+
+    def coefficients(self, losses: Tensor, features: tuple[Any, ...]) -> Tensor:
+        """c_n = dG/dl_n, [n], with a graph through the weight net and nothing else.
+
+        Without `detach_losses` the losses enter the weight net as variables, and c holds dw/dl as well.
+        """
+        leaf = self._cast(losses).requires_grad_()
+        with torch.enable_grad():
+            raw = self._raw(leaf.detach() if self.detach_losses else leaf, features)
+            if not raw.requires_grad:
+                raise ValueError("weight_net: its output does not depend on any parameter with requires_grad=True")
+            total = (self._normalised(raw) * leaf).sum()
+            (found,) = torch.autograd.grad(total, leaf, create_graph=True)
+        return found
+
+    @torch.no_grad()
+    def weights(self, losses: Tensor, features: tuple[Any, ...]) -> Tensor:
+        """w_n / S, [n]."""
+        return self._normalised(self._raw(self._cast(losses), features))
+
+    def _cast(self, losses: Tensor) -> Tensor:
+        """Half-precision losses enter a float32 weight net as float32."""
+        kinds = [p.dtype for p in self.weight_net.parameters() if p.is_floating_point()]
+        return losses.detach().to(kinds[0]) if kinds else losses.detach().clone()
+
+    def _raw(self, losses: Tensor, features: tuple[Any, ...]) -> Tensor:
+        output = self.weight_net(losses.unsqueeze(1), *features)
+        n = losses.shape[0]
+        if not isinstance(output, Tensor) or tuple(output.shape) not in ((n,), (n, 1)):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"weight_net must return one weight per example, shape ({n},) or ({n}, 1); got {got}")
+        return output.reshape(n)
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        if self.normalise == "none":
+            return raw
+        if self.normalise == "mean":
+            return raw / raw.shape[0]
+        total = raw.sum() if self.normalise == "sum" else raw.sum().detach()
+        return raw / (total + (total == 0).to(total.dtype))
