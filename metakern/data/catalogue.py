@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from metakern.data.cifar10 import cifar10
 from metakern.data.digits import digits
 from metakern.data.examples import Source
 from metakern.data.folder import data_dir as find_data_dir
 from metakern.data.mnist import mnist
+from metakern.data.tabular import credit_default, credit_fraud, haberman
+from metakern.data.text import ag_news, clue
 
 _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "digits-4v9": lambda root: digits((4, 9)),
     "digits": lambda root: digits(),
     "mnist-4v9": lambda root: mnist(root, (4, 9)),
     "mnist": lambda root: mnist(root),
+    "cifar10": cifar10,
+    "ag-news": lambda root: ag_news(root),
+    "cic": lambda root: clue(root, "cic"),
+    "tnews": lambda root: clue(root, "tnews"),
+    "credit-fraud": credit_fraud,
+    "credit-default": credit_default,
+    "haberman": haberman,
 }
 
 NAMES = tuple(_LOADERS)

@@ -84,11 +84,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _summary(runs: Sequence[Run], step_times: dict[str, str] | None = None) -> str:
-    names = runs[0].task.class_names
-    rows = [["method", "test error"] + [f"error on {name}" for name in names] + ["seconds"]]
-    for run in runs:
-        errors = [run.errors.test, *run.errors.by_class]
-        rows.append([run.config.method] + [f"{error:.2f} %" for error in errors] + [f"{run.seconds:.0f}"])
+    shown = [run.errors.columns(run.task.class_names) for run in runs]
+    rows = [["method", *shown[0], "seconds"]]
+    for run, errors in zip(runs, shown, strict=True):
+        rows.append([run.config.method, *(f"{error:.2f} %" for error in errors.values()), f"{run.seconds:.0f}"])
     if step_times:
         rows = [[*row, step_times.get(row[0], "step, in plain steps")] for row in rows]
     return aligned(rows)

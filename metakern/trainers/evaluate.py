@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,11 +13,20 @@ from metakern.data import Examples
 
 
 class Errors(NamedTuple):
-    """Errors in percent: over all examples, the mean over classes, and of each class."""
+    """Errors in percent: over all examples, the mean over the classes in the test set, and of each (nan if not in it)."""
 
     test: float
     balanced: float
     by_class: list[float]
+
+    def columns(self, class_names: Sequence[str]) -> dict[str, float]:
+        """What a table shows: each class where there are two, the mean over classes and the worst of them otherwise."""
+        if len(class_names) == 2:
+            named = {f"error on {name}": error for name, error in zip(class_names, self.by_class, strict=True)}
+        else:
+            worst = max(error for error in self.by_class if not math.isnan(error))
+            named = {"mean over classes": self.balanced, "worst class": worst}
+        return {"test error": self.test, **named}
 
 
 @torch.no_grad()
@@ -33,4 +44,5 @@ def measure_errors(model: nn.Module, examples: Examples, classes: int, *, batch_
     ).double()
     model.train(was_training)
     by_class = [100 * wrong[examples.targets == target].mean().item() for target in range(classes)]
-    return Errors(100 * wrong.mean().item(), sum(by_class) / classes, by_class)
+    present = [error for error in by_class if not math.isnan(error)]
+    return Errors(100 * wrong.mean().item(), sum(present) / len(present), by_class)

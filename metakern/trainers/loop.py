@@ -15,8 +15,8 @@ from metakern.methods import Method, Outcome, Setting, find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.evaluate import Errors, measure_errors
 from metakern.trainers.ledger import Ledger
-from metakern.trainers.lenet import LeNet, initialise
 from metakern.trainers.metrics import MetricsFile
+from metakern.trainers.networks import network_for
 from metakern.trainers.run_folder import finish, start
 
 
@@ -57,14 +57,6 @@ def make_task(config: TrainConfig) -> Task:
     )
 
 
-def make_model(config: TrainConfig, task: Task) -> nn.Module:
-    """The network of a run, its parameters decided by the seed alone."""
-    model = LeNet(len(task.class_names))
-    initialise(model, torch.Generator().manual_seed(config.seed))
-    # Convolutions and pools of small images on a CPU are a third faster this way; the values are the same.
-    return model.to(memory_format=torch.channels_last)
-
-
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run."""
     return torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -80,7 +72,7 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
     torch.set_num_threads(config.threads)
     task = make_task(config)
     start(folder, config, task)
-    model = make_model(config, task)
+    model = network_for(task, config.seed)
     began = time.perf_counter()
     ledger = _run(config, method, task, model, MetricsFile(folder / "metrics.csv", task.class_names), progress)
     seconds = time.perf_counter() - began

@@ -10,7 +10,8 @@ import torch
 from metakern.data import Task
 from metakern.methods import Setting, find
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.loop import make_model, make_optimizer
+from metakern.trainers.loop import make_optimizer
+from metakern.trainers.networks import network_for
 
 
 class StepTime(NamedTuple):
@@ -36,7 +37,7 @@ def step_time(config: TrainConfig, task: Task, *, pairs: int = 25) -> StepTime:
     )
     sides = []
     for step in (find("uniform").step, method.step):
-        model = make_model(config, task)
+        model = network_for(task, config.seed)
         sides.append((step, model, make_optimizer(config, model), []))
     for _ in range(pairs + 3):
         rows = next(batches)

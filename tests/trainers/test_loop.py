@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from metakern.trainers import train
-from metakern.trainers.loop import make_model, make_task
+from metakern.trainers.loop import make_task
 from metakern.trainers.metrics import read_metrics
+from metakern.trainers.networks import network_for
 from metakern.trainers.run_folder import finished
 
 
@@ -53,7 +54,7 @@ def test_same_seed_same_run(quick, tmp_path):
 
 def test_methods_start_alike_and_see_the_same_batches(quick):
     task = make_task(quick)
-    first, second = (make_model(replace(quick, method=name), task) for name in ("uniform", "random"))
+    first, second = (network_for(task, quick.seed) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 

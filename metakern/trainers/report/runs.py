@@ -13,6 +13,7 @@ import numpy as np
 from metakern.data import DataNotFound, Source, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
+from metakern.trainers.evaluate import Errors
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import figures
 from metakern.trainers.report.gallery import trusted
@@ -65,10 +66,10 @@ def _title(records: Sequence[_Record]) -> str:
 
 
 def _lead(config: dict[str, Any]) -> str:
-    shares = ", ".join(
-        f"{100 * share:.3g} % are {name}"
-        for name, share in zip(config["class_names"], config["class_shares"], strict=True)
-    )
+    named = sorted(zip(config["class_shares"], config["class_names"], strict=True))
+    # Of many classes the rarest and the most frequent.
+    ends = named if len(named) == 2 else [named[0], named[-1]]
+    shares = " and ".join(f"{100 * share:.3g} % are {name}" for share, name in ends)
     return (
         f"{config['train_examples']:,} training examples, of which {shares}; {config['meta_examples']} clean examples "
         f"in the meta set; {config['test_examples']:,} test examples. Seed {config['seed']}."
@@ -77,11 +78,14 @@ def _lead(config: dict[str, Any]) -> str:
 
 def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> str:
     names = records[0].config["class_names"]
-    head = ["method", "test error"] + [f"error on {name}" for name in names] + ["steps", "seconds"]
+    shown = [
+        Errors(r.result["test_error"], r.result["balanced_error"], r.result["error_by_class"]).columns(names)
+        for r in records
+    ]
+    head = ["method", *shown[0], "steps", "seconds"]
     rows = [head + (["step, in plain steps"] if step_times else [])]
-    for record in records:
-        errors = [record.result["test_error"], *record.result["error_by_class"]]
-        row = [record.name] + [f"{error:.2f} %" for error in errors]
+    for record, errors in zip(records, shown, strict=True):
+        row = [record.name, *(f"{error:.2f} %" for error in errors.values())]
         row += [f"{record.result['steps']:,}", f"{record.result['seconds']:.0f}"]
         rows.append(row + ([step_times.get(record.name, "-")] if step_times else []))
     best = min(range(len(records)), key=lambda k: records[k].result["test_error"])

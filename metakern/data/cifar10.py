@@ -1,0 +1,65 @@
+"""CIFAR-10, from the published binary batches or from an archive of JPEGs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from metakern.data.examples import Examples, Source
+from metakern.data.folder import find_file
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_RECORD = 1 + 3 * 32 * 32
+
+
+def _from_binary(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    records = np.concatenate([np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, _RECORD) for path in paths])
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+def _from_jpeg(path: Path, test: bool) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
+
+    with np.load(path, allow_pickle=False) as stored:
+        header, body, offsets = stored["header"].tobytes(), stored["body"].tobytes(), stored["offsets"]
+        rows = np.flatnonzero(stored["is_test"] == test)
+        labels = stored["label"][rows]
+    images = np.empty((len(rows), 3, 32, 32), np.uint8)
+    for k, row in enumerate(rows):
+        picture = Image.open(io.BytesIO(header + body[offsets[row] : offsets[row + 1]]))
+        images[k] = np.asarray(picture).transpose(2, 0, 1)
+    return images, labels
+
+
+def _examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+    mean, deviation = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    inputs = torch.from_numpy(images.copy()).float().div_(255)
+    inputs.sub_(mean.view(3, 1, 1)).div_(deviation.view(3, 1, 1))
+    return Examples(inputs, torch.from_numpy(labels.astype(np.int64)), torch.arange(len(labels)))
+
+
+def cifar10(root: Path | None) -> Source:
+    """Images [n, 3, 32, 32] float32, normalised by the channel means and deviations that are in common use.
+
+    Reads the published `data_batch_1.bin` .. `test_batch.bin`; failing those `cifar10_jpeg.npz`, whose images went
+    through JPEG: accuracies can then differ a little from published ones.
+    Raises: DataNotFound when neither is there.
+    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+    """
+    path = find_file(
+        root,
+        ("cifar-10-batches-bin", "cifar10/cifar-10-batches-bin", "cifar10", "."),
+        ("data_batch_1.bin", "cifar10_jpeg.npz"),
+        data="CIFAR-10",
+        form="the binary version: data_batch_1.bin to data_batch_5.bin and test_batch.bin, 3073 bytes an image",
+        published="https://www.cs.toronto.edu/~kriz/cifar.html",
+    )
+    if path.suffix == ".bin":
+        train = _from_binary([path.with_name(f"data_batch_{k}.bin") for k in range(1, 6)])
+        test = _from_binary([path.with_name("test_batch.bin")])
+    else:
+        train, test = _from_jpeg(path, test=False), _from_jpeg(path, test=True)
+    return Source("cifar10", _examples(*train), _examples(*test), CLASS_NAMES)

@@ -1,0 +1,109 @@
+"""Text sets as token numbers: AG News by words, the CLUE sets by characters."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from metakern.data.examples import Examples, Source
+from metakern.data.folder import find_file
+
+Rows = tuple[list[str], list[int]]
+PAD, UNKNOWN = 0, 1
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def characters(text: str) -> list[str]:
+    """Every character but white space: for text that puts no spaces between words."""
+    return [character for character in text if not character.isspace()]
+
+
+def _source(
+    name: str, train: Rows, test: Rows, class_names: tuple[str, ...], split: Callable[[str], list[str]], length: int
+) -> Source:
+    """Tokens [n, length] int64: numbers from 2 by falling frequency in the training texts, 1 unknown, 0 after the end."""
+    counts = Counter(token for text in train[0] for token in split(text))
+    numbers = {token: k + 2 for k, (token, count) in enumerate(counts.most_common(20000)) if count > 1}
+
+    def examples(rows: Rows) -> Examples:
+        tokens = torch.full((len(rows[0]), length), PAD)
+        for k, text in enumerate(rows[0]):
+            found = [numbers.get(token, UNKNOWN) for token in split(text)[:length]]
+            tokens[k, : len(found)] = torch.tensor(found, dtype=torch.int64)
+        return Examples(tokens, torch.tensor(rows[1], dtype=torch.int64), torch.arange(len(rows[0])))
+
+    return Source(name, examples(train), examples(test), class_names)
+
+
+def _read(path: Path) -> str:
+    raw = path.read_bytes()
+    return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+
+
+def _ag_rows(path: Path) -> Rows:
+    rows = list(csv.reader(io.StringIO(_read(path))))
+    if rows[0][0] == "label":
+        column = rows[0].index("text")
+        return [row[column] for row in rows[1:]], [int(row[0]) for row in rows[1:]]
+    return [" ".join(row[1:]) for row in rows], [int(row[0]) - 1 for row in rows]
+
+
+def ag_news(root: Path | None, *, length: int = 64) -> Source:
+    """News by subject: world, sports, business, science and technology; words, int64 [n, length].
+
+    Reads train.csv and test.csv as published (class, title, description; no header), plain or gzip; for training also
+    `train_pool.csv.gz`, a part of it with the header label, ..., text.
+    Raises: DataNotFound when one is missing.
+    Source: Zhang, Zhao, LeCun, "Character-level Convolutional Networks for Text Classification", NIPS 2015.
+    """
+
+    def rows(*names: str) -> Rows:
+        form = "CSV without header: class 1 to 4, title, description; plain or gzip"
+        published = "https://github.com/mhjabreel/CharCnn_Keras/tree/master/data/ag_news_csv"
+        folders = ("ag_news", "ag_news_csv", ".")
+        return _ag_rows(find_file(root, folders, names, data="AG News", form=form, published=published))
+
+    train = rows("train.csv.gz", "train.csv", "train_pool.csv.gz")
+    return _source(
+        "ag-news", train, rows("test.csv.gz", "test.csv"), ("world", "sports", "business", "sci-tech"), words, length
+    )
+
+
+def clue(root: Path | None, name: str, *, length: int = 64) -> Source:
+    """A DataCLUE text set, "cic" or "tnews"; characters, int64 [n, length].
+
+    Reads `{name}_train.jsonl.gz` and `{name}_test_public.jsonl.gz`: an object a line with label and text.
+    Raises: DataNotFound when one is missing.
+    Source: Xu et al., "DataCLUE: A Benchmark Suite for Data-centric NLP", 2021.
+    """
+
+    def objects(part: str) -> list[dict[str, str | int]]:
+        stem = f"{name}_{part}.jsonl"
+        form = "JSON lines, plain or gzip: an object a line with label (from 0), label_name and text"
+        published = "https://github.com/CLUEbenchmark/DataCLUE"
+        path = find_file(root, ("clue", "."), (stem + ".gz", stem), data=name.upper(), form=form, published=published)
+        return [json.loads(line) for line in _read(path).splitlines() if line]
+
+    train, test = objects("train"), objects("test_public")
+    names = {int(row["label"]): str(row["label_name"]) for row in train}
+
+    def rows(found: list[dict[str, str | int]]) -> Rows:
+        # Of several copies of a text the first: copies must not stand in the meta set and in training.
+        first = {str(row["text"]): row for row in reversed(found)}
+        kept = [row for row in reversed(first.values()) if int(row["label"]) in names]
+        return [str(row["text"]) for row in kept], [int(row["label"]) for row in kept]
+
+    class_names = tuple(names[k] for k in range(len(names)))
+    return _source(name, rows(train), rows(test), class_names, characters, length)

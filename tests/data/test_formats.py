@@ -1,0 +1,132 @@
+"""Loaders of the published formats, on files of a few rows written here."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from metakern.data import DataNotFound, load
+from metakern.data.text import characters, words
+
+
+def test_cifar10_binary_batches(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        records = rng.integers(0, 256, (10, 3073), dtype=np.uint8)
+        records[:, 0] = np.arange(10)
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    source = load("cifar10", tmp_path)
+    assert source.train.inputs.shape == (50, 3, 32, 32)
+    assert source.test.counts(10).tolist() == [1] * 10
+    # The last record written is the last test image; its first byte after the label is red at the top left.
+    red = (records[-1, 1] / 255 - 0.4914) / 0.2470
+    assert float(source.test.inputs[-1, 0, 0, 0]) == pytest.approx(red, rel=1e-5)
+
+
+def test_cifar10_archive_of_jpegs(tmp_path):
+    import io
+
+    from PIL import Image
+
+    pictures = []
+    for shade in (0, 255):
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (shade, shade, shade)).save(buffer, "JPEG", quality=75)
+        pictures.append(buffer.getvalue())
+    shared = 100
+    assert pictures[0][:shared] == pictures[1][:shared]
+    bodies = [picture[shared:] for picture in pictures]
+    (tmp_path / "cifar10").mkdir()
+    np.savez(
+        tmp_path / "cifar10" / "cifar10_jpeg.npz",
+        allow_pickle=False,
+        header=np.frombuffer(pictures[0][:shared], np.uint8),
+        body=np.frombuffer(b"".join(bodies), np.uint8),
+        offsets=np.cumsum([0] + [len(body) for body in bodies]).astype(np.int32),
+        label=np.array([3, 7], np.uint8),
+        is_test=np.array([False, True]),
+    )
+    source = load("cifar10", tmp_path)
+    assert source.train.targets.tolist() == [3]
+    assert source.test.targets.tolist() == [7]
+    assert float(source.train.inputs.max()) < 0 < float(source.test.inputs.min())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ag_news_as_published(tmp_path, packed):
+    (tmp_path / "ag_news").mkdir()
+    text = '"1","Markets rise, markets fall","A ""good"" day"\n"4","Robots rise","A good robot"\n'
+    for name in ("train.csv", "test.csv"):
+        raw = text.encode()
+        (tmp_path / "ag_news" / (name + ".gz" * packed)).write_bytes(gzip.compress(raw) if packed else raw)
+    source = load("ag-news", tmp_path)
+    assert source.train.targets.tolist() == [0, 3]
+    assert source.train.inputs.dtype == torch.int64
+    # "good", "a", "rise" and "markets" come twice and have numbers; the rest is unknown (1); 0 is the end.
+    lengths = (source.train.inputs != 0).sum(1).tolist()
+    assert lengths == [7, 5]
+    assert source.train.inputs[0, 0] == source.train.inputs[0, 2]
+    assert (source.train.inputs[0] == 1).sum() == 2
+
+
+def test_ag_news_with_a_header(tmp_path):
+    for name, content in (
+        ("train_pool.csv.gz", "label,human_label,text\n2,-1,Shares up\n"),
+        ("test.csv.gz", "3,Shares,up\n"),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    source = load("ag-news", tmp_path)
+    assert source.train.targets.tolist() == source.test.targets.tolist() == [2]
+
+
+def test_clue_drops_second_copies(tmp_path):
+    rows = [{"label": 0, "label_name": "a", "text": "你 好"}, {"label": 1, "label_name": "b", "text": "再见"}]
+    train = "\n".join(
+        json.dumps(row, ensure_ascii=False) for row in [*rows, {**rows[0], "label": 1, "label_name": "b"}]
+    )
+    (tmp_path / "cic_train.jsonl").write_text(train, encoding="utf-8")
+    (tmp_path / "cic_test_public.jsonl").write_text(train, encoding="utf-8")
+    source = load("cic", tmp_path)
+    assert source.train.targets.tolist() == [0, 1]
+    assert source.class_names == ("a", "b")
+    assert (source.train.inputs != 0).sum(1).tolist() == [2, 2]
+
+
+def test_tokens():
+    assert words("Don't PANIC: it's 42_x!") == ["don", "t", "panic", "it", "s", "42", "x"]
+    assert characters("你 好\n!") == ["你", "好", "!"]
+
+
+def test_tables(tmp_path):
+    lines = "\n".join(
+        f"{age},60,{nodes},{1 + (nodes > 10)}" for age, nodes in zip(range(30, 70), range(40), strict=True)
+    )
+    (tmp_path / "haberman.data").write_text(lines)
+    source = load("haberman", tmp_path)
+    assert source.class_names == ("died", "survived")
+    assert (source.train.counts(2) + source.test.counts(2)).tolist() == [29, 11]
+    assert not set(source.train.ids.tolist()) & set(source.test.ids.tolist())
+    torch.testing.assert_close(source.train.inputs[:, 0].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+def test_fraud_keeps_one_of_each_transaction(tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((30, 30))
+    features[5] = features[4]
+    fraud = np.arange(30) < 10
+    header = ",".join(['"Time"', *(f'"V{k}"' for k in range(1, 29)), '"Amount"', '"Class"'])
+    rows = [",".join([*map(str, row), f'"{int(label)}"']) for row, label in zip(features, fraud, strict=True)]
+    (tmp_path / "creditcard.csv").write_text("\n".join([header, *rows]))
+    source = load("credit-fraud", tmp_path)
+    assert (source.train.counts(2) + source.test.counts(2)).tolist() == [9, 20]
+    assert source.train.inputs.shape[1] == 29
+
+
+@pytest.mark.parametrize("name", ["cifar10", "ag-news", "cic", "tnews", "credit-fraud", "credit-default", "haberman"])
+def test_missing_sets_say_where_they_are_published(name, tmp_path):
+    with pytest.raises(DataNotFound, match="published: https://"):
+        load(name, tmp_path)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+import metakern
+from metakern.data import Examples, Task
+from metakern.trainers.evaluate import Errors
+from metakern.trainers.networks import network_for
+
+
+def task(inputs: torch.Tensor, classes: int = 3) -> Task:
+    targets = torch.arange(len(inputs)) % classes
+    examples = Examples(inputs, targets, torch.arange(len(inputs)))
+    return Task("made-up", examples, examples, examples, tuple("abcdefgh"[:classes]), targets)
+
+
+INPUTS = {
+    "LeNet": torch.rand(6, 1, 28, 28),
+    "Sequential": torch.rand(6, 3, 16, 16),
+    "BagOfTokens": torch.randint(0, 9, (6, 5)),
+    "table": torch.rand(6, 4),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_network_for_each_kind_of_input(kind):
+    made = task(INPUTS[kind])
+    first, again, other = (network_for(made, seed) for seed in (1, 1, 2))
+    assert first(made.train.inputs).shape == (6, 3)
+    values, same, different = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (first, again, other))
+    assert torch.equal(values, same)
+    assert not torch.equal(values, different)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_the_ghost_engine_serves_every_network(kind):
+    made = task(INPUTS[kind])
+    batch = made.train.inputs, made.train.targets
+    result = metakern.grad_dots(network_for(made, 0), batch, batch, engine="ghost")
+    assert result.engine == "ghost"
+    assert torch.isfinite(result.dots).all()
+
+
+def test_padding_does_not_count():
+    model = network_for(task(INPUTS["BagOfTokens"]), 0)
+    short = torch.tensor([[3, 4, 0, 0, 0]])
+    torch.testing.assert_close(model(short), model(short[:, :2]))
+    assert torch.isfinite(model(torch.zeros(1, 5, dtype=torch.int64))).all()
+
+
+def test_seed_leaves_the_global_stream_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    network_for(task(INPUTS["table"]), 0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_no_network_for_other_shapes():
+    with pytest.raises(ValueError, match=r"no network for inputs of shape \[n, 2, 3, 4, 5\]"):
+        network_for(task(torch.rand(6, 2, 3, 4, 5)), 0)
+
+
+def test_columns_of_a_table():
+    assert Errors(3.0, 4.0, [1.0, 7.0]).columns(("a", "b")) == {"test error": 3, "error on a": 1, "error on b": 7}
+    many = Errors(3.0, 4.0, [1.0, 7.0, float("nan")]).columns(("a", "b", "c"))
+    assert many == {"test error": 3, "mean over classes": 4, "worst class": 7}
