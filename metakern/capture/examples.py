@@ -1,17 +1,21 @@
-"""Which part of a layer's output belongs to which example: measured, not assumed.
+"""Which part of a layer's output belongs to which example: proved, not assumed.
 
 Layers see the batch first, second (time-major attention), or folded into another dimension (tokens as rows, windows).
-Weighting the losses by distinct random numbers and running the backward pass once more scales B by exactly the number
-of the example each entry belongs to. That tells the axis apart, and it proves the premise of every per-layer dot:
-if no axis explains the scaled B, examples interact (batch statistics, contrastive losses, graphs) and per-layer dots
-would be wrong, so this engine refuses. The verdict is kept per model and structure; later steps do not pay for it.
+Per-layer dots are right only if the loss of one example reaches the output of a layer at that example's own rows. The
+proof lets NaN loose: the backward pass runs with NaN as the cotangent of a set S of examples, and NaN may arrive only
+at rows that belong to S. NaN times zero is NaN, so the strength of an interaction does not matter, and no tolerance is
+needed. With S the examples whose number has bit b, and its complement, for every b, all pairs are covered. That finds
+the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs); then this engine refuses.
+
+The verdict is kept per model and structure, so later steps do not pay. Where a pass may put examples into another
+order by data (sorting, routing), the axis is checked again in every step, at the price of one more backward.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,7 +67,8 @@ _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Hashable, list[list[_Kind]] | st
 def example_axes(model: torch.nn.Module, trace: Trace, context: Hashable) -> list[list[ExampleAxis]]:
     """The example axis of every output of every use; raises EngineUnavailable where examples interact.
 
-    `context` names what else may couple examples beside the traced calls: the loss function and the training flag.
+    `context` names what else decides how examples may interact: the operations of the pass, the loss function, and
+    the training flags.
     """
     if trace.examples == 1:
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
@@ -72,39 +77,88 @@ def example_axes(model: torch.nn.Module, trace: Trace, context: Hashable) -> lis
     verdict = known.get(structure)
     if isinstance(verdict, str):
         raise EngineUnavailable(verdict)
-    if verdict is not None:
-        axes = [[_sized(k, s, trace.examples) for k, s in zip(ks, u.output_shapes)] for ks, u in zip(verdict, trace.uses)]
-        if all(axis is not None for line in axes for axis in line):
-            return axes  # type: ignore[return-value]
-    return _measure(trace, known, structure)
+    axes = None if verdict is None else _sized_all(verdict, trace)
+    if axes is None:
+        axes = _prove(trace, known, structure)
+    if trace.reorders:
+        _require_order(trace, axes)
+    return axes
 
 
-def _measure(trace: Trace, known: dict, structure: Hashable) -> list[list[ExampleAxis]]:
+def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxis]] | None:
+    """The known axes at the sizes of this pass; None where a size does not fit."""
+    axes = []
+    for kinds, use in zip(verdict, trace.uses):
+        line = [_sized(kind, shape, trace.examples) for kind, shape in zip(kinds, use.output_shapes)]
+        if any(axis is None for axis in line):
+            return None
+        axes.append(line)
+    return axes
+
+
+def _prove(trace: Trace, known: dict[Hashable, Any], structure: Hashable) -> list[list[ExampleAxis]]:
+    """The axes that survive every set S; refuses where none does. Kept unless more than one survives."""
     n = trace.examples
-    generator = torch.Generator().manual_seed(0)
-    numbers = (0.5 + torch.rand(n, generator=generator, dtype=torch.float64)) * torch.randint(
-        0, 2, (n,), generator=generator
-    ).mul(2).sub(1)
-    numbers = numbers.to(trace.losses)
+    fitting = [[list(candidates(shape, n)) for shape in use.output_shapes] for use in trace.uses]
     plain = output_gradients(trace, retain_graph=True)
-    scaled = output_gradients(trace, numbers, retain_graph=True)
-    axes, certain = [], True
-    for use, before, after in zip(trace.uses, plain, scaled):
-        line = []
-        for shape, b, c in zip(use.output_shapes, before, after):
-            fitting = [] if b is None or c is None else [a for a in candidates(shape, n) if _explains(a, b, c, numbers)]
-            if b is not None and c is not None and not fitting:
+    if all(bool(torch.isfinite(b).all()) for line in plain for b in line if b is not None):
+        for inside in _sets(n, trace.losses.device):
+            cotangent = torch.ones_like(trace.losses).masked_fill_(inside, torch.nan)
+            for line, grads in zip(fitting, output_gradients(trace, cotangent, retain_graph=True)):
+                for k, grad in enumerate(grads):
+                    if grad is not None and grad.numel():
+                        line[k] = [axis for axis in line[k] if _stays_inside(grad, axis, inside)]
+        _require_axes(trace, plain, fitting, known, structure)
+        if all(len(found) == 1 for line in fitting for found in line):
+            known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
+    return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
+
+
+def _sets(examples: int, device: torch.device) -> Iterator[Tensor]:
+    """Sets of examples, as masks, such that every ordered pair has a set with the first in it and not the second."""
+    numbers = torch.arange(examples, device=device)
+    for bit in range((examples - 1).bit_length()):
+        inside = (numbers >> bit) % 2 == 1
+        yield inside
+        yield ~inside
+
+
+def _stays_inside(grad: Tensor, axis: ExampleAxis, inside: Tensor) -> bool:
+    reached = grad.isnan()
+    return not bool((reached & ~axis.spread(inside, grad.shape)).any())
+
+
+def _require_axes(trace: Trace, plain: list, fitting: list, known: dict[Hashable, Any], structure: Hashable) -> None:
+    for use, grads, line in zip(trace.uses, plain, fitting):
+        for shape, grad, found in zip(use.output_shapes, grads, line):
+            if grad is not None and grad.numel() and not found:
                 known[structure] = reason = (
                     f"examples interact: the gradient of one example's loss reaches the output of {use.name} (shape "
                     f"{tuple(shape)}) at rows of other examples, so per-layer dots would be wrong; engine='jvp' is exact"
                 )
                 raise EngineUnavailable(reason)
-            certain = certain and len(fitting) == 1
-            line.append(fitting[0] if fitting else ExampleAxis(0, 1, 1))
-        axes.append(line)
-    if certain:
-        known[structure] = [[_Kind(a.dim, _fold(a)) for a in line] for line in axes]
-    return axes
+
+
+def _require_order(trace: Trace, axes: list[list[ExampleAxis]]) -> None:
+    """Raise unless rows of this very pass are in the order of the losses: scaled losses must scale B alike."""
+    numbers = 1 + torch.arange(trace.examples, device=trace.losses.device).to(trace.losses.dtype) / trace.examples
+    plain = output_gradients(trace, retain_graph=True)
+    scaled = output_gradients(trace, numbers, retain_graph=True)
+    for use, line, before, after in zip(trace.uses, axes, plain, scaled):
+        for axis, b, c in zip(line, before, after):
+            if b is not None and c is not None and b.numel() and not _scales(b, c, axis, numbers):
+                raise EngineUnavailable(
+                    f"rows of {use.name} are picked or ordered by data, and do not line up with the losses of this "
+                    "batch; engine='jvp' is exact"
+                )
+
+
+def _scales(plain: Tensor, scaled: Tensor, axis: ExampleAxis, numbers: Tensor) -> bool:
+    """Is every row scaled by its own example's number, to within half the step between two numbers?"""
+    expected = plain * axis.spread(numbers, plain.shape).to(plain.dtype)
+    step = 0.5 / numbers.numel()
+    rounding = 64 * torch.finfo(plain.dtype).eps * plain.abs().max()
+    return bool(((scaled - expected).abs() <= step * plain.abs() + rounding).all())
 
 
 def candidates(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:
@@ -117,14 +171,6 @@ def candidates(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:
             outers.sort(key=lambda outer: outer not in (1, rest))
             for outer in outers:
                 yield ExampleAxis(dim, outer, rest // outer)
-
-
-def _explains(axis: ExampleAxis, plain: Tensor, scaled: Tensor, numbers: Tensor) -> bool:
-    """Is `scaled` equal to `plain` times the number of the example that each entry would belong to?"""
-    allowed = min(0.1, 1024 * max(torch.finfo(plain.dtype).eps, torch.finfo(numbers.dtype).eps))
-    plain, scaled = plain.double(), scaled.double()
-    expected = plain * axis.spread(numbers.double(), plain.shape)
-    return bool((scaled - expected).norm() <= allowed * expected.norm())
 
 
 def _fold(axis: ExampleAxis) -> str:

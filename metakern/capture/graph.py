@@ -11,21 +11,23 @@ from metakern.capture.record import Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 
 
-def require_complete(trace: Trace, names: Mapping[int, str]) -> None:
+def require_complete(trace: Trace, names: Mapping[int, str]) -> int:
     """Raise unless every path from the losses to a trainable parameter goes through a traced use.
 
     `names` maps the identity of each trainable parameter to its qualified name. The walk starts at the losses and at
     the data inputs of every use and stops at the outputs of uses, so it can only arrive at a parameter by a way that
-    the trace does not know.
+    the trace does not know. Returns a fingerprint of the operations met: it differs when the model takes another
+    branch.
     """
     known = {edge.node for use in trace.uses for edge in use.edges}
     stack = [trace.losses.grad_fn, *(node for use in trace.uses for node in use.upstream)]
-    seen = set(known)
+    seen, met = set(known), []
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        met.append(node.name())
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
             raise EngineUnavailable(
@@ -34,16 +36,22 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> None:
                 "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
             )
         stack.extend(following for following, _ in node.next_functions)
+    return hash(tuple(met))
 
 
-def output_gradients(trace: Trace, weights: Tensor | None = None, retain_graph: bool = False) -> list[list[Tensor | None]]:
+def output_gradients(
+    trace: Trace, weights: Tensor | None = None, retain_graph: bool = False
+) -> list[list[Tensor | None]]:
     """B of every use: d(sum_n weights_n loss_n)/d(output), by one backward pass that forms no parameter gradient."""
     edges = [edge for use in trace.uses for edge in use.edges]
     cotangent = torch.ones_like(trace.losses) if weights is None else weights
-    grads = iter(
-        torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True)
-    )
-    return [[next(grads) for _ in use.edges] for use in trace.uses]
+    grads = iter(torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True))
+    return [[_shaped(next(grads), shape) for shape in use.output_shapes] for use in trace.uses]
+
+
+def _shaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """B in the shape of the output; the edge may be that of the tensor the output is a view of."""
+    return None if grad is None else grad.view(shape) if grad.shape != shape else grad
 
 
 def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | None]], None]) -> None:
@@ -68,7 +76,7 @@ def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | Non
         for handle in handles:
             handle.remove()
     for k in lowest:
-        visit(k, [next(grads) for _ in trace.uses[k].edges])
+        visit(k, [_shaped(next(grads), shape) for shape in trace.uses[k].output_shapes])
 
 
 def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:
@@ -77,7 +85,7 @@ def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) 
     def watcher(position: int, output_nr: int) -> Callable[[Sequence[Tensor | None]], None]:
         def watch(grads: Sequence[Tensor | None]) -> None:
             found: list[Tensor | None] = [None] * len(use.edges)
-            found[position] = grads[output_nr]
+            found[position] = _shaped(grads[output_nr], use.output_shapes[position])
             visit(k, found)
 
         return watch

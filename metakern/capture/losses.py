@@ -105,7 +105,9 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
 
 def _token_logits(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [n, t, C] as cross entropy wants them, [n, C, t]; a causal model predicts the next token."""
-    if "CausalLM" in f"{getattr(model, 'loss_type', '')} {type(model).__name__}" or type(model).__name__.endswith("LMHeadModel"):
+    if "CausalLM" in f"{getattr(model, 'loss_type', '')} {type(model).__name__}" or type(model).__name__.endswith(
+        "LMHeadModel"
+    ):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return logits.transpose(1, 2), labels
 

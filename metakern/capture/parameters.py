@@ -69,5 +69,12 @@ def require_servable(model: Any) -> None:
                 f"{where} is compiled; its calls cannot be traced: pass the original (model._orig_mod, or the module "
                 "before .compile())"
             )
+        if getattr(module, "scale_grad_by_freq", False):
+            raise NotImplementedError(
+                f"module '{name}' has scale_grad_by_freq=True, which divides its gradient by counts over the batch, so "
+                "no example has a gradient of its own; set it to False"
+            )
         if isinstance(module, torch.jit.ScriptModule):
-            raise NotImplementedError(f"module '{name}' is a ScriptModule; its calls cannot be traced: pass the original")
+            raise NotImplementedError(
+                f"module '{name}' is a ScriptModule; its calls cannot be traced: pass the original"
+            )

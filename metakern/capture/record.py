@@ -75,6 +75,7 @@ class Trace:
     uses: tuple[Use, ...]
     derivations: tuple[Call, ...]
     couplings: tuple[str, ...] = ()  # reasons why examples are known to interact in this pass
+    reorders: bool = False  # rows are picked by data, so that the order of examples may differ from pass to pass
 
     @property
     def examples(self) -> int:

@@ -12,7 +12,7 @@ from metakern.capture.trace import random_state, restore_random_state
 
 
 class _Buffer(NamedTuple):
-    owner: dict[str, Tensor | None]
+    module: nn.Module
     name: str
     tensor: Tensor
     version: int
@@ -24,7 +24,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [
-            _Buffer(module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+            _Buffer(module, name, buffer, buffer._version, buffer.detach().clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -33,21 +33,23 @@ class Buffers:
     def restore(self) -> None:
         """Put back whatever has changed since, by value and by identity."""
         for kept in self._kept:
-            kept.owner[kept.name] = kept.tensor
-            if kept.tensor._version != kept.version:
-                kept.tensor.detach().copy_(kept.value)
+            kept.module._buffers[kept.name] = kept.tensor
+            # batch_norm writes its running statistics without raising their version, so in training mode versions
+            # say nothing. `.data` leaves the version alone: a graph that saved the buffer holds these same values.
+            if kept.module.training or kept.tensor._version != kept.version:
+                kept.tensor.data.copy_(kept.value)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside the block the model has fresh copies of the buffers as they were kept, and its own afterwards."""
-        now = [kept.owner[kept.name] for kept in self._kept]
+        now = [kept.module._buffers[kept.name] for kept in self._kept]
         try:
             for kept in self._kept:
-                kept.owner[kept.name] = kept.value.clone()
+                kept.module._buffers[kept.name] = kept.value.clone()
             yield
         finally:
             for kept, buffer in zip(self._kept, now):
-                kept.owner[kept.name] = buffer
+                kept.module._buffers[kept.name] = buffer
 
 
 @contextmanager

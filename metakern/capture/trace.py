@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.capture.record import ArgPath, Call, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.reordering import may_reorder
 
 # Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
 _SHAPE_ONLY = frozenset(
@@ -110,9 +111,11 @@ class Tracer(TorchFunctionMode):
         self._parametric: dict[int, Tensor] = {id(p): p for p in parameters}
         self._derived_versions: dict[int, int] = {}
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
+        self._given = set(self._constant)
+        self.reorders = False
 
     def trace(self, losses: Tensor) -> Trace:
-        return Trace(losses, tuple(self.uses), tuple(self.derivations), tuple(self.couplings))
+        return Trace(losses, tuple(self.uses), tuple(self.derivations), tuple(self.couplings), self.reorders)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -141,8 +144,10 @@ class Tracer(TorchFunctionMode):
                 constant_only = False
         if not parametric:
             output = func(*args, **kwargs)
-            if constant_only or name in _SHAPE_ONLY:
+            if (constant_only and not name.startswith("rand")) or name in _SHAPE_ONLY:
                 self._mark_constant(output)
+            elif may_reorder(name, args, kwargs, self._made_here):
+                self.reorders = True
             return output
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -159,9 +164,7 @@ class Tracer(TorchFunctionMode):
         state = random_state() if name in _RANDOM else None
         output = func(*args, **kwargs)
         # A no-op such as `contiguous` hands its argument back, which is known already.
-        outputs = tuple(
-            t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output)
-        )
+        outputs = tuple(t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output))
         self._mark_constant(output)
         if any(o is not None for o in outputs):
             self._add_derivation(Call(func, name, args, kwargs, parametric, outputs, False, state))
@@ -195,7 +198,7 @@ class Tracer(TorchFunctionMode):
         if found:
             call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
             places, tensors = zip(*found)
-            edges = tuple(get_gradient_edge(t) for t in tensors)
+            edges = tuple(get_gradient_edge(t if in_place else _owner(t, data)) for t in tensors)
             self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
         return output
 
@@ -218,6 +221,10 @@ class Tracer(TorchFunctionMode):
             if not tensor.requires_grad:
                 self._constant[id(tensor)] = tensor
 
+    def _made_here(self, tensor: Tensor) -> bool:
+        """Is it a constant that this forward pass made, such as `arange`, and so the same in every pass?"""
+        return id(tensor) in self._constant and id(tensor) not in self._given
+
     def _require_unchanged(self, tensor: Tensor) -> None:
         version = self._derived_versions.get(id(tensor))
         if version is not None and tensor._version != version:
@@ -230,6 +237,18 @@ class Tracer(TorchFunctionMode):
         training = args[5] if len(args) > 5 else kwargs.get("training", False)
         if training:
             self.couplings.append("batch_norm in training mode takes its statistics over the batch")
+
+
+def _owner(output: Tensor, data: list[Tensor]) -> Tensor:
+    """The tensor whose gradient is B: the one that `output` is a full view of, if the call made it.
+
+    With more than one position a linear layer returns a view. An activation that then works in place rewrites the
+    history of views, and only the owner's edge stays on the path.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not output.is_contiguous() or not base.is_contiguous():
+        return output
+    return output if any(base is t or base is t._base for t in data) else base
 
 
 def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:

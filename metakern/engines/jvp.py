@@ -6,7 +6,9 @@ tangents, and fused attention is replaced by its plain form for that pass, since
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -21,6 +23,7 @@ from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.substitution import substituted
 from metakern.engines.weighted_backward import weighted_backward
+from metakern.layers.replay import dual_level, lacks_forward_mode
 
 
 def solve(problem: Problem) -> Answer:
@@ -45,10 +48,10 @@ def loss_tangents(problem: Problem, direction: dict[str, Tensor]) -> Tensor:
     """d/dr l_n(theta + r V), [n]; the parameters are not touched."""
     try:
         with ExitStack() as stack:
-            for context in (torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH)):
+            for context in (torch.no_grad(), dual_level(), sdpa_kernel(SDPBackend.MATH)):
                 stack.enter_context(context)
             if any(isinstance(module, nn.LSTM) for module in problem.model.modules()):
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # its LSTM has no forward mode
+                stack.enter_context(_without_fused_lstm())
             duals = {
                 id(problem.chosen[name]): forward_ad.make_dual(problem.chosen[name].detach(), v)
                 for name, v in direction.items()
@@ -58,6 +61,15 @@ def loss_tangents(problem: Problem, direction: dict[str, Tensor]) -> Tensor:
             tangent = forward_ad.unpack_dual(losses).tangent
             return torch.zeros_like(losses) if tangent is None else tangent.clone()
     except (NotImplementedError, RuntimeError) as error:
-        if not any(word in str(error).lower() for word in ("forward ad", "forward mode", "jvp")):
+        if not lacks_forward_mode(error):
             raise
         raise EngineUnavailable(f"an operation of the model has no forward mode ({error})") from error
+
+
+@contextmanager
+def _without_fused_lstm() -> Iterator[None]:
+    """oneDNN's LSTM has no forward mode; entering and leaving its flags warns about Intel GPUs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield

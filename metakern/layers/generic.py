@@ -53,4 +53,3 @@ def linear_dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 
 
 RULE = LayerRule(lambda call: True, dots, weighted_grads)
-LINEAR_RULE = LayerRule(lambda call: True, linear_dots, weighted_grads)

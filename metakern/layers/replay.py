@@ -6,6 +6,7 @@ This is what serves a call that no layer rule knows: forward mode through that o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.record import Call
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.trace import random_state, restore_random_state, tensors_in
 
 
@@ -65,10 +67,28 @@ def output_tangents(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor |
         return primal if tangent is None else forward_ad.make_dual(primal, tangent.to(primal.dtype))
 
     try:
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), dual_level(), sdpa_kernel(SDPBackend.MATH):
             return [forward_ad.unpack_dual(t).tangent for t in with_parameters(call, dual)]
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError) as error:
+        if not lacks_forward_mode(error):
+            raise
         return _tangents_by_two_reversals(call, tangents)
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Is this how torch says that an operation has no forward-mode formula, or a faulty one?"""
+    words = ("forward ad", "forward mode", "forward gradient", "jvp")
+    return any(word in str(error).lower() for word in words)
+
+
+@contextmanager
+def dual_level() -> Iterator[None]:
+    """`forward_ad.dual_level` without the deprecation warnings that torch raises against itself on first use."""
+    with forward_ad.dual_level():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        yield
 
 
 def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor | None]:
@@ -78,7 +98,7 @@ def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> li
     def leaf(parameter: Tensor) -> Tensor:
         return leaves.setdefault(id(parameter), parameter.detach().requires_grad_())
 
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         outputs = with_parameters(call, leaf)
         kept = [o for o in outputs if o.requires_grad]
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in kept]
@@ -86,7 +106,10 @@ def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> li
         along = [
             (g * tangents[key].to(g.dtype)).sum() for key, g in zip(leaves, grads) if g is not None and key in tangents
         ]
-        found = iter(torch.autograd.grad(sum(along[1:], along[0]), cotangents, allow_unused=True))
+        try:
+            found = iter(torch.autograd.grad(sum(along[1:], along[0]), cotangents, allow_unused=True))
+        except RuntimeError as error:
+            raise EngineUnavailable(f"{call.name} has neither a forward mode nor a second derivative") from error
     return [next(found) if o.requires_grad else None for o in outputs]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from metakern.capture.record import Call
 from metakern.capture.trace import ADDITIONS
-from metakern.layers import addition, convolution, embedding, generic, linear, norm
+from metakern.layers import addition, bag, convolution, embedding, generic, linear, norm
 from metakern.layers.rule import LayerRule
 
 _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
@@ -19,7 +19,7 @@ _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
     torch.conv2d: convolution.RULE,
     torch.conv3d: convolution.RULE,
     F.embedding: embedding.RULE,
-    F.embedding_bag: generic.LINEAR_RULE,
+    F.embedding_bag: bag.RULE,
     **{function: norm.RULE for function in norm.NORMS},
 }
 

@@ -1,0 +1,41 @@
+"""Calls that may put examples into another order depending on data: sorting, routing, masks over the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+# name -> position of `dim`; along any other dimension than the first, examples stay where they are
+_ALONG = {
+    "index_select": 1, "gather": 1, "scatter": 1, "scatter_": 1, "scatter_add": 1, "scatter_add_": 1,
+    "scatter_reduce": 1, "index_add": 1, "index_add_": 1, "index_copy": 1, "index_copy_": 1, "take_along_dim": 2,
+    "sort": 1, "topk": 2, "kthvalue": 2,
+}  # fmt: skip
+_ANYWHERE = frozenset("masked_select masked_scatter masked_scatter_ take put put_ index_put index_put_".split())
+
+
+def may_reorder(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_static: Callable[[Tensor], bool]) -> bool:
+    """Can this call move activations between rows in a way that differs from batch to batch?
+
+    `is_static` tells index tensors that are the same in every pass.
+    """
+    if name in _ANYWHERE:
+        return _is_activation(args)
+    if name in ("__getitem__", "__setitem__"):
+        return _is_activation(args) and not all(is_static(t) for t in _leading_indices(args[1]))
+    if name in _ALONG:
+        dim = args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim", -1)
+        return _is_activation(args) and not (isinstance(dim, int) and dim % args[0].dim() != 0)
+    return False
+
+
+def _is_activation(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].requires_grad
+
+
+def _leading_indices(index: Any) -> list[Tensor]:
+    """Tensors that index the first dimension (a mask may cover it too)."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    return [first] if isinstance(first, Tensor) else []
