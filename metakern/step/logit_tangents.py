@@ -1,0 +1,108 @@
+"""Logit tangents: how all logits of a batch move when the parameters do, by one forward-mode pass.
+
+One pass gives n x C numbers, and from them the dots of every loss on the logits: <dl_n/dtheta, v> = <dl_n/dz_n, dz_n>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.state import Buffers, unchanged_on_error
+from metakern.capture.trace import random_state, restore_random_state
+from metakern.engines import jvp, pose
+from metakern.engines.problem import Problem
+
+LogitsFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class LogitTangents(NamedTuple):
+    """Every tensor is detached."""
+
+    tangents: Tensor  # [n, C], dz_nk = d z_nk/dtheta . v
+    logits: Tensor  # [n, C]
+    meta_loss: Tensor  # []
+
+
+class LogitPass:
+    """A forward pass of the train batch whose logits keep their graph, and whose tangents may be asked for."""
+
+    def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
+        self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
+        self._buffers, self._random = Buffers(problem.model), random_state()
+        self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
+        _require_logits(self.logits)
+
+    def tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """dz/dtheta . V, [n, C], with the random numbers and running statistics of the first pass."""
+        after = random_state()
+        restore_random_state(self._random)
+        try:
+            with self._buffers.replayed():
+                return jvp.loss_tangents(self._problem, dict(direction))
+        finally:
+            restore_random_state(after)
+
+
+def batch_logits(model: nn.Module, batch: Any) -> Tensor:
+    """Logits of `(inputs, targets)`, or of a mapping given to the model by keyword without its "labels"."""
+    if isinstance(batch, Mapping):
+        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        output = model(*batch[0]) if isinstance(batch[0], (tuple, list)) else model(batch[0])
+    else:
+        raise TypeError(
+            f"batch must be (inputs, targets) or a mapping with 'labels', or come with a logits_fn(model, batch); got "
+            f"{type(batch).__name__}"
+        )
+    return output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+
+
+def logit_tangents(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    loss_fn: LossFunction | None = None,
+    logits_fn: LogitsFunction | None = None,
+    params: Any = None,
+) -> LogitTangents:
+    """Derivative of every logit of a batch along the meta gradient, by one forward-mode pass; nothing is changed.
+
+    dz_nk = < dz_nk/dtheta, (1/m) sum_j dl'_j/dtheta >
+
+    Hence for any loss on the logits dots_n = <dl_n/dz_n, dz_n>, and for a soft label p_nk, with q = softmax(z),
+    <d log q_nk/dtheta, g_meta> = dz_nk - sum_j q_nj dz_nj.
+
+    Args:
+        model, batch, meta_batch, params: as for `l2rw_step`.
+        loss_fn: the loss of the meta batch, `loss_fn(model, meta_batch) -> losses [m]`; default cross entropy.
+        logits_fn: `logits_fn(model, batch) -> logits [n, C]`; default the model's output or its `.logits`.
+
+    Returns: `LogitTangents(tangents [n, C], logits [n, C], meta_loss [])`.
+
+    Raises: as `l2rw_step`; NotImplementedError where an operation of the model has no forward mode.
+    """
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    with unchanged_on_error(model):
+        meta_loss, direction = problem.meta_gradient()
+        buffers = Buffers(model)
+        with buffers.replayed():
+            given = LogitPass(problem, logits_fn)
+            tangents = given.tangents(direction)
+    return LogitTangents(tangents, given.logits.detach(), meta_loss)
+
+
+def _require_logits(logits: Any) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
+        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"batch: expected logits of shape [n, C] from the model, got {got}; pass logits_fn")
+    if not torch.isfinite(logits.detach().sum()):
+        bad = (~torch.isfinite(logits.detach()).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"batch: the logits of examples {bad[:10]} are not finite; nothing was changed")
