@@ -1,5 +1,10 @@
 """Stage 5: use the weighted gradient. One public function per family of methods."""
 
+from metakern.step.label_net import LabelNet as LabelNet
+from metakern.step.logit_tangents import LogitTangents as LogitTangents
+from metakern.step.logit_tangents import logit_tangents as logit_tangents
+from metakern.step.mlc import CorrectionResult as CorrectionResult
+from metakern.step.mlc import mlc_step as mlc_step
 from metakern.step.mwnet import MetaStepResult as MetaStepResult
 from metakern.step.mwnet import mwnet_step as mwnet_step
 from metakern.step.result import Dots as Dots

@@ -1,0 +1,183 @@
+"""Label correction: a small network proposes a soft label for every example, and learns to from a clean meta batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction, per_example_losses
+from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.engines import pose
+from metakern.engines.problem import Problem
+from metakern.step.finite import require_finite
+from metakern.step.hand_over import hand_over, require_optimizer
+from metakern.step.logit_tangents import LogitPass, LogitsFunction
+from metakern.step.meta_network import (
+    features_of,
+    gradient_of,
+    require_meta_network,
+    step_meta_network,
+    undone_on_error,
+)
+from metakern.step.virtual import VirtualStep, meta_gradient_at, require_virtual, virtual_step
+
+Carry = Mapping[nn.Parameter, Tensor]
+
+
+class CorrectionResult(NamedTuple):
+    """Outcome of a step on corrected labels; every tensor is detached."""
+
+    labels: Tensor  # [n, C], the soft labels that the model's gradient was taken with
+    tangents: Tensor  # [n, C], <d log q_nk/dtheta, v>: how label k of example n acts on the meta loss
+    losses: Tensor  # [n], cross entropy with those labels, before the step
+    meta_loss: Tensor  # [], mean over the meta batch after the virtual step
+    carry: Carry | None  # accumulated gradient of the label net, for the next call; None after it has stepped
+    engine: str  # "jvp"
+
+
+def mlc_step(
+    model: nn.Module,
+    label_net: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    label_optimizer: torch.optim.Optimizer | None,
+    virtual_lr: float | None,
+    features: Any = None,
+    clean_batch: Any = None,
+    virtual: str = "sgd",
+    fused: bool = False,
+    step_label_net: bool = True,
+    carry: Carry | None = None,
+    loss_fn: LossFunction | None = None,
+    logits_fn: LogitsFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    params: Any = None,
+    accumulate: bool = False,
+) -> CorrectionResult:
+    """One step of meta label correction: virtual step on proposed labels, step of the label net, real step.
+
+    p_n = label_net(y_n, features_n; phi),  l_n = - sum_k p_nk log q_nk,  L = (sum_n l_n + sum_i l_i) / (n + k)
+    theta^ = theta - update(dL/dtheta),  v = (d update/d gradient) g_meta(theta^)
+    d meta_loss(theta^)/dphi = 1/(n + k) sum_nk <d log q_nk/dtheta, v> dp_nk/dphi
+
+    The n x C products come from one forward-mode pass. i runs over the k examples of `clean_batch`, which train
+    beside the corrected ones and may be absent.
+
+    Args:
+        label_net: called as `label_net(targets [n], *features)`, returns label distributions [n, C].
+        batch: `(inputs, targets)` or a mapping with "labels"; the targets go to the label net only.
+        meta_batch, loss_fn: clean examples and their loss, as for `l2rw_step`; `clean_batch` uses the same loss.
+        label_optimizer: steps with the meta-gradient; None leaves that in the label net's `.grad`.
+        virtual_lr, virtual, params, features: as for `mwnet_step`.
+        fused: the real step is the virtual one, with the labels of the old phi: one backward pass less. Give the
+            `virtual` rule of your optimizer and its learning rate, so that theta^ is where it goes.
+        step_label_net: False only adds the meta-gradient to `carry`, for label nets that step every K steps.
+        carry: `carry` of the previous result. It is discounted by
+            gamma = <(1 - J) g_meta(theta^), g_meta(theta)> / |g_meta(theta)|^2, J the diagonal d update/d gradient: the
+            Hessian of L is taken as the identity, which is the method's own approximation.
+        logits_fn: as for `logit_tangents`.
+        optimizer, accumulate: as for `l2rw_step`.
+
+    Returns: `CorrectionResult(labels [n, C], tangents [n, C], losses [n], meta_loss [], carry, engine)`.
+
+    Raises: as `l2rw_step`; nothing has changed then, neither model nor label net nor its optimizer.
+
+    Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
+    """
+    require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer")
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    require_optimizer(optimizer, problem.trainable)
+    require_virtual(virtual, virtual_lr, optimizer, problem.chosen)
+    with unchanged_on_error(model), undone_on_error(label_net, label_optimizer):
+        train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
+        labels = train.propose()
+        gradient = train.gradient(labels.detach())
+        step = virtual_step(virtual, virtual_lr, optimizer, problem.chosen, gradient)
+        meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
+        tangents = train.log_tangents(step.pulled_back(meta_gradient))
+        found = gradient_of(label_net, (tangents.to(labels) * labels).sum() / train.examples)
+        if carry is not None:
+            found = _with_carry(found, carry, _discount(problem, step, meta_gradient))
+        if step_label_net:
+            step_meta_network(label_net, label_optimizer, found)
+        labels = labels.detach()
+        if not fused and step_label_net:
+            with torch.no_grad():
+                labels = train.propose()
+            gradient = train.gradient(labels)
+        hand_over(problem.trainable, gradient, optimizer, accumulate)
+    held = None if step_label_net else found
+    return CorrectionResult(labels, tangents, train.losses(labels).detach(), meta_loss, held, "jvp")
+
+
+class _Corrected:
+    """The train pass: logits with their graph, the losses of clean examples beside them, and the label net."""
+
+    def __init__(
+        self, problem: Problem, label_net: nn.Module, logits_fn: LogitsFunction | None, features: Any, clean: Any
+    ) -> None:
+        self._problem, self._label_net = problem, label_net
+        self._pass = LogitPass(problem, logits_fn)
+        self._log_q = torch.log_softmax(self._pass.logits, 1)
+        self._features = features_of(features, problem.model, problem.batch)
+        self._clean = None
+        if clean is not None:
+            with unchanged_buffers(problem.model):
+                self._clean = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
+        self.examples = self._log_q.shape[0] + (0 if self._clean is None else self._clean.shape[0])
+
+    def propose(self) -> Tensor:
+        """Soft labels, [n, C]."""
+        batch = self._problem.batch
+        targets = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+        labels = self._label_net(targets, *self._features)
+        if not isinstance(labels, Tensor) or labels.shape != self._log_q.shape:
+            got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(
+                f"label_net must return one distribution per example, shape {tuple(self._log_q.shape)}; got {got}"
+            )
+        return labels
+
+    def losses(self, labels: Tensor) -> Tensor:
+        return -(labels.to(self._log_q.dtype) * self._log_q).sum(1)
+
+    def gradient(self, labels: Tensor) -> dict[str, Tensor]:
+        """dL/dtheta for every trainable parameter, by name; the graph stays."""
+        total = self.losses(labels).sum()
+        if self._clean is not None:
+            total = total + self._clean.sum()
+        trainable = self._problem.trainable
+        found = torch.autograd.grad(
+            total / self.examples, list(trainable.values()), retain_graph=True, allow_unused=True
+        )
+        self._problem.require_participation(
+            {id(p) for p, g in zip(trainable.values(), found, strict=True) if g is not None}
+        )
+        return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+    def log_tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """<d log q_nk/dtheta, v> = dz_nk - sum_j q_nj dz_nj, [n, C]."""
+        tangents = self._pass.tangents(direction)
+        require_finite(tangents, self._problem)
+        return tangents - (self._log_q.detach().exp() * tangents).sum(1, keepdim=True)
+
+
+def _discount(problem: Problem, step: VirtualStep, after: Mapping[str, Tensor]) -> Tensor:
+    """gamma: how much of an older gradient of the label net survives this step of the model."""
+    _, before = problem.meta_gradient()
+    shared = [name for name in before if name in after]
+    along = torch.stack([((1 - step.jacobian[name]) * after[name] * before[name]).sum() for name in shared]).sum()
+    norm = torch.stack([g.square().sum() for g in before.values()]).sum()
+    return along / (norm + (norm == 0))
+
+
+def _with_carry(found: dict[nn.Parameter, Tensor], carry: Carry, gamma: Tensor) -> dict[nn.Parameter, Tensor]:
+    every = [*found, *(p for p in carry if p not in found)]
+    return {
+        p: found[p] + gamma * carry[p] if p in found and p in carry else found[p] if p in found else gamma * carry[p]
+        for p in every
+    }
