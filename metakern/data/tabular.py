@@ -29,8 +29,8 @@ def _source(name: str, features: np.ndarray, targets: np.ndarray, class_names: t
     train_rows, test_rows = torch.cat(train), torch.cat(test)
     known = inputs[train_rows]
     inputs = (inputs - known.mean(0)) / known.std(0).clamp(min=1e-6)
-    parts = (Examples(inputs[rows], labels[rows], rows) for rows in (train_rows, test_rows))
-    return Source(name, *parts, class_names)
+    training = Examples(inputs[train_rows], labels[train_rows], train_rows)
+    return Source(name, training, Examples(inputs[test_rows], labels[test_rows], test_rows), class_names)
 
 
 def _csv_columns(path: Path) -> tuple[list[str], np.ndarray]:
@@ -43,8 +43,8 @@ def _csv_columns(path: Path) -> tuple[list[str], np.ndarray]:
 def credit_fraud(root: Path | None) -> Source:
     """Credit-card transactions: fraud (class 0) against genuine (class 1); 29 features, Time left out.
 
-    Reads `creditcard.csv` as published, or the subset `creditcard_fraud_subset.npz`, of which only the genuine rows that
-    are spread over both days are used.
+    Reads `creditcard.csv` as published, or the subset `creditcard_fraud_subset.npz`, of which only the genuine rows
+    that are spread over both days are used.
     Source: Dal Pozzolo et al., "Calibrating Probability with Undersampling for Unbalanced Classification", CIDM 2015.
     """
     path = find_file(

@@ -33,7 +33,7 @@ def characters(text: str) -> list[str]:
 def _source(
     name: str, train: Rows, test: Rows, class_names: tuple[str, ...], split: Callable[[str], list[str]], length: int
 ) -> Source:
-    """Tokens [n, length] int64: numbers from 2 by falling frequency in the training texts, 1 unknown, 0 after the end."""
+    """Tokens [n, length] int64: from 2 by falling frequency in the training texts, 1 unknown, 0 after the end."""
     counts = Counter(token for text in train[0] for token in split(text))
     numbers = {token: k + 2 for k, (token, count) in enumerate(counts.most_common(20000)) if count > 1}
 
@@ -101,8 +101,10 @@ def clue(root: Path | None, name: str, *, length: int = 64) -> Source:
 
     def rows(found: list[dict[str, str | int]]) -> Rows:
         # Of several copies of a text the first: copies must not stand in the meta set and in training.
-        first = {str(row["text"]): row for row in reversed(found)}
-        kept = [row for row in reversed(first.values()) if int(row["label"]) in names]
+        first: dict[str, dict[str, str | int]] = {}
+        for row in found:
+            first.setdefault(str(row["text"]), row)
+        kept = [row for row in first.values() if int(row["label"]) in names]
         return [str(row["text"]) for row in kept], [int(row["label"]) for row in kept]
 
     class_names = tuple(names[k] for k in range(len(names)))

@@ -13,7 +13,7 @@ from metakern.data import Examples
 
 
 class Errors(NamedTuple):
-    """Errors in percent: over all examples, the mean over the classes in the test set, and of each (nan if not in it)."""
+    """Errors in percent: over all examples, the mean over classes, and of each; a class not tested is nan."""
 
     test: float
     balanced: float

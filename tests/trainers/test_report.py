@@ -80,6 +80,12 @@ def test_noise_is_shown_by_what_became_of_the_labels(quick, tmp_path, stand_in):
     assert "label flipped, least trusted" in text
 
 
+def test_many_classes_are_shown_in_thirds(quick, tmp_path, stand_in):
+    run = train(replace(quick, method="l2rw", data="digits", majority=None, imbalance=20.0), tmp_path, progress=False)
+    text = write_report([run.folder], tmp_path / "report.html").read_text()
+    assert "rarest third of the classes" in text
+
+
 def test_colours_come_from_the_page(quick):
     svg = weight_distribution(torch.rand(50).numpy(), (torch.arange(50) % 2).numpy(), ("4", "9"), "l2rw")
     assert "var(--ink)" in svg

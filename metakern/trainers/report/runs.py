@@ -112,6 +112,8 @@ def _weights(record: _Record, source: Source | None) -> str:
         "<p>The mean weight an example had over the run, the first tenth left out, in shares of an equal part: at 1 "
         "it counted as in the plain loss, at 0 it was never used. All of them are in <code>weights.csv</code>.</p>"
     )
+    if len(names) > len(figures.SERIES):
+        groups, names = _thirds(columns["label"], len(names))
     if flipped.any():
         groups, names = flipped.astype(int), ["label kept", "label flipped"]
         text += _finding(weights, flipped)
@@ -125,6 +127,12 @@ def _weights(record: _Record, source: Source | None) -> str:
         "such as the ones never used, come in the order of the data.</p>"
     )
     return text + trusted(source.train, columns["id"], groups, weights, names)
+
+
+def _thirds(labels: np.ndarray, classes: int) -> tuple[np.ndarray, list[str]]:
+    """Too many classes to draw each: the rarest third of them, the middle one and the most frequent."""
+    rank = np.argsort(np.argsort(np.bincount(labels, minlength=classes), kind="stable"), kind="stable")
+    return (3 * rank // classes)[labels], ["rarest third of the classes", "middle third", "most frequent third"]
 
 
 def _finding(weights: np.ndarray, flipped: np.ndarray) -> str:
