@@ -1,0 +1,74 @@
+"""No number without a green check: every provider is held against the float64 oracle before it is timed."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Batch, Problem, losses_of
+from benchmarks.providers import Outcome
+from metakern.testing import budget
+from metakern.testing.oracle import oracle
+
+EXAMPLES = 16
+"""Dots of so many examples, spread over the batch, are checked singly; the gradient is checked whole."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the error budgets: above 1 is wrong."""
+
+    dots: float
+    gradient: float
+
+    @property
+    def green(self) -> bool:
+        return self.dots <= 1 and self.gradient <= 1
+
+
+class Gate:
+    """The truth about one problem: the loop over single examples in float64, and in the working dtype beside it."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        stride = max(1, problem.case.n // EXAMPLES)
+        self.rows = torch.arange(0, problem.case.n, stride)[:EXAMPLES].to(problem.batch[1].device)
+        some: Batch = (problem.batch[0][self.rows], problem.batch[1][self.rows])
+        self.truth, self.plain = (
+            oracle(problem.model, some, problem.meta_batch, loss_fn=losses_of, dtype=dtype)
+            for dtype in (torch.float64, problem.case.dtype)
+        )
+
+    def judge(self, outcome: Outcome) -> Shares:
+        """Shares of the budgets that an outcome and the `.grad` it left behind use."""
+        if outcome.dots is None or outcome.weights is None:
+            return Shares(0.0, 0.0)
+        dots = budget.dots_verdict(outcome.dots[self.rows], self.truth, plain=self.plain)
+        return Shares(dots.share, self._gradient_share(outcome.weights))
+
+    def _gradient_share(self, weights: Tensor) -> float:
+        """Worst parameter of `.grad` against one float64 backward of the losses under these weights.
+
+        Budget as in `budget.gradient_verdict`, with the mean |g_n| of the checked examples for all of them.
+        """
+        scale = float(weights.double().abs().sum() * self.truth.example_norms.mean())
+        want = self._weighted(weights, torch.float64)
+        plain = self._weighted(weights, self.problem.case.dtype)
+        worst = 0.0
+        for name, param in self.problem.model.named_parameters():
+            if param.grad is None:
+                raise AssertionError(f"no gradient for {name}")
+            lost = float((plain[name].double() - want[name]).abs().max())
+            allowed = 2 * lost + budget.CONFIDENCE * torch.finfo(param.dtype).eps * scale
+            worst = max(worst, budget.verdict(name, param.grad, want[name], allowed).share)
+        return worst
+
+    def _weighted(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        model = copy.deepcopy(self.problem.model).to(dtype)
+        x, y = self.problem.batch
+        x = x.to(dtype) if x.is_floating_point() else x
+        losses = losses_of(model, (x, y))
+        params = dict(model.named_parameters())
+        found = torch.autograd.grad(losses, list(params.values()), weights.to(dtype))
+        return dict(zip(params, found, strict=True))

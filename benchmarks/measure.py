@@ -1,0 +1,127 @@
+"""Time, floating point operations and peak memory of steps, interleaved in one run."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds, and the ratio to the unit in the same round: median and the 20th and 80th percentile.
+
+    `processor_ratio` is the same in processor time of the whole process: on a busy machine the figure to look at.
+    """
+
+    milliseconds: float
+    ratio: float
+    ratio_p20: float
+    ratio_p80: float
+    processor_ratio: float
+    rounds: int
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], *, unit: str, seconds: float, device: str) -> dict[str, Timing]:
+    """Time all steps in turn, round after round, until `seconds` are spent (at least five rounds).
+
+    The order rotates from round to round, and each step is divided by the unit of its own round: what slows the machine
+    down for a while slows both.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    names = list(steps)
+    for name in names:
+        _timed(steps[name], device)
+    started = time.perf_counter()
+    while len(times[unit]) < 5 or (time.perf_counter() - started < seconds and len(times[unit]) < 200):
+        shift = len(times[unit]) % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(_timed(steps[name], device))
+    return {name: _summary(values, times[unit]) for name, values in times.items()}
+
+
+def _timed(step: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Milliseconds of one call: elapsed, and of the processor (of the device, where that is a GPU)."""
+    gc.collect()
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        elapsed = start.elapsed_time(end)
+        return elapsed, elapsed
+    started, busy = time.perf_counter(), time.process_time()
+    step()
+    return 1e3 * (time.perf_counter() - started), 1e3 * (time.process_time() - busy)
+
+
+def _summary(values: list[tuple[float, float]], unit: list[tuple[float, float]]) -> Timing:
+    elapsed, processor = (
+        sorted(value[kind] / one[kind] for value, one in zip(values, unit, strict=True)) for kind in (0, 1)
+    )
+    low, high = (elapsed[round(share * (len(elapsed) - 1))] for share in (0.2, 0.8))
+    milliseconds = statistics.median(value[0] for value in values)
+    return Timing(milliseconds, statistics.median(elapsed), low, high, statistics.median(processor), len(values))
+
+
+def flops(step: Callable[[], Any]) -> int:
+    """Floating point operations of matrix products, convolutions, attention and metakern's own operators."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """Largest size of all tensors alive at once during the step, beyond those alive before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveStorage() as live:
+        step()
+    return live.peak
+
+
+class LiveStorage(TorchDispatchMode):
+    """Adds up the storages that operators return while anybody holds them; scratch inside a kernel is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        # Held although only looked up: a reference that dies gives its number to another storage.
+        self._known: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self._meet(leaf, new=False)
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._meet(leaf, new=True)
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return output
+
+    def _meet(self, tensor: torch.Tensor, new: bool) -> None:
+        """A storage first seen as an argument was there before the step; first seen as a result, it is new."""
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if new and reference.cdata not in self._known:
+            self._live.setdefault(reference.cdata, (reference, storage.nbytes()))
+        elif not new and reference.cdata not in self._live:
+            self._known.setdefault(reference.cdata, reference)

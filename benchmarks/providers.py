@@ -1,0 +1,172 @@
+"""A whole re-weighted step by each way there is; all leave the same weighted gradient in `.grad`.
+
+No optimizer step is included: it costs the same for everybody. Each peer is written as well as we can: the shortest
+sequence of passes that its method allows.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import metakern
+from benchmarks.cases import Problem, per_example
+from metakern.testing.oracle import clip_normalise
+
+ONE_GIGABYTE = 2**30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found out; None where it does not."""
+
+    dots: Tensor | None = None
+    weights: Tensor | None = None
+    engine: str = ""
+
+
+Step = Callable[[], Outcome]
+
+
+def plain(problem: Problem) -> Step:
+    """The unit: forward, mean loss, backward."""
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        problem.losses(problem.batch).mean().backward()
+        return Outcome()
+
+    return step
+
+
+def ours(problem: Problem, memory: str = "reuse") -> Step:
+    """metakern.l2rw_step."""
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        result = metakern.l2rw_step(problem.model, problem.batch, problem.meta_batch, memory=memory)
+        return Outcome(result.dots, result.weights, result.engine)
+
+    return step
+
+
+def ours_two_pass(problem: Problem) -> Step:
+    """metakern.l2rw_step(memory="two_pass")."""
+    return ours(problem, memory="two_pass")
+
+
+def double_backward(problem: Problem, attention: Callable[[], AbstractContextManager] = nullcontext) -> Step:
+    """Differentiate the gradient again: dots = d<sum_n u_n g_n, v>/du; then one backward of the weighted losses."""
+    params = _params(problem)
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        direction = torch.autograd.grad(problem.losses(problem.meta_batch).mean(), list(params.values()))
+        with attention():
+            losses = problem.losses(problem.batch)
+            ones = torch.ones_like(losses, requires_grad=True)
+            grads = torch.autograd.grad(losses, list(params.values()), ones, create_graph=True)
+            along = torch.stack([(g * v).sum() for g, v in zip(grads, direction, strict=True)]).sum()
+            (dots,) = torch.autograd.grad(along, ones, retain_graph=True)
+        weights = clip_normalise(dots)
+        losses.backward(weights)
+        return Outcome(dots, weights)
+
+    return step
+
+
+def jvp(problem: Problem, attention: Callable[[], AbstractContextManager] = nullcontext) -> Step:
+    """Forward mode along v by torch.func.jvp, then a plain forward and backward of the weighted losses."""
+    params = _params(problem)
+
+    def losses_at(values: dict[str, Tensor]) -> Tensor:
+        logits = torch.func.functional_call(problem.model, values, (problem.batch[0],))
+        return per_example(logits, problem.batch[1])
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        direction = torch.autograd.grad(problem.losses(problem.meta_batch).mean(), list(params.values()))
+        values = {name: param.detach() for name, param in params.items()}
+        with attention(), torch.no_grad():
+            _, dots = torch.func.jvp(losses_at, (values,), (dict(zip(params, direction, strict=True)),))
+        weights = clip_normalise(dots)
+        problem.losses(problem.batch).backward(weights)
+        return Outcome(dots, weights)
+
+    return step
+
+
+def vmap(problem: Problem) -> Step:
+    """Per-example gradients by vmap(grad); their weighted sum where they all fit in one gigabyte, else in chunks.
+
+    Chunks are dropped after their dots, so that the weighted gradient then takes a forward and backward of its own.
+    """
+    params = _params(problem)
+    size = sum(param.numel() * param.element_size() for param in params.values())
+    chunk = max(1, min(problem.case.n, ONE_GIGABYTE // size))
+
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(problem.model, values, (x.unsqueeze(0),))
+        return per_example(logits, y.unsqueeze(0)).squeeze(0)
+
+    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        found = torch.autograd.grad(problem.losses(problem.meta_batch).mean(), list(params.values()))
+        direction = dict(zip(params, found, strict=True))
+        values = {name: param.detach() for name, param in params.items()}
+        parts, grads = [], {}
+        for x, y in zip(problem.batch[0].split(chunk), problem.batch[1].split(chunk), strict=True):
+            grads = per_example(values, x, y)
+            # A matrix-vector product would be quicker, and fails the check: its float32 sums are too long.
+            parts.append(sum((grads[name] * direction[name]).flatten(1).sum(1) for name in params))
+        dots = torch.cat(parts)
+        weights = clip_normalise(dots)
+        if chunk == problem.case.n:
+            for name, param in params.items():
+                param.grad = (weights.to(param.dtype) @ grads[name].flatten(1)).view_as(param)
+        else:
+            problem.losses(problem.batch).backward(weights)
+        return Outcome(dots, weights)
+
+    return step
+
+
+def _math() -> AbstractContextManager:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def double_backward_math(problem: Problem) -> Step:
+    """The same with fused attention replaced by its plain form, which can be differentiated twice."""
+    return double_backward(problem, _math)
+
+
+def jvp_math(problem: Problem) -> Step:
+    """The same with fused attention replaced by its plain form, which has a forward mode."""
+    return jvp(problem, _math)
+
+
+def _params(problem: Problem) -> dict[str, torch.nn.Parameter]:
+    return {name: param for name, param in problem.model.named_parameters() if param.requires_grad}
+
+
+PROVIDERS: dict[str, Callable[[Problem], Step]] = {
+    "plain": plain,
+    "double_backward": double_backward,
+    "vmap": vmap,
+    "jvp": jvp,
+    "metakern": ours,
+    "metakern two_pass": ours_two_pass,
+}
+
+# What a user of fused attention can do instead, where the peers above stop.
+FUSED_PROVIDERS = {"double_backward (math)": double_backward_math, "jvp (math)": jvp_math}
+
+
+def providers_for(problem: Problem) -> dict[str, Callable[[Problem], Step]]:
+    """All providers of a case, the unit first."""
+    return PROVIDERS | (FUSED_PROVIDERS if problem.case.fused else {})
