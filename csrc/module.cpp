@@ -34,6 +34,16 @@ void bind_row_dots(py::module_& cpu, const char* name) {
   });
 }
 
+template <typename T, typename Sum>
+void bind_embedding_dots(py::module_& cpu, const char* name) {
+  cpu.def(name, [](uintptr_t indices, uintptr_t V, uintptr_t B, uintptr_t out, int64_t n, int64_t t, int64_t width,
+                   int64_t rows, int64_t v_stride, int64_t b_stride_n, int64_t b_stride_t, int64_t padding) {
+    return metakern::cpu::embedding_dots(pointer<const int64_t>(indices), pointer<const T>(V), pointer<const T>(B),
+                                         pointer<Sum>(out), n, t, width, rows, v_stride, b_stride_n, b_stride_t,
+                                         padding);
+  });
+}
+
 #ifdef METAKERN_CUDA
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
@@ -52,6 +62,14 @@ void bind_cuda(py::module_& cuda) {
     check(row_dots(static_cast<Scalar>(dtype), pointer<const void>(x), pointer<const void>(y), pointer<void>(workspace),
                    pointer<void>(out), n, k, x_stride, y_stride, pointer<CUstream_st>(stream)));
   });
+  cuda.def("embedding_dots_chunks", &embedding_dots_chunks);
+  cuda.def("embedding_dots", [](int dtype, uintptr_t indices, uintptr_t V, uintptr_t B, uintptr_t workspace,
+                                uintptr_t out, int64_t n, int64_t t, int64_t width, int64_t rows, int64_t v_stride,
+                                int64_t b_stride_n, int64_t b_stride_t, int64_t padding, uintptr_t stream) {
+    check(embedding_dots(static_cast<Scalar>(dtype), pointer<const int64_t>(indices), pointer<const void>(V),
+                         pointer<const void>(B), pointer<void>(workspace), pointer<void>(out), n, t, width, rows,
+                         v_stride, b_stride_n, b_stride_t, padding, pointer<CUstream_st>(stream)));
+  });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));
@@ -69,6 +87,9 @@ PYBIND11_MODULE(_C, module) {
   bind_row_dots<float, float>(cpu, "row_dots_f32");
   bind_row_dots<double, double>(cpu, "row_dots_f64");
   bind_row_dots<metakern::cpu::bfloat16, float>(cpu, "row_dots_bf16");
+  bind_embedding_dots<float, float>(cpu, "embedding_dots_f32");
+  bind_embedding_dots<double, double>(cpu, "embedding_dots_f64");
+  bind_embedding_dots<metakern::cpu::bfloat16, float>(cpu, "embedding_dots_bf16");
 #ifdef METAKERN_CUDA
   auto cuda = module.def_submodule("cuda");
   bind_cuda(cuda);

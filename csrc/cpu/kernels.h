@@ -11,6 +11,9 @@
 
 namespace metakern::cpu {
 
+// Elements below which waking the threads costs more than the work.
+constexpr int64_t kParallel = 65536;
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -22,5 +25,11 @@ void clip_normalise(const T* dots, T* weights, int64_t n, int64_t stride);
 // out_n = sum_k x_nk y_nk. Rows have a stride, their elements none.
 template <typename T, typename Sum>
 void row_dots(const T* x, const T* y, Sum* out, int64_t n, int64_t k, int64_t x_stride, int64_t y_stride);
+
+// out_n = sum_t [index_nt != padding] V[index_nt] . B_nt over rows of `width` adjacent elements. Indices are
+// contiguous. Returns the place of the first index outside [0, rows), or -1.
+template <typename T, typename Sum>
+int64_t embedding_dots(const int64_t* indices, const T* V, const T* B, Sum* out, int64_t n, int64_t t, int64_t width,
+                       int64_t rows, int64_t v_stride, int64_t b_stride_n, int64_t b_stride_t, int64_t padding);
 
 }  // namespace metakern::cpu

@@ -18,4 +18,11 @@ int64_t row_dots_chunks(int64_t k);
 cudaError_t row_dots(Scalar dtype, const void* x, const void* y, void* workspace, void* out, int64_t n, int64_t k,
                      int64_t x_stride, int64_t y_stride, cudaStream_t stream);
 
+// out_n = sum_t [index_nt != padding] V[index_nt] . B_nt over rows of `width` adjacent elements. Indices are
+// contiguous; `workspace` holds n * embedding_dots_chunks(t) sums.
+int64_t embedding_dots_chunks(int64_t t);
+cudaError_t embedding_dots(Scalar dtype, const int64_t* indices, const void* V, const void* B, void* workspace,
+                           void* out, int64_t n, int64_t t, int64_t width, int64_t rows, int64_t v_stride,
+                           int64_t b_stride_n, int64_t b_stride_t, int64_t padding, cudaStream_t stream);
+
 }  // namespace metakern::cuda

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metakern.testing.inputs import normal
+from metakern.testing.inputs import labels, normal
 
 Sizes = tuple[int, ...]
 
@@ -17,9 +17,10 @@ class Case(NamedTuple):
     """How to test one operator: sizes worth trying, arguments of those sizes, the budget's scale and terms."""
 
     sizes: tuple[Sizes, ...]
-    arguments: Callable[[Sizes, torch.dtype], tuple[Tensor, ...]]
+    arguments: Callable[[Sizes, torch.dtype], tuple[Any, ...]]
     scale: Callable[..., Tensor]
     terms: Callable[[Sizes], int]
+    far: bool = True  # the first operand may have examples far apart
 
 
 def _clip_normalise(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -39,6 +40,16 @@ def _pair_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     n, t, s, i, o = sizes
     shapes = ((n, t, i), (n, t, o), (s, i), (s, o))
     return tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+
+
+def _embedding_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    n, t, rows, width = sizes
+    indices = labels(n, t, classes=rows, seed=1)
+    return indices, normal(rows, width, seed=2, dtype=dtype), normal(n, t, width, seed=3, dtype=dtype), 1
+
+
+def _embedding_scale(indices: Tensor, V: Tensor, B: Tensor, padding_idx: int) -> Tensor:
+    return (V[indices] * B).abs().sum((1, 2))
 
 
 def _row_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -75,8 +86,15 @@ def _weighted_scale(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
 _MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20, 70), (3, 130, 65, 9))
 
 CASES = {
-    "clip_normalise": Case(((0,), (1,), (5,), (1000,)), _clip_normalise, _clip_scale, lambda s: s[0]),
+    "clip_normalise": Case(((0,), (1,), (5,), (1000,)), _clip_normalise, _clip_scale, lambda s: s[0], far=False),
     "direction_dots": Case(_MATRICES, _direction_dots, _direction_scale, lambda s: s[1] * s[2] * s[3]),
+    "embedding_dots": Case(
+        ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 2, 1), (3, 7, 5, 63), (2, 150, 11, 200)),
+        _embedding_dots,
+        _embedding_scale,
+        lambda s: s[1] * s[3],
+        far=False,
+    ),
     "pair_dots": Case(
         ((0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (7, 1, 19, 33, 17), (3, 130, 5, 65, 9)),
         _pair_dots,

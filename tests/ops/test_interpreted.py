@@ -7,7 +7,7 @@ import torch
 
 from metakern.ops.select import OPERATORS
 from tests.ops.cases import CASES
-from tests.ops.test_operators import LAYOUTS, assert_exact
+from tests.ops.test_operators import LAYOUTS, assert_exact, each, far_apart
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -23,7 +23,7 @@ NAMES = [name for name, operator in OPERATORS.items() if operator.table[0].name 
 @pytest.mark.parametrize("name", NAMES)
 def test_matches_reference_in_float64(name: str, layout: str, dtype: torch.dtype) -> None:
     for sizes in CASES[name].sizes:
-        arguments = tuple(LAYOUTS[layout](argument) for argument in CASES[name].arguments(sizes, dtype))
+        arguments = each(LAYOUTS[layout], CASES[name].arguments(sizes, dtype))
         assert_exact(name, sizes, arguments, "triton")
 
 
@@ -33,3 +33,11 @@ def test_weighted_grad_splits_rows_and_skips_those_of_weight_zero() -> None:
     A[w == 0], B[w == 0] = float("inf"), float("nan")
     assert OPERATORS["weighted_grad"](A, B, w, impl="triton").isfinite().all()
     assert torch.equal(OPERATORS["weighted_grad"](A, B, 0 * w, impl="triton"), torch.zeros(7, 9))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_beyond_32_bits(name: str) -> None:
+    sizes = {"pair_dots": (2, 3, 5, 20, 7)}.get(name, (2, 3, 20, 7))
+    first, *others = CASES[name].arguments(sizes, torch.float16)
+    want = OPERATORS[name](first, *others, impl="triton")
+    assert torch.equal(OPERATORS[name](far_apart(first), *others, impl="triton"), want)

@@ -1,0 +1,86 @@
+"""Every operator and implementation on a GPU, against the float64 reference on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metakern.ops.select import OPERATORS
+from metakern.testing.budget import unit, verdict
+from tests.ops.cases import CASES
+from tests.ops.test_operators import LAYOUTS, doubled, each
+
+pytestmark = pytest.mark.gpu
+
+NAMES = sorted(OPERATORS)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """The tensor on the GPU, in the memory layout it has."""
+    if tensor.numel() == 0:
+        return tensor.cuda()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
+def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return each(moved, arguments)
+
+
+def parts(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_matches_reference_in_float64(name: str, layout: str, dtype: torch.dtype) -> None:
+    case, operator = CASES[name], OPERATORS[name]
+    for sizes in case.sizes:
+        arguments = each(LAYOUTS[layout], case.arguments(sizes, dtype))
+        want = parts(operator(*doubled(arguments), impl="reference"))
+        scales = parts(case.scale(*doubled(arguments)))
+        there = on_gpu(arguments)
+        for impl, reason in operator.reasons(*there).items():
+            if reason is None:
+                for got, truth, scale in zip(parts(operator(*there, impl=impl)), want, scales, strict=True):
+                    result = verdict(f"{name}[{impl}] {sizes}", got, truth, unit(dtype, case.terms(sizes)) * scale)
+                    assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_result_in_every_run(name: str) -> None:
+    operator = OPERATORS[name]
+    arguments = on_gpu(CASES[name].arguments(CASES[name].sizes[-1], torch.float32))
+    for impl, reason in operator.reasons(*arguments).items():
+        if reason is None and impl != "reference":
+            first = parts(operator(*arguments, impl=impl))
+            for _ in range(5):
+                again = parts(operator(*arguments, impl=impl))
+                assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if OPERATORS[name].table[0].name != "reference"])
+def test_captured_in_a_cuda_graph(name: str) -> None:
+    operator = OPERATORS[name]
+    arguments = on_gpu(CASES[name].arguments(CASES[name].sizes[-1], torch.float32))
+    want = parts(operator(*arguments))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = parts(operator(*arguments))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Examples that lie 2^31 elements apart."""
+    arguments = CASES["direction_dots"].arguments((2, 3, 16, 8), torch.float16)
+    A, V, B = on_gpu(arguments)
+    apart = torch.empty_strided(A.shape, (2**31, 16, 1), dtype=A.dtype, device="cuda").copy_(A)
+    want = OPERATORS["direction_dots"](A, V, B)
+    assert torch.equal(OPERATORS["direction_dots"](apart, V, B), want)
