@@ -26,11 +26,13 @@ from metakern.layers import register_layer as register_layer
 from metakern.step import CorrectionResult as CorrectionResult
 from metakern.step import Dots as Dots
 from metakern.step import LogitTangents as LogitTangents
+from metakern.step import MetaBalanceResult as MetaBalanceResult
 from metakern.step import MetaStepResult as MetaStepResult
 from metakern.step import StepResult as StepResult
 from metakern.step import grad_dots as grad_dots
 from metakern.step import l2rw_step as l2rw_step
 from metakern.step import logit_tangents as logit_tangents
+from metakern.step import metabalance_step as metabalance_step
 from metakern.step import mlc_step as mlc_step
 from metakern.step import mwnet_step as mwnet_step
 from metakern.step import reweight_step as reweight_step

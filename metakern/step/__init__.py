@@ -3,6 +3,8 @@
 from metakern.step.label_net import LabelNet as LabelNet
 from metakern.step.logit_tangents import LogitTangents as LogitTangents
 from metakern.step.logit_tangents import logit_tangents as logit_tangents
+from metakern.step.metabalance import MetaBalanceResult as MetaBalanceResult
+from metakern.step.metabalance import metabalance_step as metabalance_step
 from metakern.step.mlc import CorrectionResult as CorrectionResult
 from metakern.step.mlc import mlc_step as mlc_step
 from metakern.step.mwnet import MetaStepResult as MetaStepResult
