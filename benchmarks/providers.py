@@ -112,7 +112,7 @@ def vmap(problem: Problem) -> Step:
         logits = torch.func.functional_call(problem.model, values, (x.unsqueeze(0),))
         return per_example(logits, y.unsqueeze(0)).squeeze(0)
 
-    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
 
     def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
@@ -121,7 +121,7 @@ def vmap(problem: Problem) -> Step:
         values = {name: param.detach() for name, param in params.items()}
         parts, grads = [], {}
         for x, y in zip(problem.batch[0].split(chunk), problem.batch[1].split(chunk), strict=True):
-            grads = per_example(values, x, y)
+            grads = gradients(values, x, y)
             # A matrix-vector product would be quicker, and fails the check: its float32 sums are too long.
             parts.append(sum((grads[name] * direction[name]).flatten(1).sum(1) for name in params))
         dots = torch.cat(parts)
