@@ -1,7 +1,8 @@
 """The methods, one file per paper: its composition and what is particular to it, nothing else.
 
 method = find("l2rw")
-outcome = method.step(model, batch, meta_batch, optimizer=optimizer, setting=setting)
+step = method.begin(seed)
+    outcome = step(model, batch, meta_batch, optimizer=optimizer, setting=setting)
 """
 
 from metakern.methods.catalogue import METHODS, find

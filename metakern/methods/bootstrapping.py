@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -41,13 +41,13 @@ REED_SOFT = Method(
     "reed-soft",
     "targets mixed with the prediction, beta 0.95",
     "Reed et al., ICLR 2015",
-    weighted_step(criterion=_soft),
+    always(weighted_step(criterion=_soft)),
     handles="noise",
 )
 REED_HARD = Method(
     "reed-hard",
     "targets mixed with the predicted class, beta 0.8",
     "Reed et al., ICLR 2015",
-    weighted_step(criterion=_hard),
+    always(weighted_step(criterion=_hard)),
     handles="noise",
 )

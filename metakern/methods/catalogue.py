@@ -11,6 +11,7 @@ from metakern.methods.label_smoothing import LABEL_SMOOTHING, LABEL_SMOOTHING_BY
 from metakern.methods.ldam import LDAM_DRW
 from metakern.methods.learning_to_reweight import L2RW
 from metakern.methods.logit_adjustment import ARB, LOGIT_ADJUSTMENT
+from metakern.methods.meta_weight_net import MW_NET, MW_NET_IMBALANCE
 from metakern.methods.method import Method
 from metakern.methods.proportion import PROPORTION, PROPORTION_AS_SHIPPED
 from metakern.methods.random_weights import RANDOM
@@ -29,6 +30,8 @@ METHODS: dict[str, Method] = {
         HARD_MINING,
         HARD_MINING_AS_SHIPPED,
         L2RW,
+        MW_NET,
+        MW_NET_IMBALANCE,
         INVERSE_SQRT,
         CLASS_BALANCED,
         FOCAL,

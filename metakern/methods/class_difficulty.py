@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.methods.class_weights import by_class
-from metakern.methods.method import Batch, Method, Outcome, Setting
+from metakern.methods.method import Batch, Method, Outcome, Setting, always
 
 TAU_RULES = ("imagenet", "cifar")
 
@@ -65,6 +65,6 @@ CDB = Method(
     "cdb",
     "weights by the error on each class of a clean set",
     "Sinha et al., ACCV 2020",
-    step,
+    always(step),
     needs_meta=True,
 )

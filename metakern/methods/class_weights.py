@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import Rule, weighted_step
 
 
@@ -59,11 +59,14 @@ def class_balanced_rule(beta: float = 0.9999) -> Rule:
 
 
 INVERSE_SQRT = Method(
-    "inverse-sqrt", "weights by 1 / sqrt(class count)", "Mahajan et al., ECCV 2018", weighted_step(_inverse_sqrt)
+    "inverse-sqrt",
+    "weights by 1 / sqrt(class count)",
+    "Mahajan et al., ECCV 2018",
+    always(weighted_step(_inverse_sqrt)),
 )
 CLASS_BALANCED = Method(
     "class-balanced",
     "weights by the effective number of examples, beta 0.9999",
     "Cui et al., CVPR 2019",
-    weighted_step(class_balanced_rule()),
+    always(weighted_step(class_balanced_rule())),
 )

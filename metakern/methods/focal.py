@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -38,5 +38,5 @@ def _criterion(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
 
 
 FOCAL = Method(
-    "focal", "easy examples count less, gamma 2", "Lin et al., ICCV 2017", weighted_step(criterion=_criterion)
+    "focal", "easy examples count less, gamma 2", "Lin et al., ICCV 2017", always(weighted_step(criterion=_criterion))
 )

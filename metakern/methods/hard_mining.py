@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.methods.method import Batch, Method, Outcome, Setting, Step
+from metakern.methods.method import Batch, Method, Outcome, Setting, Step, always
 
 
 def hardest(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
@@ -61,13 +61,13 @@ HARD_MINING = Method(
     "hard-mining",
     "all minority and equally many of the hardest majority examples of a batch",
     _SOURCE,
-    mining_step(hardest),
+    always(mining_step(hardest)),
     batch_size=500,
 )
 HARD_MINING_AS_SHIPPED = Method(
     "hard-mining-as-shipped",
     "as in the paper's code: the majority examples are the first, not the hardest",
     _SOURCE,
-    mining_step(first),
+    always(mining_step(first)),
     batch_size=500,
 )

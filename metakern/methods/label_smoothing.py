@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -43,12 +43,12 @@ LABEL_SMOOTHING = Method(
     "label-smoothing",
     "targets mixed with the uniform distribution, 0.1",
     "Szegedy et al., CVPR 2016",
-    weighted_step(criterion=_plain),
+    always(weighted_step(criterion=_plain)),
     handles="both",
 )
 LABEL_SMOOTHING_BY_CLASS = Method(
     "label-smoothing-by-class",
     "rarer classes smoothed more",
     "Shwartz-Ziv et al., NeurIPS 2023",
-    weighted_step(criterion=_by_class),
+    always(weighted_step(criterion=_by_class)),
 )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.methods.class_weights import class_balanced_rule
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import uniform_weights, weighted_step
 
 
@@ -50,5 +50,5 @@ LDAM_DRW = Method(
     "ldam-drw",
     "larger margins for rarer classes, class-balanced weights for the last fifth",
     "Cao et al., NeurIPS 2019",
-    weighted_step(deferred, _criterion),
+    always(weighted_step(deferred, _criterion)),
 )

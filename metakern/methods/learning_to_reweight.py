@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import metakern
-from metakern.methods.method import Batch, Method, Outcome, Setting
+from metakern.methods.method import Batch, Method, Outcome, Setting, always
 
 
 def step(
@@ -27,7 +27,7 @@ L2RW = Method(
     "l2rw",
     "weights by how much each example's gradient helps a small clean set",
     "Ren et al., ICML 2018",
-    step,
+    always(step),
     steps=4000,
     needs_meta=True,
     handles="both",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -42,11 +42,11 @@ LOGIT_ADJUSTMENT = Method(
     "logit-adjustment",
     "logits shifted by the log of the class counts",
     "Menon et al., ICLR 2021",
-    weighted_step(criterion=_logit_adjusted),
+    always(weighted_step(criterion=_logit_adjusted)),
 )
 ARB = Method(
     "arb",
     "logits shifted by the log of the batch's class counts",
     "ARB-Loss, Neurocomputing 2023",
-    weighted_step(criterion=_arb),
+    always(weighted_step(criterion=_arb)),
 )

@@ -50,6 +50,15 @@ class Step(Protocol):
     ) -> Outcome: ...
 
 
+# seed -> the step of one run. What a method learns besides the model, such as a weight net, lives in the step.
+Begin = Callable[[int], Step]
+
+
+def always(step: Step) -> Begin:
+    """For methods that keep nothing between steps: every run has the same step."""
+    return lambda seed: step
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method with the settings its paper's code uses."""
@@ -57,7 +66,7 @@ class Method:
     name: str
     summary: str
     source: str
-    step: Step
+    begin: Begin
     steps: int = 8000
     batch_size: int = 100
     needs_meta: bool = False

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -30,10 +30,12 @@ def opposite_share_weights(losses: Tensor, targets: Tensor, setting: Setting) ->
 
 _SOURCE = "the baseline of Ren et al., ICML 2018"
 
-PROPORTION = Method("proportion", "weights by inverse class frequency", _SOURCE, weighted_step(inverse_share_weights))
+PROPORTION = Method(
+    "proportion", "weights by inverse class frequency", _SOURCE, always(weighted_step(inverse_share_weights))
+)
 PROPORTION_AS_SHIPPED = Method(
     "proportion-as-shipped",
     "as in the paper's code: weight 1 - class share, summed without normalising",
     _SOURCE,
-    weighted_step(opposite_share_weights),
+    always(weighted_step(opposite_share_weights)),
 )

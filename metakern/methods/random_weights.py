@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -21,6 +21,6 @@ RANDOM = Method(
     "random",
     "rectified Gaussian weights, drawn anew for each batch",
     "the baseline of Ren et al., ICML 2018",
-    weighted_step(random_weights),
+    always(weighted_step(random_weights)),
     handles="both",
 )

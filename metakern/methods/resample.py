@@ -1,13 +1,13 @@
 """Resample: class-balanced mini-batches, equal weights."""
 
 from metakern.data.sampling import class_balanced
-from metakern.methods.method import Method
+from metakern.methods.method import Method, always
 from metakern.methods.weighted_step import weighted_step
 
 RESAMPLE = Method(
     "resample",
     "class-balanced mini-batches",
     "the baseline of Ren et al., ICML 2018",
-    weighted_step(),
+    always(weighted_step()),
     sampler=class_balanced,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting
+from metakern.methods.method import Method, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -48,12 +48,12 @@ def _linear(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
 
 
 SELF_PACED = Method(
-    "self-paced", "easy examples first", "Kumar et al., NIPS 2010", weighted_step(_hard), handles="noise"
+    "self-paced", "easy examples first", "Kumar et al., NIPS 2010", always(weighted_step(_hard)), handles="noise"
 )
 SELF_PACED_LINEAR = Method(
     "self-paced-linear",
     "easy examples first, weights falling linearly with the loss",
     "Jiang et al., ACM MM 2014",
-    weighted_step(_linear),
+    always(weighted_step(_linear)),
     handles="noise",
 )

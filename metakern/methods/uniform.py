@@ -1,12 +1,12 @@
 """Uniform: the plain mean loss, which every other method is measured against."""
 
-from metakern.methods.method import Method
+from metakern.methods.method import Method, always
 from metakern.methods.weighted_step import weighted_step
 
 UNIFORM = Method(
     "uniform",
     "the plain mean loss",
     "the baseline of Ren et al., ICML 2018",
-    weighted_step(),
+    always(weighted_step()),
     handles="none",
 )

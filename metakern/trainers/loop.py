@@ -96,13 +96,14 @@ def _run(
         config.batch_size or method.batch_size,
         torch.Generator().manual_seed(config.seed + 2),
     )
+    take = method.begin(config.seed)
     ledger = Ledger(task, steps)
     evaluate_at = {round(steps * (k + 1) / config.evaluations) for k in range(config.evaluations)}
     with metrics, tqdm(total=steps, desc=method.name, unit="step", disable=not progress) as bar:
         for step in range(1, steps + 1):
             rows = next(batches)
             batch = task.train.inputs[rows], task.train.targets[rows]
-            outcome = method.step(
+            outcome = take(
                 model,
                 batch,
                 (task.meta.inputs, task.meta.targets),

@@ -36,7 +36,7 @@ def step_time(config: TrainConfig, task: Task, *, pairs: int = 25) -> StepTime:
         task.train.targets, config.batch_size or method.batch_size, torch.Generator().manual_seed(0)
     )
     sides = []
-    for step in (find("uniform").step, method.step):
+    for step in (find("uniform").begin(0), method.begin(0)):
         model = network_for(task, config.seed)
         sides.append((step, model, make_optimizer(config, model), []))
     for _ in range(pairs + 3):

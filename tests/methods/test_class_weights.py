@@ -75,7 +75,7 @@ def test_cdb_weights_the_class_the_model_fails_on():
     batch = torch.randn(4, 2), torch.tensor([0, 0, 0, 1])
     meta = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
     setting = Setting(torch.tensor([3, 1]), torch.Generator())
-    outcome = find("cdb").step(model, batch, meta, optimizer=optimizer, setting=setting)
+    outcome = find("cdb").begin(0)(model, batch, meta, optimizer=optimizer, setting=setting)
     assert outcome.weights.tolist() == [0, 0, 0, 1]
 
 

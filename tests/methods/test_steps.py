@@ -47,7 +47,7 @@ def batches():
 def take(name: str, model: nn.Module, batches, lr: float = 0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     setting = Setting(torch.tensor([30, 70]), torch.Generator().manual_seed(2))
-    return find(name).step(model, *batches, optimizer=optimizer, setting=setting)
+    return find(name).begin(0)(model, *batches, optimizer=optimizer, setting=setting)
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -115,3 +115,29 @@ def test_unknown_method_lists_the_known():
     with pytest.raises(ValueError, match="unknown method 'l3rw'") as caught:
         find("l3rw")
     assert all(name in str(caught.value) for name in METHODS)
+
+
+@pytest.mark.skipif(not hasattr(metakern, "mwnet_step"), reason="metakern.mwnet_step is not there")
+@pytest.mark.parametrize("name", ["mw-net", "mw-net-imbalance"])
+def test_mw_net_learns_a_weight_net_of_its_own_in_each_run(name, model, batches):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    setting = Setting(torch.tensor([30, 70]), torch.Generator())
+    (inputs, targets), _ = batches
+    step = find(name).begin(0)
+    before = F.cross_entropy(model(inputs), targets).item()
+    outcomes = [step(model, *batches, optimizer=optimizer, setting=setting) for _ in range(30)]
+    assert F.cross_entropy(model(inputs), targets).item() < before
+    assert all((outcome.weights > 0).all() for outcome in outcomes)
+    mass = 12 * outcomes[0].weights.mean()
+    assert float(mass) == pytest.approx(1) if name == "mw-net-imbalance" else 0.3 < float(mass) < 0.7
+    states = []
+    for begin_seed in (0, 0, 1):
+        fresh = find(name).begin(begin_seed)
+        other = nn.Linear(6, 2).double()
+        nn.init.zeros_(other.weight)
+        nn.init.zeros_(other.bias)
+        plain = torch.optim.SGD(other.parameters(), 0.1)
+        states.append(fresh(other, *batches, optimizer=plain, setting=setting).weights)
+    assert torch.equal(states[0], states[1])
+    if name == "mw-net":
+        assert not torch.equal(states[0], states[2])

@@ -1,0 +1,85 @@
+"""Meta-Weight-Net (MW-Net): a small network turns each example's loss into its weight, and learns from the meta set.
+
+As a composition: virtual step -> grad dots at the virtual parameters -> step of the weight net -> weighted gradient ->
+step. All of it is `metakern.mwnet_step`; what is here is the paper's weight net and the two settings of its codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import metakern
+from metakern.methods.method import Batch, Method, Outcome, Setting, Step
+
+
+class WeightNet(nn.Module):
+    """losses[n, 1] -> weights[n, 1] in 0..1: one hidden layer of 100.
+
+    Source: Shu et al., "Meta-Weight-Net", NeurIPS 2019, section 3.1.
+    """
+
+    def __init__(self, hidden: int = 100) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return self.layers(losses)
+
+
+def _weight_net(seed: int) -> WeightNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WeightNet()
+
+
+def _step(weight_net: WeightNet, weight_optimizer: torch.optim.Optimizer, normalise: str, detach_losses: bool) -> Step:
+    def step(
+        model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        result = metakern.mwnet_step(
+            model,
+            weight_net,
+            batch,
+            meta_batch,
+            weight_optimizer=weight_optimizer,
+            virtual_lr=None,
+            normalise=normalise,
+            detach_losses=detach_losses,
+            optimizer=optimizer,
+            engine=setting.engine,
+        )
+        return Outcome(result.weights, result.losses, result.meta_loss)
+
+    return step
+
+
+def begin_for_noise(seed: int) -> Step:
+    """The code for noisy labels: weighted mean, losses enter the weight net as constants, Adam 1e-3, decay 1e-4."""
+    weight_net = _weight_net(seed)
+    optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, weight_decay=1e-4)
+    return _step(weight_net, optimizer, "mean", detach_losses=True)
+
+
+def begin_for_imbalance(seed: int) -> Step:
+    """The code for imbalance: weights normalised to sum 1, everything differentiated, Nesterov SGD 1e-5, decay 5e-4."""
+    weight_net = _weight_net(seed)
+    optimizer = torch.optim.SGD(weight_net.parameters(), 1e-5, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return _step(weight_net, optimizer, "sum", detach_losses=False)
+
+
+MW_NET = Method(
+    "mw-net",
+    "a small network from loss to weight, learned on a clean set; the settings of its code for noisy labels",
+    "Shu et al., NeurIPS 2019",
+    begin_for_noise,
+    needs_meta=True,
+    handles="noise",
+)
+MW_NET_IMBALANCE = Method(
+    "mw-net-imbalance",
+    "the same with the settings of its code for class imbalance",
+    "Shu et al., NeurIPS 2019",
+    begin_for_imbalance,
+    needs_meta=True,
+)
