@@ -89,6 +89,7 @@ class Record:
     use: Use
     output_grads: tuple[Tensor | None, ...]
     axes: tuple[Any, ...]
+    memo: dict[int, Tensor] = field(default_factory=dict)  # what the dots computed and the weighted gradient reuses
 
     @property
     def call(self) -> Call:

@@ -1,8 +1,10 @@
 """The affine part of normalisations: Y = x^ * gamma + beta, with x^ the normalised input of the call itself.
 
-dots_n = <B_n, x^_n * V + v>; weighted gradients sum_n w_n B_n x^_n and sum_n w_n B_n. Layer, group, instance and RMS
-normalisation take their statistics per example; batch normalisation only when its statistics are frozen (capture
-refuses it otherwise).
+This is the one place where per-example gradients are formed, because they are small: G_n = sum_t B_nt x^_nt and
+H_n = sum_t B_nt have one entry per channel. dots_n = <G_n, V> + <H_n, v>, and the weighted gradients are
+sum_n w_n G_n and sum_n w_n H_n, so the activations are read once for both. Layer, group, instance and RMS normalisation
+take their statistics per example; batch normalisation only when its statistics are frozen (capture refuses it
+otherwise).
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
-from metakern.layers.inner import per_example_inner
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 
@@ -69,49 +70,54 @@ def _parameters(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return call.parameter(weight, "weight"), None if bias is None else call.parameter(bias, "bias")
 
 
-def _normalised(call: Call, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    x = call.argument(0, "input").detach().to(dtype)
-    return NORMS[call.func].normalise(call, x if rows is None else x[rows])
+def per_example_gradients(record: Record, examples: int) -> dict[int, Tensor]:
+    """Identity of an affine parameter -> its gradient for every example, [n, channels]; kept for the weighted sum."""
+    if record.memo:
+        return record.memo
+    weight, bias = _parameters(record.call)
+    grad = record.output_grad
+    grad = grad if grad.dtype == torch.float64 else grad.float()
+    by_channel = _by_channel(record, grad, examples)
+    if weight is not None:
+        x = record.call.argument(0, "input").detach().to(grad.dtype)
+        normalised = _by_channel(record, NORMS[record.call.func].normalise(record.call, x), examples)
+        record.memo[id(weight)] = _sum_positions(record.call, normalised, by_channel)
+    if bias is not None:
+        record.memo[id(bias)] = _sum_positions(record.call, None, by_channel)
+    return record.memo
 
 
-def _aligned(call: Call, parameter: Tensor, dim: int) -> Tensor:
-    """An affine parameter, broadcastable against the output."""
+def _by_channel(record: Record, tensor: Tensor, examples: int) -> Tensor:
+    """[n, channels, positions] where channels come first, [n, positions, channels] where they come last."""
+    axis = record.axes[0]
+    folded = axis.folded(tensor, examples).movedim(axis.dim + 1, 0)
+    if NORMS[record.call.func].channels_first:
+        channels = tensor.shape[1]
+        return folded.movedim(3 if axis.dim == 0 else 2, 1).reshape(examples, channels, -1)
+    channels = next(p for p in _parameters(record.call) if p is not None).numel()
+    return folded.reshape(examples, -1, channels)
+
+
+def _sum_positions(call: Call, normalised: Tensor | None, grad: Tensor) -> Tensor:
     if NORMS[call.func].channels_first:
-        return parameter.view(1, -1, *(1,) * (dim - 2))
-    return parameter
+        return grad.sum(-1) if normalised is None else torch.linalg.vecdot(normalised, grad)
+    return (grad if normalised is None else grad * normalised).sum(1)
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
-    call, grad = record.call, record.output_grad
-    weight, bias = _parameters(call)
-    v = None if weight is None else tangents.get(id(weight))
-    vb = None if bias is None else tangents.get(id(bias))
-    response = None if v is None else _normalised(call, grad.dtype) * _aligned(call, v.to(grad.dtype), grad.dim())
-    if vb is not None:
-        shift = _aligned(call, vb.to(grad.dtype), grad.dim())
-        response = shift.expand_as(grad) if response is None else response.add_(shift)
-    assert response is not None
-    return per_example_inner(response, grad, record.axes[0], examples)
+    terms = [
+        torch.mv(grads, tangents[key].to(grads.dtype).flatten())
+        for key, grads in per_example_gradients(record, examples).items()
+        if key in tangents
+    ]
+    return sum(terms[1:], terms[0])
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
-    call, grad, axis = record.call, record.output_grad, record.axes[0]
-    weight, bias = _parameters(call)
-    rows = weights.kept if axis.leading and axis.inner == 1 else None
-    if rows is None:
-        scaled = grad * axis.spread(weights.values, grad.shape).to(grad.dtype)
-    else:
-        scaled = grad[rows] * weights.values[rows].view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
-    found: Gradients = {}
-    if weight is not None:
-        found[id(weight)] = _sum_to(call, scaled * _normalised(call, grad.dtype, rows), weight)
-    if bias is not None:
-        found[id(bias)] = _sum_to(call, scaled, bias)
-    return found
-
-
-def _sum_to(call: Call, tensor: Tensor, parameter: Tensor) -> Tensor:
-    return tensor.sum_to_size(_aligned(call, parameter, tensor.dim()).shape).view(parameter.shape)
+    return {
+        key: torch.mv(grads.t(), weights.values.to(grads.dtype))
+        for key, grads in per_example_gradients(record, weights.examples).items()
+    }
 
 
 RULE = LayerRule(_applies, dots, weighted_grads)
