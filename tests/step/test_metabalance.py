@@ -57,11 +57,11 @@ def test_exact(name: str, order: int, leak: float) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_central_difference(name: str) -> None:
-    """Its error is that of a second-order scheme: eps^(2/3) and the third derivative, far from double precision."""
+    """The rounding error of a gradient is divided by r = sqrt(eps) / |v|, so half of the digits are left."""
     model, inner, outer = make(name)
     metabalance_step(model, inner, outer, inner_lr=0.3, hessian="central_difference")
     found, _ = reference(twin(model), inner, outer, inner_lr=0.3)
-    allowed = 100 * torch.finfo(torch.float64).eps ** (2 / 3)
+    allowed = 10 * torch.finfo(torch.float64).eps ** (1 / 2)
     for key, p in model.named_parameters():
         assert p.grad is not None
         result = budget.verdict(key, p.grad, found[key], allowed * (1 + float(found[key].abs().max())))
@@ -87,7 +87,7 @@ def test_params_restrict_the_inner_step(hessian: str) -> None:
     found, _ = reference(twin(model), inner, outer, inner_lr=0.3, names={"2.weight", "2.bias", "4.weight"})
     for key, p in model.named_parameters():
         assert p.grad is not None
-        close(p.grad, found[key], key, 1.0 if hessian == "double_backward" else 1e4)
+        close(p.grad, found[key], key, 1.0 if hessian == "double_backward" else 1e5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch-norm"])
@@ -123,7 +123,7 @@ def test_dropout_mask_is_that_of_the_inner_pass() -> None:
     for got, want in zip(*grads, strict=True):
         assert got is not None
         assert want is not None
-        close(got, want, "gradient", 1e4)
+        close(got, want, "gradient", 1e5)
 
 
 def test_fused_attention() -> None:
@@ -136,7 +136,7 @@ def test_fused_attention() -> None:
     plain.load_state_dict(fused.state_dict())
     _, inner, outer = make("transformer")
     found, _ = reference(plain, inner, outer, inner_lr=0.3)
-    for hessian, scale in (("double_backward", 1.0), ("central_difference", 1e4)):
+    for hessian, scale in (("double_backward", 1.0), ("central_difference", 1e5)):
         metabalance_step(fused, inner, outer, inner_lr=0.3, hessian=hessian)
         for key, p in fused.named_parameters():
             assert p.grad is not None
