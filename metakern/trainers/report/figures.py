@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 # Drawn in these and replaced by CSS variables, so that one figure reads on a light and on a dark page.
 _INK, _FAINT = "#010203", "#040506"
@@ -79,7 +80,9 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
                 axes[1].plot(steps, metrics["meta_loss"], color=colour, linestyle="--")
             axes[2].plot(steps, [100 * kept for kept in metrics["kept"]], color=colour)
         axes[0].set_ylim(bottom=0)
-        axes[1].set_yscale("log")
+        low, high = axes[1].get_ylim()
+        if low > 0 and high > 5 * low:
+            axes[1].set_yscale("log")
         axes[2].set_ylim(-3, 103)
         axes[0].legend()
     return svg[0]
@@ -124,7 +127,7 @@ def weight_distribution(weights: np.ndarray, labels: np.ndarray, class_names: Se
 
 def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) -> str:
     """Test error against the majority share: for each method, share -> (mean, deviation)."""
-    with _figure("test error by majority share", 8.5, 4.2) as (axes, svg):
+    with _figure("test error by majority share", 11, 4.6) as (axes, svg):
         axis = axes[0]
         shares = sorted({share for row in table.values() for share in row})
         for colour, (method, row) in zip(_colours(), table.items(), strict=False):
@@ -134,6 +137,13 @@ def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) 
         axis.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
         axis.set_xlabel("share of the majority class in training")
         axis.set_ylabel("test error, % (bars: one deviation over seeds)")
-        axis.set_ylim(bottom=0)
+        if all(mean > 0 for row in table.values() for mean, _ in row.values()):
+            # A method that fails entirely would press all the others onto the axis.
+            axis.set_yscale("log")
+            ticks = [tick for power in (0.01, 0.1, 1, 10) for tick in (power, 2 * power, 5 * power)]
+            low, high = axis.get_ylim()
+            axis.set_yticks([tick for tick in ticks if low < tick < high])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
         axis.legend()
     return svg[0]
