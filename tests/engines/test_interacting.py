@@ -207,6 +207,42 @@ def test_an_order_that_differs_from_batch_to_batch() -> None:
     judge_step(metakern.l2rw_step, setup)
 
 
+class Rolled(nn.Module):
+    """Examples change places by a distance that is an attribute: the same operations, other rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.distance = nn.Linear(4, 6), nn.Linear(6, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x.roll(self.distance, 0)))).roll(-self.distance, 0)
+
+
+def test_a_distance_that_changes() -> None:
+    setup = linear_setup(Rolled())
+    setup.interacting = False
+    for distance in (0, 1, 4, 0):
+        setup.model.distance = distance
+        setup.model.zero_grad()
+        judge_step(metakern.l2rw_step, setup)
+
+
+def hinge_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Pairs repel each other where they are too much alike, as in a contrastive or triplet loss with a margin."""
+    features = model(batch[0])
+    alike = torch.relu(features @ features.T - 40.0)
+    return nn.functional.cross_entropy(features, batch[1], reduction="none") + alike.sum(1)
+
+
+def test_coupling_that_wakes_up() -> None:
+    """No pair is within the margin in the first batch, so nothing flows between examples; many are in the second."""
+    setup = linear_setup(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), hinge_losses)
+    quiet, loud = setup.batch, (setup.batch[0] * 30, setup.batch[1])
+    for setup.batch in (quiet, loud, quiet):
+        setup.model.zero_grad()
+        judge_step(metakern.l2rw_step, setup)
+
+
 @pytest.mark.parametrize("strength", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_weak_coupling(strength: float) -> None:
     """However weak the interaction: the answer is exact, or there is none."""
