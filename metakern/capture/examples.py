@@ -134,7 +134,7 @@ def _require_axes(trace: Trace, plain: list, fitting: list, known: dict[Hashable
             if grad is not None and grad.numel() and not found:
                 known[structure] = reason = (
                     f"examples interact: the gradient of one example's loss reaches the output of {use.name} (shape "
-                    f"{tuple(shape)}) at rows of other examples, so per-layer dots would be wrong; engine='jvp' is exact"
+                    f"{tuple(shape)}) at rows of other examples; per-layer dots would be wrong, engine='jvp' is exact"
                 )
                 raise EngineUnavailable(reason)
 

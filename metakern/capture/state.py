@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from metakern.capture.trace import random_state, restore_random_state
+from metakern.capture.random_state import random_state, restore_random_state
 
 
 class _Buffer(NamedTuple):

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from metakern.capture.module_call import PARAMETER, ModuleCall
+from metakern.capture.random_state import random_state
 from metakern.capture.record import ArgPath, Call, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import may_reorder
@@ -87,18 +89,6 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def random_state() -> tuple[Tensor, list[Tensor] | None]:
-    """The state of every default generator a forward pass may draw from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda
-
-
-def restore_random_state(state: tuple[Tensor, list[Tensor] | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
-
-
 class Tracer(TorchFunctionMode):
     """Notes uses and derivations of `parameters` while active; the calls themselves run unchanged."""
 
@@ -113,6 +103,7 @@ class Tracer(TorchFunctionMode):
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
         self._given = set(self._constant)
         self.reorders = False
+        self.paused = False  # inside a registered module, whose call is noted as a whole
 
     def trace(self, losses: Tensor) -> Trace:
         return Trace(losses, tuple(self.uses), tuple(self.derivations), tuple(self.couplings), self.reorders)
@@ -121,7 +112,7 @@ class Tracer(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if self.paused or func in _METADATA:
             return func(*args, **kwargs)
         if func in _UNROLLED:
             with self:
@@ -193,14 +184,40 @@ class Tracer(TorchFunctionMode):
             versions = tuple((t, version) for t, version in versions if t is not args[0])
         state = random_state() if name in _RANDOM else None
         output = func(*args, **kwargs)
-        result = args[0] if in_place else output
-        found = [(place, t) for place, t in enumerate(tensors_in(result)) if t.requires_grad]
-        if found:
-            call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
-            places, tensors = zip(*found)
-            edges = tuple(get_gradient_edge(t if in_place else _owner(t, data)) for t in tensors)
-            self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
+        call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
+        self._note(call, args[0] if in_place else output, data, upstream)
         return output
+
+    def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
+        """Add a use, unless nothing of its output can carry a gradient."""
+        found = [(place, t) for place, t in enumerate(tensors_in(output)) if t.requires_grad]
+        if found:
+            places, tensors = zip(*found)
+            edges = tuple(get_gradient_edge(t if call.in_place else _owner(t, data)) for t in tensors)
+            self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
+
+    def note_module(self, module: ModuleCall, args: Any, kwargs: Any, output: Any, state: Any) -> None:
+        """Add the call of a registered module as one use of all its trainable parameters."""
+        named = {PARAMETER + name: p for name, p in module.module.named_parameters() if id(p) in self._parametric}
+        data = [t for _, t in tensor_arguments(args, kwargs)]
+        if not named or not data:
+            return
+        parametric = tuple((ArgPath(key), p) for key, p in named.items())
+        upstream = tuple(t.grad_fn for t in data if t.grad_fn is not None)
+        versions = tuple((t, t._version) for t in data)
+        call = Call(
+            module,
+            module.__name__,
+            args,
+            {**kwargs, **named},
+            parametric,
+            (),
+            False,
+            state,
+            _autocast(data[0]),
+            versions,
+        )
+        self._note(call, output, data, upstream)
 
     def _attribute(self, func: Any, args: tuple[Any, ...]) -> Any:
         output = func(*args)

@@ -16,9 +16,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.trace import random_state, restore_random_state, tensors_in
+from metakern.capture.trace import tensors_in
 
 
 def with_parameters(call: Call, replacement: Callable[[Tensor], Any]) -> list[Tensor]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from metakern.capture.module_call import REGISTERED, ModuleCall
 from metakern.capture.record import Call
 from metakern.capture.trace import ADDITIONS
 from metakern.layers import addition, bag, convolution, embedding, generic, linear, norm
@@ -24,26 +26,44 @@ _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
 }
 
 
+_BY_MODULE: dict[type[nn.Module], LayerRule] = {}
+
+
 def rule_for(call: Call) -> LayerRule:
     """The rule of a call; calls without one are served by forward mode through the call alone."""
-    rule = addition.RULE if call.name in ADDITIONS else _BY_FUNCTION.get(call.func)
+    if isinstance(call.func, ModuleCall):
+        kinds = type(call.func.module).__mro__
+        rule = next((_BY_MODULE[kind] for kind in kinds if kind in _BY_MODULE), None)
+    elif call.name in ADDITIONS:
+        rule = addition.RULE
+    else:
+        rule = _BY_FUNCTION.get(call.func)
     if rule is not None and rule.applies(call):
         return rule
     return generic.RULE
 
 
-def register_layer(function: Callable[..., Any], rule: LayerRule) -> None:
-    """Serve calls of a torch function by `rule` instead of forward mode through the call.
+def register_layer(layer: type[nn.Module] | Callable[..., Any], rule: LayerRule | None = None) -> None:
+    """Serve a layer by a rule of its own, or trace a module as a whole.
+
+    Most layers need none of this: whatever is made of torch functions is traced and exact. Register a module type when
+    its inside cannot be traced (a custom autograd.Function, a scripted part), or a function or module type for speed.
 
     Args:
-        function: what the trace sees: a torch function (`torch.nn.functional.linear`) or a Tensor method.
-        rule: a `LayerRule`; see docs/adding-a-layer.md.
+        layer: a subclass of nn.Module, or a torch function as a trace sees it (`torch.nn.functional.linear`).
+        rule: a `LayerRule`. In `record.call` a module has its inputs as arguments and its parameters as keywords
+            "parameter:NAME". None, for modules only: forward mode through the module's own forward for the dots, or two
+            reversals where an operation has no forward mode; one vector-Jacobian product for the gradient.
 
     Raises:
-        TypeError: `function` is not callable or `rule` is no LayerRule.
+        TypeError: `layer` is neither, or `rule` is no LayerRule.
     """
-    if not callable(function):
-        raise TypeError(f"function must be callable, got {type(function).__name__}")
-    if not isinstance(rule, LayerRule):
-        raise TypeError(f"rule must be a metakern.layers.LayerRule, got {type(rule).__name__}")
-    _BY_FUNCTION[function] = rule
+    if rule is not None and not isinstance(rule, LayerRule):
+        raise TypeError(f"rule must be a metakern.LayerRule or None, got {type(rule).__name__}")
+    if isinstance(layer, type) and issubclass(layer, nn.Module):
+        _BY_MODULE[layer] = generic.RULE if rule is None else rule
+        REGISTERED.add(layer)
+    elif callable(layer) and not isinstance(layer, type) and rule is not None:
+        _BY_FUNCTION[layer] = rule
+    else:
+        raise TypeError(f"layer must be a module type, or a function together with a rule; got {layer!r}")

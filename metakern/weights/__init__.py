@@ -1,7 +1,7 @@
 """Stage 3: dots -> weights. Small pure rules; a rule of your own is any function [n] -> [n].
 
-    reweight_step(model, batch, meta_batch, rule="clip_normalise")
-    reweight_step(model, batch, meta_batch, rule=functools.partial(weights.softmax, temperature=0.1))
+reweight_step(model, batch, meta_batch, rule="clip_normalise")
+reweight_step(model, batch, meta_batch, rule=functools.partial(weights.softmax, temperature=0.1))
 """
 
 from __future__ import annotations

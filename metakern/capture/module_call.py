@@ -1,0 +1,61 @@
+"""Modules that are traced as a whole because their user registered them: what happens inside need not be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from metakern.capture.random_state import random_state
+
+if TYPE_CHECKING:
+    from metakern.capture.trace import Tracer
+
+PARAMETER = "parameter:"
+"""Prefix of the keywords under which a module call carries its own parameters."""
+
+REGISTERED: set[type[nn.Module]] = set()
+"""Module types that are traced as a whole; `metakern.register_layer` adds to it."""
+
+
+class ModuleCall:
+    """A module as a function of its inputs and of its parameters, given as keywords `parameter:NAME`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.__name__ = type(module).__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parameters = {k.removeprefix(PARAMETER): v for k, v in kwargs.items() if k.startswith(PARAMETER)}
+        rest = {k: v for k, v in kwargs.items() if not k.startswith(PARAMETER)}
+        return torch.func.functional_call(self.module, parameters, args, rest)
+
+
+@contextmanager
+def registered_modules_as_wholes(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Inside the block `tracer` notes the calls of registered modules, and nothing within them."""
+    states: list[Any] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append(None if tracer.paused else random_state())
+        tracer.paused = True
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        state = states.pop()
+        if state is not None:  # the outermost one
+            tracer.paused = False
+            tracer.note_module(ModuleCall(module), args, kwargs, output, state)
+
+    handles = []
+    try:
+        for module in model.modules():
+            if isinstance(module, tuple(REGISTERED)):
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

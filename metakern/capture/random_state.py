@@ -1,0 +1,20 @@
+"""The random generators that a forward pass may draw from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RandomState = tuple[Tensor, list[Tensor] | None]
+
+
+def random_state() -> RandomState:
+    """The state of every default generator a forward pass may draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda
+
+
+def restore_random_state(state: RandomState) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
