@@ -33,17 +33,17 @@ def interleaved(steps: dict[str, Callable[[], Any]], *, unit: str, seconds: floa
     """Time all steps in turn, round after round, until `seconds` are spent (at least five rounds).
 
     The order rotates from round to round, and each step is divided by the unit of its own round: what slows the machine
-    down for a while slows both.
+    down for a while slows both. A step that has had its whole share of the time sits out the later rounds. The steps
+    must have run before.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    names = list(steps)
-    for name in names:
-        _timed(steps[name], device)
-    started = time.perf_counter()
-    while len(times[unit]) < 5 or (time.perf_counter() - started < seconds and len(times[unit]) < 200):
-        shift = len(times[unit]) % len(names)
-        for name in names[shift:] + names[:shift]:
+    started, rounds = time.perf_counter(), 0
+    while rounds < 5 or (time.perf_counter() - started < seconds and rounds < 200):
+        running = [name for name in steps if name == unit or sum(t[0] for t in times[name]) < 1e3 * seconds]
+        shift = rounds % len(running)
+        for name in running[shift:] + running[:shift]:
             times[name].append(_timed(steps[name], device))
+        rounds += 1
     return {name: _summary(values, times[unit]) for name, values in times.items()}
 
 
@@ -65,8 +65,9 @@ def _timed(step: Callable[[], Any], device: str) -> tuple[float, float]:
 
 
 def _summary(values: list[tuple[float, float]], unit: list[tuple[float, float]]) -> Timing:
+    # A step that sat out the later rounds has fewer values than the unit.
     elapsed, processor = (
-        sorted(value[kind] / one[kind] for value, one in zip(values, unit, strict=True)) for kind in (0, 1)
+        sorted(value[kind] / one[kind] for value, one in zip(values, unit, strict=False)) for kind in (0, 1)
     )
     low, high = (elapsed[round(share * (len(elapsed) - 1))] for share in (0.2, 0.8))
     milliseconds = statistics.median(value[0] for value in values)
