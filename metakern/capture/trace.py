@@ -213,9 +213,9 @@ class Tracer(TorchFunctionMode):
             parametric,
             (),
             False,
-            state,
-            _autocast(data[0]),
-            versions,
+            rng_state=state,
+            autocast=_autocast(data[0]),
+            versions=versions,
         )
         self._note(call, output, data, upstream)
 
