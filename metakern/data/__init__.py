@@ -12,17 +12,21 @@ from metakern.data.folder import DataNotFound, data_dir
 from metakern.data.idx import read_idx
 from metakern.data.imbalance import binary_imbalance
 from metakern.data.noise import NOISE_KINDS
+from metakern.data.planetoid import GRAPHS, Graph, load_graph
 
 __all__ = [
+    "GRAPHS",
     "NAMES",
     "NOISE_KINDS",
     "DataNotFound",
     "Examples",
+    "Graph",
     "Source",
     "Task",
     "biased",
     "binary_imbalance",
     "data_dir",
     "load",
+    "load_graph",
     "read_idx",
 ]

@@ -21,12 +21,17 @@ def biased(
 ) -> Task:
     """`meta_per_class` clean examples of each class as the meta set; the rest long-tailed by `factor`, then noisy.
 
+    Classes are counted by true labels. Of a source whose own labels are noisy the meta set gets the true ones.
     `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
-    Raises: ValueError when a class has no more than meta_per_class examples, and as `long_tail_counts`, `noise_matrix`.
+    Raises: ValueError when a class has no more than meta_per_class examples or noise meets labels that are noisy
+    already; as `long_tail_counts` and `noise_matrix`.
     """
     classes = len(source.class_names)
     generator = torch.Generator().manual_seed(seed)
-    available = source.train.counts(classes)
+    truth = source.train.targets if source.clean_targets is None else source.clean_targets
+    if noise is not None and source.clean_targets is not None:
+        raise ValueError(f"biased: the labels of {source.name} are noisy already; noise must be None, got {noise!r}")
+    available = torch.bincount(truth, minlength=classes)
     if meta_per_class < 1 or int(available.min()) <= meta_per_class:
         raise ValueError(
             f"biased: meta_per_class must be at least 1 and below the smallest class's {int(available.min())} "
@@ -39,15 +44,16 @@ def biased(
         counts = long_tail_counts(counts, factor)
     meta, train = [], []
     for target, count in enumerate(counts.tolist()):
-        rows = (source.train.targets == target).nonzero().squeeze(1)
+        rows = (truth == target).nonzero().squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator)]
         meta.append(rows[:meta_per_class])
         train.append(rows[meta_per_class : meta_per_class + count])
-    clean = source.train.take(torch.cat(train))
-    noisy = clean
+    train_rows, meta_rows = torch.cat(train), torch.cat(meta)
+    chosen, held = source.train.take(train_rows), source.train.take(meta_rows)
     if noise is not None:
-        drawn = corrupt(clean.targets, noise_matrix(noise, classes, rate, generator), generator)
-        noisy = Examples(clean.inputs, drawn.targets, clean.ids)
+        drawn = corrupt(chosen.targets, noise_matrix(noise, classes, rate, generator), generator)
+        chosen = Examples(chosen.inputs, drawn.targets, chosen.ids)
     parts = [f"imbalance {factor:g}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
     name = ", ".join([source.name, *filter(None, parts)])
-    return Task(name, noisy, source.train.take(torch.cat(meta)), source.test, source.class_names, clean.targets)
+    clean_meta = Examples(held.inputs, truth[meta_rows], held.ids)
+    return Task(name, chosen, clean_meta, source.test, source.class_names, truth[train_rows])

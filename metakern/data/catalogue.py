@@ -11,7 +11,7 @@ from metakern.data.examples import Source
 from metakern.data.folder import data_dir as find_data_dir
 from metakern.data.mnist import mnist
 from metakern.data.tabular import credit_default, credit_fraud, haberman
-from metakern.data.text import ag_news, clue
+from metakern.data.text import ag_news, ag_news_human, clue
 
 _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "digits-4v9": lambda root: digits((4, 9)),
@@ -20,6 +20,7 @@ _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "mnist": lambda root: mnist(root),
     "cifar10": cifar10,
     "ag-news": lambda root: ag_news(root),
+    "ag-news-human": lambda root: ag_news_human(root),
     "cic": lambda root: clue(root, "cic"),
     "tnews": lambda root: clue(root, "tnews"),
     "credit-fraud": credit_fraud,

@@ -38,12 +38,16 @@ class Examples:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is published: its own training and test examples, before any bias is made."""
+    """A data set as it is published: its own training and test examples, before any bias is made.
+
+    Where the published training labels are themselves noisy and the true ones are known, those are `clean_targets`[n].
+    """
 
     name: str
     train: Examples
     test: Examples
     class_names: tuple[str, ...]
+    clean_targets: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from metakern.data.folder import find_file
 
 Rows = tuple[list[str], list[int]]
 PAD, UNKNOWN = 0, 1
+AG_CLASSES = ("world", "sports", "business", "sci-tech")
 
 
 def words(text: str) -> list[str]:
@@ -60,6 +62,13 @@ def _ag_rows(path: Path) -> Rows:
     return [" ".join(row[1:]) for row in rows], [int(row[0]) - 1 for row in rows]
 
 
+def _ag_file(
+    root: Path | None, *names: str, form: str = "CSV without header: class 1 to 4, title, description"
+) -> Path:
+    published = "https://github.com/mhjabreel/CharCnn_Keras/tree/master/data/ag_news_csv"
+    return find_file(root, ("ag_news", "ag_news_csv", "."), names, data="AG News", form=form, published=published)
+
+
 def ag_news(root: Path | None, *, length: int = 64) -> Source:
     """News by subject: world, sports, business, science and technology; words, int64 [n, length].
 
@@ -69,16 +78,22 @@ def ag_news(root: Path | None, *, length: int = 64) -> Source:
     Source: Zhang, Zhao, LeCun, "Character-level Convolutional Networks for Text Classification", NIPS 2015.
     """
 
-    def rows(*names: str) -> Rows:
-        form = "CSV without header: class 1 to 4, title, description; plain or gzip"
-        published = "https://github.com/mhjabreel/CharCnn_Keras/tree/master/data/ag_news_csv"
-        folders = ("ag_news", "ag_news_csv", ".")
-        return _ag_rows(find_file(root, folders, names, data="AG News", form=form, published=published))
+    train = _ag_rows(_ag_file(root, "train.csv.gz", "train.csv", "train_pool.csv.gz"))
+    return _source("ag-news", train, _ag_rows(_ag_file(root, "test.csv.gz", "test.csv")), AG_CLASSES, words, length)
 
-    train = rows("train.csv.gz", "train.csv", "train_pool.csv.gz")
-    return _source(
-        "ag-news", train, rows("test.csv.gz", "test.csv"), ("world", "sports", "business", "sci-tech"), words, length
-    )
+
+def ag_news_human(root: Path | None, *, length: int = 64) -> Source:
+    """The training rows that a crowd-worker labelled, with that label to train on and the true one to judge by.
+
+    Reads `train_pool.csv.gz`: a header with label, human_label and text, human_label -1 where there is none.
+    Source: "NoisyAG-News: A Benchmark for Instance-Dependent Label Noise in Text Classification", 2024.
+    """
+    path = _ag_file(root, "train_pool.csv.gz", form="CSV with the header label, human_label, ..., text")
+    rows = [row for row in csv.DictReader(io.StringIO(_read(path))) if row["human_label"] != "-1"]
+    train = [row["text"] for row in rows], [int(row["human_label"]) for row in rows]
+    test = _ag_rows(_ag_file(root, "test.csv.gz", "test.csv"))
+    truth = torch.tensor([int(row["label"]) for row in rows])
+    return replace(_source("ag-news-human", train, test, AG_CLASSES, words, length), clean_targets=truth)
 
 
 def clue(root: Path | None, name: str, *, length: int = 64) -> Source:

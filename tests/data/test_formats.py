@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from metakern.data import DataNotFound, load
+from metakern.data import DataNotFound, biased, load, load_graph
 from metakern.data.text import characters, words
 
 
@@ -81,6 +81,46 @@ def test_ag_news_with_a_header(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(content.encode()))
     source = load("ag-news", tmp_path)
     assert source.train.targets.tolist() == source.test.targets.tolist() == [2]
+
+
+def test_ag_news_with_human_labels_keeps_the_truth(tmp_path):
+    rows = "".join(f"{k % 4},{(k + 1) % 4 if k % 3 == 0 else k % 4},text {k % 4}\n" for k in range(40)) + "1,-1,other\n"
+    (tmp_path / "train_pool.csv.gz").write_bytes(gzip.compress(b"label,human_label,text\n" + rows.encode()))
+    (tmp_path / "test.csv").write_text("3,Shares,up\n")
+    source = load("ag-news-human", tmp_path)
+    assert len(source.train) == 40
+    assert source.clean_targets is not None
+    task = biased(source, meta_per_class=2)
+    # The text's number is the true class: true labels in the meta set, the workers' in training.
+    assert task.meta.counts(4).tolist() == [2] * 4
+    assert (task.meta.ids % 4).tolist() == task.meta.targets.tolist()
+    assert (task.train.ids % 4).tolist() == task.clean_targets.tolist()
+    assert (task.train.targets != task.clean_targets).any()
+    with pytest.raises(ValueError, match="noisy already"):
+        biased(source, noise="uniform", rate=0.1)
+
+
+def test_graph(tmp_path):
+    np.savez(
+        tmp_path / "cora.npz",
+        allow_pickle=False,
+        x_indptr=np.array([0, 2, 2, 3], np.int32),
+        x_indices=np.array([0, 3, 1], np.int16),
+        x_shape=np.array([3, 4]),
+        edge_index=np.array([[0, 1], [1, 0]], np.int16),
+        y=np.array([0, 1, -1], np.int8),
+        train_idx=np.array([0], np.int16),
+        val_idx=np.array([1], np.int16),
+        test_idx=np.array([2], np.int16),
+    )
+    graph = load_graph("cora", tmp_path)
+    assert graph.features.tolist() == [[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert graph.edges.dtype == torch.int64
+    assert graph.targets.tolist() == [0, 1, -1]
+    with pytest.raises(DataNotFound, match="planetoid"):
+        load_graph("citeseer", tmp_path)
+    with pytest.raises(ValueError, match="there are: cora, citeseer"):
+        load_graph("pubmed", tmp_path)
 
 
 def test_clue_drops_second_copies(tmp_path):
