@@ -70,6 +70,13 @@ void bind_cuda(py::module_& cuda) {
                          pointer<const void>(B), pointer<void>(workspace), pointer<void>(out), n, t, width, rows,
                          v_stride, b_stride_n, b_stride_t, padding, pointer<CUstream_st>(stream)));
   });
+  cuda.def("cross_entropy_rows",
+           [](int dtype, uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t grad, int64_t rows,
+              int64_t classes, int64_t stride, int64_t ignore, double smoothing, uintptr_t stream) {
+             check(cross_entropy_rows(static_cast<Scalar>(dtype), pointer<const void>(logits),
+                                      pointer<const int64_t>(targets), pointer<void>(losses), pointer<void>(grad), rows,
+                                      classes, stride, ignore, smoothing, pointer<CUstream_st>(stream)));
+           });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));
@@ -90,6 +97,12 @@ PYBIND11_MODULE(_C, module) {
   bind_embedding_dots<float, float>(cpu, "embedding_dots_f32");
   bind_embedding_dots<double, double>(cpu, "embedding_dots_f64");
   bind_embedding_dots<metakern::cpu::bfloat16, float>(cpu, "embedding_dots_bf16");
+  cpu.def("cross_entropy_rows", [](uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t grad, int64_t rows,
+                                   int64_t classes, int64_t stride, int64_t ignore, float smoothing) {
+    return metakern::cpu::cross_entropy_rows(pointer<const float>(logits), pointer<const int64_t>(targets),
+                                             pointer<float>(losses), pointer<float>(grad), rows, classes, stride,
+                                             ignore, smoothing);
+  });
 #ifdef METAKERN_CUDA
   auto cuda = module.def_submodule("cuda");
   bind_cuda(cuda);

@@ -32,4 +32,9 @@ template <typename T, typename Sum>
 int64_t embedding_dots(const int64_t* indices, const T* V, const T* B, Sum* out, int64_t n, int64_t t, int64_t width,
                        int64_t rows, int64_t v_stride, int64_t b_stride_n, int64_t b_stride_t, int64_t padding);
 
+// losses_r = logsumexp(z_r) - (1 - smoothing) z_ry - smoothing mean(z_r) and its gradient in z; zero where y is
+// `ignore`. Logits have a row stride; `grad` is contiguous. Returns the first row whose target is no class, or -1.
+int64_t cross_entropy_rows(const float* logits, const int64_t* targets, float* losses, float* grad, int64_t rows,
+                           int64_t classes, int64_t stride, int64_t ignore, float smoothing);
+
 }  // namespace metakern::cpu

@@ -25,4 +25,10 @@ cudaError_t embedding_dots(Scalar dtype, const int64_t* indices, const void* V, 
                            void* out, int64_t n, int64_t t, int64_t width, int64_t rows, int64_t v_stride,
                            int64_t b_stride_n, int64_t b_stride_t, int64_t padding, cudaStream_t stream);
 
+// losses_r = logsumexp(z_r) - (1 - smoothing) z_ry - smoothing mean(z_r) and its gradient in z; zero where y is
+// `ignore`. Logits have a row stride; `grad` is contiguous.
+cudaError_t cross_entropy_rows(Scalar dtype, const void* logits, const int64_t* targets, void* losses, void* grad,
+                               int64_t rows, int64_t classes, int64_t stride, int64_t ignore, double smoothing,
+                               cudaStream_t stream);
+
 }  // namespace metakern::cuda

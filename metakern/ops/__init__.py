@@ -5,10 +5,19 @@ fast ones), `api` (the documented function and the table of implementations). Op
 """
 
 from metakern.ops.clip_normalise.api import clip_normalise
+from metakern.ops.cross_entropy_rows.api import cross_entropy_rows
 from metakern.ops.direction_dots.api import direction_dots
 from metakern.ops.embedding_dots.api import embedding_dots
 from metakern.ops.pair_dots.api import pair_dots
 from metakern.ops.row_dots.api import row_dots
 from metakern.ops.weighted_grad.api import weighted_grad
 
-__all__ = ["clip_normalise", "direction_dots", "embedding_dots", "pair_dots", "row_dots", "weighted_grad"]
+__all__ = [
+    "clip_normalise",
+    "cross_entropy_rows",
+    "direction_dots",
+    "embedding_dots",
+    "pair_dots",
+    "row_dots",
+    "weighted_grad",
+]

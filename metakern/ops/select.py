@@ -24,7 +24,7 @@ class Implementation(NamedTuple):
     """One way to compute an operator. `supports` takes the operator's arguments and returns the reason for a no."""
 
     name: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     supports: Callable[..., str | None]
 
 
@@ -47,7 +47,7 @@ class Operator:
         # nothing to differentiate: without this autograd wraps every output and warns in the backward pass
         LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
 
-        def checked_fake(*arguments: Any, impl: str | None = None) -> Tensor:
+        def checked_fake(*arguments: Any, impl: str | None = None) -> Any:
             contract.check(*arguments)
             return contract.fake(*arguments)
 
@@ -59,7 +59,7 @@ class Operator:
         self.overload = packet.default
         OPERATORS[self.name] = self
 
-    def __call__(self, *arguments: Any, impl: str | None = None) -> Tensor:
+    def __call__(self, *arguments: Any, impl: str | None = None) -> Any:
         """Call through the dispatcher; refuse inputs that autograd would have to follow."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             raise ValueError(
@@ -68,7 +68,7 @@ class Operator:
             )
         return self.overload(*arguments) if impl is None else self.overload(*arguments, impl=impl)
 
-    def run(self, *arguments: Any, impl: str | None = None) -> Tensor:
+    def run(self, *arguments: Any, impl: str | None = None) -> Any:
         """The device kernel: check, choose, compute. Autograd never looks inside."""
         if torch.is_grad_enabled():
             with torch.no_grad():

@@ -18,13 +18,26 @@ class Case(NamedTuple):
 
     sizes: tuple[Sizes, ...]
     arguments: Callable[[Sizes, torch.dtype], tuple[Any, ...]]
-    scale: Callable[..., Tensor]
+    scale: Callable[..., Tensor | tuple[Tensor, ...]]
     terms: Callable[[Sizes], int]
     far: bool = True  # the first operand may have examples far apart
 
 
 def _clip_normalise(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (normal(*sizes, dtype=dtype),)
+
+
+def _cross_entropy_rows(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    rows, classes = sizes
+    targets = labels(rows, classes=classes, seed=1)
+    targets[1::3] = 0
+    return 10 * normal(rows, classes, seed=2, dtype=dtype), targets, 0, 0.1
+
+
+def _cross_entropy_scale(logits: Tensor, targets: Tensor, ignore: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Of a loss, the largest logit; of its gradient, one."""
+    largest = logits.abs().amax(1) if logits.numel() else logits.new_zeros(logits.shape[0])
+    return largest + 1, torch.ones_like(logits)
 
 
 def _direction_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -87,6 +100,9 @@ _MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20
 
 CASES = {
     "clip_normalise": Case(((0,), (1,), (5,), (1000,)), _clip_normalise, _clip_scale, lambda s: s[0], far=False),
+    "cross_entropy_rows": Case(
+        ((0, 3), (1, 1), (5, 2), (7, 33), (40, 1001)), _cross_entropy_rows, _cross_entropy_scale, lambda s: s[1]
+    ),
     "direction_dots": Case(_MATRICES, _direction_dots, _direction_scale, lambda s: s[1] * s[2] * s[3]),
     "embedding_dots": Case(
         ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 2, 1), (3, 7, 5, 63), (2, 150, 11, 200)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from metakern.ops.select import OPERATORS
 from metakern.testing.budget import unit, verdict
 from tests.ops.cases import CASES
-from tests.ops.test_operators import LAYOUTS, doubled, each
+from tests.ops.test_operators import LAYOUTS, doubled, each, parts, same
 
 pytestmark = pytest.mark.gpu
 
@@ -28,10 +28,6 @@ def moved(tensor: Tensor) -> Tensor:
 
 def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return each(moved, arguments)
-
-
-def parts(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,24 +53,22 @@ def test_same_result_in_every_run(name: str) -> None:
     arguments = on_gpu(CASES[name].arguments(CASES[name].sizes[-1], torch.float32))
     for impl, reason in operator.reasons(*arguments).items():
         if reason is None and impl != "reference":
-            first = parts(operator(*arguments, impl=impl))
-            for _ in range(5):
-                again = parts(operator(*arguments, impl=impl))
-                assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+            first = operator(*arguments, impl=impl)
+            assert all(same(operator(*arguments, impl=impl), first) for _ in range(5))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if OPERATORS[name].table[0].name != "reference"])
 def test_captured_in_a_cuda_graph(name: str) -> None:
     operator = OPERATORS[name]
     arguments = on_gpu(CASES[name].arguments(CASES[name].sizes[-1], torch.float32))
-    want = parts(operator(*arguments))
+    want = operator(*arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = parts(operator(*arguments))
+        got = operator(*arguments)
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert same(got, want)
 
 
 def test_offsets_beyond_32_bits() -> None:
