@@ -25,9 +25,9 @@ def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
     found = {}
     for k, use in enumerate(trace.uses):
         weight = use.call.parameter(1, "weight")
-        if weight is not None and id(weight) in chosen and uses[id(weight)] == 1:
-            if rule_for(use.call).matrices is not None:
-                found[id(weight)] = k
+        usable = weight is not None and id(weight) in chosen and uses[id(weight)] == 1
+        if usable and rule_for(use.call).matrices is not None:
+            found[id(weight)] = k
     return found
 
 

@@ -1,4 +1,4 @@
-"""Bags of table rows, torch.nn.functional.embedding_bag: linear in the table for sums and means, not for the maximum."""
+"""Bags of table rows, torch.nn.functional.embedding_bag: sums and means are linear in the table, maxima are not."""
 
 from __future__ import annotations
 

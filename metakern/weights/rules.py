@@ -23,7 +23,7 @@ def unclipped(dots: Tensor) -> Tensor:
 
 
 def softmax(dots: Tensor, temperature: float = 1.0) -> Tensor:
-    """softmax_n(dots_n / (temperature * s)), with s the standard deviation of the dots, so that scale does not matter."""
+    """softmax_n(dots_n / (temperature * s)), s the standard deviation of the dots, so that their scale is no matter."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     scale = dots.std(correction=0)
