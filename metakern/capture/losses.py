@@ -113,7 +113,7 @@ def _token_logits(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Ten
 
 
 def _require_same_loss(own: Tensor, losses: Tensor, labels: Tensor, argument: str) -> None:
-    """The own loss of the model must be the mean of ours, over examples or counted tokens; else ours is another loss."""
+    """The own loss of the model must be the mean of ours, over examples or counted tokens; else ours is another."""
     mean = losses.detach().double().mean()
     if labels.dim() > 1 and not labels.is_floating_point():
         counts = (labels != -100).flatten(1).sum(1).double()

@@ -99,8 +99,8 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
         raise EngineUnavailable(
             f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use engine='jvp'"
         )
-    require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
-    return trace, example_axes(problem.model, trace, problem.context)
+    operations = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
+    return trace, example_axes(problem.model, trace, (operations, problem.context))
 
 
 def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis]) -> Record | None:
