@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Buffers, unchanged_on_error
-from metakern.capture.trace import random_state, restore_random_state
 from metakern.engines import choose, jvp
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import recorded

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.state import Buffers, unchanged_on_error
-from metakern.capture.trace import random_state, restore_random_state
 from metakern.engines import jvp, pose
 from metakern.engines.problem import Problem
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.losses import LossFunction, per_example_losses
+from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.state import Buffers, unchanged_on_error
-from metakern.capture.trace import random_state, restore_random_state
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import substituted
