@@ -2,7 +2,7 @@
 
 from benchmarks.cases import Case, Problem, problem_of
 from benchmarks.gate import Gate, Shares
-from benchmarks.measure import flops, interleaved, peak_bytes
+from benchmarks.measure import count, interleaved
 from benchmarks.providers import Outcome, Step, providers_for
 from benchmarks.rows import Row
 
@@ -14,20 +14,23 @@ def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0) -> list[R
     steps: dict[str, Step] = {}
     shares: dict[str, Shares] = {}
     outcomes: dict[str, Outcome] = {}
+    counts: dict[str, tuple[int, int]] = {}
     rows: dict[str, Row] = {}
     for name, prepare in providers_for(problem).items():
         try:
             step = prepare(problem)
-            outcomes[name] = step()
+            step()  # what is learnt once per model is no part of a step
+            outcomes[name], *counted = count(step, device)
+            counts[name] = (counted[0], counted[1])
         except (NotImplementedError, RuntimeError) as error:
-            rows[name] = _row(problem, name, f"stops: {str(error).splitlines()[0][:160]}")
+            reason = str(error).splitlines()[0][:160]
+            rows[name] = _row(problem, name, reason if reason.startswith("not run") else f"stops: {reason}")
             continue
         shares[name] = gate.judge(outcomes[name])
         if shares[name].green:
             steps[name] = step
         else:
             rows[name] = _row(problem, name, f"over the error budget: {shares[name]}")
-    counts = {name: (flops(step), peak_bytes(step, device)) for name, step in steps.items()}
     timings = interleaved(steps, unit="plain", seconds=seconds, device=device)
     for name, timing in timings.items():
         weights = outcomes[name].weights

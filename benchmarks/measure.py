@@ -5,13 +5,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,26 +77,24 @@ def _summary(values: list[tuple[float, float]], unit: list[tuple[float, float]])
     return Timing(milliseconds, statistics.median(elapsed), low, high, statistics.median(processor), len(values))
 
 
-def flops(step: Callable[[], Any]) -> int:
-    """Floating point operations of matrix products, convolutions, attention and metakern's own operators."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+def count(step: Callable[[], T], device: str) -> tuple[T, int, int]:
+    """What the step returns, its floating point operations, and its peak memory in bytes.
 
-
-def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """Largest size of all tensors alive at once during the step, beyond those alive before it."""
+    Operations: matrix products, convolutions, attention and metakern's own operators. Peak: the largest size of all
+    tensors alive at once, beyond those alive before.
+    """
     gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveStorage() as live:
-        step()
-    return live.peak
+    with FlopCounterMode(display=False) as counter:
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            outcome = step()
+            torch.cuda.synchronize()
+            return outcome, counter.get_total_flops(), torch.cuda.max_memory_allocated() - before
+        with LiveStorage() as live:
+            outcome = step()
+    return outcome, counter.get_total_flops(), live.peak
 
 
 class LiveStorage(TorchDispatchMode):

@@ -17,6 +17,8 @@ from benchmarks.cases import Problem, per_example
 from metakern.testing.oracle import clip_normalise
 
 ONE_GIGABYTE = 2**30
+LARGEST = 8 * ONE_GIGABYTE
+"""Of per-example gradients: above it a step by vmap takes minutes on a CPU, in whatever chunks."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def vmap(problem: Problem) -> Step:
     """
     params = _params(problem)
     size = sum(param.numel() * param.element_size() for param in params.values())
+    if problem.case.n * size > LARGEST:
+        raise NotImplementedError(f"not run: per-example gradients of {problem.case.n * size / ONE_GIGABYTE:.0f} GB")
     chunk = max(1, min(problem.case.n, ONE_GIGABYTE // size))
 
     def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
