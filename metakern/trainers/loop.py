@@ -65,8 +65,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
     """Train as `config` says and leave config.json, metrics.csv, weights.npz, weights.csv and result.json in `folder`.
 
-    Raises: ValueError for names that are not known, DataNotFound for missing data, RuntimeError when the loss is not
-    finite.
+    Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data.
     """
     method = find(config.method)
     torch.set_num_threads(config.threads)
@@ -124,7 +123,7 @@ def _run(
 def _refuse_nonfinite(outcome: Outcome, step: int) -> None:
     broken = int((~torch.isfinite(outcome.losses)).sum())
     if broken:
-        raise RuntimeError(
+        raise ValueError(
             f"step {step}: the loss of {broken} of {len(outcome.losses)} examples is not finite; "
             f"a smaller --lr usually helps"
         )

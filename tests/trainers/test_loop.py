@@ -72,7 +72,7 @@ def test_a_result_counts_for_its_own_config_only(quick, tmp_path):
 
 
 def test_nonfinite_loss_stops_and_leaves_no_result(quick, tmp_path):
-    with pytest.raises(RuntimeError, match=r"step \d+: the loss of \d+ of 20 examples is not finite"):
+    with pytest.raises(ValueError, match=r"step \d+: the loss of \d+ of 20 examples is not finite"):
         train(replace(quick, lr=1e30), tmp_path, progress=False)
     assert finished(tmp_path, replace(quick, lr=1e30)) is None
 
