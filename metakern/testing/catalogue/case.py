@@ -82,11 +82,11 @@ def token_case(
         torch.manual_seed(0)
         model = build(vocabulary)
         randomise(model)
-        batches = (
+        batch, meta_batch = (
             (inputs.labels(size, length, classes=vocabulary, seed=seed), inputs.labels(size, classes=3, seed=seed + 1))
             for size, seed in ((n, 3), (m, 5))
         )
-        return Setup(model.double(), *batches)
+        return Setup(model.double(), batch, meta_batch)
 
     return Case(name, make, **owes)
 
