@@ -36,11 +36,11 @@ def pairs_are_cheaper(use: Use, meta_use: Use) -> bool:
     rows = use.output_shapes[0][:-1].numel()
     meta_rows = meta_use.output_shapes[0][:-1].numel()
     outputs, inputs = use.call.argument(1, "weight").shape
-    return rows * meta_rows * (inputs + outputs + _GRAM_OVERHEAD) < (rows + meta_rows) * inputs * outputs
+    return rows * meta_rows * (inputs + outputs + GRAM_OVERHEAD) < (rows + meta_rows) * inputs * outputs
 
 
 # The two Grams are written, multiplied and summed: memory traffic worth about this many multiplications an entry.
-_GRAM_OVERHEAD = 64
+GRAM_OVERHEAD = 64
 
 
 def pair_dots(record: Record, meta_record: Record, examples: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
@@ -17,6 +18,8 @@ from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.rule import Tangents
 from metakern.weighted_grad import weighted_gradients
+
+Names = Mapping[str, nn.Parameter]
 
 NONE_PAIRED: Mapping[int, Record] = {}
 
@@ -44,11 +47,16 @@ class Recorded:
                 total.add(record, paired.get(k), tangents)
         return total.dots
 
-    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        """sum_n weights_n dl_n/dtheta by name, for every trainable parameter or for some."""
         self._require_intact()
         kept = [record for record in self.records if record is not None]
+        if only is not None:
+            wanted = {id(p) for p in only.values()}
+            wanted.update(id(t) for call in self.trace.derivations for t in call.outputs if t is not None)
+            kept = [part for part in (_restricted(record, wanted) for record in kept) if part is not None]
         batch = BatchRecord(self.losses, kept, self.trace.derivations)
-        return weighted_gradients(batch, weights, self._problem.trainable)
+        return weighted_gradients(batch, weights, self._problem.trainable if only is None else only)
 
     def _require_intact(self) -> None:
         for record in self.records:
@@ -80,8 +88,8 @@ class InPassing:
         _require_participation(self._problem, trace, reached)
         return total.dots
 
-    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
-        return weighted_backward(self._problem, self.trace.losses, weights, keep)
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        return weighted_backward(self._problem, self.trace.losses, weights, keep, only)
 
 
 def recorded(problem: Problem) -> Recorded | InPassing:
@@ -109,6 +117,15 @@ def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis]) -> Re
         return None
     _require_unchanged(use)
     return Record(use, tuple(grads), tuple(axes))
+
+
+def _restricted(record: Record, wanted: Set[int]) -> Record | None:
+    """The record as if only the wanted tensors were trainable; None where it has none of them."""
+    parameters = tuple(entry for entry in record.call.parameters if id(entry[1]) in wanted)
+    if len(parameters) == len(record.call.parameters):
+        return record
+    use = replace(record.use, call=replace(record.call, parameters=parameters))
+    return replace(record, use=use, memo={}) if parameters else None
 
 
 def _require_unchanged(use: Use) -> None:

@@ -18,7 +18,7 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Buffers, unchanged_on_error
 from metakern.engines import choose, jvp
 from metakern.engines.problem import Problem
-from metakern.engines.recorded import recorded
+from metakern.engines.recorded import Names, recorded
 from metakern.engines.weighted_backward import weighted_backward
 
 
@@ -31,23 +31,26 @@ class TrainPass(Protocol):
         """<dl_n/dtheta, V> over the parameters that `direction` names, [n]."""
         ...
 
-    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
-        """sum_n weights_n dl_n/dtheta for every trainable parameter, by name; the last question unless `keep`."""
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        """sum_n weights_n dl_n/dtheta by name, for every trainable parameter or for some; ends the pass unless `keep`.
+
+        A parameter asked for by `only` that the losses do not depend on may be missing; otherwise that is an error.
+        """
         ...
 
 
-class _Ghost:
+class GhostPass:
     """Dots by the per-use records, see `metakern.engines.recorded`."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem, self._pass = problem, recorded(problem)
-        self.losses = self._pass.losses
+        self._problem, self.records = problem, recorded(problem)
+        self.losses = self.records.losses
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
-        return self._pass.dots_along({id(self._problem.chosen[name]): v for name, v in direction.items()})
+        return self.records.dots_along({id(self._problem.chosen[name]): v for name, v in direction.items()})
 
-    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
-        return self._pass.weighted_gradient(weights, keep)
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        return self.records.weighted_gradient(weights, keep, only)
 
 
 class GraphPass:
@@ -57,8 +60,8 @@ class GraphPass:
         self._problem, self._losses = problem, losses
         self.losses = losses.detach()
 
-    def weighted_gradient(self, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
-        return weighted_backward(self._problem, self._losses, weights, keep)
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        return weighted_backward(self._problem, self._losses, weights, keep, only)
 
 
 class _Dual(GraphPass):
@@ -98,7 +101,7 @@ class _Differentiated(GraphPass):
 
 
 _PASSES: dict[str, Callable[[Problem], TrainPass]] = {
-    "ghost": _Ghost,
+    "ghost": GhostPass,
     "jvp": _Dual,
     "double_backward": _Differentiated,
 }
@@ -117,7 +120,7 @@ def open_pass(problem: Problem, engine: str) -> tuple[TrainPass, str]:
         return _Dual(problem), "jvp"
     try:
         with unchanged_on_error(problem.model):
-            return _Ghost(problem), "ghost"
+            return GhostPass(problem), "ghost"
     except EngineUnavailable:
         return _Dual(problem), "jvp"
 

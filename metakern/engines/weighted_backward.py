@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern.engines.problem import Problem
 
 
-def weighted_backward(problem: Problem, losses: Tensor, weights: Tensor, keep: bool = False) -> dict[str, Tensor]:
-    """sum_n w_n dl_n/dtheta for every trainable parameter, by name; `keep` leaves the graph for another call.
+def weighted_backward(
+    problem: Problem,
+    losses: Tensor,
+    weights: Tensor,
+    keep: bool = False,
+    only: Mapping[str, nn.Parameter] | None = None,
+) -> dict[str, Tensor]:
+    """sum_n w_n dl_n/dtheta by name, for every trainable parameter or for some; `keep` leaves the graph for more.
 
-    Raises: ValueError if a parameter took no part.
+    Raises: ValueError if a trainable parameter took no part, unless only some were asked for.
     """
+    parameters = problem.trainable if only is None else only
     found = torch.autograd.grad(
-        losses, list(problem.trainable.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
+        losses, list(parameters.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
     )
-    problem.require_participation({id(p) for p, g in zip(problem.trainable.values(), found) if g is not None})
-    return {name: g for name, g in zip(problem.trainable, found) if g is not None}
+    reached = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    if only is None:
+        problem.require_participation({id(parameters[name]) for name in reached})
+    return reached

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.state import unchanged_on_error
+from metakern.engines.problem import Problem
 
 
 def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_argument: str) -> None:
@@ -28,15 +31,48 @@ def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_
         raise ValueError(f"{optimizer_argument} holds none of the trainable parameters of {argument}")
 
 
-def features_of(features: Any, model: nn.Module, batch: Any) -> tuple[Any, ...]:
-    """Extra arguments of a meta network: a tensor, a tuple, or what `features(model, batch)` returns; constants."""
-    if callable(features) and not isinstance(features, Tensor):
-        with torch.no_grad():
-            features = features(model, batch)
+def features_of(features: Any) -> tuple[Any, ...]:
+    """A tensor or a tuple as extra arguments, constants."""
     if features is None:
         return ()
     given = tuple(features) if isinstance(features, (tuple, list)) else (features,)
     return tuple(f.detach() if isinstance(f, Tensor) else f for f in given)
+
+
+class Features:
+    """Extra arguments of a meta network for the train batch of one step.
+
+    A function of the user may read what forward hooks kept, so it is called right after the first forward pass of the
+    batch: later passes (forward mode, a probe for interacting examples) would have overwritten that.
+    """
+
+    def __init__(self, features: Any) -> None:
+        self._features = features
+        self._asked = callable(features) and not isinstance(features, Tensor)
+        self.values: tuple[Any, ...] = () if self._asked else features_of(features)
+
+    def listening(self, problem: Problem) -> Problem:
+        """The problem with a loss function that asks for the features when it is first called."""
+        return replace(problem, loss_fn=_Listening(self, problem.loss_fn)) if self._asked else problem
+
+    def hear(self, model: nn.Module, batch: Any) -> None:
+        if self._asked:
+            self._asked = False
+            with torch.no_grad():
+                self.values = features_of(self._features(model, batch))
+
+
+class _Listening:
+    """A loss function that is the given one to whoever asks what it is."""
+
+    def __init__(self, features: Features, loss_fn: LossFunction | None) -> None:
+        self._features, self._loss_fn = features, loss_fn
+        self.__code__ = getattr(loss_fn, "__code__", None) or type(loss_fn)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        losses = evaluate_losses(model, batch, self._loss_fn, "batch")
+        self._features.hear(model, batch)
+        return losses
 
 
 def gradient_of(network: nn.Module, surrogate: Tensor) -> dict[nn.Parameter, Tensor]:

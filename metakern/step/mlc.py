@@ -16,13 +16,13 @@ from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.logit_tangents import LogitPass, LogitsFunction
 from metakern.step.meta_network import (
-    features_of,
+    Features,
     gradient_of,
     require_meta_network,
     step_meta_network,
     undone_on_error,
 )
-from metakern.step.virtual import VirtualStep, meta_gradient_at, require_virtual, virtual_step
+from metakern.step.virtual import VirtualRule, VirtualStep, meta_gradient_at
 
 Carry = Mapping[nn.Parameter, Tensor]
 
@@ -91,12 +91,13 @@ def mlc_step(
     require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer")
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     require_optimizer(optimizer, problem.trainable)
-    require_virtual(virtual, virtual_lr, optimizer, problem.chosen)
+    rule = VirtualRule(virtual, virtual_lr, optimizer)
+    rule.require_usable(problem.chosen)
     with unchanged_on_error(model), undone_on_error(label_net, label_optimizer):
         train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
         labels = train.propose()
         gradient = train.gradient(labels.detach())
-        step = virtual_step(virtual, virtual_lr, optimizer, problem.chosen, gradient)
+        step = rule.step(problem.chosen, gradient)
         meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
         tangents = train.log_tangents(step.pulled_back(meta_gradient))
         found = gradient_of(label_net, (tangents.to(labels) * labels).sum() / train.examples)
@@ -123,7 +124,9 @@ class _Corrected:
         self._problem, self._label_net = problem, label_net
         self._pass = LogitPass(problem, logits_fn)
         self._log_q = torch.log_softmax(self._pass.logits, 1)
-        self._features = features_of(features, problem.model, problem.batch)
+        given = Features(features)
+        given.hear(problem.model, problem.batch)
+        self._features = given.values
         self._clean = None
         if clean is not None:
             with unchanged_buffers(problem.model):

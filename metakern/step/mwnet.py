@@ -10,18 +10,17 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction
 from metakern.capture.state import unchanged_on_error
 from metakern.engines import pose
-from metakern.engines.problem import Problem
-from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
+from metakern.engines.train_pass import open_pass, plain_pass
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.meta_network import (
-    features_of,
+    Features,
     gradient_of,
     require_meta_network,
     step_meta_network,
     undone_on_error,
 )
-from metakern.step.virtual import meta_gradient_at, require_virtual, virtual_step
+from metakern.step.virtual import VirtualRule, virtual_dots
 from metakern.step.weighting import NORMALISATIONS, Weighting
 
 
@@ -88,41 +87,25 @@ def mwnet_step(
     _require_weight_net(weight_net, weight_optimizer, normalise)
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
     require_optimizer(optimizer, problem.trainable)
+    rule = VirtualRule(virtual, virtual_lr, optimizer)
     if update_weight_net:
-        require_virtual(virtual, virtual_lr, optimizer, problem.chosen)
+        rule.require_usable(problem.chosen)
     with unchanged_on_error(model), undone_on_error(weight_net, weight_optimizer):
         weighting = Weighting(weight_net, normalise, detach_losses)
+        given = Features(features)
         dots = meta_loss = None
         if update_weight_net:
-            train, used = open_pass(problem, engine)
-            given = features_of(features, model, batch)
-            coefficients = weighting.coefficients(train.losses, given)
-            dots, meta_loss = virtual_dots(problem, train, coefficients.detach(), virtual, virtual_lr, optimizer)
+            train, used = open_pass(given.listening(problem), engine)
+            coefficients = weighting.coefficients(train.losses, given.values)
+            dots, meta_loss = virtual_dots(problem, train, coefficients.detach(), rule)
+            require_finite(dots, problem)
             surrogate = -(dots.to(coefficients) * coefficients).sum()
             step_meta_network(weight_net, weight_optimizer, gradient_of(weight_net, surrogate))
         else:
-            train, used = plain_pass(problem)
-            given = features_of(features, model, batch)
-        weights = weighting.weights(train.losses, given)
+            train, used = plain_pass(given.listening(problem))
+        weights = weighting.weights(train.losses, given.values)
         hand_over(problem.trainable, train.weighted_gradient(weights), optimizer, accumulate)
     return MetaStepResult(weights, dots, train.losses, meta_loss, used)
-
-
-def virtual_dots(
-    problem: Problem,
-    train: TrainPass,
-    coefficients: Tensor,
-    rule: str,
-    lr: float | None,
-    optimizer: torch.optim.Optimizer | None,
-) -> tuple[Tensor, Tensor]:
-    """s_n = <g_n(theta), J g_meta(theta^)>, [n], and the meta loss at theta^ = theta - update(sum_n c_n g_n)."""
-    gradient = train.weighted_gradient(coefficients, keep=True)
-    step = virtual_step(rule, lr, optimizer, problem.chosen, gradient)
-    meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
-    dots = train.dots(step.pulled_back(meta_gradient))
-    require_finite(dots, problem)
-    return dots, meta_loss
 
 
 def _require_weight_net(weight_net: Any, optimizer: Any, normalise: str) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.state import unchanged_buffers
+from metakern.engines.implicit import implicit_weights, meta_pass_at, move
 from metakern.engines.problem import Problem
+from metakern.engines.recorded import Recorded
 from metakern.engines.substitution import substituted
+from metakern.engines.train_pass import GhostPass, TrainPass
 
 Diagonal = float | Tensor
 
@@ -37,7 +42,7 @@ Rule = Callable[[Tensor, Tensor, float, Group, State], tuple[Tensor, Diagonal]]
 
 
 def _sgd(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
-    return p - lr * grad, lr
+    return torch.sub(p, grad, alpha=lr), lr
 
 
 def _with_momentum(p: Tensor, grad: Tensor, group: Group, state: State) -> tuple[Tensor, Tensor, float]:
@@ -47,18 +52,18 @@ def _with_momentum(p: Tensor, grad: Tensor, group: Group, state: State) -> tuple
     if buffer is None or group["momentum"] == 0:
         return grad, grad, 1.0
     share = 1 - group["dampening"]
-    return grad, group["momentum"] * buffer + share * grad, share
+    return grad, (group["momentum"] * buffer).add_(grad, alpha=share), share
 
 
 def _momentum(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
     _, buffer, share = _with_momentum(p, grad, group, state)
-    return p - lr * buffer, lr * share
+    return torch.sub(p, buffer, alpha=lr), lr * share
 
 
 def _nesterov(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
     grad, buffer, share = _with_momentum(p, grad, group, state)
     mu = group["momentum"]
-    return p - lr * (grad + mu * buffer), lr * (1 + mu * share)
+    return torch.sub(p, grad.add(buffer, alpha=mu), alpha=lr), lr * (1 + mu * share)
 
 
 def _adam(
@@ -93,34 +98,71 @@ def _adam_frozen(p: Tensor, grad: Tensor, lr: float, group: Group, state: State)
     return _adam(p, grad, lr, group, state, frozen=True)
 
 
-_RULES: dict[str, tuple[Rule, type[torch.optim.Optimizer] | tuple[type[torch.optim.Optimizer], ...] | None]] = {
-    "sgd": (_sgd, None),
-    "momentum": (_momentum, torch.optim.SGD),
-    "nesterov": (_nesterov, torch.optim.SGD),
-    "adam": (_adam, (torch.optim.Adam, torch.optim.AdamW)),
-    "adam_frozen": (_adam_frozen, (torch.optim.Adam, torch.optim.AdamW)),
+class _Known(NamedTuple):
+    function: Rule
+    optimizers: tuple[type[torch.optim.Optimizer], ...]  # whose state it reads
+    affine: bool  # theta^ is affine in the gradient, so J is a number that does not depend on it
+
+
+_RULES = {
+    "sgd": _Known(_sgd, (), True),
+    "momentum": _Known(_momentum, (torch.optim.SGD,), True),
+    "nesterov": _Known(_nesterov, (torch.optim.SGD,), True),
+    "adam": _Known(_adam, (torch.optim.Adam, torch.optim.AdamW), False),
+    "adam_frozen": _Known(_adam_frozen, (torch.optim.Adam, torch.optim.AdamW), False),
 }
 
 
-def require_virtual(
-    rule: str, lr: float | None, optimizer: torch.optim.Optimizer | None, chosen: Mapping[str, nn.Parameter]
-) -> None:
-    """Raise unless the rule is known, and what it reads (learning rate, optimizer of the right kind) is there."""
-    if rule not in _RULES:
-        raise ValueError(f"virtual must be one of {list(_RULES)}, got {rule!r}")
-    kind = _RULES[rule][1]
-    if kind is not None and not isinstance(optimizer, kind):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise TypeError(
-            f"virtual={rule!r} reads the state of optimizer, which must be {names}; got {type(optimizer).__name__}"
-        )
-    if lr is None and optimizer is None:
-        raise ValueError("virtual_lr is None, which takes the learning rate of optimizer, but there is no optimizer")
-    if lr is not None and not (isinstance(lr, (int, float)) and math.isfinite(lr)):
-        raise ValueError(f"virtual_lr must be a finite number or None, got {lr!r}")
-    if kind is not None or lr is None:
-        assert optimizer is not None
-        _require_held(optimizer, chosen)
+@dataclass(frozen=True)
+class VirtualRule:
+    """How a virtual step moves: a rule by name, its learning rate, and the optimizer whose present state it reads.
+
+    `lr=None` takes the learning rate of each parameter's group of `optimizer`.
+    """
+
+    name: str
+    lr: float | None
+    optimizer: torch.optim.Optimizer | None
+
+    def require_usable(self, chosen: Mapping[str, nn.Parameter]) -> None:
+        """Raise unless the rule is known and what it reads is there, for every chosen parameter."""
+        if self.name not in _RULES:
+            raise ValueError(f"virtual must be one of {list(_RULES)}, got {self.name!r}")
+        kinds = _RULES[self.name].optimizers
+        if kinds and not isinstance(self.optimizer, kinds):
+            raise TypeError(
+                f"virtual={self.name!r} reads the state of optimizer, which must be "
+                f"{' or '.join(kind.__name__ for kind in kinds)}; got {type(self.optimizer).__name__}"
+            )
+        if self.lr is None and self.optimizer is None:
+            raise ValueError("virtual_lr is None, which takes the learning rate of optimizer, but there is none")
+        if self.lr is not None and not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr)):
+            raise ValueError(f"virtual_lr must be a finite number or None, got {self.lr!r}")
+        if self.optimizer is not None and (kinds or self.lr is None):
+            _require_held(self.optimizer, chosen)
+
+    @property
+    def affine(self) -> bool:
+        return _RULES[self.name].affine
+
+    @torch.no_grad()
+    def step(self, chosen: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> VirtualStep:
+        """theta^ and J; neither parameters nor optimizer are changed. A missing gradient is zero."""
+        groups = {} if self.optimizer is None else _groups(self.optimizer)
+        parameters: dict[str, Tensor] = {}
+        jacobian: dict[str, Diagonal] = {}
+        for name, p in chosen.items():
+            group = groups.get(id(p), {})
+            state = {} if self.optimizer is None else self.optimizer.state.get(p, {})
+            rate = float(group["lr"]) if self.lr is None else self.lr
+            grad = gradient[name] if name in gradient else torch.zeros_like(p)
+            parameters[name], jacobian[name] = _RULES[self.name].function(p.detach(), grad, rate, group, state)
+        return VirtualStep(parameters, jacobian)
+
+    def origin(self, chosen: Mapping[str, nn.Parameter]) -> VirtualStep:
+        """theta^ at gradient zero, from where an affine rule moves by -J times the gradient."""
+        step = self.step(chosen, {})
+        return VirtualStep(dict(chosen), step.jacobian) if self.name == "sgd" else step
 
 
 def _require_held(optimizer: torch.optim.Optimizer, chosen: Mapping[str, nn.Parameter]) -> None:
@@ -136,30 +178,6 @@ def _groups(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
     return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
-@torch.no_grad()
-def virtual_step(
-    rule: str,
-    lr: float | None,
-    optimizer: torch.optim.Optimizer | None,
-    chosen: Mapping[str, nn.Parameter],
-    gradient: Mapping[str, Tensor],
-) -> VirtualStep:
-    """theta^ and J for the chosen parameters; neither parameters nor optimizer are changed.
-
-    `lr=None` takes the learning rate of each parameter's group of `optimizer`.
-    """
-    function, _ = _RULES[rule]
-    groups = {} if optimizer is None else _groups(optimizer)
-    parameters: dict[str, Tensor] = {}
-    jacobian: dict[str, Diagonal] = {}
-    for name, p in chosen.items():
-        group = groups.get(id(p), {})
-        state = {} if optimizer is None else optimizer.state.get(p, {})
-        rate = float(group["lr"]) if lr is None else lr
-        parameters[name], jacobian[name] = function(p.detach(), gradient[name], rate, group, state)
-    return VirtualStep(parameters, jacobian)
-
-
 def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean meta loss at other parameters, and its gradient there, by one plain forward and backward pass.
 
@@ -172,3 +190,39 @@ def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tupl
         meta_loss = problem.meta_losses().mean()
         found = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
     return meta_loss.detach(), {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def virtual_dots(problem: Problem, train: TrainPass, coefficients: Tensor, rule: VirtualRule) -> tuple[Tensor, Tensor]:
+    """s_n = <g_n(theta), J g_meta(theta^)>, [n], and the meta loss at theta^ = theta - update(sum_n c_n g_n)."""
+    if rule.affine and isinstance(train, GhostPass) and isinstance(train.records, Recorded):
+        found = _implicit_dots(problem, train.records, coefficients, rule)
+        if found is not None:
+            return found
+    gradient = train.weighted_gradient(coefficients, keep=True, only=problem.chosen)
+    step = rule.step(problem.chosen, gradient)
+    meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
+    return train.dots(step.pulled_back(meta_gradient)), meta_loss
+
+
+def _implicit_dots(
+    problem: Problem, train: Recorded, coefficients: Tensor, rule: VirtualRule
+) -> tuple[Tensor, Tensor] | None:
+    """The same without forming theta^ of large weights that few meta rows meet; None where there are none."""
+    uses = implicit_weights(problem, train)
+    if not uses:
+        return None
+    rest = {name: p for name, p in problem.chosen.items() if name not in uses}
+    step = rule.step(rest, train.weighted_gradient(coefficients, only=rest))
+    origin = rule.origin({name: problem.chosen[name] for name in uses})
+    moves = {
+        name: move(train, use, origin.parameters[name], float(origin.jacobian[name]), coefficients)
+        for name, use in uses.items()
+    }
+    before = random_state()
+    answer = meta_pass_at(problem, moves, step.parameters)
+    if answer is None:
+        restore_random_state(before)
+        return None
+    meta_loss, meta_gradient, paired = answer
+    direction = {id(problem.chosen[name]): v for name, v in step.pulled_back(meta_gradient).items()}
+    return train.dots_along(direction, paired), meta_loss

@@ -52,6 +52,8 @@ class Weighting:
         if not isinstance(output, Tensor) or tuple(output.shape) not in ((n,), (n, 1)):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"weight_net must return one weight per example, shape ({n},) or ({n}, 1); got {got}")
+        if not torch.isfinite(output.detach().sum()):
+            raise ValueError("weight_net returned weights that are not finite; nothing was changed")
         return output.reshape(n)
 
     def _normalised(self, raw: Tensor) -> Tensor:

@@ -165,27 +165,24 @@ def test_fifty_steps(name: str, kind: str) -> None:
     trajectory(name, kind, steps=50, detach_losses=False)
 
 
-def test_params_restrict_the_virtual_step() -> None:
-    model, batch, meta_batch = make("mlp")
+@pytest.mark.parametrize(
+    ("name", "params", "names"),
+    [
+        ("mlp", ["2", "4.weight"], {"2.weight", "2.bias", "4.weight"}),
+        ("group-norm", ["1.bias", "4.weight", "7.bias"], {"1.bias", "4.weight", "7.bias"}),
+        ("transformer", ["blocks.0.norm1.bias", "embedding"], {"blocks.0.norm1.bias", "embedding.weight"}),
+        ("batch-norm", ["1.bias", "3"], {"1.bias", "3.weight"}),
+    ],
+)
+def test_params_restrict_the_virtual_step(name: str, params: list[str], names: set[str]) -> None:
+    """Only those move virtually; the real gradient is of all."""
+    model, batch, meta_batch = make(name)
     net = weight_net()
     reference, reference_net = twin(model), twin(net)
-    mwnet_step(
-        model,
-        net,
-        batch,
-        meta_batch,
-        weight_optimizer=torch.optim.SGD(net.parameters(), lr=0.5),
-        virtual_lr=0.7,
-        params=["2", "4.weight"],
-    )
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (net, reference_net)]
+    mwnet_step(model, net, batch, meta_batch, weight_optimizer=optimizers[0], virtual_lr=0.7, params=params)
     mwnet_reference(
-        reference,
-        reference_net,
-        batch,
-        meta_batch,
-        weight_optimizer=torch.optim.SGD(reference_net.parameters(), lr=0.5),
-        virtual_lr=0.7,
-        names={"2.weight", "2.bias", "4.weight"},
+        reference, reference_net, batch, meta_batch, weight_optimizer=optimizers[1], virtual_lr=0.7, names=names
     )
     assert_same(net, reference_net, "weight net")
     assert_same(model, reference, "model")
