@@ -44,6 +44,17 @@ void bind_embedding_dots(py::module_& cpu, const char* name) {
   });
 }
 
+template <typename T, typename Sum>
+void bind_affine_dots(py::module_& cpu, const char* name) {
+  cpu.def(name,
+          [](uintptr_t X, uintptr_t B, uintptr_t V, uintptr_t v, uintptr_t out, int64_t n, int64_t t, int64_t width,
+             int64_t x_stride_n, int64_t x_stride_t, int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred) {
+            metakern::cpu::affine_dots(pointer<const T>(X), pointer<const T>(B), pointer<const T>(V),
+                                       pointer<const T>(v), pointer<Sum>(out), n, t, width, x_stride_n, x_stride_t,
+                                       b_stride_n, b_stride_t, eps, centred);
+          });
+}
+
 #ifdef METAKERN_CUDA
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
@@ -77,6 +88,15 @@ void bind_cuda(py::module_& cuda) {
                                       pointer<const int64_t>(targets), pointer<void>(losses), pointer<void>(grad), rows,
                                       classes, stride, ignore, smoothing, pointer<CUstream_st>(stream)));
            });
+  cuda.def("affine_dots_chunks", &affine_dots_chunks);
+  cuda.def("affine_dots", [](int dtype, uintptr_t X, uintptr_t B, uintptr_t V, uintptr_t v, uintptr_t workspace,
+                             uintptr_t out, int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
+                             int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, uintptr_t stream) {
+    check(affine_dots(static_cast<Scalar>(dtype), pointer<const void>(X), pointer<const void>(B),
+                      pointer<const void>(V), pointer<const void>(v), pointer<void>(workspace), pointer<void>(out), n,
+                      t, width, x_stride_n, x_stride_t, b_stride_n, b_stride_t, eps, centred,
+                      pointer<CUstream_st>(stream)));
+  });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));
@@ -103,6 +123,9 @@ PYBIND11_MODULE(_C, module) {
                                              pointer<float>(losses), pointer<float>(grad), rows, classes, stride,
                                              ignore, smoothing);
   });
+  bind_affine_dots<float, float>(cpu, "affine_dots_f32");
+  bind_affine_dots<double, double>(cpu, "affine_dots_f64");
+  bind_affine_dots<metakern::cpu::bfloat16, float>(cpu, "affine_dots_bf16");
 #ifdef METAKERN_CUDA
   auto cuda = module.def_submodule("cuda");
   bind_cuda(cuda);

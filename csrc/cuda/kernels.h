@@ -31,4 +31,12 @@ cudaError_t cross_entropy_rows(Scalar dtype, const void* logits, const int64_t* 
                                int64_t rows, int64_t classes, int64_t stride, int64_t ignore, double smoothing,
                                cudaStream_t stream);
 
+// out_n = sum_t,i B_nti (x^_nti V_i + v_i), x^ the normalised row of X: centred by its mean or not, divided by
+// sqrt(mean square + eps). Rows of `width` adjacent elements; v may be null; `workspace` holds n *
+// affine_dots_chunks(t).
+int64_t affine_dots_chunks(int64_t t);
+cudaError_t affine_dots(Scalar dtype, const void* X, const void* B, const void* V, const void* v, void* workspace,
+                        void* out, int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
+                        int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, cudaStream_t stream);
+
 }  // namespace metakern::cuda

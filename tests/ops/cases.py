@@ -23,6 +23,18 @@ class Case(NamedTuple):
     far: bool = True  # the first operand may have examples far apart
 
 
+def _affine_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    n, t, width = sizes
+    shapes = ((n, t, width), (n, t, width), (width,), (width,))
+    return *(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)), 1e-2, n % 2 == 1
+
+
+def _affine_scale(X: Tensor, B: Tensor, V: Tensor, v: Tensor, eps: float, centred: bool) -> Tensor:
+    """sum |B| (|x^| |V| + |v|), with |x^| + 1 for |x^|, since its mean is rounded too."""
+    normalised = X.abs() / torch.sqrt(X.square().mean(2, keepdim=True) + eps)
+    return (B.abs() * ((normalised + 1) * V.abs() + v.abs())).sum((1, 2))
+
+
 def _clip_normalise(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (normal(*sizes, dtype=dtype),)
 
@@ -99,6 +111,12 @@ def _weighted_scale(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
 _MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20, 70), (3, 130, 65, 9))
 
 CASES = {
+    "affine_dots": Case(
+        ((0, 3, 4), (1, 0, 4), (2, 1, 1), (3, 5, 33), (4, 40, 100)),
+        _affine_dots,
+        _affine_scale,
+        lambda s: s[1] * s[2],
+    ),
     "clip_normalise": Case(((0,), (1,), (5,), (1000,)), _clip_normalise, _clip_scale, lambda s: s[0], far=False),
     "cross_entropy_rows": Case(
         ((0, 3), (1, 1), (5, 2), (7, 33), (40, 1001)), _cross_entropy_rows, _cross_entropy_scale, lambda s: s[1]
