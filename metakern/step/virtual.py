@@ -148,21 +148,30 @@ class VirtualRule:
     @torch.no_grad()
     def step(self, chosen: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> VirtualStep:
         """theta^ and J; neither parameters nor optimizer are changed. A missing gradient is zero."""
-        groups = {} if self.optimizer is None else _groups(self.optimizer)
+        groups = self._groups()
         parameters: dict[str, Tensor] = {}
         jacobian: dict[str, Diagonal] = {}
         for name, p in chosen.items():
             group = groups.get(id(p), {})
             state = {} if self.optimizer is None else self.optimizer.state.get(p, {})
-            rate = float(group["lr"]) if self.lr is None else self.lr
             grad = gradient[name] if name in gradient else torch.zeros_like(p)
-            parameters[name], jacobian[name] = _RULES[self.name].function(p.detach(), grad, rate, group, state)
+            parameters[name], jacobian[name] = _RULES[self.name].function(
+                p.detach(), grad, self._rate(group), group, state
+            )
         return VirtualStep(parameters, jacobian)
 
     def origin(self, chosen: Mapping[str, nn.Parameter]) -> VirtualStep:
-        """theta^ at gradient zero, from where an affine rule moves by -J times the gradient."""
-        step = self.step(chosen, {})
-        return VirtualStep(dict(chosen), step.jacobian) if self.name == "sgd" else step
+        """theta^ at gradient zero, from where an affine rule moves by -J times the gradient; theta itself for "sgd"."""
+        if self.name != "sgd":
+            return self.step(chosen, {})
+        groups = self._groups()
+        return VirtualStep(dict(chosen), {name: self._rate(groups.get(id(p), {})) for name, p in chosen.items()})
+
+    def _groups(self) -> dict[int, Group]:
+        return {} if self.optimizer is None else _groups(self.optimizer)
+
+    def _rate(self, group: Group) -> float:
+        return float(group["lr"]) if self.lr is None else self.lr
 
 
 def _require_held(optimizer: torch.optim.Optimizer, chosen: Mapping[str, nn.Parameter]) -> None:
