@@ -8,6 +8,7 @@ from metakern.ops.affine_dots.api import affine_dots
 from metakern.ops.clip_normalise.api import clip_normalise
 from metakern.ops.cross_entropy_rows.api import cross_entropy_rows
 from metakern.ops.direction_dots.api import direction_dots
+from metakern.ops.dual_linear.api import dual_linear
 from metakern.ops.embedding_dots.api import embedding_dots
 from metakern.ops.pair_dots.api import pair_dots
 from metakern.ops.row_dots.api import row_dots
@@ -18,6 +19,7 @@ __all__ = [
     "clip_normalise",
     "cross_entropy_rows",
     "direction_dots",
+    "dual_linear",
     "embedding_dots",
     "pair_dots",
     "row_dots",

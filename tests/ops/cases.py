@@ -67,6 +67,16 @@ def _pair_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
 
 
+def _dual_linear(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    r, i, o = sizes
+    return tuple(normal(rows, i, seed=seed, dtype=dtype) for seed, rows in enumerate((r, r, o, o)))
+
+
+def _dual_scale(A: Tensor, dA: Tensor, W: Tensor, dW: Tensor) -> tuple[Tensor, Tensor]:
+    a, da, w, dw = A.abs(), dA.abs(), W.abs(), dW.abs()
+    return a @ w.T, da @ w.T + a @ dw.T
+
+
 def _embedding_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
     n, t, rows, width = sizes
     indices = labels(n, t, classes=rows, seed=1)
@@ -122,6 +132,9 @@ CASES = {
         ((0, 3), (1, 1), (5, 2), (7, 33), (40, 1001)), _cross_entropy_rows, _cross_entropy_scale, lambda s: s[1]
     ),
     "direction_dots": Case(_MATRICES, _direction_dots, _direction_scale, lambda s: s[1] * s[2] * s[3]),
+    "dual_linear": Case(
+        ((0, 3, 4), (2, 0, 3), (1, 1, 1), (5, 33, 7), (70, 20, 40)), _dual_linear, _dual_scale, lambda s: s[1]
+    ),
     "embedding_dots": Case(
         ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 2, 1), (3, 7, 5, 63), (2, 150, 11, 200)),
         _embedding_dots,
