@@ -137,3 +137,14 @@ def test_cuda_sources_compile_without_spills_for_every_architecture(checkout: Pa
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stdout)
     assert frames
     assert {spilled for frame in frames for spilled in frame} == {"0"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_cpu_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "sanitized"
+    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "ops" / "sanitized.cpp"]
+    flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    assert subprocess.check_output([program], env=environment, text=True) == "clean\n"

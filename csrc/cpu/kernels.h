@@ -3,7 +3,8 @@
 #include <cstdint>
 
 // One copy of the function per vector width, chosen when the module is loaded, so that one binary serves every x86-64.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// The sanitizers cannot start before such a choice is made, so they build without it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define METAKERN_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define METAKERN_VECTORISED
