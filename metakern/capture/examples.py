@@ -6,6 +6,7 @@ proof lets NaN loose: the backward pass runs with NaN as the cotangent of a set 
 at rows that belong to S. NaN times zero is NaN, so the strength of an interaction does not matter, and no tolerance is
 needed. With S the examples whose number has bit b, and its complement, for every b, all pairs are covered. That finds
 the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs); then this engine refuses.
+The same is then asked of the forward pass (`capture.poison`), which also sees couplings that sleep in this batch.
 
 The verdict is kept per model and structure, so later steps do not pay. Where a pass may put examples into another
 order by data (sorting, routing), the axis is checked again in every step, at the price of one more backward.
@@ -14,7 +15,7 @@ order by data (sorting, routing), the axis is checked again in every step, at th
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -53,6 +54,9 @@ class ExampleAxis(NamedTuple):
         return self.dim == 0 and self.outer == 1
 
 
+Poisoned = Callable[[Sequence[Sequence[ExampleAxis | None]], Tensor], Tensor]
+
+
 class _Kind(NamedTuple):
     """An axis without the sizes that vary from batch to batch."""
 
@@ -64,11 +68,13 @@ class _Kind(NamedTuple):
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Hashable, list[list[_Kind]] | str]] = WeakKeyDictionary()
 
 
-def example_axes(model: torch.nn.Module, trace: Trace, context: Hashable) -> list[list[ExampleAxis]]:
+def example_axes(
+    model: torch.nn.Module, trace: Trace, context: Hashable, poisoned: Poisoned
+) -> list[list[ExampleAxis]]:
     """The example axis of every output of every use; raises EngineUnavailable where examples interact.
 
     `context` names what else decides how examples may interact: the operations of the pass, the loss function, and
-    the training flags.
+    the training flags. `poisoned(axes, inside)` repeats the pass with the examples `inside` NaN and returns its losses.
     """
     if trace.examples == 1:
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
@@ -79,7 +85,7 @@ def example_axes(model: torch.nn.Module, trace: Trace, context: Hashable) -> lis
         raise EngineUnavailable(verdict)
     axes = None if verdict is None else _sized_all(verdict, trace)
     if axes is None:
-        axes = _prove(trace, known, structure)
+        axes = _prove(trace, known, structure, poisoned)
     if trace.reorders:
         _require_order(trace, axes)
     return axes
@@ -96,7 +102,9 @@ def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxi
     return axes
 
 
-def _prove(trace: Trace, known: dict[Hashable, Any], structure: Hashable) -> list[list[ExampleAxis]]:
+def _prove(
+    trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
+) -> list[list[ExampleAxis]]:
     """The axes that survive every set S; refuses where none does. Kept unless more than one survives."""
     n = trace.examples
     fitting = [[list(candidates(shape, n)) for shape in use.output_shapes] for use in trace.uses]
@@ -109,6 +117,7 @@ def _prove(trace: Trace, known: dict[Hashable, Any], structure: Hashable) -> lis
                     if grad is not None and grad.numel():
                         line[k] = [axis for axis in line[k] if _stays_inside(grad, axis, inside)]
         _require_axes(trace, plain, fitting, known, structure)
+        _require_no_forward_path(trace, fitting, known, structure, poisoned)
         if all(len(found) == 1 for line in fitting for found in line):
             known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
@@ -137,6 +146,27 @@ def _require_axes(trace: Trace, plain: list, fitting: list, known: dict[Hashable
                     f"{tuple(shape)}) at rows of other examples; per-layer dots would be wrong, engine='jvp' is exact"
                 )
                 raise EngineUnavailable(reason)
+
+
+def _require_no_forward_path(
+    trace: Trace, fitting: list, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
+) -> None:
+    """Raise where NaN in some examples reaches the loss of others."""
+    axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
+    for inside in _sets(trace.examples, trace.losses.device):
+        try:
+            reached = poisoned(axes, inside).isnan()
+        except Exception as error:
+            reason = f"a pass with NaN in some examples failed ({error}), so their independence cannot be proved"
+        else:
+            if not bool((reached & ~inside).any()):
+                continue
+            reason = (
+                "examples interact: what one example computes reaches the loss of another, though perhaps not its "
+                "gradient in this batch; engine='jvp' is exact"
+            )
+        known[structure] = reason
+        raise EngineUnavailable(reason)
 
 
 def _require_order(trace: Trace, axes: list[list[ExampleAxis]]) -> None:

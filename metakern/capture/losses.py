@@ -98,7 +98,7 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
         logits, labels = _token_logits(model, logits, labels)
     losses = cross_entropy(logits, labels, argument)
     own = getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.dim() == 0:
+    if isinstance(own, Tensor) and own.dim() == 0 and bool(own.isfinite()):
         _require_same_loss(own, losses, labels, argument)
     return losses
 

@@ -18,3 +18,10 @@ def restore_random_state(state: RandomState) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state_all(state[1])
+
+
+def same_state(left: RandomState, right: RandomState) -> bool:
+    """Has nothing been drawn between the two?"""
+    if not torch.equal(left[0], right[0]):
+        return False
+    return all(torch.equal(a, b) for a, b in zip(left[1] or [], right[1] or []))

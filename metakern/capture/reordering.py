@@ -13,6 +13,7 @@ _ALONG = {
     "scatter_reduce": 1, "index_add": 1, "index_add_": 1, "index_copy": 1, "index_copy_": 1, "take_along_dim": 2,
     "sort": 1, "topk": 2, "kthvalue": 2,
 }  # fmt: skip
+_OVER = {"roll": (2, "dims"), "flip": (1, "dims")}
 _ANYWHERE = frozenset("masked_select masked_scatter masked_scatter_ take put put_ index_put index_put_".split())
 
 
@@ -25,6 +26,11 @@ def may_reorder(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_sta
         return _is_activation(args)
     if name in ("__getitem__", "__setitem__"):
         return _is_activation(args) and not all(is_static(t) for t in _leading_indices(args[1]))
+    if name in _OVER:
+        position, keyword = _OVER[name]
+        dims = args[position] if len(args) > position else kwargs.get(keyword, 0)
+        dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+        return _is_activation(args) and any(dim % args[0].dim() == 0 for dim in dims)
     if name in _ALONG:
         dim = args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim", -1)
         return _is_activation(args) and not (isinstance(dim, int) and dim % args[0].dim() != 0)

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.module_call import PARAMETER, ModuleCall
-from metakern.capture.random_state import random_state
+from metakern.capture.random_state import RandomState, random_state, same_state
 from metakern.capture.record import ArgPath, Call, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import may_reorder
@@ -29,9 +29,10 @@ _SHAPE_ONLY = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
 
-_RANDOM = frozenset(
-    "dropout dropout_ alpha_dropout alpha_dropout_ feature_dropout feature_dropout_ feature_alpha_dropout rrelu rrelu_ "
-    "dropout1d dropout2d dropout3d bernoulli bernoulli_ multinomial normal gumbel_softmax rand_like randn_like".split()
+# Frequent calls that never draw random numbers; for all others the generators are compared before and after.
+_DETERMINISTIC = frozenset(
+    "linear conv1d conv2d conv3d embedding layer_norm rms_norm group_norm batch_norm add mul sub matmul __matmul__ t "
+    "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous".split()
 )
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -137,6 +138,8 @@ class Tracer(TorchFunctionMode):
             output = func(*args, **kwargs)
             if (constant_only and not name.startswith("rand")) or name in _SHAPE_ONLY:
                 self._mark_constant(output)
+            elif _is_in_place(name, kwargs) and args:
+                self._constant.pop(id(args[0]), None)  # data was written into it
             elif may_reorder(name, args, kwargs, self._made_here):
                 self.reorders = True
             return output
@@ -152,8 +155,7 @@ class Tracer(TorchFunctionMode):
                 f"a tensor derived from parameters is changed in place by {name}(); write it out of place for "
                 "engine='ghost' (engine='jvp' takes it as it is)"
             )
-        state = random_state() if name in _RANDOM else None
-        output = func(*args, **kwargs)
+        output, state = _watching_randomness(func, name, args, kwargs)
         # A no-op such as `contiguous` hands its argument back, which is known already.
         outputs = tuple(t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output))
         self._mark_constant(output)
@@ -182,8 +184,12 @@ class Tracer(TorchFunctionMode):
         elif in_place:  # the value before the call is gone afterwards, and a replay needs it
             kept = (args[0].detach().clone(), *args[1:])
             versions = tuple((t, version) for t, version in versions if t is not args[0])
-        state = random_state() if name in _RANDOM else None
-        output = func(*args, **kwargs)
+        output, state = _watching_randomness(func, name, args, kwargs)
+        if state is not None and name == "scaled_dot_product_attention" and data[0].is_cuda:
+            raise EngineUnavailable(
+                "attention with dropout takes a parameter (a learned bias or query), and a fused kernel's mask cannot "
+                "be drawn again; set its dropout to 0, or use engine='jvp'"
+            )
         call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
         self._note(call, args[0] if in_place else output, data, upstream)
         return output
@@ -254,6 +260,15 @@ class Tracer(TorchFunctionMode):
         training = args[5] if len(args) > 5 else kwargs.get("training", False)
         if training:
             self.couplings.append("batch_norm in training mode takes its statistics over the batch")
+
+
+def _watching_randomness(func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:
+    """The output of a call, and the random state before it if the call drew from it, so that a replay does alike."""
+    if name in _DETERMINISTIC:
+        return func(*args, **kwargs), None
+    before = random_state()
+    output = func(*args, **kwargs)
+    return output, None if same_state(before, random_state()) else before
 
 
 def _owner(output: Tensor, data: list[Tensor]) -> Tensor:

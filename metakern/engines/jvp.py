@@ -33,7 +33,9 @@ def solve(problem: Problem) -> Answer:
         EngineUnavailable: an operation of the model has no forward mode.
     """
     before, state = Buffers(problem.model), random_state()
-    losses = problem.batch_losses()
+    # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = problem.batch_losses()
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
     after = random_state()

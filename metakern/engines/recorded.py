@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from metakern import dots as stage_dots
 from metakern.capture import trace_batch
 from metakern.capture.examples import ExampleAxis, example_axes
 from metakern.capture.graph import output_gradients, require_complete, visit_output_gradients
+from metakern.capture.poison import poisoned_losses
 from metakern.capture.record import BatchRecord, Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.problem import Problem
@@ -108,7 +109,11 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
             f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use engine='jvp'"
         )
     operations = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
-    return trace, example_axes(problem.model, trace, (operations, problem.context))
+
+    def poisoned(axes: Sequence[Sequence[ExampleAxis | None]], inside: Tensor) -> Tensor:
+        return poisoned_losses(problem.model, problem.batch, problem.loss_fn, problem.trainable, axes, inside)
+
+    return trace, example_axes(problem.model, trace, (operations, problem.context), poisoned)
 
 
 def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis]) -> Record | None:

@@ -69,7 +69,9 @@ class _Dual(GraphPass):
 
     def __init__(self, problem: Problem) -> None:
         self._buffers, self._random = Buffers(problem.model), random_state()
-        super().__init__(problem, problem.batch_losses())
+        with sdpa_kernel(SDPBackend.MATH):  # the form that the dual pass takes, with the same dropout masks
+            losses = problem.batch_losses()
+        super().__init__(problem, losses)
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
         after = random_state()

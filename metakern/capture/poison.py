@@ -1,0 +1,55 @@
+"""A forward pass in which chosen examples are NaN from the first layer on, to see whom they reach.
+
+The backward proof of `capture.examples` can be stopped by a hinge that is shut in the batch at hand (relu's backward
+selects, it does not multiply). Forward, NaN passes relu, clamp and max, so a coupling that sleeps shows all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.record import Call
+from metakern.capture.state import unchanged_buffers
+from metakern.capture.trace import Tracer, tensors_in
+
+
+class _Poisoner(Tracer):
+    """Fills the rows of the examples `inside` with NaN in the output of every use."""
+
+    def __init__(self, parameters: Any, constants: Any, axes: Sequence[Sequence[Any]], inside: Tensor) -> None:
+        super().__init__(parameters, constants)
+        self._axes, self._inside = axes, inside
+
+    def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
+        before = len(self.uses)
+        super()._note(call, output, data, upstream)
+        # What a call changes in place may be the user's own batch; the uses before and after it carry the NaN.
+        if before < len(self.uses) <= len(self._axes) and not call.in_place:
+            differentiable = [t for t in tensors_in(output) if t.requires_grad]
+            for tensor, axis in zip(differentiable, self._axes[before]):
+                if axis is not None:
+                    tensor.data.masked_fill_(axis.spread(self._inside, tensor.shape), torch.nan)
+
+
+def poisoned_losses(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None,
+    trainable: Mapping[str, nn.Parameter],
+    axes: Sequence[Sequence[Any]],
+    inside: Tensor,
+) -> Tensor:
+    """Losses [n] of a pass in which the examples `inside` are NaN; buffers and random state are as before."""
+    constants = [t for t in (*model.buffers(), *model.parameters()) if not t.requires_grad]
+    state = random_state()
+    try:
+        with unchanged_buffers(model), _Poisoner(trainable.values(), constants, axes, inside):
+            return evaluate_losses(model, batch, loss_fn, "batch").detach()
+    finally:
+        restore_random_state(state)
