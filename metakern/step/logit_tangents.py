@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.random_state import random_state, restore_random_state
@@ -35,7 +36,8 @@ class LogitPass:
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
         self._buffers, self._random = Buffers(problem.model), random_state()
-        self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
+        with sdpa_kernel(SDPBackend.MATH):  # the form that the dual pass takes, with the same dropout masks
+            self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)
 
     def tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
