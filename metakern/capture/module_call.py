@@ -22,32 +22,38 @@ REGISTERED: set[type[nn.Module]] = set()
 
 
 class ModuleCall:
-    """A module as a function of its inputs and of its parameters, given as keywords `parameter:NAME`."""
+    """A module as a function of its inputs and of its parameters, given as keywords `parameter:NAME`.
+
+    Every call works on fresh copies of the buffers as they are now: a replay sees what the first call saw, and does
+    not count.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.__name__ = type(module).__name__
+        self._buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameters = {k.removeprefix(PARAMETER): v for k, v in kwargs.items() if k.startswith(PARAMETER)}
         rest = {k: v for k, v in kwargs.items() if not k.startswith(PARAMETER)}
-        return torch.func.functional_call(self.module, parameters, args, rest)
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return torch.func.functional_call(self.module, {**buffers, **parameters}, args, rest)
 
 
 @contextmanager
 def registered_modules_as_wholes(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Inside the block `tracer` notes the calls of registered modules, and nothing within them."""
-    states: list[Any] = []
+    opened: list[tuple[ModuleCall, Any] | None] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        states.append(None if tracer.paused else random_state())
+        opened.append(None if tracer.paused else (ModuleCall(module), random_state()))
         tracer.paused = True
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        state = states.pop()
-        if state is not None:  # the outermost one
+        outermost = opened.pop()
+        if outermost is not None:
             tracer.paused = False
-            tracer.note_module(ModuleCall(module), args, kwargs, output, state)
+            tracer.note_module(outermost[0], args, kwargs, output, outermost[1])
 
     handles = []
     try:
