@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.state import unchanged_on_error
-from metakern.engines import Answer, Problem, pose, solve
+from metakern.engines import pose, solve
 from metakern.engines.group import sum_over_group, weights_over_group
+from metakern.step.direction import Direction, solve_along
+from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.result import Dots, StepResult
 from metakern.weights import apply_rule, weight_rule
@@ -38,7 +40,7 @@ def grad_dots(
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
     with unchanged_on_error(model):
         answer, used = solve(problem, engine)
-        _require_finite(answer, problem)
+        require_finite(answer.dots, problem)
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
 
@@ -48,6 +50,7 @@ def reweight_step(
     meta_batch: Any,
     *,
     rule: str | Callable[[Tensor], Tensor] = "clip_normalise",
+    direction: Direction | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     engine: str = "auto",
@@ -62,6 +65,8 @@ def reweight_step(
 
     Args:
         rule: "clip_normalise", "softmax", "unclipped", or a function from dots [n] to weights [n].
+        direction: from the meta gradient, by parameter name, to what the dots run along; see
+            `metakern.step.direction` for weight decay and for preconditioning. None is the meta gradient itself.
         The others: as for `l2rw_step`.
     Returns: `StepResult`.
     Raises: as `l2rw_step`; ValueError if the rule does not return one weight per example.
@@ -70,8 +75,8 @@ def reweight_step(
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model):
-        answer, used = solve(problem, engine)
-        _require_finite(answer, problem)
+        answer, used = solve_along(problem, engine, direction)
+        require_finite(answer.dots, problem)
         with torch.no_grad():
             weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
         gradient = answer.weighted_gradient(weights)
@@ -141,21 +146,3 @@ def l2rw_step(
         memory=memory,
         process_group=process_group,
     )
-
-
-def _require_finite(answer: Answer, problem: Problem) -> None:
-    """Dots must be finite; float16 may overflow and is left to a GradScaler, which then skips the step."""
-    if torch.isfinite(answer.dots.sum()) or _uses_float16(problem):
-        return
-    bad = (~torch.isfinite(answer.dots)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"the gradients of examples {bad[:10]} are not finite although their losses are; nothing was changed "
-            "(look for a division by zero or an overflow in the backward pass)"
-        )
-
-
-def _uses_float16(problem: Problem) -> bool:
-    kind = next(iter(problem.trainable.values())).device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return autocast or any(p.dtype == torch.float16 for p in problem.trainable.values())

@@ -1,0 +1,67 @@
+"""What the dots run along: the meta gradient V, or a direction made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from metakern.capture.parameters import trainable_parameters
+from metakern.engines import Answer, Problem, solve
+from metakern.engines.group import mean_over_group
+from metakern.engines.train_pass import open_pass
+from metakern.step.virtual import VirtualRule
+
+Direction = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def with_weight_decay(model: nn.Module, weight_decay: float) -> Direction:
+    """v = V + weight_decay * theta: the meta loss counts |theta|^2 / 2, as in the CIFAR code of Ren et al. (2018)."""
+    parameters = trainable_parameters(model)
+    return lambda v: {name: g.add(parameters[name].detach(), alpha=weight_decay) for name, g in v.items()}
+
+
+def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_frozen") -> Direction:
+    """v = J V with J = d update/d gradient of `optimizer` at gradient zero, from its present state.
+
+    Which example helps when the step is the optimizer's and not plain descent; J is read when the step is taken. While
+    Adam's moments are empty J = lr / eps in every entry, which is no preconditioning at all.
+    """
+    parameters = trainable_parameters(model)
+    rule = VirtualRule(virtual, None, optimizer)
+    rule.require_usable(parameters)
+
+    def along(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return rule.step({name: parameters[name] for name in v}, {}).pulled_back(v)
+
+    return along
+
+
+def solve_along(problem: Problem, engine: str, direction: Direction | None) -> tuple[Answer, str]:
+    """As `solve`, with the dots along `direction(V)`.
+
+    Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that V has.
+    """
+    if direction is None:
+        return solve(problem, engine)
+    train, used = open_pass(problem, engine)
+    meta_loss, v = problem.meta_gradient()
+    mean_over_group(v, problem.process_group)
+    along = direction(v)
+    _require_like(along, v)
+    return Answer(train.dots(along), train.losses, meta_loss, train.weighted_gradient), used
+
+
+def _require_like(along: Any, v: Mapping[str, Tensor]) -> None:
+    if not isinstance(along, Mapping):
+        raise TypeError(f"direction must return a mapping from parameter names to tensors, got {type(along).__name__}")
+    for name, tensor in along.items():
+        if name not in v:
+            raise ValueError(f"direction returned '{name}', which is no parameter that the meta gradient has")
+        if not isinstance(tensor, Tensor) or tensor.shape != v[name].shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"direction returned {got} for '{name}', expected a tensor of shape {tuple(v[name].shape)}"
+            )
