@@ -7,7 +7,7 @@ from benchmarks.providers import Outcome, Step, providers_for
 from benchmarks.rows import Row
 
 
-def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0) -> list[Row]:
+def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0, only: list[str] | None = None) -> list[Row]:
     """Rows of all providers of a case; one that stops or fails its check gets a row that says so, and no time."""
     problem = problem_of(case, device)
     gate = Gate(problem)
@@ -16,7 +16,8 @@ def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0) -> list[R
     outcomes: dict[str, Outcome] = {}
     counts: dict[str, tuple[int, int]] = {}
     rows: dict[str, Row] = {}
-    for name, prepare in providers_for(problem).items():
+    chosen = {name: make for name, make in providers_for(problem).items() if not only or name in ("plain", *only)}
+    for name, prepare in chosen.items():
         try:
             step = prepare(problem)
             step()  # what is learnt once per model is no part of a step
@@ -54,7 +55,7 @@ def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0) -> list[R
             gradient_budget_used=shares[name].gradient,
         )
     problem.model.zero_grad(set_to_none=True)
-    return [rows[name] for name in providers_for(problem)]
+    return [rows[name] for name in chosen]
 
 
 def _identity(problem: Problem, provider: str) -> dict[str, str]:
@@ -74,7 +75,7 @@ def _row(problem: Problem, provider: str, status: str) -> Row:
 def table(rows: list[Row], prototypes: dict[str, float | None] | None = None) -> str:
     """Ratios to the plain step, with spread, operations and memory; one block per case."""
     heads = ("plain steps", "spread", "cpu", "ms", "flops", "peak", "kept")
-    widths = (12, 15, 7, 9, 8, 8, 7)
+    widths = (12, 18, 8, 9, 8, 8, 7)
     lines = [f"{'case':<18}{'provider':<24}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
     previous = ""
     for row in rows:

@@ -15,6 +15,7 @@ ROWS: list[Row] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=10.0, help="time to spend on each case (default 10)")
+    parser.addoption("--providers", default="", help="comma-separated: only these beside the plain step")
     parser.addoption("--no-record", action="store_true", help="do not append the rows to benchmarks/results/")
 
 

@@ -11,7 +11,9 @@ from benchmarks.rows import Row
 def test_step(case: Case, benchmark, collected: list[Row], request: pytest.FixtureRequest) -> None:
     """No time is asserted; that metakern's numbers are right is."""
     seconds = request.config.getoption("--seconds")
-    rows = benchmark.pedantic(compare, args=(case,), kwargs={"seconds": seconds}, rounds=1, iterations=1)
+    only = request.config.getoption("--providers").split(",") if request.config.getoption("--providers") else None
+    keywords = {"seconds": seconds, "only": only}
+    rows = benchmark.pedantic(compare, args=(case,), kwargs=keywords, rounds=1, iterations=1)
     collected.extend(rows)
     benchmark.extra_info.update({row.provider: row.ratio for row in rows})
     failed = [row for row in rows if row.provider.startswith("metakern") and not row.measured]
