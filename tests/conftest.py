@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption(INTERPRETER_OPTION):
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, so before any test module
+    torch.set_num_threads(1)  # the tensors are small: threads would wait for one another longer than they work
 
 
 def _missing_tiers(config: pytest.Config) -> dict[str, str]:

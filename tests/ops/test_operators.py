@@ -234,3 +234,27 @@ def test_cross_entropy_rows_edges() -> None:
         assert losses[2] == 2000
         with pytest.raises(IndexError):
             ops.cross_entropy_rows(logits, targets + 5, impl=impl)
+
+
+LARGE = {
+    "affine_dots": (3, 70, 300),
+    "cross_entropy_rows": (70, 999),
+    "embedding_dots": (3, 150, 11, 400),
+    "row_dots": (3, 50001),
+}
+"""Sizes at which the CPU kernels use several threads."""
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_result_does_not_depend_on_the_number_of_threads(name: str) -> None:
+    arguments = CASES[name].arguments(LARGE[name], torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(OPERATORS[name](*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+    assert_exact(name, LARGE[name], arguments, None)
