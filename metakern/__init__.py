@@ -21,6 +21,8 @@ and in-run data attribution stops after stage two: add up lr * `grad_dots(model,
 
 from metakern import ops as ops
 from metakern import weights as weights
+from metakern.check import CheckReport as CheckReport
+from metakern.check import check as check
 from metakern.layers import LayerRule as LayerRule
 from metakern.layers import register_layer as register_layer
 from metakern.step import CorrectionResult as CorrectionResult

@@ -1,0 +1,195 @@
+"""Is metakern exact for this model and this batch? What would run, against float64 gradients of single losses."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from metakern.capture import EngineUnavailable, trace_batch
+from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.parameters import trainable_parameters
+from metakern.step import reweight_step
+from metakern.testing.budget import Verdict, unit, verdict
+
+
+@dataclass(frozen=True)
+class ParameterCheck:
+    """One parameter: how it is used, how much of the dots is its, and how far its weighted gradient is off."""
+
+    name: str
+    shape: tuple[int, ...]
+    uses: str  # torch functions that take it, "" where only forward mode saw it
+    share: float  # of sum_n |dots_n|, counting each parameter's part by its absolute value
+    gradient: Verdict
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found; `ok` is the verdict, `str(report)` a table."""
+
+    engine: str
+    why_not_ghost: str  # "" where ghost serves
+    dots: Verdict
+    parameters: tuple[ParameterCheck, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.dots.ok and all(row.gradient.ok for row in self.parameters)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.parameters)
+        lines = [f"{'parameter':<{width}}  {'shape':<18} {'share':>6}  {'error/budget':>12}  used by"]
+        for row in self.parameters:
+            lines.append(
+                f"{row.name:<{width}}  {'x'.join(map(str, row.shape)):<18} {row.share:6.1%}  "
+                f"{row.gradient.share:12.3f}  {row.uses}" + ("" if row.gradient.ok else "  WRONG")
+            )
+        lines.append(f"dots: error {self.dots.error:.1e}, {self.dots.share:.3f} of the budget")
+        lines.append(f"engine: {self.engine}" + (f" ({self.why_not_ghost})" if self.why_not_ghost else ""))
+        lines.extend(f"advice: {line}" for line in self.advice)
+        lines.append("exact" if self.ok else "NOT EXACT: please report this model")
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    loss_fn: LossFunction | None = None,
+    engine: str = "auto",
+    examples: int = 8,
+) -> CheckReport:
+    """Compare the engine that `l2rw_step` would take with the definition, on a float64 copy of the model.
+
+    dots_n = <dl_n/dtheta, dL_meta/dtheta> and sum_n w_n dl_n/dtheta, from one backward pass per loss l_n of the whole
+    batch, so that it holds where examples interact, too. Dropout is off in the copy; the model itself is left alone.
+
+    Args:
+        examples: how many of the batch's examples are compared.
+        The others: as for `l2rw_step`.
+
+    Returns:
+        `CheckReport`; print it for a table per parameter, `report.ok` is the verdict.
+
+    Raises:
+        As `l2rw_step`; ValueError for examples < 1.
+    """
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, got {examples}")
+    replica, without_dropout = _float64_copy(model)
+    batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
+    truth = _Truth(replica, batch, meta_batch, loss_fn, examples)
+    found = reweight_step(
+        replica, batch, meta_batch, rule=truth.weights_like, loss_fn=loss_fn, engine=engine, accumulate=False
+    )
+    uses, why_not = _uses(replica, batch, loss_fn, found.engine)
+    named = trainable_parameters(replica)
+    advice = ["dropout was switched off for the comparison"] if without_dropout else []
+    dots, rows = _judged(truth, found.dots, named, uses, torch.float64)
+    if not (dots.ok and all(row.gradient.ok for row in rows)):
+        rounded, rounded_rows = _judged(truth, found.dots, named, uses, torch.float32)
+        if rounded.ok and all(row.gradient.ok for row in rounded_rows):
+            dots, rows = rounded, rounded_rows
+            advice.append("exact to float32 only, because the model computes in float32 inside, or nearly so")
+    if found.engine == "jvp":
+        advice.append("forward mode costs about 2.3 plain steps; without the reason given above, ghost would serve")
+    return CheckReport(found.engine, why_not, dots, rows, tuple(advice))
+
+
+def _judged(
+    truth: _Truth, dots: Tensor, named: dict[str, nn.Parameter], uses: dict[int, list[str]], dtype: torch.dtype
+) -> tuple[Verdict, tuple[ParameterCheck, ...]]:
+    rows = tuple(truth.judge(name, p, uses[id(p)], dtype) for name, p in named.items())
+    return truth.judge_dots(dots, dtype), rows
+
+
+class _Truth:
+    """Gradients of the first losses, one backward each, and what follows from them."""
+
+    def __init__(self, model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any, examples: int) -> None:
+        named = trainable_parameters(model)
+        frozen = copy.deepcopy(model)  # so that running statistics move in neither
+        parameters = [p for p in frozen.parameters() if p.requires_grad]
+        losses = evaluate_losses(frozen, batch, loss_fn, "batch")
+        meta_loss = evaluate_losses(frozen, meta_batch, loss_fn, "meta_batch").mean()
+        self.count = min(examples, losses.shape[0])
+        self.direction = dict(zip(named, _gradient(meta_loss, parameters)))
+        self.gradients = [dict(zip(named, _gradient(losses[n], parameters))) for n in range(self.count)]
+        self.parts = {
+            name: torch.stack([(g[name] * self.direction[name]).sum() for g in self.gradients]) for name in named
+        }
+        self.weights = torch.linspace(0.5, 1.5, self.count, dtype=torch.float64)
+
+    def weights_like(self, dots: Tensor) -> Tensor:
+        """Weights on the compared examples only, so that the gradient can be compared without the others."""
+        weights = torch.zeros_like(dots)
+        weights[: self.count] = self.weights.to(dots)
+        return weights
+
+    def judge_dots(self, dots: Tensor, dtype: torch.dtype) -> Verdict:
+        want = sum(self.parts.values())
+        sizes = torch.stack([_norm(g) for g in self.gradients]) * _norm(self.direction)
+        return verdict("dots", dots[: self.count], want, unit(dtype, 1000) * sizes)
+
+    def judge(self, name: str, parameter: nn.Parameter, uses: list[str], dtype: torch.dtype) -> ParameterCheck:
+        want = sum(w * g[name] for w, g in zip(self.weights.tolist(), self.gradients))
+        size = sum(w * _norm(g) for w, g in zip(self.weights.tolist(), self.gradients))
+        total = sum(part.abs().sum() for part in self.parts.values())
+        share = float(self.parts[name].abs().sum() / total) if float(total) else 0.0
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return ParameterCheck(
+            name,
+            tuple(parameter.shape),
+            ", ".join(dict.fromkeys(uses)),
+            share,
+            verdict(name, got, want, unit(dtype, 1000) * size),
+        )
+
+
+def _float64_copy(model: nn.Module) -> tuple[nn.Module, bool]:
+    """A copy in float64 without dropout, and whether there was any."""
+    replica, changed = copy.deepcopy(model).double(), False
+    for module in replica.modules():
+        for attribute in ("p", "dropout", "dropout_p", "attention_dropout"):
+            rate = getattr(module, attribute, None)
+            is_dropout = attribute != "p" or isinstance(module, nn.modules.dropout._DropoutNd)
+            if is_dropout and isinstance(rate, float) and rate > 0:
+                setattr(module, attribute, 0.0)
+                changed = changed or module.training
+        module.zero_grad()
+    return replica, changed
+
+
+def _uses(model: nn.Module, batch: Any, loss_fn: Any, engine: str) -> tuple[dict[int, list[str]], str]:
+    """Identity of a parameter -> torch functions that take it; and why ghost does not serve, if it does not."""
+    uses: dict[int, list[str]] = defaultdict(list)
+    try:
+        trace = trace_batch(model, batch, loss_fn, trainable_parameters(model), "batch")
+    except EngineUnavailable as refusal:
+        return uses, str(refusal)
+    for call in (*trace.derivations, *(use.call for use in trace.uses)):
+        for _, parameter in call.parameters:
+            uses[id(parameter)].append(call.name)
+    reason = "; ".join(trace.couplings) if engine != "ghost" else ""
+    return uses, reason or ("examples interact" if engine == "jvp" else "")
+
+
+def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found)]
+
+
+def _norm(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.stack([t.norm() for t in tensors.values()]).norm()
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.detach().double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
