@@ -26,6 +26,7 @@ from metakern.capture.graph import require_complete
 from metakern.capture.record import Record, Trace
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
+from metakern.capture.trace import tensor_arguments, tensors_in
 from metakern.dots import pairable
 from metakern.dots.pairs import GRAM_OVERHEAD
 from metakern.engines.problem import Problem
@@ -88,10 +89,11 @@ def meta_pass_at(
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in explicit.items()}
     replacement = {id(problem.chosen[name]): leaf for name, leaf in leaves.items()}
     weights = {id(problem.chosen[name]): given for name, given in moves.items()}
-    with unchanged_buffers(problem.model), substituted(problem.model, replacement), _Moving(weights):
+    moving = _Moving(weights)
+    with unchanged_buffers(problem.model), substituted(problem.model, replacement), moving:
         trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
         places = _places(problem, trace, weights)
-        if places is None:
+        if places is None or moving.seen_unmoved:
             return None
         edges = [trace.uses[place].edges[0] for place in places]
         meta_loss = trace.losses.mean()
@@ -105,32 +107,34 @@ def meta_pass_at(
 
 
 class _Moving(TorchFunctionMode):
-    """Linear layers answer as if their weight had moved."""
+    """Linear layers answer as if their weight had moved; notes whether such a weight was used in another way."""
 
     def __init__(self, weights: Mapping[int, Move]) -> None:
         super().__init__()
         self._weights = weights
+        self.seen_unmoved = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.linear:
+        met = [id(tensor) for _, tensor in tensor_arguments(args, kwargs) if id(tensor) in self._weights]
+        if not met:
             return func(*args, **kwargs)
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        moved = self._weights.get(id(given["weight"]))
-        if moved is None:
-            return func(*args, **kwargs)
-        x = given["input"]
+        if func is F.linear and met == [id(given["weight"])]:
+            return self._moved(given["input"], given["weight"], given.get("bias"))
+        output = func(*args, **kwargs)
+        # Its shape or dtype may be asked for; its values may not, with a gradient or without.
+        self.seen_unmoved |= any(True for _ in tensors_in(output))
+        return output
+
+    def _moved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        moved = self._weights[id(weight)]
         # The weight as it was stays in the graph, without being asked for, so that the output always has an edge.
-        weight = given["weight"] if moved.origin is given["weight"] else _anchored(moved.origin, given["weight"])
+        origin = weight if moved.origin is weight else moved.origin.detach().requires_grad_(weight.requires_grad)
         gram = x.to(moved.inputs.dtype) @ moved.inputs.t()
-        return func(x, weight, given.get("bias")) - ((gram * moved.factor) @ moved.scaled_grads).to(x.dtype)
-
-
-def _anchored(origin: Tensor, weight: Tensor) -> Tensor:
-    """`origin`, requiring a gradient if the weight does."""
-    return origin.detach().requires_grad_(weight.requires_grad)
+        return F.linear(x, origin, bias) - ((gram * moved.factor) @ moved.scaled_grads).to(x.dtype)
 
 
 def _places(problem: Problem, trace: Trace, weights: Mapping[int, Move]) -> list[int] | None:

@@ -75,6 +75,20 @@ class _Listening:
         return losses
 
 
+def ask(network: nn.Module, first: Tensor, features: tuple[Any, ...]) -> Any:
+    """network(first, *features) in the network's own precision, also under autocast.
+
+    Its gradient is a sum that cancels, and the network is small: half precision would save nothing and lose the sign.
+    """
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+
+    def cast(value: Any) -> Any:
+        return value.to(own) if isinstance(value, Tensor) and value.is_floating_point() and own is not None else value
+
+    with torch.autocast(first.device.type, enabled=False):
+        return network(cast(first), *map(cast, features))
+
+
 def gradient_of(network: nn.Module, surrogate: Tensor) -> dict[nn.Parameter, Tensor]:
     """d surrogate/dphi, for the parameters that the surrogate depends on."""
     parameters = [p for p in network.parameters() if p.requires_grad]

@@ -17,6 +17,7 @@ from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.logit_tangents import LogitPass, LogitsFunction
 from metakern.step.meta_network import (
     Features,
+    ask,
     gradient_of,
     require_meta_network,
     step_meta_network,
@@ -137,7 +138,7 @@ class _Corrected:
         """Soft labels, [n, C]."""
         batch = self._problem.batch
         targets = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-        labels = self._label_net(targets, *self._features)
+        labels = ask(self._label_net, targets, self._features)
         if not isinstance(labels, Tensor) or labels.shape != self._log_q.shape:
             got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(

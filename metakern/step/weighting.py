@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metakern.step.meta_network import ask
+
 NORMALISATIONS = ("sum", "detached_sum", "mean", "none")
 
 
@@ -27,7 +29,7 @@ class Weighting:
 
         Without `detach_losses` the losses enter the weight net as variables, and c holds dw/dl as well.
         """
-        leaf = self._cast(losses).requires_grad_()
+        leaf = _at_least_float32(losses).requires_grad_()
         with torch.enable_grad():
             raw = self._raw(leaf.detach() if self.detach_losses else leaf, features)
             if not raw.requires_grad:
@@ -39,15 +41,10 @@ class Weighting:
     @torch.no_grad()
     def weights(self, losses: Tensor, features: tuple[Any, ...]) -> Tensor:
         """w_n / S, [n]."""
-        return self._normalised(self._raw(self._cast(losses), features))
-
-    def _cast(self, losses: Tensor) -> Tensor:
-        """Half-precision losses enter a float32 weight net as float32."""
-        kinds = [p.dtype for p in self.weight_net.parameters() if p.is_floating_point()]
-        return losses.detach().to(kinds[0]) if kinds else losses.detach().clone()
+        return self._normalised(self._raw(_at_least_float32(losses), features))
 
     def _raw(self, losses: Tensor, features: tuple[Any, ...]) -> Tensor:
-        output = self.weight_net(losses.unsqueeze(1), *features)
+        output = ask(self.weight_net, losses.unsqueeze(1), features)
         n = losses.shape[0]
         if not isinstance(output, Tensor) or tuple(output.shape) not in ((n,), (n, 1)):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -63,3 +60,8 @@ class Weighting:
             return raw / raw.shape[0]
         total = raw.sum() if self.normalise == "sum" else raw.sum().detach()
         return raw / (total + (total == 0).to(total.dtype))
+
+
+def _at_least_float32(losses: Tensor) -> Tensor:
+    losses = losses.detach()
+    return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses.clone()

@@ -355,3 +355,36 @@ def test_arguments() -> None:
     partly = torch.optim.SGD([next(model.parameters())], lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="does not hold parameter"):
         plain(model, net, optimizer=partly, virtual="momentum")
+
+
+def test_weight_net_keeps_its_precision_under_autocast() -> None:
+    """Its gradient is a sum that cancels; features that the model made in half precision are cast."""
+    seen: list[Any] = []
+
+    class Watching(WeightNet):
+        def forward(self, losses: Tensor, *features: Tensor) -> Tensor:
+            seen.append((losses.dtype, *(f.dtype for f in features), torch.is_autocast_enabled("cpu")))
+            return super().forward(losses, *features)
+
+    torch.manual_seed(0)
+    (model, batch, meta_batch), net = make("mlp"), Watching(2)
+    batch, meta_batch = ((x.float(), y) for x, y in (batch, meta_batch))
+    features = torch.ones(6, 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mwnet_step(
+            model.float(), net, batch, meta_batch, weight_optimizer=None, virtual_lr=0.7, features=features
+        )
+    assert set(seen) == {(torch.float32, torch.float32, False)}
+    assert got.weights.dtype == torch.float32
+
+
+def test_weights_that_are_not_finite() -> None:
+    class Broken(WeightNet):
+        def forward(self, losses: Tensor, *features: Tensor) -> Tensor:
+            return super().forward(losses) / 0
+
+    (model, batch, meta_batch), broken = make("mlp"), Broken().double()
+    before = Snapshot.of(model)
+    with pytest.raises(ValueError, match="weight_net returned weights that are not finite"):
+        mwnet_step(model, broken, batch, meta_batch, weight_optimizer=None, virtual_lr=0.7)
+    before.assert_unchanged(model)

@@ -179,7 +179,17 @@ class OtherwiseForMeta(Plain):
         return logits + x @ self.first.weight.t() @ self.second.weight.t() if len(x) == 4 else logits
 
 
-@pytest.mark.parametrize("kind", [TwiceForMeta, OtherwiseForMeta])
+class ConstantForMeta(Plain):
+    """Reads the values of a weight without a gradient: they must be those at theta^."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        with torch.no_grad():
+            scale = self.first.weight.norm() if len(x) == 4 else 1.0
+        return logits * scale
+
+
+@pytest.mark.parametrize("kind", [TwiceForMeta, OtherwiseForMeta, ConstantForMeta])
 def test_meta_batch_that_uses_weights_otherwise(kind: type[nn.Module], taken: list[list[str]]) -> None:
     compare(kind().double(), "mlp", "sgd")
     assert taken == [[]] * 3
