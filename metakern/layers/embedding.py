@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from metakern import ops
 from metakern.capture.record import Call, Record
 from metakern.capture.refusal import EngineUnavailable
-from metakern.layers.inner import per_example_inner
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 
@@ -29,15 +28,18 @@ def _padding(call: Call, rows: int) -> int:
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
-    call, grad = record.call, record.output_grad
+    call, grad, axis = record.call, record.output_grad, record.axes[0]
     table = tangents[id(call.argument(1, "weight"))]
     table = table.to_dense() if table.is_sparse else table
-    indices = call.argument(0, "input")
-    response = F.embedding(indices, table.to(grad.dtype))
-    padding = _padding(call, table.shape[0])
-    if padding >= 0:
-        response.masked_fill_((indices == padding).unsqueeze(-1), 0)
-    return per_example_inner(response, grad, record.axes[0], examples)
+    # Where examples do not come first, every row stands alone and is added up afterwards.
+    first = examples if axis.leading else grad.numel() // grad.shape[-1]
+    rows = ops.embedding_dots(
+        call.argument(0, "input").reshape(first, -1),
+        table.to(grad.dtype),
+        grad.reshape(first, -1, grad.shape[-1]),
+        padding_idx=call.argument(2, "padding_idx"),
+    )
+    return rows if axis.leading else axis.total(rows.view(grad.shape[:-1]), examples)
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
