@@ -14,21 +14,20 @@ from metakern.testing.judge import Snapshot
 
 
 class Network(nn.Module):
-    """Dropout, running statistics, a buffer that counts, and a forward pass that fails at a chosen call."""
+    """Dropout, running statistics, a buffer that counts, and a forward pass that fails for batches of one size."""
 
-    def __init__(self, fail_at: int = -1) -> None:
+    def __init__(self, fail_for: int = -1) -> None:
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
         self.drop = nn.Dropout(0.2)
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.fail_at, self.seen = fail_at, 0
+        self.fail_for = fail_for
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         hidden = self.drop(torch.tanh(self.norm(self.first(x))))
-        self.seen += 1
-        if self.seen == self.fail_at:
+        if len(x) == self.fail_for:
             raise OSError("the disk is on fire")
         return self.second(hidden)
 
@@ -58,12 +57,15 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
+IN_EITHER_PASS = pytest.mark.parametrize("fail_for", [6, 4], ids=["batch", "meta_batch"])
+
+
 @ENGINES
-@pytest.mark.parametrize("fail_at", [1, 2])
-def test_forward_raises(engine: str, fail_at: int) -> None:
-    """In the first pass and in the second, whichever batch each takes; the user's own error comes through."""
+@IN_EITHER_PASS
+def test_forward_raises(engine: str, fail_for: int) -> None:
+    """In the pass of either batch; the user's own error comes through."""
     torch.manual_seed(0)
-    model = Network(fail_at).double()
+    model = Network(fail_for).double()
     if engine == "ghost":
         model.norm.eval()
     with untouched(model) as optimizer, pytest.raises(OSError, match="on fire"):
@@ -71,16 +73,13 @@ def test_forward_raises(engine: str, fail_at: int) -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize("fail_at", [1, 2])
-def test_loss_raises(engine: str, fail_at: int) -> None:
+@IN_EITHER_PASS
+def test_loss_raises(engine: str, fail_for: int) -> None:
     model = mlp()
-    calls = 0
 
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        nonlocal calls
-        calls += 1
         values = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        if calls == fail_at:
+        if len(values) == fail_for:
             raise KeyError("no such label")
         return values
 
