@@ -80,8 +80,9 @@ def _logits(output: Any) -> Tensor:
         return output
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
     raise TypeError(
         f"the model returned {type(output).__name__}, neither a tensor nor an object with .logits; pass "
         "loss_fn(model, batch) -> losses[n]"
@@ -97,7 +98,7 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
     if logits.dim() == 3 and labels.dim() == 2:
         logits, labels = _token_logits(model, logits, labels)
     losses = cross_entropy(logits, labels, argument)
-    own = getattr(output, "loss", None)
+    own: Any = getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.dim() == 0 and bool(own.isfinite()):
         _require_same_loss(own, losses, labels, argument)
     return losses

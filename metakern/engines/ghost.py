@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
 from metakern.capture.examples import ExampleAxis
+from metakern.capture.graph import require_complete
 from metakern.capture.record import Record, Trace
 from metakern.capture.state import unchanged_buffers
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
-from metakern.engines.recorded import recorded
+from metakern.engines.recorded import recorded, require_unchanged
 
 
 class _Meta(NamedTuple):
@@ -41,24 +42,39 @@ def solve(problem: Problem) -> Answer:
 
 
 def _meta_pass(problem: Problem, trace: Trace) -> _Meta:
-    chosen = {id(p): p for p in problem.chosen.values()}
-    candidates = {} if problem.process_group is not None else stage_dots.pairable(trace, chosen)
+    candidates = {} if problem.process_group is not None else stage_dots.pairable(trace, _by_identity(problem))
+    if not candidates:
+        loss, gradient = problem.meta_gradient()
+        mean_over_group(gradient, problem.process_group)
+        return _Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {})
     with unchanged_buffers(problem.model):
         meta_trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
-    meta_candidates = stage_dots.pairable(meta_trace, chosen) if candidates else {}
+    pairs = _pairs(problem, trace, meta_trace, candidates)
+    loss = meta_trace.losses.mean()
+    directed = [p for key, p in _by_identity(problem).items() if key not in pairs]
+    edges = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
+    found = torch.autograd.grad(loss, [*directed, *edges], allow_unused=True)
+    direction = {id(p): g for p, g in zip(directed, found) if g is not None}
+    paired = {}
+    for (k, j), grad in zip(pairs.values(), found[len(directed) :]):
+        if grad is not None:
+            require_unchanged(meta_trace.uses[j])
+            paired[k] = Record(meta_trace.uses[j], (grad,), (ExampleAxis(0, 1, grad.shape[0]),))
+    return _Meta(loss.detach(), direction, paired)
+
+
+def _by_identity(problem: Problem) -> dict[int, nn.Parameter]:
+    return {id(p): p for p in problem.chosen.values()}
+
+
+def _pairs(problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int]) -> dict[int, tuple[int, int]]:
+    """Identity of a weight -> its use in the train pass and in the meta pass, where the pairs form is cheaper."""
+    meta_candidates = stage_dots.pairable(meta_trace, _by_identity(problem))
     pairs = {
         key: (k, meta_candidates[key])
         for key, k in candidates.items()
         if key in meta_candidates and stage_dots.pairs_are_cheaper(trace.uses[k], meta_trace.uses[meta_candidates[key]])
     }
-    loss = meta_trace.losses.mean()
-    directed = [p for key, p in chosen.items() if key not in pairs]
-    edges = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
-    found = torch.autograd.grad(loss, [*directed, *edges], allow_unused=True)
-    direction = {id(p): g for p, g in zip(directed, found) if g is not None}
-    mean_over_group(direction, problem.process_group)
-    paired = {}
-    for (k, j), grad in zip(pairs.values(), found[len(directed) :]):
-        if grad is not None:
-            paired[k] = Record(meta_trace.uses[j], (grad,), (ExampleAxis(0, 1, grad.shape[0]),))
-    return _Meta(loss.detach(), direction, paired)
+    if pairs:  # a use of these weights that the trace does not know would be missing from the Grams
+        require_complete(meta_trace, {key: name for name, p in problem.chosen.items() if (key := id(p)) in pairs})
+    return pairs

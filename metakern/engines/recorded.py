@@ -62,7 +62,7 @@ class Recorded:
     def _require_intact(self) -> None:
         for record in self.records:
             if record is not None:
-                _require_unchanged(record.use)
+                require_unchanged(record.use)
 
 
 class InPassing:
@@ -120,7 +120,7 @@ def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis]) -> Re
     """The use with its B; None where the losses do not depend on it, or not through any entry."""
     if all(g is None or g.numel() == 0 for g in grads):
         return None
-    _require_unchanged(use)
+    require_unchanged(use)
     return Record(use, tuple(grads), tuple(axes))
 
 
@@ -133,7 +133,8 @@ def _restricted(record: Record, wanted: Set[int]) -> Record | None:
     return replace(record, use=use, memo={}) if parameters else None
 
 
-def _require_unchanged(use: Use) -> None:
+def require_unchanged(use: Use) -> None:
+    """Raise EngineUnavailable if an input of the use is not what it was when the call read it."""
     for tensor, version in use.call.versions:
         if tensor._version != version:
             raise EngineUnavailable(

@@ -13,11 +13,11 @@ from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 def contract(record: Record, tangents: list[Tensor | None], examples: int) -> Tensor:
     """sum over outputs of <B_n, output tangent_n>, [n]."""
-    terms = [
-        per_example_inner(grad, tangents[place].to(grad.dtype), axis, examples)
-        for place, grad, axis in zip(record.use.output_places, record.output_grads, record.axes)
-        if grad is not None and tangents[place] is not None
-    ]
+    terms = []
+    for place, grad, axis in zip(record.use.output_places, record.output_grads, record.axes):
+        tangent = tangents[place]
+        if grad is not None and tangent is not None:
+            terms.append(per_example_inner(grad, tangent.to(grad.dtype), axis, examples))
     if not terms:
         grad = next(g for g in record.output_grads if g is not None)
         return torch.zeros(examples, dtype=grad.dtype, device=grad.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state import unchanged_on_error
+from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.engines import pose, solve
 from metakern.engines.group import sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along
@@ -29,7 +29,7 @@ def grad_dots(
     params: Any = None,
     memory: str = "reuse",
 ) -> Dots:
-    """Dot product of each example's gradient with the meta gradient; nothing is changed.
+    """Dot product of each example's gradient with the meta gradient; only the random state moves on.
 
     dots_n = < dl_n/dtheta, (1/m) sum_j dl'_j/dtheta >
 
@@ -38,7 +38,7 @@ def grad_dots(
     Raises: as `l2rw_step`.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
-    with unchanged_on_error(model):
+    with unchanged_on_error(model), unchanged_buffers(model):
         answer, used = solve(problem, engine)
         require_finite(answer.dots, problem)
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
