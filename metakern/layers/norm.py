@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern import ops
 from metakern.capture.record import Call, Record
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
@@ -100,7 +101,9 @@ def _by_channel(record: Record, tensor: Tensor, examples: int) -> Tensor:
 
 def _sum_positions(call: Call, normalised: Tensor | None, grad: Tensor) -> Tensor:
     if NORMS[call.func].channels_first:
-        return grad.sum(-1) if normalised is None else torch.linalg.vecdot(normalised, grad)
+        if normalised is None:
+            return grad.sum(-1)
+        return ops.row_dots(normalised.flatten(0, 1), grad.flatten(0, 1)).view(grad.shape[:2])
     return (grad if normalised is None else grad * normalised).sum(1)
 
 
