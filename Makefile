@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATI
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing metakern into $(VENV)"
 	@$(PIP) torch numpy triton
-	@$(PIP) --editable '.[dev,train,triton]'
+	@$(PIP) --editable '.[dev,train,triton,transformers]'
 	@touch $@
 
 setup: $(VENV)/installed  ## make the virtual environment and install
