@@ -3,7 +3,11 @@
 namespace metakern::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
+
+// Unrolled, float64 exponentials make the compiler spill.
+template <typename Sum>
+constexpr int kUnroll = sizeof(Sum) == 8 ? 1 : 4;
 
 // Maximum and sum of exponentials below it, of the part of a row that one thread or warp has seen.
 template <typename Sum>
@@ -31,6 +35,7 @@ template <typename Sum>
 __device__ Running<Sum> block_merge(Running<Sum> mine) {
   __shared__ Sum highs[32], sums[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll kUnroll < Sum>
   for (int offset = 16; offset > 0; offset /= 2)
     mine.merge(__shfl_xor_sync(0xffffffffu, mine.high, offset), __shfl_xor_sync(0xffffffffu, mine.sum, offset));
   if (lane == 0) {
@@ -39,6 +44,7 @@ __device__ Running<Sum> block_merge(Running<Sum> mine) {
   }
   __syncthreads();
   Running<Sum> all{highs[0], sums[0]};
+#pragma unroll kUnroll < Sum>
   for (int w = 1; w < kThreads / 32; ++w) all.merge(highs[w], sums[w]);
   return all;
 }
@@ -61,6 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   if (target < 0 || target >= classes) __trap();  // as the loss itself would have stopped
   Running<Sum> mine{-INFINITY, 0};
   Sum total = 0;
+#pragma unroll kUnroll < Sum>
   for (int64_t c = threadIdx.x; c < classes; c += kThreads) {
     const Sum value = static_cast<Sum>(z[c]);
     mine.include(value);
@@ -69,6 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   const Running<Sum> all = block_merge(mine);
   const Sum share = static_cast<Sum>(smoothing), uniform = share / static_cast<Sum>(classes);
   const Sum inverse = Sum(1) / all.sum;
+#pragma unroll kUnroll < Sum>
   for (int64_t c = threadIdx.x; c < classes; c += kThreads) {
     const Sum p = exp(static_cast<Sum>(z[c]) - all.high) * inverse - uniform;
     g[c] = static_cast<T>(c == target ? p - (Sum(1) - share) : p);
