@@ -33,9 +33,11 @@ def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: An
     """Apply a weight rule to the dots of all ranks at once and return this rank's part."""
     if group is None:
         return rule(dots)
-    counts = [None] * dist.get_world_size(group)
+    counts: list[int] = [0] * dist.get_world_size(group)
     dist.all_gather_object(counts, dots.shape[0], group=group)
-    gathered = [torch.empty(count, dtype=dots.dtype, device=dots.device) for count in counts]
-    dist.all_gather(gathered, dots, group=group)
-    start = sum(counts[: dist.get_rank(group)])  # type: ignore[arg-type]
-    return rule(torch.cat(gathered))[start : start + dots.shape[0]]
+    padded = torch.cat([dots, dots.new_zeros(max(counts) - dots.shape[0])])  # gather wants equal sizes
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    everywhere = torch.cat([part[:count] for part, count in zip(gathered, counts)])
+    start = sum(counts[: dist.get_rank(group)])
+    return rule(everywhere)[start : start + dots.shape[0]]
