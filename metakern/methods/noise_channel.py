@@ -1,4 +1,4 @@
-"""Losses that know how labels were corrupted: forward correction, the S-Model's learned channel, and GLC's estimate."""
+"""Losses that know how labels were corrupted, and estimates of the channel from clean examples or from none."""
 
 from __future__ import annotations
 
@@ -64,6 +64,51 @@ def glc_channel(noisy_probabilities: Tensor, clean_targets: Tensor) -> Tensor:
     sums = noisy_probabilities.new_zeros(classes, classes).index_add_(0, clean_targets, noisy_probabilities)
     counts = torch.bincount(clean_targets, minlength=classes).unsqueeze(1)
     return torch.where(counts > 0, sums / counts.clamp(min=1), torch.eye(classes).to(sums))
+
+
+def confusion_channel(predicted: Tensor, clean_targets: Tensor, classes: int, *, smoothing: float = 0.01) -> Tensor:
+    """channel[k, j] = share of the clean examples of class k that a network trained on noisy labels calls j; [C, C].
+
+    Rows are mixed with the uniform distribution by `smoothing`, so that no label is impossible.
+    Source: the "confusion matrix" baseline of Hendrycks et al., as `glc_channel`.
+    """
+    counts = torch.bincount(clean_targets * classes + predicted, minlength=classes * classes).view(classes, classes)
+    held = counts.sum(1, keepdim=True)
+    shares = torch.where(held > 0, counts / held.clamp(min=1), torch.eye(classes))
+    return (1 - smoothing) * shares + smoothing / classes
+
+
+def anchor_channel(noisy_probabilities: Tensor, *, quantile: float = 0.97) -> Tensor:
+    """channel[k, :] = prediction for the example whose probability of k is that quantile of all; needs no clean labels.
+
+    noisy_probabilities[n, C] of a network trained on noisy labels -> [C, C]. The example is taken to be surely of
+    class k, so that what the network says about it are the labels that class k gets.
+    Source: Patrini et al., as `forward_corrected_loss`, section 5 (theorem 3 has the maximum, the code the quantile).
+    """
+    rows = [
+        (column - torch.quantile(column, quantile, interpolation="higher")).abs().argmin()
+        for column in noisy_probabilities.T
+    ]
+    return noisy_probabilities[torch.stack(rows)]
+
+
+def reverse_channel(channel: Tensor, label_shares: Tensor) -> Tensor:
+    """P(true class k | label j), [C labels, C classes], from channel[k, j] and the shares of the labels [C].
+
+    The shares of the true classes are those whose labels would have `label_shares` (least squares, clipped to be
+    positive); then Bayes' rule.
+    """
+    truth = torch.linalg.lstsq(channel.double().T, label_shares.double().unsqueeze(1)).solution.squeeze(1)
+    joint = truth.clamp(min=1e-6).unsqueeze(1) * channel.double()
+    return (joint / joint.sum(0)).T.to(channel)
+
+
+def top_down_loss(logits: Tensor, targets: Tensor, reverse: Tensor) -> Tensor:
+    """l_n = -sum_k reverse[y_n, k] log q_n[k]: labels are turned into classes before the network sees them; -> [n].
+
+    Source: the top-down noise model of Sukhbaatar et al., "Training Convolutional Networks with Noisy Labels", 2014.
+    """
+    return -(reverse.to(logits)[targets] * F.log_softmax(logits, 1)).sum(1)
 
 
 def glc_loss(logits: Tensor, targets: Tensor, is_clean: Tensor, channel: Tensor) -> Tensor:
