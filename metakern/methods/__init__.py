@@ -1,11 +1,11 @@
 """The methods, one file per paper: its composition and what is particular to it, nothing else.
 
 method = find("l2rw")
-step = method.begin(seed)
+step = method.begin(setup)
     outcome = step(model, batch, meta_batch, optimizer=optimizer, setting=setting)
 """
 
 from metakern.methods.catalogue import METHODS, find
-from metakern.methods.method import Method, Outcome, Setting
+from metakern.methods.method import Method, Outcome, Setting, Setup
 
-__all__ = ["METHODS", "Method", "Outcome", "Setting", "find"]
+__all__ = ["METHODS", "Method", "Outcome", "Setting", "Setup", "find"]

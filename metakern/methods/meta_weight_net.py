@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import metakern
-from metakern.methods.method import Batch, Method, Outcome, Setting, Step
+from metakern.methods.method import Method, Setup, Step
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 
 
 class WeightNet(nn.Module):
@@ -27,45 +27,18 @@ class WeightNet(nn.Module):
         return self.layers(losses)
 
 
-def _weight_net(seed: int) -> WeightNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return WeightNet()
-
-
-def _step(weight_net: WeightNet, weight_optimizer: torch.optim.Optimizer, normalise: str, detach_losses: bool) -> Step:
-    def step(
-        model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
-    ) -> Outcome:
-        result = metakern.mwnet_step(
-            model,
-            weight_net,
-            batch,
-            meta_batch,
-            weight_optimizer=weight_optimizer,
-            virtual_lr=None,
-            normalise=normalise,
-            detach_losses=detach_losses,
-            optimizer=optimizer,
-            engine=setting.engine,
-        )
-        return Outcome(result.weights, result.losses, result.meta_loss)
-
-    return step
-
-
-def begin_for_noise(seed: int) -> Step:
+def begin_for_noise(setup: Setup) -> Step:
     """The code for noisy labels: weighted mean, losses enter the weight net as constants, Adam 1e-3, decay 1e-4."""
-    weight_net = _weight_net(seed)
+    weight_net = seeded(WeightNet, setup.seed, device_of(setup.model))
     optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, weight_decay=1e-4)
-    return _step(weight_net, optimizer, "mean", detach_losses=True)
+    return WeightNetStep(weight_net, optimizer, normalise="mean", detach_losses=True)
 
 
-def begin_for_imbalance(seed: int) -> Step:
+def begin_for_imbalance(setup: Setup) -> Step:
     """The code for imbalance: weights normalised to sum 1, everything differentiated, Nesterov SGD 1e-5, decay 5e-4."""
-    weight_net = _weight_net(seed)
+    weight_net = seeded(WeightNet, setup.seed, device_of(setup.model))
     optimizer = torch.optim.SGD(weight_net.parameters(), 1e-5, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return _step(weight_net, optimizer, "sum", detach_losses=False)
+    return WeightNetStep(weight_net, optimizer, normalise="sum", detach_losses=False)
 
 
 MW_NET = Method(

@@ -3,30 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from metakern.data import Task
 from metakern.data.sampling import shuffled
 
 Batch = tuple[Tensor, Tensor]  # inputs[n, ...], targets[n] int64
 Sampler = Callable[[Tensor, int, torch.Generator], Iterator[Tensor]]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run offers a method before its first step.
+
+    The task, on the device of the model; the model as it will be trained, with its initial parameters until the first
+    step; the run's seed; its optimizer steps and batch size; the engine that computes dot products; and the run's
+    optimizer for another model. `progress` says whether long work before the first step shows a bar.
+    """
+
+    task: Task
+    model: nn.Module
+    seed: int
+    steps: int
+    batch_size: int
+    make_optimizer: MakeOptimizer
+    engine: str = "auto"
+    progress: bool = False
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return len(self.task.class_names)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every training example comes up about once."""
+        return max(1, round(len(self.task.train) / self.batch_size))
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a step may know beyond its two batches.
 
-    class_counts[C] of the training set; a generator for random draws; the share of the run that is done, 0 to 1; and
-    the engine that computes dot products.
+    class_counts[C] of the training set; a generator for random draws; the engine that computes dot products; the rows
+    of the batch in `task.train`, indices[n] int64; and which of the run's `steps` this is, from 0.
     """
 
     class_counts: Tensor
     generator: torch.Generator
-    progress: float = 0.0
     engine: str = "auto"
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done before this step, 0 to 1."""
+        return self.step / self.steps
 
     @property
     def class_shares(self) -> Tensor:
@@ -43,25 +81,50 @@ class Outcome(NamedTuple):
 
 
 class Step(Protocol):
-    """One optimizer step on `batch`; `meta_batch` is there for the methods that use it."""
+    """One optimizer step on `batch`; `meta_batch` is there for the methods that use it.
+
+    A plain function, or an object that also has one or both of
+    `state_dict()` and `load_state_dict(state)`: what it has learned besides the model, in tensors and numbers;
+    `prepare()`: work before the first step, such as training a network to learn from. It is not called when a run goes
+    on from a checkpoint, so what comes of it belongs into the state.
+    """
 
     def __call__(
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome: ...
 
 
-# seed -> the step of one run. What a method learns besides the model, such as a weight net, lives in the step.
-Begin = Callable[[int], Step]
+@runtime_checkable
+class Prepared(Protocol):
+    """A step with work to do before the first step."""
+
+    def prepare(self) -> None: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A step that has learned something besides the model."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+# The step of one run. What a method learns besides the model, such as a weight net, lives in the step.
+Begin = Callable[[Setup], Step]
 
 
 def always(step: Step) -> Begin:
     """For methods that keep nothing between steps: every run has the same step."""
-    return lambda seed: step
+    return lambda setup: step
 
 
 @dataclass(frozen=True)
 class Method:
-    """A training method with the settings its paper's code uses."""
+    """A training method with the settings its paper's code uses.
+
+    `meta_batch_size` None hands the whole meta set to every step; otherwise `meta_sampler` draws that many from it.
+    """
 
     name: str
     summary: str
@@ -72,3 +135,5 @@ class Method:
     needs_meta: bool = False
     handles: str = "imbalance"
     sampler: Sampler = shuffled
+    meta_batch_size: int | None = None
+    meta_sampler: Sampler = shuffled

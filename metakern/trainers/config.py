@@ -32,6 +32,7 @@ class TrainConfig:
     steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
     schedule: float = _option(1.0, "share of the method's own number of steps to take")
     batch_size: int | None = _option(None, "training examples in a batch (default: the method's own)")
+    meta_batch_size: int | None = _option(None, "meta examples in a step (default: the method's own, mostly all)")
     lr: float = _option(1e-3, "learning rate of SGD")
     momentum: float = _option(0.9, "momentum of SGD")
     weight_decay: float = _option(0.0, "weight decay of SGD")
@@ -40,7 +41,15 @@ class TrainConfig:
     threads: int = _option(2, "CPU threads")
 
     def __post_init__(self) -> None:
-        for name in ("train_size", "meta_per_class", "steps", "batch_size", "evaluations", "threads"):
+        for name in (
+            "train_size",
+            "meta_per_class",
+            "steps",
+            "batch_size",
+            "meta_batch_size",
+            "evaluations",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from metakern.data import Task, biased, binary_imbalance, load
-from metakern.methods import Method, Outcome, Setting, find
+from metakern.methods import Method, Outcome, Setting, Setup, find
+from metakern.methods.method import Batch, Prepared
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.evaluate import Errors, measure_errors
 from metakern.trainers.ledger import Ledger
@@ -81,33 +84,64 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
     return Run(config, task, model, errors, seconds, folder)
 
 
-def _run(
-    config: TrainConfig, method: Method, task: Task, model: nn.Module, metrics: MetricsFile, progress: bool
-) -> Ledger:
-    steps = config.total_steps(method)
-    optimizer = make_optimizer(config, model)
-    # Batches and random weights draw from streams of their own: one method's draws never shift another's batches.
-    setting = Setting(
-        task.train.counts(len(task.class_names)), torch.Generator().manual_seed(config.seed + 1), 0.0, config.engine
+def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module, *, progress: bool = False) -> Setup:
+    """What a run of `config` offers its method."""
+    return Setup(
+        task,
+        model,
+        config.seed,
+        config.total_steps(method),
+        config.batch_size or method.batch_size,
+        lambda model: make_optimizer(config, model),
+        config.engine,
+        progress,
     )
-    batches = method.sampler(
+
+
+def make_batches(config: TrainConfig, method: Method, task: Task) -> Iterator[tuple[Tensor, Batch, Batch]]:
+    """Endless: rows[n] in `task.train`, the batch they are, and a meta batch.
+
+    Both streams of rows draw from generators of their own: one method's draws never shift another's batches.
+    """
+    rows = method.sampler(
         task.train.targets,
         config.batch_size or method.batch_size,
         torch.Generator().manual_seed(config.seed + 2),
     )
-    take = method.begin(config.seed)
+    size = config.meta_batch_size or method.meta_batch_size
+    meta_rows = (
+        repeat(slice(None))
+        if size is None
+        else method.meta_sampler(task.meta.targets, size, torch.Generator().manual_seed(config.seed + 3))
+    )
+    for own, meta in zip(rows, meta_rows, strict=False):
+        yield own, (task.train.inputs[own], task.train.targets[own]), (task.meta.inputs[meta], task.meta.targets[meta])
+
+
+def _run(
+    config: TrainConfig, method: Method, task: Task, model: nn.Module, metrics: MetricsFile, progress: bool
+) -> Ledger:
+    setup = make_setup(config, method, task, model, progress=progress)
+    steps = setup.steps
+    optimizer = make_optimizer(config, model)
+    setting = Setting(
+        task.train.counts(setup.classes), torch.Generator().manual_seed(config.seed + 1), config.engine, steps=steps
+    )
+    batches = make_batches(config, method, task)
+    take = method.begin(setup)
+    if isinstance(take, Prepared):
+        take.prepare()
     ledger = Ledger(task, steps)
     evaluate_at = {round(steps * (k + 1) / config.evaluations) for k in range(config.evaluations)}
     with metrics, tqdm(total=steps, desc=method.name, unit="step", disable=not progress) as bar:
         for step in range(1, steps + 1):
-            rows = next(batches)
-            batch = task.train.inputs[rows], task.train.targets[rows]
+            rows, batch, meta_batch = next(batches)
             outcome = take(
                 model,
                 batch,
-                (task.meta.inputs, task.meta.targets),
+                meta_batch,
                 optimizer=optimizer,
-                setting=replace(setting, progress=(step - 1) / steps),
+                setting=replace(setting, indices=rows, step=step - 1),
             )
             _refuse_nonfinite(outcome, step)
             ledger.add(step - 1, rows, outcome.weights)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from metakern.data import Task
 from metakern.methods import Setting, find
+from metakern.methods.method import Prepared
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.loop import make_optimizer
+from metakern.trainers.loop import make_batches, make_optimizer, make_setup
 from metakern.trainers.networks import network_for
 
 
@@ -30,21 +32,20 @@ def step_time(config: TrainConfig, task: Task, *, pairs: int = 25) -> StepTime:
     """
     torch.set_num_threads(config.threads)
     method = find(config.method)
-    meta = task.meta.inputs, task.meta.targets
-    setting = Setting(task.train.counts(len(task.class_names)), torch.Generator().manual_seed(0), 0.0, config.engine)
-    batches = method.sampler(
-        task.train.targets, config.batch_size or method.batch_size, torch.Generator().manual_seed(0)
-    )
+    setting = Setting(task.train.counts(len(task.class_names)), torch.Generator().manual_seed(0), config.engine)
     sides = []
-    for step in (find("uniform").begin(0), method.begin(0)):
+    for side in (find("uniform"), method):
         model = network_for(task, config.seed)
+        step = side.begin(make_setup(config, side, task, model))
+        if isinstance(step, Prepared):
+            step.prepare()
         sides.append((step, model, make_optimizer(config, model), []))
+    batches = make_batches(config, method, task)
     for _ in range(pairs + 3):
-        rows = next(batches)
-        batch = task.train.inputs[rows], task.train.targets[rows]
+        rows, batch, meta = next(batches)
         for step, model, optimizer, times in sides:
             began = time.perf_counter()
-            step(model, batch, meta, optimizer=optimizer, setting=setting)
+            step(model, batch, meta, optimizer=optimizer, setting=replace(setting, indices=rows))
             times.append(time.perf_counter() - began)
     plain, ours = (torch.tensor(times[3:], dtype=torch.float64) for *_, times in sides)
     low, middle, high = torch.quantile(ours / plain, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()

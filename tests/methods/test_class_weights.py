@@ -68,22 +68,22 @@ def test_dynamic_tau_both_rules():
         dynamic_tau(accuracies, "mean")
 
 
-def test_cdb_weights_the_class_the_model_fails_on():
+def test_cdb_weights_the_class_the_model_fails_on(setup):
     model = torch.nn.Linear(2, 2, bias=False)
     torch.nn.init.zeros_(model.weight)  # every prediction is class 0
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     batch = torch.randn(4, 2), torch.tensor([0, 0, 0, 1])
     meta = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
     setting = Setting(torch.tensor([3, 1]), torch.Generator())
-    outcome = find("cdb").begin(0)(model, batch, meta, optimizer=optimizer, setting=setting)
+    outcome = find("cdb").begin(setup(model))(model, batch, meta, optimizer=optimizer, setting=setting)
     assert outcome.weights.tolist() == [0, 0, 0, 1]
 
 
 def test_deferred_reweighting_begins_at_four_fifths():
     losses, targets = torch.ones(4), torch.tensor([0, 1, 1, 1])
     early, late = (
-        deferred(losses, targets, Setting(torch.tensor([10, 1000]), torch.Generator(), progress))
-        for progress in (0.79, 0.8)
+        deferred(losses, targets, Setting(torch.tensor([10, 1000]), torch.Generator(), step=step, steps=100))
+        for step in (79, 80)
     )
     assert early.tolist() == [0.25] * 4
     assert late[0] > 0.9

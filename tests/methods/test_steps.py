@@ -44,16 +44,16 @@ def batches():
     return batch(12), batch(4)
 
 
-def take(name: str, model: nn.Module, batches, lr: float = 0.1):
+def take(name: str, model: nn.Module, batches, setup, lr: float = 0.1):
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     setting = Setting(torch.tensor([30, 70]), torch.Generator().manual_seed(2))
-    return find(name).begin(0)(model, *batches, optimizer=optimizer, setting=setting)
+    return find(name).begin(setup(model))(model, *batches, optimizer=optimizer, setting=setting)
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_step_is_the_weighted_gradient(name, model, batches):
+def test_step_is_the_weighted_gradient(name, model, batches, setup):
     plain = copy.deepcopy(model)
-    outcome = take(name, model, batches)
+    outcome = take(name, model, batches, setup)
     (inputs, targets), _ = batches
     losses = F.cross_entropy(plain(inputs), targets, reduction="none")
     (outcome.weights * losses).sum().backward()
@@ -64,23 +64,23 @@ def test_step_is_the_weighted_gradient(name, model, batches):
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_weights_are_a_share(name, model, batches):
-    weights = take(name, model, batches).weights
+def test_weights_are_a_share(name, model, batches, setup):
+    weights = take(name, model, batches, setup).weights
     assert (weights >= 0).all()
     if not name.endswith("proportion-as-shipped"):
         assert float(weights.sum()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if name != "l2rw"])
-def test_every_step_learns(name, model, batches):
+def test_every_step_learns(name, model, batches, setup):
     (inputs, targets), _ = batches
     before = F.cross_entropy(model(inputs), targets).item()
     for _ in range(30):
-        take(name, model, batches)
+        take(name, model, batches, setup)
     assert F.cross_entropy(model(inputs), targets).item() < before
 
 
-def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatch):
+def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatch, setup):
     seen = {}
 
     def stub(model, batch, meta_batch, **keywords):
@@ -90,7 +90,7 @@ def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatc
         return SimpleNamespace(weights=torch.ones(12) / 12, losses=torch.ones(12), meta_loss=torch.tensor(0.5))
 
     monkeypatch.setattr(metakern, "l2rw_step", stub, raising=False)
-    outcome = take("l2rw", model, batches)
+    outcome = take("l2rw", model, batches, setup)
     assert seen["batch"] is batches[0]
     assert seen["meta_batch"] is batches[1]
     assert seen["engine"] == "auto"
@@ -99,7 +99,7 @@ def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatc
 
 
 @pytest.mark.skipif(not hasattr(metakern, "l2rw_step"), reason="metakern.l2rw_step is not there")
-def test_l2rw_weights_by_hand(model, batches):
+def test_l2rw_weights_by_hand(model, batches, setup):
     (inputs, targets), (meta_inputs, meta_targets) = batches
     parameters = list(model.parameters())
     wanted = torch.autograd.grad(F.cross_entropy(model(meta_inputs), meta_targets), parameters)
@@ -108,7 +108,7 @@ def test_l2rw_weights_by_hand(model, batches):
         gradient = torch.autograd.grad(F.cross_entropy(model(inputs[n : n + 1]), targets[n : n + 1]), parameters)
         dots.append(sum((a * b).sum() for a, b in zip(gradient, wanted, strict=True)))
     clipped = torch.stack(dots).clamp(min=0)
-    torch.testing.assert_close(take("l2rw", model, batches).weights, clipped / clipped.sum())
+    torch.testing.assert_close(take("l2rw", model, batches, setup).weights, clipped / clipped.sum())
 
 
 def test_unknown_method_lists_the_known():
@@ -119,11 +119,11 @@ def test_unknown_method_lists_the_known():
 
 @pytest.mark.skipif(not hasattr(metakern, "mwnet_step"), reason="metakern.mwnet_step is not there")
 @pytest.mark.parametrize("name", ["mw-net", "mw-net-imbalance"])
-def test_mw_net_learns_a_weight_net_of_its_own_in_each_run(name, model, batches):
+def test_mw_net_learns_a_weight_net_of_its_own_in_each_run(name, model, batches, setup):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     setting = Setting(torch.tensor([30, 70]), torch.Generator())
     (inputs, targets), _ = batches
-    step = find(name).begin(0)
+    step = find(name).begin(setup(model))
     before = F.cross_entropy(model(inputs), targets).item()
     outcomes = [step(model, *batches, optimizer=optimizer, setting=setting) for _ in range(30)]
     assert F.cross_entropy(model(inputs), targets).item() < before
@@ -132,8 +132,8 @@ def test_mw_net_learns_a_weight_net_of_its_own_in_each_run(name, model, batches)
     assert float(mass) == pytest.approx(1) if name == "mw-net-imbalance" else 0.3 < float(mass) < 0.7
     states = []
     for begin_seed in (0, 0, 1):
-        fresh = find(name).begin(begin_seed)
         other = nn.Linear(6, 2).double()
+        fresh = find(name).begin(setup(other, seed=begin_seed))
         nn.init.zeros_(other.weight)
         nn.init.zeros_(other.bias)
         plain = torch.optim.SGD(other.parameters(), 0.1)

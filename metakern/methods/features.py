@@ -1,0 +1,55 @@
+"""Penultimate features: what a model's last linear layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The last `nn.Linear` of the model in the order of its modules, taken to be the one that makes the logits.
+
+    Raises: ValueError when there is none.
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise ValueError(f"features: {type(model).__name__} has no nn.Linear, so it has no penultimate features")
+    return found[-1]
+
+
+@contextmanager
+def kept_features(model: nn.Module) -> Iterator[Callable[[nn.Module, Any], Tensor]]:
+    """Within the block, a function (model, batch) -> features[n, d] of the model's latest forward pass, as constants.
+
+    It has the form that `mwnet_step` and `mlc_step` ask for as `features=`, and costs no forward pass of its own.
+    """
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        kept[:] = [arguments[0].detach()]
+
+    hook = last_linear(model).register_forward_pre_hook(keep)
+    try:
+        yield lambda model, batch: kept[0].flatten(1)
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def features(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
+    """The penultimate features of inputs[n, ...] in evaluation mode, [n, d]; the model keeps its former mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with kept_features(model) as kept:
+            parts = []
+            for part in inputs.split(batch_size):
+                model(part)
+                parts.append(kept(model, part))
+    finally:
+        model.train(was_training)
+    return torch.cat(parts)

@@ -1,0 +1,54 @@
+"""Plainly trained networks, for methods that learn from one before their own training begins."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from metakern.data import Examples
+from metakern.data.sampling import shuffled
+from metakern.methods.method import Setup
+
+
+def train_plainly(
+    setup: Setup,
+    examples: Examples,
+    *,
+    steps: int,
+    batch_size: int | None = None,
+    after_step: Callable[[int, nn.Module], None] | None = None,
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> nn.Module:
+    """A copy of the run's model after `steps` steps on the mean of `criterion(logits, targets)`, by its optimizer.
+
+    Before a run's first step the copy is a network with the run's initial parameters; the model is not touched.
+    Batches follow from the run's seed. `after_step(k, network)` is called after each step, k = 1 .. steps.
+    """
+    network = copy.deepcopy(setup.model)
+    optimizer = setup.make_optimizer(network)
+    generator = torch.Generator().manual_seed(setup.seed + 4)
+    batches = shuffled(examples.targets.cpu(), batch_size or setup.batch_size, generator)
+    for k in trange(1, steps + 1, desc="plain network", unit="step", disable=not setup.progress):
+        rows = next(batches).to(examples.targets.device)
+        optimizer.zero_grad(set_to_none=True)
+        criterion(network(examples.inputs[rows]), examples.targets[rows]).backward()
+        optimizer.step()
+        if after_step is not None:
+            after_step(k, network)
+    return network
+
+
+@torch.no_grad()
+def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Logits[n, C] of inputs[n, ...] in evaluation mode; the model keeps its former mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        return torch.cat([model(part) for part in inputs.split(batch_size)])
+    finally:
+        model.train(was_training)
