@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ class Source:
     """A data set as it is published: its own training and test examples, before any bias is made.
 
     Where the published training labels are themselves noisy and the true ones are known, those are `clean_targets`[n].
+    `readable[id]` is what a person reads of the training example with that id, where the inputs say nothing: its text.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Source:
     test: Examples
     class_names: tuple[str, ...]
     clean_targets: Tensor | None = None
+    readable: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

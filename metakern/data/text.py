@@ -46,7 +46,7 @@ def _source(
             tokens[k, : len(found)] = torch.tensor(found, dtype=torch.int64)
         return Examples(tokens, torch.tensor(rows[1], dtype=torch.int64), torch.arange(len(rows[0])))
 
-    return Source(name, examples(train), examples(test), class_names)
+    return Source(name, examples(train), examples(test), class_names, readable=train[0])
 
 
 def _read(path: Path) -> str:

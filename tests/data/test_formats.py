@@ -71,6 +71,8 @@ def test_ag_news_as_published(tmp_path, packed):
     assert lengths == [7, 5]
     assert source.train.inputs[0, 0] == source.train.inputs[0, 2]
     assert (source.train.inputs[0] == 1).sum() == 2
+    assert source.readable is not None
+    assert source.readable[int(source.train.ids[1])] == "Robots rise A good robot"
 
 
 def test_ag_news_with_a_header(tmp_path):
