@@ -119,11 +119,31 @@ def always(step: Step) -> Begin:
     return lambda setup: step
 
 
+# A task and a seed -> the task with the training set that the method draws its batches from.
+TrainingSet = Callable[[Task, int], Task]
+# For methods that are no sequence of optimizer steps: the setup of a run -> inputs to logits.
+Fit = Callable[[Setup], nn.Module]
+
+
+def as_given(task: Task, seed: int) -> Task:
+    """Training on the examples of the task."""
+    return task
+
+
+def no_steps(setup: Setup) -> Step:
+    """The `begin` of methods that have `fit`.
+
+    Raises: ValueError, always.
+    """
+    raise ValueError("this method fits its model as a whole: it has no steps that a loop could take")
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method with the settings its paper's code uses.
 
     `meta_batch_size` None hands the whole meta set to every step; otherwise `meta_sampler` draws that many from it.
+    `training_set` may re-sample the training examples before the run; `fit` replaces the loop.
     """
 
     name: str
@@ -137,3 +157,5 @@ class Method:
     sampler: Sampler = shuffled
     meta_batch_size: int | None = None
     meta_sampler: Sampler = shuffled
+    training_set: TrainingSet = as_given
+    fit: Fit | None = None

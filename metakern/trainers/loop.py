@@ -72,11 +72,17 @@ def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
     """
     method = find(config.method)
     torch.set_num_threads(config.threads)
-    task = make_task(config)
+    task = method.training_set(make_task(config), config.seed)
     start(folder, config, task)
     model = network_for(task, config.seed)
     began = time.perf_counter()
-    ledger = _run(config, method, task, model, MetricsFile(folder / "metrics.csv", task.class_names), progress)
+    metrics = MetricsFile(folder / "metrics.csv", task.class_names)
+    if method.fit is None:
+        ledger = _run(config, method, task, model, metrics, progress)
+    else:
+        with metrics:
+            model = method.fit(make_setup(config, method, task, model, progress=progress))
+        ledger = Ledger(task, config.total_steps(method))
     seconds = time.perf_counter() - began
     errors = measure_errors(model, task.test, len(task.class_names))
     ledger.save(folder)

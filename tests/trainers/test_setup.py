@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from metakern.methods import METHODS, Method, find
+from metakern.methods.method import no_steps
 from metakern.trainers import train
+from metakern.trainers.report import write_report
 
 
 def recording(monkeypatch, **options) -> tuple[list, list]:
@@ -54,3 +57,28 @@ def test_meta_batches(quick, tmp_path, monkeypatch):
     seen.clear()
     train(replace(quick, method="recording", meta_batch_size=3), tmp_path, progress=False)
     assert [len(step[0]) for step in seen[1:]] == [3] * 6
+
+
+def only_meta(task, seed):
+    return replace(task, train=task.meta, clean_targets=task.meta.targets)
+
+
+def test_a_method_may_change_its_training_set(quick, tmp_path, monkeypatch):
+    _, seen = recording(monkeypatch, training_set=only_meta)
+    run = train(replace(quick, method="recording", seed=5), tmp_path, progress=False)
+    assert torch.equal(run.task.train.ids, run.task.meta.ids)
+    assert seen[1][1].class_counts.tolist() == [quick.meta_per_class] * 2
+
+
+def test_a_method_may_fit_its_model_as_a_whole(quick, tmp_path, monkeypatch):
+    class Always(torch.nn.Module):
+        def forward(self, inputs):
+            return torch.tensor([[0.0, 1.0]]).expand(len(inputs), 2)
+
+    method = Method("whole", "", "", no_steps, fit=lambda setup: Always())
+    monkeypatch.setitem(METHODS, "whole", method)
+    run = train(replace(quick, method="whole"), tmp_path, progress=False)
+    assert run.errors.by_class == [100.0, 0.0]
+    assert "the data set is not at hand" not in write_report([run.folder], tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match="as a whole"):
+        method.begin(setup=None)
