@@ -5,14 +5,19 @@ from __future__ import annotations
 from metakern.methods.bootstrapping import REED_HARD, REED_SOFT
 from metakern.methods.class_difficulty import CDB
 from metakern.methods.class_weights import CLASS_BALANCED, INVERSE_SQRT
+from metakern.methods.clean_only import CLEAN_ONLY, GOLD_ONLY
 from metakern.methods.focal import FOCAL
 from metakern.methods.hard_mining import HARD_MINING, HARD_MINING_AS_SHIPPED
+from metakern.methods.known_channel import CONFUSION, FORWARD, GLC, TOP_DOWN
 from metakern.methods.label_smoothing import LABEL_SMOOTHING, LABEL_SMOOTHING_BY_CLASS
 from metakern.methods.ldam import LDAM_DRW
+from metakern.methods.learned_channel import CHANNEL_METHODS
 from metakern.methods.learning_to_reweight import L2RW
 from metakern.methods.logit_adjustment import ARB, LOGIT_ADJUSTMENT
+from metakern.methods.majority_weight import WEIGHTED, WEIGHTED_AS_SHIPPED
 from metakern.methods.meta_weight_net import MW_NET, MW_NET_IMBALANCE
 from metakern.methods.method import Method
+from metakern.methods.phases import with_phases
 from metakern.methods.proportion import PROPORTION, PROPORTION_AS_SHIPPED
 from metakern.methods.random_weights import RANDOM
 from metakern.methods.resample import RESAMPLE
@@ -45,6 +50,22 @@ METHODS: dict[str, Method] = {
         SELF_PACED_LINEAR,
         REED_SOFT,
         REED_HARD,
+        with_phases(UNIFORM, "es"),
+        with_phases(UNIFORM, "ft"),
+        with_phases(UNIFORM, "es", "ft"),
+        with_phases(RANDOM, "ft"),
+        with_phases(REED_SOFT, "es"),
+        with_phases(REED_HARD, "es"),
+        CLEAN_ONLY,
+        GOLD_ONLY,
+        WEIGHTED,
+        with_phases(WEIGHTED, "ft"),
+        WEIGHTED_AS_SHIPPED,
+        *CHANNEL_METHODS,
+        GLC,
+        CONFUSION,
+        FORWARD,
+        TOP_DOWN,
     )
 }
 

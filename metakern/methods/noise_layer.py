@@ -39,6 +39,30 @@ class StochasticMatrix(nn.Module):
         self.channel.copy_(onto_simplex(self.channel))
 
 
+def stochastic_loss(logits: Tensor, targets: Tensor, channel: Tensor, *, trace: float = 0.1) -> Tensor:
+    """l_n = -log sum_k q_n[k] channel[k, y_n] + trace * mean_k channel[k, k]; logits[n, C], channel[C, C] -> [n].
+
+    Entries of the channel may be 0, so this one is not in logs; 1e-12 keeps the gradient finite.
+    Source: as `StochasticMatrix`, equation 3; the paper names the trace and weight decay as ways to the same end.
+    """
+    likelihood = (logits.softmax(1) * channel[:, targets].T).sum(1)
+    return -(likelihood + 1e-12).log() + trace * channel.diagonal().mean()
+
+
+class SoftmaxChannel(nn.Module):
+    """The free parameters of the S-Model's channel, [C, C], from `logits`; the softmax of each row is the channel.
+
+    Source: Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation Layer", ICLR 2017, eq. 7.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+
+    def forward(self) -> Tensor:
+        return self.logits
+
+
 class ComplexNoise(nn.Module):
     """P(label j | true class k, features h) = softmax_j(u_kj . h + b_kj); features[n, d] -> [n, C, C].
 
