@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metakern.capture.parameters import trainable_parameters
-from metakern.engines import Answer, Problem, solve
+from metakern.engines import Answer, Problem, micro_batch, solve
 from metakern.engines.group import mean_over_group
 from metakern.engines.train_pass import open_pass
 from metakern.step.virtual import VirtualRule
@@ -39,19 +39,29 @@ def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_
     return along
 
 
-def solve_along(problem: Problem, engine: str, direction: Direction | None) -> tuple[Answer, str]:
-    """As `solve`, with the dots along `direction(V)`.
+def solve_along(
+    problem: Problem, engine: str, direction: Direction | None, size: int | None = None
+) -> tuple[Answer, str]:
+    """As `solve`, with the dots along `direction(V)`, and by parts of `size` examples if that is given.
 
     Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that V has.
     """
+    if size is not None and micro_batch.several_parts(problem, engine, size):
+        return micro_batch.solve(problem, size, lambda v: _directed(v, direction)), "ghost"
     if direction is None:
         return solve(problem, engine)
     train, used = open_pass(problem, engine)
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)
+    return Answer(train.dots(_directed(v, direction)), train.losses, meta_loss, train.weighted_gradient), used
+
+
+def _directed(v: Mapping[str, Tensor], direction: Direction | None) -> Mapping[str, Tensor]:
+    if direction is None:
+        return v
     along = direction(v)
     _require_like(along, v)
-    return Answer(train.dots(along), train.losses, meta_loss, train.weighted_gradient), used
+    return along
 
 
 def _require_like(along: Any, v: Mapping[str, Tensor]) -> None:

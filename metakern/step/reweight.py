@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
-from metakern.engines import pose, solve
+from metakern.engines import pose
 from metakern.engines.group import sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along
 from metakern.step.finite import require_finite
@@ -28,6 +28,7 @@ def grad_dots(
     engine: str = "auto",
     params: Any = None,
     memory: str = "reuse",
+    micro_batch: int | None = None,
 ) -> Dots:
     """Dot product of each example's gradient with the meta gradient; only the random state moves on.
 
@@ -39,7 +40,7 @@ def grad_dots(
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
     with unchanged_on_error(model), unchanged_buffers(model):
-        answer, used = solve(problem, engine)
+        answer, used = solve_along(problem, engine, None, micro_batch)
         require_finite(answer.dots, problem)
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
@@ -57,6 +58,7 @@ def reweight_step(
     params: Any = None,
     accumulate: bool = False,
     memory: str = "reuse",
+    micro_batch: int | None = None,
     process_group: Any = None,
 ) -> StepResult:
     """One re-weighted step with any rule from dots to weights.
@@ -75,7 +77,7 @@ def reweight_step(
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model):
-        answer, used = solve_along(problem, engine, direction)
+        answer, used = solve_along(problem, engine, direction, micro_batch)
         require_finite(answer.dots, problem)
         with torch.no_grad():
             weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
@@ -96,6 +98,7 @@ def l2rw_step(
     params: Any = None,
     accumulate: bool = False,
     memory: str = "reuse",
+    micro_batch: int | None = None,
     process_group: Any = None,
 ) -> StepResult:
     """One step of learning to re-weight examples: keep what agrees with a small clean meta batch, drop the rest.
@@ -121,6 +124,9 @@ def l2rw_step(
         accumulate: add to `.grad` instead of replacing it.
         memory: "reuse" keeps inputs and output gradients of every layer and needs no second backward; "two_pass" keeps
             neither and runs one.
+        micro_batch: take batch and meta batch this many examples at a time, so that memory does not grow with n: same
+            weights and gradient, for one more forward and backward pass over the batch. Every tensor of a batch is cut
+            along dimension 0. Dropout masks are those of the parts, the same for dots and gradient.
         process_group: weights normalised, and gradients summed, over the ranks of a torch.distributed group.
 
     Returns:
@@ -144,5 +150,6 @@ def l2rw_step(
         params=params,
         accumulate=accumulate,
         memory=memory,
+        micro_batch=micro_batch,
         process_group=process_group,
     )

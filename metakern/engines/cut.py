@@ -1,0 +1,40 @@
+"""Cut a batch into parts of a few examples, without knowing what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def cut(batch: Any, size: int, argument: str) -> list[Any]:
+    """The batch in parts of `size` examples, the last one smaller: every tensor is cut along dimension 0.
+
+    Tensors without a dimension, and whatever is no tensor, go to every part. `argument` is what errors call the batch.
+
+    Raises:
+        TypeError: the batch holds no tensor, so nothing is known to cut.
+        ValueError: its tensors do not agree on the number of examples.
+    """
+    leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if not shapes:
+        raise TypeError(
+            f"micro_batch cuts tensors, in tuples, lists and mappings; {argument} is of type {type(batch).__name__} "
+            "and holds none: pass its tensors, and rebuild it in loss_fn"
+        )
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"micro_batch cuts every tensor of {argument} along dimension 0, which must be the examples; they have "
+            f"shapes {shapes}"
+        )
+    (examples,) = sizes
+    return [
+        tree_unflatten(
+            [leaf[start : start + size] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves], form
+        )
+        for start in range(0, max(examples, 1), size)
+    ]

@@ -1,0 +1,129 @@
+"""The ghost engine a few examples at a time: the whole batch's dots and weights, the memory of one part.
+
+    V     = (1/m) sum_j dl'_j/dtheta      meta batch, by parts
+    dots  = <dl_n/dtheta, V>              first pass over the parts; nothing is kept of a part but the dots and losses
+    .grad = sum_n weights_n dl_n/dtheta   second pass over the parts that carry weight
+
+Each part is run twice, with the same random numbers and buffers, so a step costs one more forward and one backward
+pass than without. Weights come from all n dots between the passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.capture.random_state import RandomState, random_state, restore_random_state
+from metakern.capture.refusal import EngineUnavailable
+from metakern.engines.choose import normalises_over_batch
+from metakern.engines.cut import cut
+from metakern.engines.group import mean_over_group
+from metakern.engines.part import examples_in, part_of, require_count, require_independent, require_same_alone
+from metakern.engines.part_buffers import PartBuffers
+from metakern.engines.problem import Answer, Problem
+from metakern.engines.recorded import recorded
+from metakern.engines.weighted_backward import weighted_backward
+
+Along = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def several_parts(problem: Problem, engine: str, size: Any) -> bool:
+    """Is one of the batches larger than `size` examples?
+
+    Raises: TypeError, ValueError if `size` is no positive int, the engine takes no parts, or a batch cannot be cut.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"micro_batch must be None or a positive int, got {size!r}")
+    if engine not in ("auto", "ghost"):
+        raise ValueError(f"micro_batch needs engine='ghost' (or 'auto'), got {engine!r}")
+    return any(len(cut(getattr(problem, name), size, name)) > 1 for name in ("batch", "meta_batch"))
+
+
+def solve(problem: Problem, size: int, along: Along) -> Answer:
+    """Dots along `along(V)` and the weighted gradient, `size` examples at a time.
+
+    Raises:
+        EngineUnavailable: examples interact, or a part of the batch is not treated as the whole would be.
+    """
+    if normalises_over_batch(problem.model):
+        raise EngineUnavailable(
+            "examples interact: batch_norm in training mode takes its statistics over the batch, so a part of the "
+            "batch has other ones; leave out micro_batch, or put the model's normalisation in eval mode"
+        )
+    meta_loss, direction = _meta_gradient(problem, size)
+    mean_over_group(direction, problem.process_group)
+    parts = _Parts(problem, size)
+    dots, losses = parts.dots({id(problem.chosen[name]): v for name, v in along(direction).items()})
+    require_same_alone(problem, cut(problem.batch, 2, "batch")[0], "batch")
+    return Answer(dots, losses, meta_loss, parts.weighted_gradient)
+
+
+class _Parts:
+    """The train batch, part by part, and what is needed to run each part once more."""
+
+    def __init__(self, problem: Problem, size: int) -> None:
+        self._problem, self._size, self._states = problem, size, list[RandomState]()
+        self._batches = cut(problem.batch, size, "batch")
+        self._buffers = PartBuffers(problem.model)
+
+    def dots(self, direction: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Dots and losses of all parts, [n] each; buffers are then as after one pass over the whole batch."""
+        if self._size == 1:  # one example alone says nothing about independence
+            require_independent(self._problem, cut(self._problem.batch, 2, "batch")[0])
+        found, reached = [], set[int]()
+        for batch in self._batches:
+            self._states.append(random_state())
+            part = part_of(self._problem, batch, reached)
+            with self._buffers.of_part(examples_in(batch)):
+                train = recorded(part)
+                require_count(train.losses, batch)
+                found.append((train.dots_along(direction), train.losses))
+            del train
+        self._problem.require_participation(reached)
+        self._buffers.finish()
+        dots, losses = zip(*found)
+        return torch.cat(dots), torch.cat(losses)
+
+    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        """sum_n weights_n dl_n/dtheta by name; parts without weight are not run."""
+        total: dict[str, Tensor] = {}
+        after = random_state()
+        try:
+            for batch, state, some in zip(self._batches, self._states, weights.split(self._size), strict=True):
+                if bool((some != 0).any()):
+                    restore_random_state(state)
+                    with self._buffers.replayed():
+                        self._add(total, batch, some)
+        finally:
+            restore_random_state(after)
+        trainable = self._problem.trainable
+        return {
+            name: total[name].to(p.dtype) if name in total else torch.zeros_like(p) for name, p in trainable.items()
+        }
+
+    def _add(self, total: dict[str, Tensor], batch: Any, weights: Tensor) -> None:
+        part = part_of(self._problem, batch, set())
+        for name, grad in weighted_backward(part, part.batch_losses(), weights, only=part.trainable).items():
+            grad = grad if grad.dtype == torch.float64 else grad.float()  # a sum of parts in half precision would drift
+            total[name] = total[name] + grad if name in total else grad
+
+
+def _meta_gradient(problem: Problem, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean meta loss and V, by parts if the meta batch is larger than one."""
+    batches = cut(problem.meta_batch, size, "meta_batch")
+    if len(batches) == 1:
+        return problem.meta_gradient()
+    m = sum(map(examples_in, batches))
+    loss, total = torch.zeros(()), dict[str, Tensor]()
+    for batch in batches:
+        share = examples_in(batch) / m
+        one, gradient = part_of(problem, problem.batch, set(), meta_batch=batch).meta_gradient()
+        loss = loss.to(one) + share * one
+        for name, v in gradient.items():
+            total[name] = total[name].add(v, alpha=share) if name in total else v * share
+    require_independent(problem, cut(problem.meta_batch, max(size, 2), "meta_batch")[0])
+    require_same_alone(problem, cut(problem.meta_batch, 2, "meta_batch")[0], "meta_batch")
+    return loss, total

@@ -1,0 +1,88 @@
+"""A part of a batch as a problem of its own, and the proof that it may be treated as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.capture.losses import evaluate_losses
+from metakern.capture.random_state import random_state, restore_random_state, same_state
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_buffers
+from metakern.engines.cut import cut
+from metakern.engines.part_buffers import PartBuffers
+from metakern.engines.problem import Problem
+from metakern.engines.recorded import recorded
+
+
+@dataclass(frozen=True)
+class Part(Problem):
+    """A part of the batch; that a parameter takes no part in it is no error, only noted."""
+
+    reached: set[int] = field(default_factory=set)
+
+    def require_participation(self, reached: set[int]) -> None:
+        self.reached.update(reached)
+
+
+def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> Part:
+    values = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)}
+    return Part(**{**values, "batch": batch, **changes}, reached=reached)
+
+
+def examples_in(batch: Any) -> int:
+    return len(cut(batch, 1, "batch"))
+
+
+def require_count(losses: Tensor, batch: Any) -> None:
+    if losses.shape[0] != examples_in(batch):
+        raise ValueError(
+            f"micro_batch cut {examples_in(batch)} examples off the batch along dimension 0 of its tensors, but they "
+            f"have {losses.shape[0]} losses; the first dimension of every tensor must be the examples"
+        )
+
+
+def require_independent(problem: Problem, batch: Any) -> None:
+    """Raise EngineUnavailable where the examples of this batch interact; nothing is kept of the pass."""
+    state = random_state()
+    with unchanged_buffers(problem.model):
+        recorded(part_of(problem, batch, set()))
+    restore_random_state(state)
+
+
+def require_same_alone(problem: Problem, two: Any, argument: str) -> None:
+    """Raise where two examples together are not what each is alone, as with a mean over the batch's tokens.
+
+    The proof of independence is about gradients: it sees neither a loss divided by a count over the batch nor a buffer
+    that adds up. Where the pass draws random numbers the losses differ anyway, and only buffers are compared.
+    """
+    if examples_in(two) < 2:
+        return
+    state, buffers = random_state(), PartBuffers(problem.model)
+
+    def losses(batch: Any) -> Tensor:
+        with torch.no_grad(), buffers.of_part(examples_in(batch)):
+            found = evaluate_losses(problem.model, batch, problem.loss_fn, argument)
+        require_count(found, batch)
+        return found
+
+    together = losses(two)
+    random = not same_state(state, random_state())
+    alone = torch.cat([losses(one) for one in cut(two, 1, argument)])
+    restore_random_state(state)
+    if not random and bool(((together - alone).abs() > _rounding(problem) * (1 + together.abs())).any()):
+        raise EngineUnavailable(
+            f"the losses of two examples of {argument} are not those of each alone ({together.tolist()} against "
+            f"{alone.tolist()}), so the loss counts over the batch and a part of it has another; leave out "
+            "micro_batch, or make loss_fn divide by counts of its own example"
+        )
+
+
+def _rounding(problem: Problem) -> float:
+    """How far two passes over the same example may be apart, relative to its loss."""
+    kind = next(iter(problem.trainable.values())).device.type
+    half = torch.is_autocast_enabled(kind) or any(p.element_size() < 4 for p in problem.trainable.values())
+    return 0.1 if half else 1e-3

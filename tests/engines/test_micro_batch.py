@@ -1,0 +1,338 @@
+"""A step by parts of the batch: the numbers of the whole, or a refusal where parts are not the whole."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metakern
+from metakern.testing import budget, inputs
+from metakern.testing.catalogue import CASES, Case
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.judge import Snapshot, gradients, judge_step
+
+# torch itself says this of convolutions that need one column more on one side.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+MEMORIES = pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+
+
+def setup_of(*middle: nn.Module, n: int = 7, m: int = 5) -> Setup:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3))
+    return Setup(model.double(), *inputs.pair(n, m, 4, classes=3))
+
+
+@MEMORIES
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 100])
+def test_exact(size: int, memory: str) -> None:
+    judgement = judge_step(metakern.l2rw_step, setup_of(), memory=memory, micro_batch=size)
+    assert judgement.result.engine == "ghost"
+
+
+@MEMORIES
+@pytest.mark.parametrize("case", [case for case in CASES if case.ghost == "exact"], ids=lambda case: case.name)
+def test_exact_for_every_layer(case: Case, memory: str) -> None:
+    judge_step(metakern.l2rw_step, case.make(5, 3), memory=memory, micro_batch=2)
+
+
+@MEMORIES
+def test_accumulates_and_steps(memory: str) -> None:
+    """With momentum, on top of a gradient that is there, several times: as without parts."""
+    setup = setup_of()
+    models = setup.model, copy.deepcopy(setup.model)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    for size, model, optimizer in zip((3, None), models, optimizers, strict=True):
+        for _ in range(4):
+            metakern.l2rw_step(model, setup.batch, setup.meta_batch, memory=memory, micro_batch=size)
+            metakern.l2rw_step(
+                *(model, setup.batch, setup.meta_batch),
+                **{"memory": memory, "micro_batch": size, "accumulate": True, "optimizer": optimizer},
+            )
+    for got, want in zip(*(model.parameters() for model in models), strict=True):
+        budget.assert_within(got, want, 1 + want.abs(), dtype=torch.float64)
+
+
+def test_any_rule_and_direction() -> None:
+    """The rule sees all dots at once, and the direction is made from the whole V."""
+    results = []
+    for size in (None, 2):
+        setup = setup_of()
+        result = metakern.reweight_step(
+            *(setup.model, setup.batch, setup.meta_batch),
+            rule=lambda dots: (dots - dots.mean()) / dots.std(),
+            direction=lambda v: {"0.weight": v["0.weight"] * 2},
+            micro_batch=size,
+        )
+        results.append((result, gradients(setup.model)))
+    (whole, want), (parts, got) = results
+    budget.assert_within(parts.dots, whole.dots, whole.dots.abs().max())
+    for name, gradient in got.items():
+        assert gradient is not None
+        budget.assert_within(gradient, want[name], want[name].norm(), name=name)  # pyright: ignore
+
+
+def test_restricted_dots() -> None:
+    setup = setup_of()
+    truth = setup.oracle(names=["0.weight", "0.bias"])
+    result = metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, params="0", micro_batch=2)
+    budget.assert_dots(result.dots, truth)
+    assert setup.model[0].weight.grad is None
+
+
+def test_mappings_and_values_without_examples() -> None:
+    def losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        each = F.cross_entropy(model(batch["x"]), batch["y"], reduction="none", label_smoothing=batch["smooth"])
+        return each * batch["scale"]
+
+    setup = setup_of()
+    setup.loss_fn = losses
+    for name in ("batch", "meta_batch"):
+        x, y = getattr(setup, name)
+        setattr(setup, name, {"x": x, "y": y, "scale": torch.tensor(2.0).double(), "smooth": 0.1})
+    setup.select = lambda batch, k: {**batch, "x": batch["x"][k : k + 1], "y": batch["y"][k : k + 1]}
+    judge_step(metakern.l2rw_step, setup, micro_batch=2)
+
+
+class Masks(nn.Module):
+    """Dropout that keeps its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drawn.append((torch.rand(x.shape) > 0.4).to(x.dtype))
+        return x * self.drawn[-1]
+
+
+@MEMORIES
+def test_one_mask_for_dots_and_gradient(memory: str) -> None:
+    """Both passes over a part draw the same mask; the next part and the next step draw others."""
+    masks = Masks()
+    setup = setup_of(masks, m=2)
+    first = metakern.reweight_step(
+        setup.model, setup.batch, setup.meta_batch, rule=torch.ones_like, memory=memory, micro_batch=3
+    )
+    parts = [mask for mask in masks.drawn if len(mask) == 3]
+    by_part = [parts[0], next(mask for mask in parts if not torch.equal(mask, parts[0]))]
+    for mask in by_part:
+        assert sum(torch.equal(mask, other) for other in parts) >= 2
+    second = metakern.reweight_step(
+        setup.model, setup.batch, setup.meta_batch, rule=torch.ones_like, memory=memory, micro_batch=3
+    )
+    assert not torch.equal(first.losses, second.losses)
+
+
+@MEMORIES
+def test_gradient_belongs_to_the_dots_under_dropout(memory: str) -> None:
+    """<sum_n w_n g_n, v> = sum_n w_n dots_n; the meta batch is told apart by its size and has no dropout."""
+    setup = setup_of(nn.Dropout(0.4), n=7, m=2)
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        meta = bool((batch[1] >= 3).all())
+        x = batch[0]
+        for layer in model:  # pyright: ignore[reportGeneralTypeIssues]
+            x = x if meta and isinstance(layer, nn.Dropout) else layer(x)
+        return F.cross_entropy(x, batch[1] % 3, reduction="none")
+
+    x, y = setup.meta_batch
+    setup.meta_batch, setup.loss_fn = (x, y + 3), losses
+    truth = Setup(copy.deepcopy(setup.model).eval(), *(2 * [setup.meta_batch]), loss_fn=losses).oracle()
+    direction = truth.gradient(torch.full((2,), 0.5))
+    result = metakern.reweight_step(
+        *(setup.model, setup.batch, setup.meta_batch),
+        **{"loss_fn": losses, "rule": torch.ones_like, "memory": memory, "micro_batch": 3},
+    )
+    along = sum((grad * direction[name]).sum() for name, grad in gradients(setup.model).items() if grad is not None)
+    scale = sum(grad.norm() for grad in gradients(setup.model).values() if grad is not None) * truth.meta_norm
+    budget.assert_within(result.dots.sum(), torch.as_tensor(along), scale)
+
+
+class Counting(nn.Module):
+    """Counts passes, or examples."""
+
+    def __init__(self, examples: bool = False) -> None:
+        super().__init__()
+        self.examples = examples
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x) if self.examples else 1
+        return x
+
+
+def image_setup(*middle: nn.Module) -> Setup:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), *middle, nn.Flatten(), nn.Linear(27, 3))
+    return Setup(model.double(), *inputs.pair(7, 5, 2, 5, 5, classes=3))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_buffers_move_as_in_one_pass(size: int) -> None:
+    """A counter, the statistics of instance normalisation, and the vectors of spectral normalisation."""
+    setup = image_setup(Counting(), nn.InstanceNorm2d(3, affine=True, track_running_stats=True))
+    nn.utils.parametrizations.spectral_norm(setup.model[-1])
+    plain = copy.deepcopy(setup.model)
+    plain(setup.batch[0])
+    asked = copy.deepcopy(setup.model)
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, micro_batch=size)
+    for (name, got), want in zip(setup.model.named_buffers(), plain.buffers(), strict=True):
+        budget.assert_within(got.double(), want.double(), 1 + want.abs(), dtype=torch.float64, name=name)
+    before = Snapshot.of(asked)
+    metakern.grad_dots(asked, setup.batch, setup.meta_batch, micro_batch=size)
+    before.assert_unchanged(asked)
+
+
+def contrastive(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    features = model(batch[0])
+    return F.cross_entropy(features @ features.T, torch.arange(len(features)).roll(1), reduction="none")
+
+
+def over_the_batch(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Divided by a count over the batch: no gradient shows it."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / (batch[1] < 9).sum()
+
+
+def examples_second(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions first, as many as there are examples."""
+    return model(batch[0]).square().sum((0, 2))
+
+
+REFUSED: dict[str, tuple[Callable[[], Setup], type[Exception], str]] = {
+    "batch-norm": (lambda: setup_of(nn.BatchNorm1d(6)), NotImplementedError, "examples interact.*micro_batch"),
+    "contrastive": (lambda: _with(contrastive), NotImplementedError, "examples interact"),
+    "count-over-batch": (lambda: _with(over_the_batch), NotImplementedError, "counts over the batch"),
+    "buffer-of-examples": (lambda: setup_of(Counting(examples=True)), NotImplementedError, "buffer '1.seen'"),
+    "positions-first": (
+        lambda: _with(examples_second, lambda x, y: (inputs.normal(7, 7, 4),)),
+        *(ValueError, r"micro_batch cut \d examples.*7 losses"),
+    ),
+    "sizes": (lambda: _with(None, lambda x, y: (x, y, torch.ones(9))), ValueError, "dimension 0.*shapes"),
+    "objects": (lambda: _with(over_the_batch, lambda x, y: object()), TypeError, "micro_batch cuts tensors.*object"),
+}
+
+
+def _with(loss_fn: Any, batch: Any = None) -> Setup:
+    setup = setup_of()
+    setup.loss_fn = loss_fn
+    if batch is not None:
+        setup.batch = setup.meta_batch = batch(*setup.batch)
+    return setup
+
+
+@MEMORIES
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_where_parts_are_not_the_whole(name: str, size: int, memory: str) -> None:
+    make, error, match = REFUSED[name]
+    setup = make()
+    for param in setup.model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer = torch.optim.SGD(setup.model.parameters(), lr=0.1, momentum=0.9)
+    before = Snapshot.of(setup.model, optimizer)
+    with pytest.raises(error, match=match):
+        metakern.l2rw_step(
+            *(setup.model, setup.batch, setup.meta_batch),
+            **{"loss_fn": setup.loss_fn, "optimizer": optimizer, "memory": memory, "micro_batch": size},
+        )
+    before.assert_unchanged(setup.model, optimizer)
+
+
+@MEMORIES
+@pytest.mark.parametrize("when", range(1, 12))
+def test_a_failure_leaves_everything_as_before(when: int, memory: str) -> None:
+    """Whichever of the passes over the parts fails."""
+    calls = 0
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            raise OSError("the disk is on fire")
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    setup = setup_of(nn.Dropout(0.2), Counting(), nn.BatchNorm1d(6).eval())
+    for param in setup.model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer = torch.optim.SGD(setup.model.parameters(), lr=0.1, momentum=0.9)
+    before = Snapshot.of(setup.model, optimizer)
+    with pytest.raises((OSError, NotImplementedError), match="on fire"):
+        metakern.reweight_step(
+            *(setup.model, setup.batch, setup.meta_batch),
+            **{"rule": torch.ones_like, "loss_fn": losses, "optimizer": optimizer, "memory": memory, "micro_batch": 3},
+        )
+    before.assert_unchanged(setup.model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"micro_batch": 0}, "micro_batch must be None or a positive int, got 0"),
+        ({"micro_batch": 2.0}, "micro_batch must be"),
+        ({"micro_batch": True}, "micro_batch must be"),
+        ({"micro_batch": 2, "engine": "jvp"}, "micro_batch needs engine='ghost'"),
+    ],
+)
+def test_arguments(keywords: dict[str, Any], match: str) -> None:
+    setup = setup_of()
+    with pytest.raises(ValueError, match=match):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, **keywords)
+
+
+class Experts(nn.Module):
+    """A layer that only some examples go through, behind a branch: parts without such an example skip it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rare = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        chosen = x[:, 0] > 5
+        if bool(chosen.any()):
+            hidden = torch.where(chosen.unsqueeze(1), self.rare(hidden), hidden)
+        return self.head(hidden)
+
+
+@MEMORIES
+def test_a_parameter_need_not_take_part_in_every_part(memory: str) -> None:
+    setup = setup_of()
+    setup.model = Experts().double()
+    setup.batch[0][4, 0] = setup.meta_batch[0][0, 0] = 9.0
+    judge_step(metakern.l2rw_step, setup, memory=memory, micro_batch=3)
+    setup.batch[0][4, 0] = 0.0
+    with pytest.raises(ValueError, match=r"'rare\.weight'.*did not take part"):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, memory=memory, micro_batch=3)
+
+
+@MEMORIES
+def test_parts_without_weight_are_not_run_again(memory: str) -> None:
+    sizes: list[int] = []
+    setup = setup_of(n=6, m=2)
+    setup.model[0].register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    for rule in (torch.zeros_like, lambda dots: torch.tensor([0, 0, 0, 0, 1.0, 0]).double()):
+        sizes.clear()
+        metakern.reweight_step(
+            setup.model, setup.batch, setup.meta_batch, rule=rule, loss_fn=None, memory=memory, micro_batch=3
+        )
+        sizes.clear()
+        metakern.reweight_step(setup.model, setup.batch, setup.meta_batch, rule=rule, memory=memory, micro_batch=3)
+        assert sizes.count(3) == (2 if rule is torch.zeros_like else 3)
+
+
+@MEMORIES
+def test_half_precision(memory: str) -> None:
+    setup = setup_of()
+    truth = setup.oracle()
+    setup.model.to(torch.bfloat16)
+    setup.batch, setup.meta_batch = ((x.bfloat16(), y) for x, y in (setup.batch, setup.meta_batch))
+    plain = setup.oracle(dtype=torch.bfloat16)
+    judge_step(metakern.l2rw_step, setup, truth=setup.oracle(), plain=plain, memory=memory, micro_batch=2)
+    assert truth.dots.shape == (7,)
