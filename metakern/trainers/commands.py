@@ -10,6 +10,7 @@ from pathlib import Path
 from metakern.data import NAMES
 from metakern.methods import METHODS, find
 from metakern.trainers import train
+from metakern.trainers.audit_command import run_audit
 from metakern.trainers.compare import grid, run_missing
 from metakern.trainers.config import add_options, from_options
 from metakern.trainers.demo import demo_config
@@ -39,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(many, leave_out=("majority", "seed"))
     many.set_defaults(command=_compare)
+
+    look = commands.add_parser("audit", help="train once and rank the training examples by the harm they did")
+    look.add_argument("--top", type=int, default=60, metavar="X", help="examples on the page (default: 60)")
+    look.add_argument("--folds", type=int, default=5, metavar="X", help="runs for cleanlab's ranking; 0: without it")
+    look.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="X", help="folder (default: %(default)s)")
+    add_options(look)
+    look.set_defaults(command=_audit)
 
     demo = commands.add_parser("demo", help="plain training beside l2rw, in a few minutes")
     demo.add_argument(
@@ -102,6 +110,10 @@ def _compare(options: argparse.Namespace) -> None:
     print(as_text(entries))
     print(f"table:  {options.out / 'leaderboard.csv'}")
     print(f"report: {write_comparison(cells, options.out / 'report.html')}")
+
+
+def _audit(options: argparse.Namespace) -> None:
+    print(run_audit(from_options(options, method="uniform"), options.out, top=options.top, folds=options.folds))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -125,6 +125,20 @@ def weight_distribution(weights: np.ndarray, labels: np.ndarray, class_names: Se
     return svg[0]
 
 
+def precision(rankings: Mapping[str, Sequence[float]]) -> str:
+    """The share of wrong labels among the most suspicious examples, at tenths of as many as there are wrong ones."""
+    with _figure("precision of the rankings", 11, 3.2) as (axes, svg):
+        axis = axes[0]
+        for colour, (name, values) in zip(_colours(), rankings.items(), strict=False):
+            places = [100 * (j + 1) / len(values) for j in range(len(values))]
+            axis.plot(places, [100 * value for value in values], color=colour, label=name, marker="o", markersize=4)
+        axis.set_ylim(-3, 103)
+        axis.set_xlabel("examples looked at, % of the number of wrong labels")
+        axis.set_ylabel("of them wrong, %")
+        axis.legend()
+    return svg[0]
+
+
 def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) -> str:
     """Test error against the majority share: for each method, share -> (mean, deviation)."""
     with _figure("test error by majority share", 11, 4.6) as (axes, svg):

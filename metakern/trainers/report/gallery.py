@@ -13,7 +13,8 @@ from PIL import Image
 from metakern.data import Examples
 
 
-def _picture(pixels: np.ndarray, caption: str) -> str:
+def picture(pixels: np.ndarray, caption: str) -> str:
+    """pixels[h, w] or [h, w, 3] in 0..1 as a figure with a caption."""
     buffer = io.BytesIO()
     Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -27,7 +28,7 @@ def gallery(train: Examples, ids: np.ndarray, weights: np.ndarray, rows: np.ndar
     """
     place = {int(row): k for k, row in enumerate(train.ids)}
     images = [train.inputs[place[int(ids[row])], 0].numpy() for row in rows]
-    pictures = [_picture(image, f"{weights[row]:.2g} x") for image, row in zip(images, rows, strict=True)]
+    pictures = [picture(image, f"{weights[row]:.2g} x") for image, row in zip(images, rows, strict=True)]
     return f'<div class="gallery">{"".join(pictures)}</div>'
 
 

@@ -22,6 +22,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid var(--faint);
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
+.reading td { white-space: normal; vertical-align: top; }
+.reading td:last-child { text-align: left; min-width: 24rem; }
 td.best { font-weight: 700; color: var(--accent); }
 .gallery { display: flex; flex-wrap: wrap; gap: .5rem; } figure { margin: 0; text-align: center; }
 figure img { width: 56px; height: 56px; image-rendering: pixelated; border-radius: 4px;

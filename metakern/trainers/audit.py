@@ -1,0 +1,101 @@
+"""Audit: which training examples work against a small clean set, and which label they seem to deserve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import metakern
+from metakern.data import Task
+from metakern.data.sampling import shuffled
+from metakern.methods import find
+from metakern.trainers.config import TrainConfig
+from metakern.trainers.loop import make_optimizer
+from metakern.trainers.networks import network_for
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a plain training run says about each training example; arrays [n], probabilities [n, C].
+
+    value: sum over the steps the example was in of lr / (batch size) * dots_n, by how much it lowered the meta loss to
+    first order; the harmful ones are below 0. scaled: the same with each step's dots divided by their root mean
+    square, so that early steps, whose gradients are large, do not outvote the rest. loss: the mean of its losses.
+    probabilities: the mean of the predictions for it, the first tenth of the run left out. Never seen: nan.
+    """
+
+    value: np.ndarray
+    scaled: np.ndarray
+    loss: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def suggested(self) -> np.ndarray:
+        """The class with the largest mean probability, [n] int64: the given one where the network agrees with it."""
+        return np.nan_to_num(self.probabilities, nan=-1.0).argmax(1)
+
+    def harmful_first(self) -> np.ndarray:
+        """Row numbers from the lowest value to the highest, those never seen last, [n] int64."""
+        return np.argsort(self.value, kind="stable")
+
+
+class _Sums:
+    """Sums over the steps, by training example."""
+
+    def __init__(self, examples: int, classes: int) -> None:
+        self._sums = torch.zeros(examples, 3, dtype=torch.float64)
+        self._seen = torch.zeros(examples, 1, dtype=torch.float64)
+        self._probabilities = torch.zeros(examples, classes, dtype=torch.float64)
+        self._predicted = torch.zeros(examples, 1, dtype=torch.float64)
+
+    def add(self, rows: Tensor, dots: Tensor, losses: Tensor, lr: float) -> None:
+        size = dots.square().mean().sqrt()
+        columns = lr / len(rows) * dots, dots / (size + (size == 0)), losses
+        self._sums.index_add_(0, rows, torch.stack(columns, 1).cpu().double())
+        self._seen.index_add_(0, rows, torch.ones(len(rows), 1, dtype=torch.float64))
+
+    def add_predictions(self, rows: Tensor, probabilities: Tensor) -> None:
+        self._probabilities.index_add_(0, rows, probabilities.cpu().double())
+        self._predicted.index_add_(0, rows, torch.ones(len(rows), 1, dtype=torch.float64))
+
+    def audit(self) -> Audit:
+        value, scaled, loss = torch.where(self._seen > 0, self._sums, torch.nan).T.numpy()
+        mean = self._probabilities / self._predicted  # 0 / 0 where never seen
+        return Audit(value, scaled, loss / self._seen.squeeze(1).numpy(), mean.numpy())
+
+
+def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
+    """Train once on `task` as `config` says, with equal weights, and add up what each example did to the meta loss.
+
+    The dots come out of the same backward pass as the step. With momentum mu an example's whole effect is about
+    1 / (1 - mu) times its value, for all alike.
+    Raises: as `metakern.reweight_step`.
+    Source: the first-order form of Wang, Mittal, Song, Jia, "Data Shapley in One Training Run", ICLR 2025, section 4.
+    """
+    torch.set_num_threads(config.threads)
+    model = network_for(task, config.seed)
+    optimizer = make_optimizer(config, model)
+    plain = find("uniform")
+    steps, batch_size = config.total_steps(plain), config.batch_size or plain.batch_size
+    batches = shuffled(task.train.targets, batch_size, torch.Generator().manual_seed(config.seed + 2))
+    sums = _Sums(len(task.train), len(task.class_names))
+    meta_batch = task.meta.inputs, task.meta.targets
+    for step in tqdm(range(steps), desc="audit", unit="step", disable=not progress):
+        rows = next(batches)
+        inputs, targets = task.train.inputs[rows], task.train.targets[rows]
+        if step >= steps // 10:
+            with torch.no_grad():
+                sums.add_predictions(rows, model(inputs).softmax(1))
+        result = metakern.reweight_step(
+            model, (inputs, targets), meta_batch, rule=_equal, optimizer=optimizer, engine=config.engine
+        )
+        sums.add(rows, result.dots, result.losses, optimizer.param_groups[0]["lr"])
+    return sums.audit()
+
+
+def _equal(dots: Tensor) -> Tensor:
+    return torch.full_like(dots, 1 / len(dots))

@@ -1,0 +1,114 @@
+"""The report of an audit: the most harmful examples to look at, a table for a labelling tool, and how much it finds."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from metakern.data import Examples, Source, Task
+from metakern.trainers.audit import Audit
+from metakern.trainers.detection import Detection
+from metakern.trainers.report import figures
+from metakern.trainers.report.gallery import picture
+from metakern.trainers.report.page import page, table
+
+COLUMNS = ("rank", "id", "given_label", "suggested_label", "confidence", "value", "scaled_value", "mean_loss")
+
+
+def _rows(found: Audit, task: Task, order: np.ndarray) -> list[list[str]]:
+    names, suggested = task.class_names, found.suggested
+    rows = []
+    for rank, row in enumerate(order.tolist(), start=1):
+        given, other = int(task.train.targets[row]), int(suggested[row])
+        numbers = found.probabilities[row, other], found.value[row], found.scaled[row], found.loss[row]
+        rows.append([str(rank), str(int(task.train.ids[row])), names[given], names[other]])
+        rows[-1] += [f"{number:.6g}" for number in numbers]
+    return rows
+
+
+def write_table(found: Audit, task: Task, source: Source, path: Path) -> Path:
+    """Write all training examples as CSV, the most harmful first, with their text where there is one."""
+    order = found.harmful_first()
+    rows = _rows(found, task, order)
+    head: list[str] = list(COLUMNS)
+    if source.readable is not None:
+        head.append("text")
+        for row, line in zip(order.tolist(), rows, strict=True):
+            line.append(source.readable[int(task.train.ids[row])])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+    return path
+
+
+def write_page(
+    found: Audit,
+    task: Task,
+    source: Source,
+    detections: Mapping[str, Detection],
+    notes: Sequence[str],
+    path: Path,
+    *,
+    top: int = 60,
+) -> Path:
+    """Write the page with the `top` most harmful examples; `detections` by ranking where wrong labels are known."""
+    order = found.harmful_first()[:top]
+    disagreeing = int((found.suggested != task.train.targets.cpu().numpy()).sum())
+    lead = (
+        f"{len(task.train):,} training examples against {len(task.meta):,} clean ones. {disagreeing:,} have another "
+        f"suggested label than the given one."
+    )
+    sections = [("", "".join(f"<p>{escape(note)}</p>" for note in notes))]
+    if detections:
+        sections.append(("Wrong labels found", _detections(detections)))
+    sections.append((f"The {len(order)} most harmful examples", _EXPLAINED + _examples(found, task, source, order)))
+    path.write_text(page(f"Audit of {task.name}", lead, sections), encoding="utf-8")
+    return path
+
+
+_EXPLAINED = (
+    "<p>Most harmful first: the sum over training of learning rate times the inner product of the example's gradient "
+    "with that of the clean set is lowest. Under each the given label and, where the network mostly said another, that "
+    "one. An example can be harmful with a right label, and a wrong label can do no harm: look before changing.</p>"
+)
+
+
+def _detections(detections: Mapping[str, Detection]) -> str:
+    wanted = (0, 4, 9)
+    rows = [["ranking", "area under ROC", *(f"precision at {10 * (j + 1)} %" for j in wanted)]]
+    for name, measured in detections.items():
+        rows.append([name, f"{measured.area:.3f}", *(f"{100 * measured.precision[j]:.1f} %" for j in wanted)])
+    best = max(range(1, len(rows)), key=lambda k: float(rows[k][1]))
+    text = "<p>The share of wrong labels among the most suspicious; 100 % is as many as there are wrong ones.</p>"
+    curves = {name: measured.precision for name, measured in detections.items()}
+    return text + table(rows, best=[(best, 1)]) + figures.precision(curves)
+
+
+def _examples(found: Audit, task: Task, source: Source, order: np.ndarray) -> str:
+    rows = _rows(found, task, order)
+    if source.readable is None and task.train.inputs.ndim == 4:
+        pictures = [
+            picture(_pixels(task.train, row), f"{line[2]}" + (f" → {line[3]}" if line[3] != line[2] else ""))
+            for row, line in zip(order.tolist(), rows, strict=True)
+        ]
+        return f'<div class="gallery">{"".join(pictures)}</div>'
+    shown = [["id", "given", "suggested", "value", "example"]]
+    for row, line in zip(order.tolist(), rows, strict=True):
+        example = source.readable[int(line[1])] if source.readable is not None else _numbers(task.train, row)
+        shown.append([line[1], line[2], line[3] if line[3] != line[2] else "", f"{float(line[5]):.3g}", example])
+    return f'<div class="reading">{table(shown)}</div>'
+
+
+def _pixels(examples: Examples, row: int) -> np.ndarray:
+    """Height, width and, in colour, three channels, stretched to 0..1 where the inputs are not."""
+    image = examples.inputs[row].cpu().numpy().transpose(1, 2, 0)
+    if image.min() < 0 or image.max() > 1:
+        image = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
+    return image[..., 0] if image.shape[2] == 1 else image
+
+
+def _numbers(examples: Examples, row: int) -> str:
+    return ", ".join(f"{value:.2g}" for value in examples.inputs[row].flatten().tolist())

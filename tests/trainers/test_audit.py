@@ -1,0 +1,136 @@
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metakern.cli import main
+from metakern.data import Examples, Source, Task
+from metakern.data.sampling import shuffled
+from metakern.trainers import audit_command
+from metakern.trainers.audit import Audit, audit
+from metakern.trainers.audit_command import run_audit
+from metakern.trainers.detection import cleanlab_suspicion, detection, has_cleanlab, held_out_probabilities
+from metakern.trainers.loop import make_optimizer, make_task
+from metakern.trainers.networks import network_for
+from metakern.trainers.report.audit import write_page, write_table
+
+
+@pytest.fixture
+def noisy(quick):
+    return replace(quick, data="digits", majority=None, noise="symmetric", noise_rate=0.2, train_size=200, lr=0.01)
+
+
+def test_values_are_the_sum_of_lr_times_dot(noisy):
+    """Against the gradients of single examples along the same training run."""
+    config = replace(noisy, steps=3, train_size=30, meta_per_class=1)
+    task = make_task(config)
+    found = audit(config, task, progress=False)
+    model = network_for(task, config.seed)
+    optimizer = make_optimizer(config, model)
+    expected, seen = np.zeros(len(task.train)), np.zeros(len(task.train), bool)
+    generator = torch.Generator().manual_seed(config.seed + 2)
+    batches = shuffled(task.train.targets, 20, generator)
+    for _ in range(3):
+        rows = next(batches)
+        meta = torch.autograd.grad(
+            F.cross_entropy(model(task.meta.inputs), task.meta.targets), list(model.parameters())
+        )
+        for row in rows.tolist():
+            loss = F.cross_entropy(model(task.train.inputs[row : row + 1]), task.train.targets[row : row + 1])
+            own = torch.autograd.grad(loss, list(model.parameters()))
+            expected[row] += config.lr / 20 * sum((a * b).sum().item() for a, b in zip(own, meta, strict=True))
+            seen[row] = True
+        optimizer.zero_grad()
+        F.cross_entropy(model(task.train.inputs[rows]), task.train.targets[rows]).backward()
+        optimizer.step()
+    np.testing.assert_allclose(found.value[seen], expected[seen], rtol=1e-3, atol=1e-6)
+    assert np.isnan(found.value[~seen]).all()
+
+
+def made_up() -> Audit:
+    value = np.array([0.1, -0.5, 0.3, np.nan])
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [np.nan, np.nan]])
+    return Audit(value, 2 * value, np.array([1.0, 3.0, 2.0, np.nan]), probabilities)
+
+
+def made_up_task(inputs: torch.Tensor) -> Task:
+    train = Examples(inputs, torch.tensor([0, 1, 1, 0]), torch.tensor([3, 2, 1, 0]))
+    return Task("made-up", train, train, train, ("a", "b"), train.targets)
+
+
+def test_order_and_suggestion():
+    found = made_up()
+    assert found.harmful_first().tolist() == [1, 0, 2, 3]
+    assert found.suggested.tolist()[:3] == [0, 0, 1]
+
+
+def test_table_and_page_of_text(tmp_path):
+    task = made_up_task(torch.zeros(4, 3, dtype=torch.int64))
+    source = Source("made-up", task.train, task.test, ("a", "b"), readable=["t0", "t1", "t<2>", "t3"])
+    with write_table(made_up(), task, source, tmp_path / "audit.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["2", "3", "1", "0"]
+    assert (rows[0]["given_label"], rows[0]["suggested_label"], rows[0]["text"]) == ("b", "a", "t<2>")
+    page = write_page(made_up(), task, source, {}, [], tmp_path / "audit.html", top=2).read_text()
+    assert "t&lt;2&gt;" in page
+    assert "t1" not in page
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 1, 6, 6), (4, 3, 6, 6)])
+def test_page_of_rows_and_pictures(tmp_path, shape):
+    task = made_up_task(torch.randn(*shape))
+    source = Source("made-up", task.train, task.test, ("a", "b"))
+    page = write_page(made_up(), task, source, {}, ["a note"], tmp_path / "audit.html").read_text()
+    assert ("<img" in page) == (len(shape) == 4)
+    assert "a note" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_detection_by_hand():
+    wrong = np.array([True, False, True, False, False])
+    found = detection(np.array([5.0, 4.0, 3.0, 2.0, np.nan]), wrong)
+    assert found.area == pytest.approx(5 / 6)  # of six pairs, the second wrong one comes after one right one
+    assert found.precision[-1] == 0.5
+    assert found.precision[0] == 1
+    with pytest.raises(ValueError, match="got 0 of 5 wrong"):
+        detection(np.arange(5.0), np.zeros(5, bool))
+
+
+def test_held_out_probabilities_are_held_out(noisy):
+    task = make_task(replace(noisy, steps=200))
+    probabilities = held_out_probabilities(replace(noisy, steps=40), task, folds=2)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.skipif(not has_cleanlab(), reason="cleanlab is not installed")
+def test_cleanlab_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.3, 0.7]])
+    np.testing.assert_allclose(cleanlab_suspicion(np.array([0, 0]), probabilities), [0.1, 0.7], atol=1e-6)
+
+
+def test_command_finds_planted_errors(noisy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(audit_command, "has_cleanlab", lambda: False)
+    arguments = ["--data", "digits", "--noise", "symmetric", "--noise-rate", "0.2", "--steps", "60", "--threads", "1"]
+    assert main(["audit", *arguments, "--lr", "0.01", "--top", "12", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "highest loss" in shown
+    assert "cleanlab: left out, it is not installed" in shown
+    page = (tmp_path / "audit.html").read_text()
+    assert page.count("<img") == 12
+    assert "Wrong labels found" in page
+    assert (tmp_path / "audit.json").is_file()
+
+
+def test_audit_of_clean_labels_judges_nothing(quick, tmp_path):
+    assert "ranking" not in run_audit(quick, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(("option", "message"), [("--top", "--top must be at least 1"), ("--folds", "--folds must be")])
+def test_unusable_options(option, message, capsys, tmp_path):
+    value = "0" if option == "--top" else "1"
+    assert main(["audit", option, value, "--out", str(tmp_path / "x")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
