@@ -10,6 +10,8 @@ from typing import Any
 from metakern.data import NOISE_KINDS
 from metakern.methods import Method
 
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+
 
 def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
@@ -33,29 +35,43 @@ class TrainConfig:
     schedule: float = _option(1.0, "share of the method's own number of steps to take")
     batch_size: int | None = _option(None, "training examples in a batch (default: the method's own)")
     meta_batch_size: int | None = _option(None, "meta examples in a step (default: the method's own, mostly all)")
-    lr: float = _option(1e-3, "learning rate of SGD")
-    momentum: float = _option(0.9, "momentum of SGD")
-    weight_decay: float = _option(0.0, "weight decay of SGD")
+    optimizer: str = _option("sgd", f"the optimizer, one of {', '.join(OPTIMIZERS)}")
+    lr: float = _option(1e-3, "learning rate")
+    momentum: float = _option(0.9, "momentum of SGD, plain or Nesterov's")
+    weight_decay: float = _option(0.0, "weight decay")
+    warmup: float = _option(0.0, "share of the run over which the learning rate rises linearly")
+    drops: str = _option("", "shares of the run at which the learning rate is divided by 10, as in 0.5,0.75")
+    early_stopping: int | None = _option(None, "stop after that many evaluations without a lower validation error")
+    validation: float = _option(0.1, "share of the training examples that --early-stopping holds out")
     engine: str = _option("auto", "how the dot products are computed: auto, ghost, jvp or double_backward")
     evaluations: int = _option(20, "how often in a run the test error is measured")
+    device: str = _option("cpu", "where to train: cpu, cuda, cuda:1, ...")
+    amp: str | None = _option(None, "bf16: autocast to bfloat16")
     threads: int = _option(2, "CPU threads")
+    checkpoint_seconds: float = _option(60.0, "seconds from one checkpoint to the next; 0: one after every step")
+    tensorboard: bool = _option(False, "write the metrics for TensorBoard as well")
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_size",
-            "meta_per_class",
-            "steps",
-            "batch_size",
-            "meta_batch_size",
-            "evaluations",
-            "threads",
-        ):
+        counts = "train_size", "meta_per_class", "steps", "batch_size", "meta_batch_size", "evaluations", "threads"
+        for name in (*counts, "early_stopping"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         for name in ("schedule", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("amp", (None, "bf16"))):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(choice for choice in allowed if choice)
+                raise ValueError(f"--{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name, shares in (("warmup", [self.warmup]), ("drops", self.drop_shares)):
+            if not all(0 <= share <= 1 for share in shares):
+                raise ValueError(f"--{name} takes shares of the run, from 0 to 1, got {getattr(self, name)}")
+
+    @property
+    def drop_shares(self) -> list[float]:
+        """`drops` as numbers."""
+        return [float(word) for word in self.drops.split(",") if word.strip()]
 
     def total_steps(self, method: Method) -> int:
         """The number of steps this run takes with `method`."""
@@ -70,8 +86,9 @@ class TrainConfig:
         return "-".join([*parts, self.method, str(self.seed)])
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the result: all but the place of the data and the number of threads."""
-        return {name: value for name, value in asdict(self).items() if name not in ("data_dir", "threads")}
+        """The fields that decide the result: not where the data lies, nor threads, checkpoints and curves."""
+        idle = "data_dir", "threads", "checkpoint_seconds", "tensorboard"
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
 
 def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
@@ -81,10 +98,12 @@ def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] =
         if not entry.metadata or entry.name in leave_out:
             continue
         kinds = [kind for kind in typing.get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
-        meaning = entry.metadata["help"] + ("" if entry.default is None else f" (default: {entry.default})")
-        parser.add_argument(
-            "--" + entry.name.replace("_", "-"), type=kinds[0], default=entry.default, metavar="X", help=meaning
-        )
+        meaning = entry.metadata["help"] + ("" if entry.default in (None, "") else f" (default: {entry.default})")
+        name = "--" + entry.name.replace("_", "-")
+        if kinds == [bool]:
+            parser.add_argument(name, action="store_true", help=entry.metadata["help"])
+        else:
+            parser.add_argument(name, type=kinds[0], default=entry.default, metavar="X", help=meaning)
 
 
 def from_options(options: argparse.Namespace, **given: Any) -> TrainConfig:

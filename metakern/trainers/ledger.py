@@ -29,17 +29,23 @@ class Ledger:
         """Record `weights`[n] of the training examples at `rows`[n]."""
         if step < self._from_step:
             return
-        weights = weights.detach().cpu().double()
+        rows, weights = rows.cpu(), weights.detach().cpu().double()
         self._seen.index_add_(0, rows, torch.ones_like(rows))
         self._kept.index_add_(0, rows, (weights != 0).long())
         self._sum.index_add_(0, rows, weights * len(rows))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"seen": self._seen, "kept": self._kept, "sum": self._sum}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._seen, self._kept, self._sum = state["seen"], state["kept"], state["sum"]
 
     def columns(self) -> dict[str, np.ndarray]:
         """Arrays[n]: id, label, clean_label, times_seen, share_kept and mean_weight, nan where never seen."""
         seen = self._seen.double()
         return {
             "id": self._task.train.ids.numpy(),
-            "label": self._task.train.targets.numpy(),
+            "label": self._task.train.targets.cpu().numpy(),
             "clean_label": self._task.clean_targets.numpy(),
             "times_seen": self._seen.numpy(),
             "share_kept": (self._kept / seen).float().numpy(),

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import repeat
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from metakern.data import Task, biased, binary_imbalance, load
-from metakern.methods import Method, Outcome, Setting, Setup, find
-from metakern.methods.method import Batch, Prepared
+from metakern.data import Examples, Task
+from metakern.methods import Method, Setting, find
+from metakern.methods.method import Batch, Fit, Prepared, Stateful
+from metakern.trainers.batches import make_batches, make_setup
+from metakern.trainers.checkpoint import (
+    drop_checkpoint,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
 from metakern.trainers.config import TrainConfig
+from metakern.trainers.early_stopping import EarlyStopping
 from metakern.trainers.evaluate import Errors, measure_errors
+from metakern.trainers.guard import require_finite, save_failure
 from metakern.trainers.ledger import Ledger
 from metakern.trainers.metrics import MetricsFile
 from metakern.trainers.networks import network_for
+from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
 from metakern.trainers.run_folder import finish, start
+from metakern.trainers.task import hold_out, make_task, on_device, task_on_device
+from metakern.trainers.tensorboard import Board
 
 
 @dataclass(frozen=True)
@@ -35,135 +48,161 @@ class Run:
     folder: Path
 
 
-def make_task(config: TrainConfig) -> Task:
-    """The data of a run, biased as its config says.
-
-    Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
-    """
-    source = load(config.data, config.data_dir)
-    size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
-    if len(source.class_names) == 2:
-        if config.imbalance != 1 or config.noise is not None:
-            raise ValueError(f"--imbalance and --noise are for more than two classes; {config.data} takes --majority")
-        majority = 0.995 if config.majority is None else config.majority
-        return binary_imbalance(source, majority=majority, size=size, meta_per_class=meta_per_class, seed=seed)
-    if config.majority is not None:
-        raise ValueError(f"--majority is for two classes; {config.data} takes --imbalance and --noise")
-    return biased(
-        source,
-        factor=config.imbalance,
-        noise=config.noise,
-        rate=config.noise_rate,
-        size=size,
-        meta_per_class=meta_per_class,
-        seed=seed,
-    )
-
-
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run."""
-    return torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
 def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
-    """Train as `config` says and leave config.json, metrics.csv, weights.npz, weights.csv and result.json in `folder`.
+    """Train as `config` says and leave config.json, metrics.csv, weights, model.pt and result.json in `folder`.
 
+    An unfinished run of the same config there goes on from its last checkpoint, with the results it would have had.
     Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data.
     """
     method = find(config.method)
     torch.set_num_threads(config.threads)
-    task = method.training_set(make_task(config), config.seed)
+    task, validation = make_task(config), None
+    if config.early_stopping is not None:
+        task, validation = hold_out(task, config.validation, config.seed)
+    task = method.training_set(task, config.seed)
+    checkpoint = load_checkpoint(folder, config)
     start(folder, config, task)
-    model = network_for(task, config.seed)
-    began = time.perf_counter()
-    metrics = MetricsFile(folder / "metrics.csv", task.class_names)
-    if method.fit is None:
-        ledger = _run(config, method, task, model, metrics, progress)
-    else:
-        with metrics:
-            model = method.fit(make_setup(config, method, task, model, progress=progress))
-        ledger = Ledger(task, config.total_steps(method))
-    seconds = time.perf_counter() - began
-    errors = measure_errors(model, task.test, len(task.class_names))
-    ledger.save(folder)
-    finish(folder, config, errors, seconds, config.total_steps(method))
-    return Run(config, task, model, errors, seconds, folder)
+    with torch.random.fork_rng():
+        loop = _Loop(config, method, task, validation, folder, progress)
+        if method.fit is None:
+            loop.begin(checkpoint)
+            loop.run()
+        else:
+            loop.fit(method.fit)
+    errors = loop.finish()
+    drop_checkpoint(folder)
+    return Run(config, loop.task, loop.model, errors, loop.seconds, folder)
 
 
-def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module, *, progress: bool = False) -> Setup:
-    """What a run of `config` offers its method."""
-    return Setup(
-        task,
-        model,
-        config.seed,
-        config.total_steps(method),
-        config.batch_size or method.batch_size,
-        lambda model: make_optimizer(config, model),
-        config.engine,
-        progress,
-    )
+class _Loop:
+    """One run between its beginning and its end: all that changes while it goes on."""
 
+    def __init__(
+        self, config: TrainConfig, method: Method, task: Task, validation: Examples | None, folder: Path, progress: bool
+    ) -> None:
+        device = torch.device(config.device)
+        self.config, self.method, self.folder, self.progress = config, method, folder, progress
+        self.task = task_on_device(task, device)
+        self.validation = None if validation is None else on_device(validation, device)
+        self.model = network_for(task, config.seed).to(device)
+        self.setup = make_setup(config, method, self.task, self.model, progress=progress)
+        self.optimizer = make_optimizer(config, self.model)
+        self.generator = torch.Generator().manual_seed(config.seed + 1)
+        self.take = method.begin(self.setup) if method.fit is None else None
+        self.ledger = Ledger(task, self.setup.steps)
+        self.metrics = MetricsFile(folder / "metrics.csv", task.class_names)
+        self.stopping = None if config.early_stopping is None else EarlyStopping(config.early_stopping)
+        self.board = Board(folder) if config.tensorboard else None
+        self.class_counts = self.task.train.counts(self.setup.classes)
+        self.step, self.seconds = 0, 0.0
 
-def make_batches(config: TrainConfig, method: Method, task: Task) -> Iterator[tuple[Tensor, Batch, Batch]]:
-    """Endless: rows[n] in `task.train`, the batch they are, and a meta batch.
+    def fit(self, whole: Fit) -> None:
+        """Let a method that has no steps make its model."""
+        self.metrics.begin()
+        self.model = whole(self.setup)
+        self._close()
 
-    Both streams of rows draw from generators of their own: one method's draws never shift another's batches.
-    """
-    rows = method.sampler(
-        task.train.targets,
-        config.batch_size or method.batch_size,
-        torch.Generator().manual_seed(config.seed + 2),
-    )
-    size = config.meta_batch_size or method.meta_batch_size
-    meta_rows = (
-        repeat(slice(None))
-        if size is None
-        else method.meta_sampler(task.meta.targets, size, torch.Generator().manual_seed(config.seed + 3))
-    )
-    for own, meta in zip(rows, meta_rows, strict=False):
-        yield own, (task.train.inputs[own], task.train.targets[own]), (task.meta.inputs[meta], task.meta.targets[meta])
+    def begin(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go on from `checkpoint`, or prepare the method for its first step."""
+        if checkpoint is not None:
+            self._load(checkpoint)
+            return
+        if isinstance(self.take, Prepared):
+            self.take.prepare()
+        # After the preparation: what it draws does not shift the dropout of the run.
+        torch.manual_seed(self.config.seed)
+        self.metrics.begin()
+        if isinstance(self.take, Prepared):
+            self._save()
 
+    def run(self) -> None:
+        """Steps, evaluations and checkpoints until the run is over."""
+        steps, times = self.setup.steps, self.config.evaluations
+        evaluate_at = {round(steps * (k + 1) / times) for k in range(times)}
+        batches = make_batches(self.config, self.method, self.task, after=self.step)
+        saved = time.monotonic()
+        bar = tqdm(total=steps, initial=self.step, desc=self.method.name, unit="step", disable=not self.progress)
+        with bar:
+            while self.step < steps and not (self.stopping and self.stopping.over):
+                self._take_step(*next(batches))
+                if self.step in evaluate_at:
+                    self._evaluate()
+                if time.monotonic() - saved >= self.config.checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+                bar.update()
+                if self.step % 10 == 0:
+                    bar.set_postfix(self.metrics.brief(), refresh=False)
+        self._close()
 
-def _run(
-    config: TrainConfig, method: Method, task: Task, model: nn.Module, metrics: MetricsFile, progress: bool
-) -> Ledger:
-    setup = make_setup(config, method, task, model, progress=progress)
-    steps = setup.steps
-    optimizer = make_optimizer(config, model)
-    setting = Setting(
-        task.train.counts(setup.classes), torch.Generator().manual_seed(config.seed + 1), config.engine, steps=steps
-    )
-    batches = make_batches(config, method, task)
-    take = method.begin(setup)
-    if isinstance(take, Prepared):
-        take.prepare()
-    ledger = Ledger(task, steps)
-    evaluate_at = {round(steps * (k + 1) / config.evaluations) for k in range(config.evaluations)}
-    with metrics, tqdm(total=steps, desc=method.name, unit="step", disable=not progress) as bar:
-        for step in range(1, steps + 1):
-            rows, batch, meta_batch = next(batches)
-            outcome = take(
-                model,
-                batch,
-                meta_batch,
-                optimizer=optimizer,
-                setting=replace(setting, indices=rows, step=step - 1),
-            )
-            _refuse_nonfinite(outcome, step)
-            ledger.add(step - 1, rows, outcome.weights)
-            metrics.add(outcome)
-            if step in evaluate_at:
-                metrics.write(step, measure_errors(model, task.test, len(task.class_names)))
-            bar.update()
-            if step % 10 == 0:
-                bar.set_postfix(metrics.brief(), refresh=False)
-    return ledger
+    def _close(self) -> None:
+        self.seconds = self.metrics.seconds
+        if self.board:
+            self.board.close()
 
+    def finish(self) -> Errors:
+        """The final errors, of the best model where the run stops early, with everything on disk."""
+        if self.stopping and self.stopping.best_step:
+            self.stopping.restore(self.model)
+        errors = self._errors(self.task.test)
+        self.ledger.save(self.folder)
+        torch.save(self.model.state_dict(), self.folder / "model.pt")
+        best = self.stopping.best_step if self.stopping else None
+        finish(self.folder, self.config, errors, self.seconds, self.step, best)
+        return errors
 
-def _refuse_nonfinite(outcome: Outcome, step: int) -> None:
-    broken = int((~torch.isfinite(outcome.losses)).sum())
-    if broken:
-        raise ValueError(
-            f"step {step}: the loss of {broken} of {len(outcome.losses)} examples is not finite; "
-            f"a smaller --lr usually helps"
+    def _take_step(self, rows: torch.Tensor, batch: Batch, meta_batch: Batch) -> None:
+        assert self.take is not None
+        set_rate(self.optimizer, self.config.lr * rate_factor(self.config, self.step, self.setup.steps))
+        setting = Setting(
+            self.class_counts, self.generator, self.config.engine, rows, step=self.step, steps=self.setup.steps
         )
+        try:
+            with self._precision():
+                outcome = self.take(self.model, batch, meta_batch, optimizer=self.optimizer, setting=setting)
+            require_finite(outcome, self.step + 1)
+        except Exception as error:
+            save_failure(self.folder, error, self.step + 1, rows, batch, meta_batch, self.model)
+            raise
+        self.ledger.add(self.step, rows, outcome.weights)
+        self.metrics.add(outcome)
+        self.step += 1
+
+    def _evaluate(self) -> None:
+        validation = None if self.validation is None else self._errors(self.validation).test
+        row = self.metrics.write(self.step, self._errors(self.task.test), validation)
+        if self.stopping and validation is not None:
+            self.stopping.add(self.step, validation, self.model)
+        if self.board:
+            self.board.add(row)
+
+    def _errors(self, examples: Examples) -> Errors:
+        with self._precision():
+            return measure_errors(self.model, examples, self.setup.classes)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.amp is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.config.device).type, torch.bfloat16)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "ledger": self.ledger, "metrics": self.metrics}
+        return {
+            **parts,
+            **({"method": self.take} if isinstance(self.take, Stateful) else {}),
+            **({"stopping": self.stopping} if self.stopping else {}),
+        }
+
+    def _save(self) -> None:
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state.update(step=self.step, generator=self.generator.get_state(), random=random_states())
+        save_checkpoint(self.folder, self.config, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.generator.set_state(state["generator"])
+        restore_random_states(state["random"])
+        self.metrics.begin(self.step)

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from metakern.methods import Outcome
 from metakern.trainers.evaluate import Errors
+
+_AVERAGED = "loss", "weighted_loss", "meta_loss", "kept"
 
 
 class MetricsFile:
     """Writes the file while a run goes on; every row is on disk as soon as it is written.
 
     Columns: step; loss = mean_n l_n; weighted_loss = sum_n w_n l_n; meta_loss; kept = share of weights above 0;
-    test_error, balanced_error and error_CLASS in percent; seconds since the start, evaluations included;
-    steps_per_second without them.
+    test_error, balanced_error and error_CLASS in percent; validation_error, nan without a validation set; seconds
+    since the start, evaluations included; steps_per_second without them.
     """
 
     def __init__(self, path: Path, class_names: tuple[str, ...]) -> None:
         self._path = path
-        self._columns = ["step", "loss", "weighted_loss", "meta_loss", "kept", "test_error", "balanced_error"]
-        self._columns += [f"error_{name}" for name in class_names] + ["seconds", "steps_per_second"]
-        self._last = {"loss": float("nan"), "kept": float("nan")}
+        self._columns = ["step", *_AVERAGED, "test_error", "balanced_error"]
+        self._columns += [f"error_{name}" for name in class_names]
+        self._columns += ["validation_error", "seconds", "steps_per_second"]
+        self._last: dict[str, float] = dict.fromkeys(_AVERAGED, float("nan"))
+        self._before = 0.0
         self._clear()
 
     def _clear(self) -> None:
-        self._sums = {"loss": 0.0, "weighted_loss": 0.0, "meta_loss": 0.0, "kept": 0.0}
+        self._sums: dict[str, float] = dict.fromkeys(_AVERAGED, 0.0)
         self._count = 0
+        self._stepping = 0.0
 
-    def __enter__(self) -> MetricsFile:
-        self._file = self._path.open("w", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(self._columns)
+    def begin(self, step: int = 0) -> None:
+        """Begin the file anew, or go on after `step` with the rows up to there."""
+        rows = [] if step == 0 else [row for row in _rows(self._path) if int(row[0]) <= step]
+        self._write("w", [self._columns, *rows])
         self._began = self._resumed = time.perf_counter()
-        return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+    def _write(self, mode: str, rows: Sequence[Sequence[str]]) -> None:
+        with self._path.open(mode, newline="") as file:
+            csv.writer(file).writerows(rows)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the run, in all the processes that it took."""
+        return self._before + time.perf_counter() - self._began
 
     def add(self, outcome: Outcome) -> None:
         """Take one step's outcome into the averages."""
@@ -51,22 +62,35 @@ class MetricsFile:
         for name, value in self._last.items():
             self._sums[name] += value
         self._count += 1
-        self._stepped = time.perf_counter()
+        now = time.perf_counter()
+        self._stepping, self._resumed = self._stepping + now - self._resumed, now
 
-    def write(self, step: int, errors: Errors) -> None:
-        """Write the row of `step` and begin new averages."""
-        speed = self._count / (self._stepped - self._resumed)
-        averages = [self._sums[name] / self._count for name in ("loss", "weighted_loss", "meta_loss", "kept")]
-        seconds = time.perf_counter() - self._began
-        row = [step, *averages, errors.test, errors.balanced, *errors.by_class, seconds, speed]
-        self._writer.writerow([f"{value:.6g}" for value in row])
-        self._file.flush()
+    def write(self, step: int, errors: Errors, validation: float | None = None) -> dict[str, float]:
+        """Write the row of `step`, begin new averages, and return the row by column."""
+        averages = [self._sums[name] / self._count for name in _AVERAGED]
+        row = [step, *averages, errors.test, errors.balanced, *errors.by_class]
+        row += [float("nan") if validation is None else validation, self.seconds, self._count / self._stepping]
+        self._write("a", [[f"{value:.6g}" for value in row]])
         self._clear()
         self._resumed = time.perf_counter()
+        return dict(zip(self._columns, row, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "count": self._count, "stepping": self._stepping, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums, self._count, self._stepping = state["sums"], state["count"], state["stepping"]
+        self._before = state["seconds"]
 
     def brief(self) -> dict[str, str]:
         """The last step's figures, for a progress bar."""
         return {"loss": f"{self._last['loss']:.4f}", "kept": f"{100 * self._last['kept']:.0f}%"}
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The rows below the head; a last one that was cut off while it was written is left out."""
+    text = path.read_text()
+    return list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:

@@ -26,7 +26,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def start(folder: Path, config: TrainConfig, task: Task) -> None:
     """Make `folder` and write config.json; a result of an earlier run there is no longer one."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
+    for name in ("result.json", "failed_batch.pt"):
+        (folder / name).unlink(missing_ok=True)
     shares = [round(share, 6) for share in task.class_shares.tolist()]
     _write(
         folder / "config.json",
@@ -45,13 +46,16 @@ def start(folder: Path, config: TrainConfig, task: Task) -> None:
     )
 
 
-def finish(folder: Path, config: TrainConfig, errors: Errors, seconds: float, steps: int) -> None:
+def finish(
+    folder: Path, config: TrainConfig, errors: Errors, seconds: float, steps: int, best_step: int | None = None
+) -> None:
     """Write result.json: that it exists says the run is complete."""
     _write(
         folder / "result.json",
         {
             "identity": config.identity(),
             "steps": steps,
+            **({} if best_step is None else {"best_step": best_step}),
             "test_error": errors.test,
             "balanced_error": errors.balanced,
             "error_by_class": errors.by_class,

@@ -11,9 +11,10 @@ import torch
 from metakern.data import Task
 from metakern.methods import Setting, find
 from metakern.methods.method import Prepared
+from metakern.trainers.batches import make_batches, make_setup
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.loop import make_batches, make_optimizer, make_setup
 from metakern.trainers.networks import network_for
+from metakern.trainers.optimizer import make_optimizer
 
 
 class StepTime(NamedTuple):

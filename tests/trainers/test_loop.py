@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from metakern.trainers import train
-from metakern.trainers.loop import make_task
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.networks import network_for
 from metakern.trainers.run_folder import finished
+from metakern.trainers.task import make_task
 
 
 def test_a_run_leaves_its_records(quick, tmp_path):

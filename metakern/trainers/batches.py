@@ -1,0 +1,53 @@
+"""What a run offers its method: the setup before the first step, and the batches of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, repeat
+
+import torch
+from torch import Tensor, nn
+
+from metakern.data import Task
+from metakern.methods import Method, Setup
+from metakern.methods.method import Batch
+from metakern.trainers.config import TrainConfig
+from metakern.trainers.optimizer import make_optimizer
+
+
+def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module, *, progress: bool = False) -> Setup:
+    """What a run of `config` offers `method`."""
+    return Setup(
+        task,
+        model,
+        config.seed,
+        config.total_steps(method),
+        config.batch_size or method.batch_size,
+        lambda model: make_optimizer(config, model),
+        config.engine,
+        progress,
+    )
+
+
+def make_batches(
+    config: TrainConfig, method: Method, task: Task, *, after: int = 0
+) -> Iterator[tuple[Tensor, Batch, Batch]]:
+    """Endless: rows[n] in `task.train`, the batch they are, and a meta batch; the first `after` are left out.
+
+    Both streams of rows draw from generators of their own: one method's draws never shift another's batches.
+    """
+    device = task.train.targets.device
+    size = config.meta_batch_size or method.meta_batch_size
+    rows = method.sampler(
+        task.train.targets.cpu(),
+        config.batch_size or method.batch_size,
+        torch.Generator().manual_seed(config.seed + 2),
+    )
+    meta_rows = (
+        repeat(torch.arange(len(task.meta)))
+        if size is None
+        else method.meta_sampler(task.meta.targets.cpu(), size, torch.Generator().manual_seed(config.seed + 3))
+    )
+    for own, meta in islice(zip(rows, meta_rows, strict=False), after, None):
+        own, meta = own.to(device), meta.to(device)
+        yield own, (task.train.inputs[own], task.train.targets[own]), (task.meta.inputs[meta], task.meta.targets[meta])

@@ -1,0 +1,44 @@
+"""Steps that fail: the run stops, and what the step was given is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from metakern.methods import Outcome
+from metakern.methods.method import Batch
+
+NAME = "failed_batch.pt"
+
+
+def require_finite(outcome: Outcome, step: int) -> None:
+    """Raise ValueError when a loss or a weight of `outcome` is not finite."""
+    for what, values in (("loss", outcome.losses), ("weight", outcome.weights)):
+        broken = int((~torch.isfinite(values)).sum())
+        if broken:
+            raise ValueError(
+                f"step {step}: the {what} of {broken} of {len(values)} examples is not finite; "
+                f"a smaller --lr usually helps; the batch is in {NAME}"
+            )
+
+
+def save_failure(
+    folder: Path, error: Exception, step: int, rows: Tensor, batch: Batch, meta_batch: Batch, model: nn.Module
+) -> None:
+    """Write failed_batch.pt: the step, the rows of the batch in the training set, both batches, and the model.
+
+    The model is as the failed step left it: untouched where the step raised itself.
+    """
+    torch.save(
+        {
+            "error": str(error),
+            "step": step,
+            "rows": rows,
+            "batch": batch,
+            "meta_batch": meta_batch,
+            "model": model.state_dict(),
+        },
+        folder / NAME,
+    )

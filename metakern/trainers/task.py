@@ -1,0 +1,61 @@
+"""The data of a run, as its config says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from metakern.data import Examples, Task, biased, binary_imbalance, load
+from metakern.trainers.config import TrainConfig
+
+
+def make_task(config: TrainConfig) -> Task:
+    """The data of a run, biased as its config says.
+
+    Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
+    """
+    source = load(config.data, config.data_dir)
+    size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
+    if len(source.class_names) == 2:
+        if config.imbalance != 1 or config.noise is not None:
+            raise ValueError(f"--imbalance and --noise are for more than two classes; {config.data} takes --majority")
+        majority = 0.995 if config.majority is None else config.majority
+        return binary_imbalance(source, majority=majority, size=size, meta_per_class=meta_per_class, seed=seed)
+    if config.majority is not None:
+        raise ValueError(f"--majority is for two classes; {config.data} takes --imbalance and --noise")
+    return biased(
+        source,
+        factor=config.imbalance,
+        noise=config.noise,
+        rate=config.noise_rate,
+        size=size,
+        meta_per_class=meta_per_class,
+        seed=seed,
+    )
+
+
+def hold_out(task: Task, share: float, seed: int) -> tuple[Task, Examples]:
+    """The task without a random `share` of its training examples, and those, with the labels they have: noise and all.
+
+    Raises: ValueError when one of the two would be empty.
+    """
+    n = len(task.train)
+    held = round(share * n)
+    if not 0 < held < n:
+        raise ValueError(f"--validation {share:g} of {n} training examples leaves {held} for validation")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + 5))
+    kept, validation = order[held:].sort().values, order[:held].sort().values
+    smaller = replace(task, train=task.train.take(kept), clean_targets=task.clean_targets[kept])
+    return smaller, task.train.take(validation)
+
+
+def on_device(examples: Examples, device: torch.device) -> Examples:
+    """The same examples with inputs and targets on `device`."""
+    return Examples(examples.inputs.to(device), examples.targets.to(device), examples.ids)
+
+
+def task_on_device(task: Task, device: torch.device) -> Task:
+    """The same task with all inputs and targets on `device`; the true labels stay where they are."""
+    parts = {name: on_device(getattr(task, name), device) for name in ("train", "meta", "test")}
+    return replace(task, **parts)

@@ -1,0 +1,31 @@
+"""The rows of metrics.csv for TensorBoard, where it is installed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Board:
+    """Event files in `folder`/tensorboard.
+
+    Raises: ValueError when the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as missing:
+            raise ValueError("--tensorboard: not installed; try: pip install tensorboard") from missing
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """One point on the curve of every column of `row` that is a number, at its "step"."""
+        for name, value in row.items():
+            if name != "step" and not math.isnan(value):
+                self._writer.add_scalar(name, value, int(row["step"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
