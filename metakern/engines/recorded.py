@@ -106,7 +106,8 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
     trace = trace_batch(problem.model, problem.batch, problem.loss_fn, problem.trainable, "batch")
     if trace.couplings and trace.examples > 1:
         raise EngineUnavailable(
-            f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use engine='jvp'"
+            f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use "
+            "engine='jvp', or approximate with batchnorm='frozen'"
         )
     operations = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
 

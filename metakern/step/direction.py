@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metakern.capture.parameters import trainable_parameters
-from metakern.engines import Answer, Problem, micro_batch, solve
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_on_error
+from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, solve
+from metakern.engines.choose import normalises_over_batch
 from metakern.engines.group import mean_over_group
 from metakern.engines.train_pass import open_pass
 from metakern.step.virtual import VirtualRule
@@ -40,12 +43,24 @@ def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_
 
 
 def solve_along(
-    problem: Problem, engine: str, direction: Direction | None, size: int | None = None
+    problem: Problem,
+    engine: str,
+    direction: Direction | None,
+    size: int | None = None,
+    batchnorm: str = "exact",
 ) -> tuple[Answer, str]:
-    """As `solve`, with the dots along `direction(V)`, and by parts of `size` examples if that is given.
+    """As `solve`, with the dots along `direction(V)`; by parts of `size` examples, or with frozen batch statistics.
 
-    Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that V has.
+    Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that V has, or for
+        choices that exclude one another.
     """
+    if _freezes(problem, engine, size, batchnorm):
+        try:
+            with unchanged_on_error(problem.model):
+                return frozen_statistics.solve(problem, lambda v: _directed(v, direction)), FROZEN
+        except EngineUnavailable:
+            if engine != "auto":
+                raise
     if size is not None and micro_batch.several_parts(problem, engine, size):
         return micro_batch.solve(problem, size, lambda v: _directed(v, direction)), "ghost"
     if direction is None:
@@ -54,6 +69,23 @@ def solve_along(
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)
     return Answer(train.dots(_directed(v, direction)), train.losses, meta_loss, train.weighted_gradient), used
+
+
+FROZEN = "ghost_frozen"
+"""What results call the ghost engine with frozen batch statistics: the one answer that is an approximation."""
+
+
+def _freezes(problem: Problem, engine: str, size: int | None, batchnorm: str) -> bool:
+    """Are the statistics of a batch to be taken as constants, and are there any?"""
+    if batchnorm not in ("exact", "frozen"):
+        raise ValueError(f"batchnorm must be 'exact' or 'frozen', got {batchnorm!r}")
+    if batchnorm == "exact":
+        return False
+    if engine not in ("auto", "ghost"):
+        raise ValueError(f"batchnorm='frozen' is for engine='ghost' (or 'auto'); {engine!r} is exact without")
+    if size is not None:
+        raise ValueError("batchnorm='frozen' and micro_batch exclude each other: a part has other statistics")
+    return normalises_over_batch(problem.model)
 
 
 def _directed(v: Mapping[str, Tensor], direction: Direction | None) -> Mapping[str, Tensor]:

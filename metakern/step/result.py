@@ -26,4 +26,4 @@ class StepResult(NamedTuple):
     dots: Tensor  # [n], see Dots
     losses: Tensor  # [n], before the step
     meta_loss: Tensor  # [], mean over the meta batch, before the step
-    engine: str  # "ghost", "jvp" or "double_backward"
+    engine: str  # "ghost", "jvp", "double_backward"; "ghost_frozen": dots and weights are approximate

@@ -29,6 +29,7 @@ def grad_dots(
     params: Any = None,
     memory: str = "reuse",
     micro_batch: int | None = None,
+    batchnorm: str = "exact",
 ) -> Dots:
     """Dot product of each example's gradient with the meta gradient; only the random state moves on.
 
@@ -40,7 +41,7 @@ def grad_dots(
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
     with unchanged_on_error(model), unchanged_buffers(model):
-        answer, used = solve_along(problem, engine, None, micro_batch)
+        answer, used = solve_along(problem, engine, None, micro_batch, batchnorm)
         require_finite(answer.dots, problem)
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
@@ -59,6 +60,7 @@ def reweight_step(
     accumulate: bool = False,
     memory: str = "reuse",
     micro_batch: int | None = None,
+    batchnorm: str = "exact",
     process_group: Any = None,
 ) -> StepResult:
     """One re-weighted step with any rule from dots to weights.
@@ -77,7 +79,7 @@ def reweight_step(
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model):
-        answer, used = solve_along(problem, engine, direction, micro_batch)
+        answer, used = solve_along(problem, engine, direction, micro_batch, batchnorm)
         require_finite(answer.dots, problem)
         with torch.no_grad():
             weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
@@ -99,6 +101,7 @@ def l2rw_step(
     accumulate: bool = False,
     memory: str = "reuse",
     micro_batch: int | None = None,
+    batchnorm: str = "exact",
     process_group: Any = None,
 ) -> StepResult:
     """One step of learning to re-weight examples: keep what agrees with a small clean meta batch, drop the rest.
@@ -127,6 +130,9 @@ def l2rw_step(
         micro_batch: take batch and meta batch this many examples at a time, so that memory does not grow with n: same
             weights and gradient, for one more forward and backward pass over the batch. Every tensor of a batch is cut
             along dimension 0. Dropout masks are those of the parts, the same for dots and gradient.
+        batchnorm: "frozen" lets ghost serve BatchNorm in training mode by an approximation: dots and weights leave out
+            that the statistics of the batch depend on its examples; losses, running statistics and the gradient for
+            those weights stay exact. The result's engine is then "ghost_frozen". "exact" never approximates.
         process_group: weights normalised, and gradients summed, over the ranks of a torch.distributed group.
 
     Returns:
@@ -151,5 +157,6 @@ def l2rw_step(
         accumulate=accumulate,
         memory=memory,
         micro_batch=micro_batch,
+        batchnorm=batchnorm,
         process_group=process_group,
     )

@@ -1,0 +1,161 @@
+"""An approximation, on request: dots of a model in training mode with its batch statistics taken as constants.
+
+    x^_nc = (x_nc - mu_c) / sqrt(sigma_c^2 + eps)      mu, sigma^2 of this batch, as in any training step
+    dots_n = <g_n, V>      g_n without the derivatives of mu and sigma, so that no example sees another: ghost applies
+    .grad  = d/dtheta sum_n weights_n l_n      with them: exact for the weights that were found
+
+Leaving the statistics out of the training gradient would let parameters before a normalisation drift without effect on
+the loss (Ioffe & Szegedy, Batch Normalization, ICML 2015, section 2); leaving them out of the dots only moves the
+weights. One forward pass serves both: the backward of the normalisation is told which derivative is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from metakern.capture.losses import evaluate_losses
+from metakern.engines.group import mean_over_group
+from metakern.engines.micro_batch import Along
+from metakern.engines.problem import Answer, Problem
+from metakern.engines.train_pass import GhostPass
+
+
+class _Batch(NamedTuple):
+    """Statistics of one normalisation, [C] each."""
+
+    mean: Tensor
+    inverse_deviation: Tensor
+    eps: float
+
+
+class _Statistics(TorchFunctionMode):
+    """Normalisations in the order of their calls: the first pass takes the statistics, later ones meet the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.differentiated = False
+        self._known: list[_Batch] = []
+        self._place, self._complete = 0, False
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        self._place = 0
+        with self:
+            yield
+        self._complete = True
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training or input.numel() == input.shape[1]:  # torch refuses one value per channel in its own words
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if not self._complete:
+            self._known.append(_taken(input, running_mean, running_var, momentum, eps))
+        found = self._known[self._place]
+        self._place += 1
+        normalised = _Normalise.apply(input, found, self)
+        zero = torch.zeros_like(found.mean if weight is None else weight)
+        return F.batch_norm(normalised, zero, torch.ones_like(zero), weight, bias, False, 0.0, 0.0)
+
+
+def _taken(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> _Batch:
+    """The statistics of this batch; the running ones move as in any training step."""
+    with torch.no_grad():
+        _, mean, inverse = torch.ops.aten.native_batch_norm(
+            input, None, None, running_mean, running_var, True, momentum, eps
+        )
+    return _Batch(mean, inverse, eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """x -> x^ with given statistics, whose dependence on x counts in the backward pass only when asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: _Batch, statistics: _Statistics) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.batch, ctx.statistics = batch, statistics
+        wide = x.to(batch.mean.dtype)
+        return ((wide - _along(batch.mean, x)) * _along(batch.inverse_deviation, x)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        mean, inverse, eps = ctx.batch
+        if not ctx.statistics.differentiated:
+            return (grad * _along(inverse, x)).to(x.dtype), None, None
+        found = torch.ops.aten.native_batch_norm_backward(
+            grad.contiguous(), x.contiguous(), None, None, None, mean, inverse, True, eps, [True, False, False]
+        )
+        return found[0], None, None
+
+
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (x.dim() - 2))
+
+
+class _Train(NamedTuple):
+    """The train batch, marked: the meta batch is normalised as ever."""
+
+    batch: Any
+
+
+@dataclass(frozen=True)
+class _Frozen(Problem):
+    """A problem whose train pass is normalised by constants."""
+
+    original: Problem | None = None
+
+    @property
+    def context(self) -> Hashable:
+        assert self.original is not None
+        return "frozen statistics", self.original.context
+
+
+def solve(problem: Problem, along: Along) -> Answer:
+    """Approximate dots along `along(V)`, by ghost; an exact weighted gradient, by a second backward pass.
+
+    Raises: EngineUnavailable: examples interact by more than batch normalisation, or ghost does not serve the model.
+    """
+    statistics = _Statistics()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, _Train):
+            return evaluate_losses(model, batch, problem.loss_fn, "meta_batch")
+        with statistics.one_pass():
+            return evaluate_losses(model, batch.batch, problem.loss_fn, "batch")
+
+    values = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)}
+    values |= {"batch": _Train(problem.batch), "loss_fn": losses, "memory": "two_pass"}
+    train = GhostPass(_Frozen(**values, original=problem))
+    meta_loss, v = problem.meta_gradient()
+    mean_over_group(v, problem.process_group)
+    dots = train.dots(along(v))
+
+    def weighted_gradient(weights: Tensor) -> dict[str, Tensor]:
+        statistics.differentiated = True
+        return train.weighted_gradient(weights)
+
+    return Answer(dots, train.losses, meta_loss, weighted_gradient)
