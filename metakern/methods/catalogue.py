@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from metakern.methods.boosting import ADABOOST, ADABOOST_NETWORKS
 from metakern.methods.bootstrapping import REED_HARD, REED_SOFT
 from metakern.methods.class_difficulty import CDB
 from metakern.methods.class_weights import CLASS_BALANCED, INVERSE_SQRT
 from metakern.methods.clean_only import CLEAN_ONLY, GOLD_ONLY
+from metakern.methods.feature_resampling import RESAMPLING_METHODS
 from metakern.methods.focal import FOCAL
 from metakern.methods.hard_mining import HARD_MINING, HARD_MINING_AS_SHIPPED
 from metakern.methods.known_channel import CONFUSION, FORWARD, GLC, TOP_DOWN
@@ -22,6 +24,7 @@ from metakern.methods.proportion import PROPORTION, PROPORTION_AS_SHIPPED
 from metakern.methods.random_weights import RANDOM
 from metakern.methods.resample import RESAMPLE
 from metakern.methods.self_paced import SELF_PACED, SELF_PACED_LINEAR
+from metakern.methods.self_training import SELF_TRAINING
 from metakern.methods.uniform import UNIFORM
 
 METHODS: dict[str, Method] = {
@@ -66,6 +69,10 @@ METHODS: dict[str, Method] = {
         CONFUSION,
         FORWARD,
         TOP_DOWN,
+        *RESAMPLING_METHODS,
+        ADABOOST,
+        ADABOOST_NETWORKS,
+        SELF_TRAINING,
     )
 }
 

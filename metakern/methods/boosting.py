@@ -1,0 +1,133 @@
+"""AdaBoost for many classes (SAMME), on decision stumps and on the run's own network."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from metakern.data.sampling import shuffled
+from metakern.methods.method import Method, Setup, no_steps
+from metakern.methods.plain_training import predict
+
+
+class Round(NamedTuple):
+    """What one round of boosting leaves: the learner's weight in the vote, and the weights[n] of the next round."""
+
+    vote: float
+    weights: Tensor
+    last: bool
+
+
+def samme_round(weights: Tensor, wrong: Tensor, classes: int) -> Round:
+    """err = sum_n w_n [wrong_n]; vote = ln((1 - err) / err) + ln(C - 1); w_n grows by e^vote where wrong; sum 1.
+
+    A learner without an error has the vote 1 and is the last; one no better than chance, err >= 1 - 1 / C, has none and
+    is the last too.
+    Source: Zhu, Zou, Rosset, Hastie, "Multi-class AdaBoost", Statistics and Its Interface 2009, algorithm 2.
+    """
+    error = float((weights * wrong).sum() / weights.sum())
+    if error <= 0:
+        return Round(1.0, weights, True)
+    if error >= 1 - 1 / classes:
+        return Round(0.0, weights, True)
+    vote = math.log((1 - error) / error) + math.log(classes - 1)
+    grown = torch.where(wrong.bool(), weights * math.exp(vote), weights)
+    return Round(vote, grown / grown.sum(), False)
+
+
+class Vote(nn.Module):
+    """inputs[n, ...] -> votes[n, C]: each network's weight goes to the class it predicts."""
+
+    def __init__(self, networks: list[nn.Module], votes: list[float], classes: int) -> None:
+        super().__init__()
+        self.networks, self.classes = nn.ModuleList(networks), classes
+        self.register_buffer("votes", torch.tensor(votes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        said = torch.stack([F.one_hot(network(inputs).argmax(1), self.classes) for network in self.networks])
+        return torch.einsum("k,knc->nc", self.votes.to(said.device), said.to(self.votes))
+
+
+def train_weighted(setup: Setup, weights: Tensor, *, steps: int, seed: int) -> nn.Module:
+    """A copy of the run's model after `steps` steps on mean_n N w_n l_n, with weights[N] that sum to 1."""
+    network, train = copy.deepcopy(setup.model), setup.task.train
+    optimizer = setup.make_optimizer(network)
+    batches = shuffled(train.targets.cpu(), setup.batch_size, torch.Generator().manual_seed(seed))
+    scaled = (weights * len(weights)).to(next(network.parameters()))
+    for _ in trange(steps, desc="weak network", unit="step", disable=not setup.progress):
+        rows = next(batches).to(train.targets.device)
+        losses = F.cross_entropy(network(train.inputs[rows]), train.targets[rows], reduction="none")
+        optimizer.zero_grad(set_to_none=True)
+        (scaled[rows] * losses).mean().backward()
+        optimizer.step()
+    return network
+
+
+def boosted_networks(setup: Setup, *, rounds: int = 5) -> Vote:
+    """SAMME on the run's network: `rounds` networks that share the run's steps, each from the initial parameters."""
+    train = setup.task.train
+    weights = torch.full((len(train),), 1 / len(train), dtype=torch.float64, device=train.targets.device)
+    networks, votes = [], []
+    for k in range(rounds):
+        network = train_weighted(setup, weights, steps=max(1, setup.steps // rounds), seed=setup.seed + 10 + k)
+        vote, weights, last = samme_round(
+            weights, predict(network, train.inputs).argmax(1) != train.targets, setup.classes
+        )
+        # The first network speaks even if it is no better than chance: there is no other.
+        if vote > 0 or not networks:
+            networks.append(network)
+            votes.append(vote or 1.0)
+        if last:
+            break
+    return Vote(networks, votes, setup.classes)
+
+
+class Fitted(nn.Module):
+    """inputs[n, ...] -> log probabilities[n, C] of a fitted scikit-learn classifier on flattened inputs."""
+
+    def __init__(self, classifier: Any, classes: int) -> None:
+        super().__init__()
+        self.classifier, self.classes = classifier, classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        known = torch.from_numpy(self.classifier.predict_proba(inputs.flatten(1).cpu().numpy()))
+        whole = known.new_zeros(len(inputs), self.classes)
+        whole[:, torch.from_numpy(self.classifier.classes_)] = known
+        return whole.clamp(min=1e-12).log().to(inputs)
+
+
+def boosted_stumps(setup: Setup, *, rounds: int = 200) -> Fitted:
+    """scikit-learn's AdaBoost (SAMME) on decision stumps; the run's steps and optimizer are not used.
+
+    Raises: ValueError for inputs that are no numbers.
+    """
+    from sklearn.ensemble import AdaBoostClassifier
+    from sklearn.tree import DecisionTreeClassifier
+
+    train = setup.task.train
+    if not train.inputs.is_floating_point():
+        raise ValueError(f"adaboost needs inputs that are numbers; {setup.task.name} has {train.inputs.dtype} tokens")
+    classifier = AdaBoostClassifier(DecisionTreeClassifier(max_depth=1), n_estimators=rounds, random_state=setup.seed)
+    return Fitted(classifier.fit(train.inputs.flatten(1).cpu().numpy(), train.targets.cpu().numpy()), setup.classes)
+
+
+ADABOOST = Method(
+    "adaboost",
+    "SAMME on 200 decision stumps, by scikit-learn",
+    "Freund, Schapire, 1997; Zhu et al., 2009",
+    no_steps,
+    fit=boosted_stumps,
+)
+ADABOOST_NETWORKS = Method(
+    "adaboost-networks",
+    "SAMME on five of the run's networks, which share its steps",
+    "Zhu et al., 2009",
+    no_steps,
+    fit=boosted_networks,
+)
