@@ -1,4 +1,4 @@
-"""Re-sampling of the training set by imbalanced-learn before the run: over-sampling, under-sampling, SMOTE and others."""
+"""Re-sampling of the training set by imbalanced-learn before the run: copies, SMOTE, cleaning, and their relatives."""
 
 from __future__ import annotations
 
