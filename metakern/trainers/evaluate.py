@@ -7,22 +7,27 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metakern.data import Examples
 
 
 class Errors(NamedTuple):
-    """Errors in percent: over all examples, the mean over classes, and of each; a class not tested is nan."""
+    """Errors in percent: over all examples, the mean over classes, and of each; a class not tested is nan.
+
+    `area`: the area under the ROC curve in percent, for two classes that are both tested, else nan.
+    """
 
     test: float
     balanced: float
     by_class: list[float]
+    area: float = math.nan
 
     def columns(self, class_names: Sequence[str]) -> dict[str, float]:
         """What a table shows: each class where there are two, the mean over classes and the worst of them otherwise."""
         if len(class_names) == 2:
             named = {f"error on {name}": error for name, error in zip(class_names, self.by_class, strict=True)}
+            named |= {} if math.isnan(self.area) else {"area under ROC": self.area}
         else:
             worst = max(error for error in self.by_class if not math.isnan(error))
             named = {"mean over classes": self.balanced, "worst class": worst}
@@ -34,15 +39,23 @@ def measure_errors(model: nn.Module, examples: Examples, classes: int, *, batch_
     """The share of `examples` whose largest logit is not their target's; the model is left in its former mode."""
     was_training = model.training
     model.eval()
-    wrong = torch.cat(
-        [
-            model(inputs).argmax(1) != targets
-            for inputs, targets in zip(
-                examples.inputs.split(batch_size), examples.targets.split(batch_size), strict=True
-            )
-        ]
-    ).double()
+    logits = torch.cat([model(inputs) for inputs in examples.inputs.split(batch_size)])
     model.train(was_training)
+    wrong = (logits.argmax(1) != examples.targets).double()
     by_class = [100 * wrong[examples.targets == target].mean().item() for target in range(classes)]
     present = [error for error in by_class if not math.isnan(error)]
-    return Errors(100 * wrong.mean().item(), sum(present) / len(present), by_class)
+    area = roc_area(logits[:, 1] - logits[:, 0], examples.targets == 1) if classes == 2 else math.nan
+    return Errors(100 * wrong.mean().item(), sum(present) / len(present), by_class, 100 * area)
+
+
+def roc_area(scores: Tensor, positive: Tensor) -> float:
+    """The share of pairs of a positive and a negative in which the positive has the higher score, equal ones half.
+
+    scores[n], positive[n] bool; nan when there is no such pair.
+    """
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, place, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1, the mean rank among equal scores
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -59,6 +59,7 @@ def finish(
             "test_error": errors.test,
             "balanced_error": errors.balanced,
             "error_by_class": errors.by_class,
+            "roc_area": errors.area,
             "seconds": seconds,
         },
     )

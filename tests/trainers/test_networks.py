@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 import metakern
 from metakern.data import Examples, Task
-from metakern.trainers.evaluate import Errors
+from metakern.trainers.evaluate import Errors, roc_area
 from metakern.trainers.networks import network_for
 
 
@@ -62,5 +64,16 @@ def test_no_network_for_other_shapes():
 
 def test_columns_of_a_table():
     assert Errors(3.0, 4.0, [1.0, 7.0]).columns(("a", "b")) == {"test error": 3, "error on a": 1, "error on b": 7}
+    assert Errors(3.0, 4.0, [1.0, 7.0], 99.0).columns(("a", "b"))["area under ROC"] == 99
     many = Errors(3.0, 4.0, [1.0, 7.0, float("nan")]).columns(("a", "b", "c"))
     assert many == {"test error": 3, "mean over classes": 4, "worst class": 7}
+
+
+def test_roc_area_is_scikit_learns():
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 8, (60,), generator=generator) / 7  # with ties
+    positive = torch.rand(60, generator=generator) < 0.3
+    assert roc_area(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+    assert math.isnan(roc_area(scores, torch.ones(60, dtype=torch.bool)))

@@ -79,7 +79,12 @@ def _lead(config: dict[str, Any]) -> str:
 def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> str:
     names = records[0].config["class_names"]
     shown = [
-        Errors(r.result["test_error"], r.result["balanced_error"], r.result["error_by_class"]).columns(names)
+        Errors(
+            r.result["test_error"],
+            r.result["balanced_error"],
+            r.result["error_by_class"],
+            r.result.get("roc_area", float("nan")),
+        ).columns(names)
         for r in records
     ]
     head = ["method", *shown[0], "steps", "seconds"]
