@@ -23,6 +23,8 @@ from metakern import ops as ops
 from metakern import weights as weights
 from metakern.check import CheckReport as CheckReport
 from metakern.check import check as check
+from metakern.explain import Explanation as Explanation
+from metakern.explain import explain as explain
 from metakern.layers import LayerRule as LayerRule
 from metakern.layers import register_layer as register_layer
 from metakern.step import CorrectionResult as CorrectionResult

@@ -15,14 +15,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = parser().parse_args(arguments)
     try:
-        options.command(options)
+        status = options.command(options)
     except (ValueError, FileNotFoundError) as error:
         print(f"metakern: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("metakern: stopped; finished runs are kept", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"capture", "engines", "weights", "weighted_grad"},
     "data": set(),
     "methods": {"step", "weights", "data"},
-    "trainers": {"step", "weights", "methods", "data", "report"},
+    "trainers": {"check_target", "step", "weights", "methods", "data", "report"},
     "integrations": {"step", "weights", "methods", "trainers"},
     "report": {"ops"},
     "cli": {"trainers", "methods", "data", "report", "testing"},
+    "explain": {"engines", "capture", "layers", "dots"},
+    "check_target": {"check", "explain"},
     "check": {"step", "engines", "capture", "layers", "testing"},
     "testing": set(),
-    "__init__": {"ops", "layers", "weights", "step", "check", "methods"},
+    "__init__": {"ops", "layers", "weights", "step", "check", "explain", "methods"},
     "__main__": {"cli"},
 }
 

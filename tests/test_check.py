@@ -1,10 +1,15 @@
 """`metakern.check`: a verdict that can be trusted both ways, and a model left alone."""
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import metakern
+from metakern.cli import main
 from metakern.layers import linear
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
@@ -57,3 +62,62 @@ def test_a_loss_of_ones_own_and_few_examples() -> None:
     assert metakern.check(network(), *batches(), loss_fn=losses, examples=3).ok
     with pytest.raises(ValueError, match="examples must be at least 1"):
         metakern.check(network(), *batches(), examples=0)
+
+
+MODELS = """
+import torch
+from torch import nn
+
+def batches():
+    return [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (6, 3)]
+
+def good():
+    return (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), *batches())
+
+def own_loss():
+    return (*good(), lambda model, batch: model(batch[0]).square().sum(1))
+
+def refused():
+    tokens = [(torch.randint(9, (n,)), torch.randint(3, (n,))) for n in (6, 3)]
+    return (nn.Embedding(9, 3, scale_grad_by_freq=True), *tokens)
+
+def nothing():
+    return nn.Linear(4, 3)
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "own_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("own_models", None)
+
+
+@pytest.mark.usefixtures("models")
+def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["check", "own_models:good"]) == 0
+    assert capsys.readouterr().out.endswith("exact\n")
+    assert main(["check", "own_models:own_loss", "--examples", "2", "--explain"]) == 0
+    assert "0.weight, 0.bias" in capsys.readouterr().out
+    assert main(["check", "own_models:refused"]) == 1
+    assert "scale_grad_by_freq" in capsys.readouterr().out
+    monkeypatch.setattr(linear, "bias_dots", lambda b, direction: torch.zeros(b.shape[0], dtype=b.dtype))
+    assert main(["check", "own_models:good"]) == 1
+    assert "NOT EXACT" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("own_models", "module:function"),
+        ("no_such_module:good", "No module named 'no_such_module'"),
+        ("own_models:bad", "has no attribute 'bad'"),
+        ("own_models:nothing", "must return (model, batch, meta_batch)"),
+    ],
+)
+def test_command_with_an_unusable_target(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", target]) == 2
+    assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from metakern.check_target import check_target
 from metakern.data import NAMES
 from metakern.methods import METHODS, find
 from metakern.trainers import train
@@ -62,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="X", help="the file to write (default: report.html in the first run)"
     )
     report.set_defaults(command=_report)
+
+    checked = commands.add_parser("check", help="is metakern exact for your model? exit status 0 if so, 1 if not")
+    checked.add_argument("target", metavar="MODULE:FUNCTION", help="returns (model, batch, meta_batch[, loss_fn])")
+    checked.add_argument("--examples", type=int, default=8, metavar="X", help="compared (default: %(default)s)")
+    checked.add_argument("--explain", action="store_true", help="which rule and form each layer takes, and its cost")
+    checked.set_defaults(command=_check)
 
     commands.add_parser("list", help="the methods and data sets").set_defaults(command=_list)
     return root
@@ -136,6 +143,10 @@ def _report(options: argparse.Namespace) -> None:
         from metakern.report import main as print_machine_report
 
         print_machine_report()
+
+
+def _check(options: argparse.Namespace) -> int:
+    return check_target(options.target, examples=options.examples, explained=options.explain)
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -1,0 +1,187 @@
+"""What would run for a model and its batches: per use of a parameter the rule, the form of its dots, and its cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from metakern import dots as stage_dots
+from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
+from metakern.capture.losses import LossFunction
+from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.record import Call
+from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.capture.trace import tensor_arguments
+from metakern.engines.problem import Problem, pose
+from metakern.engines.recorded import Recorded
+from metakern.layers.rule import Weights
+from metakern.layers.table import rule_for
+
+
+@dataclass(frozen=True)
+class UseCost:
+    """One use of parameters in the train pass."""
+
+    parameters: str  # names; "transpose(head.weight)" for a tensor made from a parameter
+    function: str  # the torch function called, or the registered module
+    rule: str  # the layer rule that serves it; "generic" is forward mode through this call alone
+    form: str  # "direction", with the meta gradient V, or "pairs", with the records of the meta batch
+    why: str  # of that form
+    output: tuple[int, ...]
+    dots_flops: int  # of products, as torch counts them: elementwise work is not in it
+    gradient_flops: int  # the same, were every example kept
+    kept_bytes: int  # inputs A and output gradient B, kept by memory="reuse" until the gradient is formed
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `str(explanation)` is a table."""
+
+    engine: str
+    why_not_ghost: str  # "" where ghost serves; there are no uses then
+    uses: tuple[UseCost, ...]
+
+    def share(self, use: UseCost) -> float:
+        """Of the FLOPs of all dots and weighted gradients."""
+        total = sum(each.dots_flops + each.gradient_flops for each in self.uses)
+        return (use.dots_flops + use.gradient_flops) / total if total else 0.0
+
+    def __str__(self) -> str:
+        if self.why_not_ghost:
+            return f"engine: {self.engine}, for the whole model at once ({self.why_not_ghost})"
+        rows = [["parameters", "function", "rule", "form", "dots MFLOP", "gradient", "kept KiB", "share", "why"]]
+        for use in self.uses:
+            sizes = [_rounded(v) for v in (use.dots_flops / 1e6, use.gradient_flops / 1e6, use.kept_bytes / 1024)]
+            named = [use.parameters, use.function, use.rule, use.form]
+            rows.append([*named, *sizes, f"{self.share(use):.1%}", use.why])
+        widths = [max(len(row[k]) for row in rows) for k in range(8)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]
+        return "\n".join([*lines, f"engine: {self.engine}"])
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def explain(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    loss_fn: LossFunction | None = None,
+    params: Any = None,
+) -> Explanation:
+    """Which rule and which form each use of a parameter takes in `l2rw_step`, why, and what it costs.
+
+    direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
+
+    Both are one pass over batch [n] and meta_batch [m]; the model, its gradients and the random state are as before.
+
+    Args: as for `l2rw_step`.
+    Returns: `Explanation`; print it for a table.
+    Raises: TypeError, ValueError as `l2rw_step`. Where ghost refuses, the explanation says why.
+    """
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    state = random_state()
+    try:
+        with unchanged_on_error(model), unchanged_buffers(model):
+            train = Recorded(problem)
+            meta = trace_batch(model, meta_batch, loss_fn, problem.trainable, "meta_batch")
+            _, v = problem.meta_gradient()
+            return Explanation("ghost", "", tuple(_costs(problem, train, meta, v)))
+    except EngineUnavailable as refusal:
+        return Explanation("jvp", str(refusal), ())
+    finally:
+        restore_random_state(state)
+
+
+@torch.no_grad()
+def _costs(problem: Problem, train: Recorded, meta: Trace, v: dict[str, Tensor]) -> Iterator[UseCost]:
+    names = _names(problem, train.trace)
+    forms = _Forms(problem, train.trace, meta)
+    tangents = stage_dots.extend_to_derived({id(problem.chosen[k]): d for k, d in v.items()}, train.trace.derivations)
+    n = train.trace.examples
+    weights = Weights(torch.full((n,), 1 / n, dtype=train.losses.dtype, device=train.losses.device), None)
+    for k, record in enumerate(train.records):
+        if record is None:
+            continue
+        form, why, dots_flops = forms.of(k)
+        if form == "direction":
+            with FlopCounterMode(display=False) as counted:
+                stage_dots.direction_dots(record, tangents, n)
+            dots_flops = counted.get_total_flops()
+        with FlopCounterMode(display=False) as counted:
+            rule_for(record.call).weighted_grads(record, weights)
+        yield UseCost(
+            _listed(dict.fromkeys(names[id(p)] for _, p in record.call.parameters)),
+            record.call.name,
+            rule_for(record.call).applies.__module__.rpartition(".")[2],
+            form,
+            why,
+            tuple(record.use.output_shapes[0]),
+            dots_flops,
+            counted.get_total_flops(),
+            _kept(record),
+        )
+
+
+class _Forms:
+    """Pairs or direction for each use, by the same questions as the ghost engine asks."""
+
+    def __init__(self, problem: Problem, trace: Trace, meta: Trace) -> None:
+        chosen = {id(p): p for p in problem.chosen.values()}
+        self._trace, self._meta = trace, meta
+        self._train_use = {k: key for key, k in stage_dots.pairable(trace, chosen).items()}
+        self._meta_use = stage_dots.pairable(meta, chosen)
+        self._counts = Counter(id(p) for use in trace.uses for _, p in use.call.parameters)
+
+    def of(self, k: int) -> tuple[str, str, int]:
+        """Form, reason, and the FLOPs of the pairs form where that is taken."""
+        use = self._trace.uses[k]
+        weight = use.call.parameter(1, "weight")
+        if weight is None or rule_for(use.call).matrices is None:
+            return "direction", "no product of a matrix with a trained weight", 0
+        if k not in self._train_use or id(weight) not in self._meta_use:
+            times = self._counts[id(weight)]
+            reused = f"the weight is used {times} times" if times > 1 else "the weight is derived, shared or not chosen"
+            return "direction", f"{reused}; V has its cross terms", 0
+        meta_use = self._meta.uses[self._meta_use[id(weight)]]
+        rows, meta_rows = use.output_shapes[0][:-1].numel(), meta_use.output_shapes[0][:-1].numel()
+        size = "x".join(map(str, weight.shape))
+        if stage_dots.pairs_are_cheaper(use, meta_use):
+            flops = 2 * rows * meta_rows * (sum(weight.shape) + 1)
+            return "pairs", f"{meta_rows} meta positions are few beside a {size} weight", flops
+        return "direction", f"{meta_rows} meta positions are many beside a {size} weight", 0
+
+
+def _names(problem: Problem, trace: Trace) -> dict[int, str]:
+    names = {id(p): name for name, p in problem.trainable.items()}
+    for call in trace.derivations:
+        made_from = ", ".join(dict.fromkeys(names[id(p)] for _, p in call.parameters))
+        for tensor in call.outputs:
+            if tensor is not None:
+                names[id(tensor)] = f"{_short(call)}({made_from})"
+    return names
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} more" if len(others) > 2 else ", ".join([first, *others])
+
+
+def _short(call: Call) -> str:
+    return "view" if call.name == "__get__" else call.name.strip("_")
+
+
+def _kept(record: Record) -> int:
+    """Bytes of A and B; a sum keeps no A."""
+    parameters = {id(p) for _, p in record.call.parameters}
+    arguments = dict(tensor_arguments(record.call.args, record.call.kwargs)).values() if record.call.versions else ()
+    kept = [t for t in arguments if id(t) not in parameters] + [g for g in record.output_grads if g is not None]
+    return sum(t.numel() * t.element_size() for t in kept)

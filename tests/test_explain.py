@@ -1,0 +1,69 @@
+"""`metakern.explain`: the same choices as the engine makes, and a model left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+import metakern
+from metakern import dots as stage_dots
+from metakern.engines import ghost
+from metakern.testing import inputs
+from metakern.testing.catalogue import CASES, Case
+from metakern.testing.judge import Snapshot
+from metakern.testing.models import Transformer, mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def test_forms_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide layers beside few meta examples take pairs, narrow ones a direction; the engine is asked, not believed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 180), nn.ReLU(), nn.Linear(180, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    batches = inputs.pair(6, 3, 200, classes=3, dtype=torch.float32)
+    taken: list[int] = []
+    original = stage_dots.pair_dots
+    monkeypatch.setattr(ghost.stage_dots, "pair_dots", lambda record, *rest: taken.append(1) or original(record, *rest))
+    metakern.grad_dots(model, *batches)
+    uses = metakern.explain(model, *batches).uses
+    assert [use.form for use in uses].count("pairs") == len(taken) > 0
+    assert [use.rule for use in uses] == ["linear", "linear", "norm", "linear"]
+    assert uses[2].form == "direction"
+
+
+def test_flops_bytes_and_shares() -> None:
+    n, width = 32, 64
+    model = mlp(width, 1, 10)
+    batches = inputs.pair(n, 40, width, classes=10, dtype=torch.float32)
+    found = metakern.explain(model, *batches)
+    first = found.uses[0]
+    assert first.parameters == "0.weight, 0.bias"
+    assert first.dots_flops >= 2 * n * width * width
+    assert first.gradient_flops >= 2 * n * width * width
+    assert first.kept_bytes == 4 * n * (width + width)
+    assert sum(map(found.share, found.uses)) == pytest.approx(1.0)
+    assert all(use.parameters in str(found) for use in found.uses)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_layer_is_explained_and_left_alone(case: Case) -> None:
+    setup = case.make(6, 3)
+    before = Snapshot.of(setup.model)
+    try:
+        found = metakern.explain(setup.model, setup.batch, setup.meta_batch, loss_fn=setup.loss_fn)
+    except NotImplementedError:
+        assert case.auto != "exact"
+    else:
+        assert bool(found.uses) != bool(found.why_not_ghost)
+        assert case.ghost != "exact" or found.engine == "ghost"
+        assert str(found).endswith(f"engine: {found.engine}") or found.why_not_ghost in str(found)
+    before.assert_unchanged(setup.model)
+
+
+def test_restricted_parameters() -> None:
+    torch.manual_seed(0)
+    batches = [(inputs.labels(size, 5, classes=9), inputs.labels(size, classes=3)) for size in (4, 2)]
+    model = Transformer(width=8, depth=1, heads=2, classes=3, vocabulary=9)
+    found = metakern.explain(model, *batches, params="head")
+    head = next(use for use in found.uses if use.parameters.startswith("head"))
+    assert head.dots_flops > 0
+    assert all(use.dots_flops == 0 for use in found.uses if not use.parameters.startswith("head"))
