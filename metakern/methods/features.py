@@ -39,6 +39,21 @@ def kept_features(model: nn.Module) -> Iterator[Callable[[nn.Module, Any], Tenso
         hook.remove()
 
 
+@contextmanager
+def kept_logits(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Within the block, a function () -> what the model returned in its latest forward pass, as a constant."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[:] = [output.detach()]
+
+    hook = model.register_forward_hook(keep)
+    try:
+        yield lambda: kept[0]
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def features(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
     """The penultimate features of inputs[n, ...] in evaluation mode, [n, d]; the model keeps its former mode."""

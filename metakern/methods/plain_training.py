@@ -23,18 +23,23 @@ def train_plainly(
     batch_size: int | None = None,
     after_step: Callable[[int, nn.Module], None] | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    rate: Callable[[int], float] | None = None,
 ) -> nn.Module:
     """A copy of the run's model after `steps` steps on the mean of `criterion(logits, targets)`, by its optimizer.
 
     Before a run's first step the copy is a network with the run's initial parameters; the model is not touched.
-    Batches follow from the run's seed. `after_step(k, network)` is called after each step, k = 1 .. steps.
+    Batches follow from the run's seed. `after_step(k, network)` is called after each step, k = 1 .. steps; step k has
+    the learning rate `rate(k)` times the run's.
     """
     network = copy.deepcopy(setup.model)
     optimizer = setup.make_optimizer(network)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(setup.seed + 4)
     batches = shuffled(examples.targets.cpu(), batch_size or setup.batch_size, generator)
     for k in trange(1, steps + 1, desc="plain network", unit="step", disable=not setup.progress):
         rows = next(batches).to(examples.targets.device)
+        for group, full in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = full * (1.0 if rate is None else rate(k))
         optimizer.zero_grad(set_to_none=True)
         criterion(network(examples.inputs[rows]), examples.targets[rows]).backward()
         optimizer.step()

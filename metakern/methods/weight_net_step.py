@@ -12,28 +12,30 @@ from torch import nn
 import metakern
 from metakern.methods.method import Batch, Outcome, Setting
 
-# batch, setting -> further arguments of the weight net beside the losses; or None
-Known = Callable[[Batch, Setting], Any]
-
 
 @dataclass
 class WeightNetStep:
-    """A step whose weights come from `weight_net(losses[n, 1], *known(batch, setting))`, learned on the meta batch.
+    """A step whose weights come from `weight_net(losses[n, 1], *features)`, learned on the meta batch.
 
-    `normalise`, `detach_losses` and `virtual` are those of `metakern.mwnet_step`; the virtual step has the learning
-    rate of the run's optimizer. The net is updated in every `every`-th step.
+    `normalise`, `detach_losses` and `virtual` are those of `metakern.mwnet_step`, and so are the `features` of a call;
+    the virtual step has the learning rate of the run's optimizer.
     """
 
     weight_net: nn.Module
     weight_optimizer: torch.optim.Optimizer
-    known: Known | None = None
     normalise: str = "mean"
     detach_losses: bool = True
     virtual: str = "sgd"
-    every: int = 1
 
     def __call__(
-        self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+        self,
+        model: nn.Module,
+        batch: Batch,
+        meta_batch: Batch,
+        *,
+        optimizer: torch.optim.Optimizer,
+        setting: Setting,
+        features: Any = None,
     ) -> Outcome:
         result = metakern.mwnet_step(
             model,
@@ -42,11 +44,10 @@ class WeightNetStep:
             meta_batch,
             weight_optimizer=self.weight_optimizer,
             virtual_lr=None,
-            features=None if self.known is None else self.known(batch, setting),
+            features=features,
             normalise=self.normalise,
             detach_losses=self.detach_losses,
             virtual=self.virtual,
-            update_weight_net=setting.step % self.every == 0,
             optimizer=optimizer,
             engine=setting.engine,
         )
@@ -70,3 +71,13 @@ def seeded(make: Callable[[], nn.Module], seed: int, device: torch.device | None
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lies."""
     return next(model.parameters()).device
+
+
+def virtual_rule(optimizer: torch.optim.Optimizer) -> str:
+    """The `virtual=` of `mwnet_step` that goes where `optimizer` would; plain SGD for one that it does not know."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return "adam_frozen"
+    if isinstance(optimizer, torch.optim.SGD):
+        group = optimizer.param_groups[0]
+        return "nesterov" if group["nesterov"] else "momentum" if group["momentum"] else "sgd"
+    return "sgd"

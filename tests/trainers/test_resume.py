@@ -80,6 +80,18 @@ def test_killed_at_any_point(quick, tmp_path, monkeypatch, dropout, method, func
     assert not (tmp_path / "killed" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("method", ["cmw-net", "cmw-net-sl", "curve-net", "mlrnet"])
+def test_what_a_method_has_learned_goes_on(quick, tmp_path, monkeypatch, dropout, method):
+    config = replace(quick, method=method, checkpoint_seconds=0.0, steps=24, meta_batch_size=4)
+    whole = train(config, tmp_path / "whole", progress=False)
+    for call in (1, 10, 9):  # in the first step, and in ones where learned weights are used
+        with monkeypatch.context() as patch:
+            killed_at(patch, "require_finite", call)
+            with pytest.raises(Killed):
+                train(config, tmp_path / "killed", progress=False)
+    same(whole, train(config, tmp_path / "killed", progress=False))
+
+
 def test_killed_between_checkpoints_and_while_one_is_written(quick, tmp_path, monkeypatch, dropout):
     config = replace(quick, checkpoint_seconds=0.0)
     whole = train(config, tmp_path / "whole", progress=False)

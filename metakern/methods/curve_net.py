@@ -1,0 +1,129 @@
+"""CurveNet: a weight net that sees an example's whole loss curve and its label.
+
+As a composition: a probing run records the curves; then `metakern.mwnet_step` with curve and label; for the rest of the
+run each example keeps the last weight it had.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern.methods.loss_curves import Phase, class_centred, probe
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, virtual_rule
+
+LEARNING_SHARE = 0.4  # of the run; epochs 0 to 79 of 200
+FIRST_EPOCH = 5  # of the probing run that a curve holds
+
+
+class CurveNet(nn.Module):
+    """losses[n, 1] (not used), curves[n, T], labels[n] -> weights[n, 1] in 0.02..1.02.
+
+    Curve: T - 128 - 128 - 64 with ReLUs; plus an embedding [C, 64] of the label, times `label_times`; then
+    64 - 128 - 64 - 1; w = sigmoid + 0.02. The last bias begins at 4.5, so that all weights begin near 1.
+    Source: Jiang et al., "Delving into Sample Loss Curve to Embrace Noisy and Imbalanced Data", AAAI 2022; its code.
+    """
+
+    def __init__(self, curve_length: int, classes: int, *, label_times: int = 2) -> None:
+        super().__init__()
+        self.labels, self.label_times = nn.Embedding(classes, 64), label_times
+        self.curve = nn.Sequential(*_relu_layers(curve_length, 128, 128, 64))
+        self.weigh = nn.Sequential(*_relu_layers(64, 128, 64), nn.Linear(64, 1))
+        nn.init.constant_(self.weigh[-1].bias, 4.5)  # type: ignore[arg-type]
+
+    def forward(self, losses: Tensor, curves: Tensor, labels: Tensor) -> Tensor:
+        return torch.sigmoid(self.weigh(self.curve(curves) + self.label_times * self.labels(labels))) + 0.02
+
+
+def _relu_layers(*widths: int) -> list[nn.Module]:
+    return [layer for inputs, outputs in pairwise(widths) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
+
+
+def probing_phases(epochs: int, batch_size: int) -> list[Phase]:
+    """Two fifths of the epochs at the full rate; then an eighth of the batch, the rate at 1/10 and 1/100 by turns.
+
+    Each turn lasts a twentieth of the epochs, 15 of 300. Over and over the network fits its labels and lets go, which
+    draws clean, rare and wrongly labelled examples apart.
+    """
+    steady = round(0.4 * epochs)
+    turn = max(1, epochs // 20)
+    late = Phase(epochs - steady, max(1, batch_size // 8), lambda epoch: 0.1 ** (1 + epoch // turn % 2))
+    return [Phase(steady, batch_size), late] if steady else [late]
+
+
+class CurveNetStep:
+    """Weights from the net for the first part of the run, then each example's last one."""
+
+    def __init__(self, setup: Setup) -> None:
+        epochs = max(FIRST_EPOCH + 1, round(1.5 * setup.steps / setup.steps_per_epoch))
+        self._setup, self._phases = setup, probing_phases(epochs, setup.batch_size)
+        device = device_of(setup.model)
+        weight_net = seeded(lambda: CurveNet(epochs - FIRST_EPOCH, setup.classes), setup.seed, device)
+        optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, weight_decay=1e-4)
+        self._step = WeightNetStep(weight_net, optimizer, normalise="mean")
+        self.curves = torch.zeros(len(setup.task.train), epochs - FIRST_EPOCH, device=device)
+        self.memory = torch.full((len(setup.task.train),), torch.nan, device=device)
+
+    def prepare(self) -> None:
+        """The probing stage: class-centred curves of the epochs from `FIRST_EPOCH` on."""
+        curves = probe(self._setup, self._phases)[:, FIRST_EPOCH:]
+        self.curves = class_centred(curves, self._setup.task.train.targets, self._setup.classes)
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        features = self.curves[setting.indices], batch[1]
+        if setting.progress >= LEARNING_SHARE:
+            return self._remembered(model, batch, features, optimizer, setting)
+        self._step.virtual = virtual_rule(optimizer)
+        outcome = self._step(model, batch, meta_batch, optimizer=optimizer, setting=setting, features=features)
+        self.memory[setting.indices] = outcome.weights.to(self.memory) * len(outcome.weights)
+        return outcome
+
+    @torch.no_grad()
+    def _weights(self, features: tuple[Tensor, Tensor], setting: Setting) -> Tensor:
+        """The remembered weights of a batch; those of examples that never came up are what the net gives now."""
+        curves, labels = features
+        net = self._step.weight_net
+        fresh = net(curves[:, :1], curves.to(next(net.parameters())), labels).squeeze(1)
+        held = self.memory[setting.indices]
+        return torch.where(held.isnan(), fresh.to(held), held) / len(held)
+
+    def _remembered(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        features: tuple[Tensor, Tensor],
+        optimizer: torch.optim.Optimizer,
+        setting: Setting,
+    ) -> Outcome:
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        weights = self._weights(features, setting).to(losses)
+        optimizer.zero_grad(set_to_none=True)
+        (weights * losses).sum().backward()
+        optimizer.step()
+        return Outcome(weights, losses.detach(), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._step.state_dict(), "curves": self.curves, "memory": self.memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step.load_state_dict(state)
+        self.curves, self.memory = state["curves"].to(self.curves), state["memory"].to(self.memory)
+
+
+CURVE_NET = Method(
+    "curve-net",
+    "a weight net on the loss curve of a probing run and the label",
+    "Jiang et al., AAAI 2022",
+    CurveNetStep,
+    batch_size=128,
+    meta_batch_size=128,
+    needs_meta=True,
+    handles="both",
+)

@@ -1,0 +1,119 @@
+"""MLRNet: a weight net that sees how an example's loss developed, what the classifier reads in it, and its label.
+
+As a composition: a plain run records loss curves; then every step is `metakern.mwnet_step` with the class-centred
+curve, the penultimate features of the step's own forward pass and the label as what the weight net sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.methods.features import kept_features, last_linear
+from metakern.methods.loss_curves import Phase, class_centred, example_losses, probe
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, virtual_rule
+
+PROBING_EPOCHS = 10
+
+
+def _tanh_layers(inputs: int, width: int, layers: int) -> nn.Sequential:
+    made: list[nn.Module] = []
+    for k in range(layers):
+        made += [nn.Linear(width if k else inputs, width), nn.Tanh()]
+    return nn.Sequential(*made)
+
+
+class MLRNet(nn.Module):
+    """losses[n, 1] (not used), curves[n, T], features[n, d], labels[n] -> weights[n, 1] in 0..1.
+
+    DF_n = content(h_n, E[y_n]) + curve(I_n),  w_n = sigmoid(a . weigh(DF_n) + b)
+    with curve, content and weigh of three, two and three tanh layers, E[C, 128] an embedding of the label, DF of
+    `width` entries.
+    Source: Yu, Li, "MLRNet", Applied Sciences 14(1):164, 2024, equation 7 and section 4.3.
+    """
+
+    def __init__(self, curve_length: int, features: int, classes: int, *, width: int = 128, embedding: int = 128):
+        super().__init__()
+        self.labels = nn.Embedding(classes, embedding)
+        self.curve = _tanh_layers(curve_length, width, 3)
+        self.content = _tanh_layers(features + embedding, width, 2)
+        self.weigh = nn.Sequential(*_tanh_layers(width, width, 3), nn.Linear(width, 1), nn.Sigmoid())
+
+    def forward(self, losses: Tensor, curves: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        content = self.content(torch.cat([features, self.labels(labels)], 1))
+        return self.weigh(content + self.curve(curves))
+
+
+class MLRNetStep:
+    """The second stage; `prepare` is the first, which leaves `curves`[N, T], class-centred, one row per example.
+
+    The virtual step is plain SGD at the run's learning rate, as in the paper's equations, or that of its optimizer.
+    """
+
+    def __init__(self, setup: Setup, own_virtual_step: bool = False) -> None:
+        epochs = max(1, min(PROBING_EPOCHS, setup.steps // setup.steps_per_epoch))
+        self._setup, self._epochs = setup, epochs
+        features = last_linear(setup.model).in_features
+        weight_net = seeded(lambda: MLRNet(epochs + 1, features, setup.classes), setup.seed, device_of(setup.model))
+        # The classifier's learning rate, 1e-5 in the paper, scales the meta-gradient: Adam's usual 1e-8 would drown it.
+        optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, eps=1e-12, weight_decay=1e-4)
+        self._step = WeightNetStep(weight_net, optimizer, normalise="mean")
+        self._own_virtual_step = own_virtual_step
+        self.curves = torch.zeros(len(setup.task.train), epochs + 1, device=device_of(setup.model))
+
+    def prepare(self) -> None:
+        """Stage 1: losses before training and after each epoch of a plain run, minus the mean of the class."""
+        train = self._setup.task.train
+        first = example_losses(self._setup.model, train).unsqueeze(1)
+        later = probe(self._setup, [Phase(self._epochs, self._setup.batch_size)])
+        self.curves = class_centred(torch.cat([first, later], 1), train.targets, self._setup.classes)
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        curves, labels = self.curves[setting.indices], batch[1]
+        if self._own_virtual_step:
+            self._step.virtual = virtual_rule(optimizer)
+        with kept_features(model) as kept:
+            return self._step(
+                model,
+                batch,
+                meta_batch,
+                optimizer=optimizer,
+                setting=setting,
+                features=lambda model, batch: (curves, kept(model, batch), labels),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._step.state_dict(), "curves": self.curves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step.load_state_dict(state)
+        self.curves = state["curves"].to(self.curves)
+
+
+_SOURCE = "Yu and Li, Applied Sciences 2024"
+
+MLRNET = Method(
+    "mlrnet",
+    "a weight net on loss curves, the classifier's features and the label",
+    _SOURCE,
+    MLRNetStep,
+    batch_size=30,
+    meta_batch_size=30,
+    needs_meta=True,
+    handles="both",
+)
+MLRNET_OWN_STEP = Method(
+    "mlrnet-own-step",
+    "the same with the virtual step of the run's own optimizer, such as the paper's Adam, instead of plain SGD",
+    _SOURCE,
+    lambda setup: MLRNetStep(setup, own_virtual_step=True),
+    batch_size=30,
+    meta_batch_size=30,
+    needs_meta=True,
+    handles="both",
+)

@@ -1,0 +1,191 @@
+"""CMW-Net-SL: the weight decides how far an example's label is believed and how far a slow copy of the model is.
+
+As a composition: with soft labels v y + (1 - v) p, mixed for pairs of examples, the weight net is a label net, and the
+step is `metakern.mlc_step`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metakern
+from metakern.methods.class_aware_meta_weight_net import ClassAwareWeightNet, class_groups
+from metakern.methods.features import kept_logits
+from metakern.methods.loss_curves import example_losses
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.plain_training import predict
+from metakern.methods.weight_net_step import device_of, seeded
+from metakern.methods.weighted_step import weighted_step
+
+WARM_UP = 1 / 30  # of the run; 10 of 300 epochs
+EVERY = 10  # steps from one update of the weight net to the next
+TEACHER_DECAY = 0.997
+META_PER_CLASS = 100
+
+
+class Mixed(NamedTuple):
+    """Examples mixed with a permutation of themselves: share x_n + (1 - share) x_order[n]."""
+
+    inputs: Tensor
+    order: Tensor
+    share: float
+
+
+def mixed(inputs: Tensor, generator: torch.Generator) -> Mixed:
+    """Mixup with a share from Beta(1, 1), one for the batch.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+    share = float(torch.rand((), generator=generator))
+    order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+    return Mixed(share * inputs + (1 - share) * inputs[order], order, share)
+
+
+class SoftLabels(nn.Module):
+    """Targets of mixed examples: share t_n + (1 - share) t_order[n], t_n = v_n onehot(y_n) + (1 - v_n) p_n.
+
+    v_n = weight_net(cross entropy of the mixed example for y_n, group of y_n). Called as
+    `net(labels[n], losses[n, 2], groups[n], pseudo[n, C], order[n], share)` with the losses of own and other label.
+    Source: Shu et al., TPAMI 2023, equation 18.
+    """
+
+    def __init__(self, weight_net: ClassAwareWeightNet) -> None:
+        super().__init__()
+        self.weight_net = weight_net
+
+    def forward(
+        self, labels: Tensor, losses: Tensor, groups: Tensor, pseudo: Tensor, order: Tensor, share: float
+    ) -> Tensor:
+        own = self._target(labels, losses[:, :1], groups, pseudo)
+        other = self._target(labels[order], losses[:, 1:], groups[order], pseudo[order])
+        return share * own + (1 - share) * other
+
+    def weights(self, losses: Tensor, groups: Tensor) -> Tensor:
+        """v[n, 1] in the weight net's precision."""
+        return self.weight_net(losses.to(next(self.weight_net.parameters())), groups)
+
+    def _target(self, labels: Tensor, losses: Tensor, groups: Tensor, pseudo: Tensor) -> Tensor:
+        weights = self.weights(losses, groups)
+        return weights * F.one_hot(labels, pseudo.shape[1]).to(pseudo) + (1 - weights) * pseudo
+
+
+class SoftStep:
+    """A plain warm-up; then steps on mixed examples and soft labels, every tenth of them with the weight net."""
+
+    def __init__(self, setup: Setup) -> None:
+        if not setup.task.train.inputs.is_floating_point():
+            raise ValueError("cmw-net-sl mixes inputs, which tokens cannot be; cmw-net takes them")
+        device = device_of(setup.model)
+        self._setup, self._plain = setup, weighted_step()
+        self._groups = class_groups(setup.task.train.counts(setup.classes)).to(device)
+        groups = int(self._groups.max()) + 1
+        self._labels = SoftLabels(seeded(lambda: ClassAwareWeightNet(groups), setup.seed, device))  # type: ignore[arg-type]
+        self._optimizer = torch.optim.Adam(self._labels.parameters(), 1e-4)
+        self._teacher = copy.deepcopy(setup.model)
+        self._generator = torch.Generator().manual_seed(setup.seed + 6)
+        self._trusted = torch.arange(len(setup.task.train))
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        if setting.step % self._setup.steps_per_epoch == 0:
+            self._trusted = self._most_trusted(model)
+        if setting.progress < WARM_UP:
+            outcome = self._plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
+        else:
+            outcome = self._soft(model, batch, optimizer, setting.step % EVERY == 0)
+        self._follow(model)
+        return outcome
+
+    def _soft(self, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, learn: bool) -> Outcome:
+        inputs, labels = batch
+        pseudo = predict(self._teacher, inputs).softmax(1)
+        mixture = mixed(inputs, self._generator)
+        groups, order, seen = self._groups[labels], mixture.order, []
+
+        def known(logits: Tensor) -> tuple[Any, ...]:
+            losses = [F.cross_entropy(logits, given, reduction="none") for given in (labels, labels[order])]
+            seen[:] = [torch.stack(losses, 1), groups, pseudo, order, mixture.share]
+            return tuple(seen)
+
+        meta_loss = None
+        if learn:
+            with kept_logits(model) as kept:
+                result = metakern.mlc_step(
+                    model,
+                    self._labels,
+                    (mixture.inputs, labels),
+                    self._meta_batch(),
+                    label_optimizer=self._optimizer,
+                    virtual_lr=None,
+                    features=lambda model, batch: known(kept()),
+                    optimizer=optimizer,
+                )
+            losses, meta_loss = result.losses, result.meta_loss
+        else:
+            logits = model(mixture.inputs)
+            with torch.no_grad():
+                targets = self._labels(labels, *known(logits.detach()))
+            losses = F.cross_entropy(logits, targets.to(logits), reduction="none")
+            optimizer.zero_grad(set_to_none=True)
+            losses.mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            own = self._labels.weights(seen[0][:, :1], groups)
+        return Outcome(own.squeeze(1).to(losses) / len(own), losses.detach(), meta_loss)
+
+    def _most_trusted(self, model: nn.Module) -> Tensor:
+        """Of every class equally many training examples, those of the lowest loss; at most 100 of a class."""
+        train = self._setup.task.train
+        order = example_losses(model, train).cpu().argsort(stable=True)
+        ranked = train.targets.cpu()[order]
+        classes, counts = ranked.unique(return_counts=True)
+        each = max(1, min(META_PER_CLASS, int(counts.min()) // 2))
+        return torch.cat([order[ranked == c][:each] for c in classes])
+
+    def _meta_batch(self) -> Batch:
+        train = self._setup.task.train
+        chosen = torch.randperm(len(self._trusted), generator=self._generator)[: self._setup.batch_size]
+        rows = self._trusted[chosen].to(train.targets.device)
+        mixture = mixed(train.inputs[rows], self._generator)
+        targets = F.one_hot(train.targets[rows], self._setup.classes).to(mixture.inputs)
+        return mixture.inputs, mixture.share * targets + (1 - mixture.share) * targets[mixture.order]
+
+    @torch.no_grad()
+    def _follow(self, model: nn.Module) -> None:
+        """teacher <- decay teacher + (1 - decay) model; buffers are the model's."""
+        for slow, fast in zip(self._teacher.parameters(), model.parameters(), strict=True):
+            slow.lerp_(fast, 1 - TEACHER_DECAY)
+        for slow, fast in zip(self._teacher.buffers(), model.buffers(), strict=True):
+            slow.copy_(fast)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "labels": self._labels.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "teacher": self._teacher.state_dict(),
+            "generator": self._generator.get_state(),
+            "trusted": self._trusted,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._labels.load_state_dict(state["labels"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._teacher.load_state_dict(state["teacher"])
+        self._generator.set_state(state["generator"])
+        self._trusted = state["trusted"]
+
+
+CMW_NET_SL = Method(
+    "cmw-net-sl",
+    "the weight says how far the label is believed and how far a slow copy of the model; mixup; for images and tables",
+    "Shu et al., TPAMI 2023",
+    SoftStep,
+    batch_size=128,
+    handles="both",
+)
