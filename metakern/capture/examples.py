@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from metakern.capture.graph import output_gradients
+from metakern.capture.host import host_may_wait
 from metakern.capture.record import Trace
 from metakern.capture.refusal import EngineUnavailable
 
@@ -84,6 +85,11 @@ def example_axes(
     if isinstance(verdict, str):
         raise EngineUnavailable(verdict)
     axes = None if verdict is None else _sized_all(verdict, trace)
+    if not host_may_wait() and (axes is None or trace.reorders):
+        raise EngineUnavailable(
+            "whose rows are whose has to be looked up in every pass of this model, which a CUDA graph cannot; take "
+            "the step without capturing it"
+        )
     if axes is None:
         axes = _prove(trace, known, structure, poisoned)
     if trace.reorders:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metakern.capture.host import host_may_wait
+
 RandomState = tuple[Tensor, list[Tensor] | None]
 
 
 def random_state() -> RandomState:
-    """The state of every default generator a forward pass may draw from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    """The state of every default generator a forward pass may draw from; none of CUDA's while a graph is captured."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and host_may_wait() else None
     return torch.get_rng_state(), cuda
 
 

@@ -1,5 +1,7 @@
 """Stage 5: use the weighted gradient. One public function per family of methods."""
 
+from metakern.step.captured import CapturedStep as CapturedStep
+from metakern.step.captured import capture_step as capture_step
 from metakern.step.label_net import LabelNet as LabelNet
 from metakern.step.logit_tangents import LogitTangents as LogitTangents
 from metakern.step.logit_tangents import logit_tangents as logit_tangents

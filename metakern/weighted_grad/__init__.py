@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.host import host_may_wait
 from metakern.capture.record import BatchRecord
 from metakern.layers.rule import Gradients, Weights
 from metakern.layers.table import rule_for
@@ -29,8 +30,8 @@ def weighted_gradients(batch: BatchRecord, weights: Tensor, trainable: Mapping[s
 
 
 def _kept(weights: Tensor) -> Tensor | None:
-    """Rows of non-zero weight. On a GPU finding them would make the host wait, unless it has to anyway."""
-    if weights.is_cuda:
+    """Rows of non-zero weight. On a GPU finding them would make the host wait."""
+    if weights.is_cuda or not host_may_wait():
         return None
     kept = weights.nonzero().squeeze(1)
     return None if kept.numel() == weights.numel() else kept

@@ -1,0 +1,10 @@
+"""May the host look at a value on the device?"""
+
+from __future__ import annotations
+
+import torch
+
+
+def host_may_wait() -> bool:
+    """False while a CUDA graph is being captured: values do not exist then, and checks of them are left out."""
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,193 @@
+"""A whole re-weighted step in one CUDA graph: one launch in place of hundreds, for models whose kernels are short.
+
+    step = capture_step(model, batch, meta_batch, optimizer=optimizer)
+    for batch, meta_batch in loader:
+        result = step(batch, meta_batch)
+
+Everything is in the graph: both forward and backward passes, dots, weights, weighted gradient, and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from metakern.capture.losses import LossFunction
+from metakern.capture.parameters import trainable_parameters
+from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.state import unchanged_buffers
+from metakern.step.result import StepResult
+from metakern.step.reweight import reweight_step
+
+WARM_UP = 3
+"""Steps before the capture: they prove independence, compile kernels, and let the libraries choose theirs."""
+
+
+class CapturedStep:
+    """The step that `capture_step` captured; call it with batches of the shapes and dtypes it was captured with."""
+
+    def __init__(
+        self,
+        replay: Callable[[], None],
+        batches: tuple[Sequence[Any], TreeSpec],
+        gradient: Mapping[nn.Parameter, Tensor],
+        result: StepResult,
+    ) -> None:
+        self._replay, self._gradient, self._result = replay, dict(gradient), result
+        self._leaves, self._spec = batches
+
+    def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
+        """One step on new batches; `.grad` holds the weighted gradient until the next one.
+
+        Raises: ValueError when a batch differs from the captured one by more than the values of its tensors.
+        """
+        leaves, spec = tree_flatten((batch, meta_batch))
+        if spec != self._spec:
+            raise ValueError(f"batch and meta_batch must be built as the captured ones, {self._spec}; got {spec}")
+        for place, (own, given) in enumerate(zip(self._leaves, leaves, strict=True)):
+            _require_alike(own, given, place)
+        for own, given in zip(self._leaves, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given, non_blocking=True)
+        self._replay()
+        for parameter, grad in self._gradient.items():  # zero_grad may have taken it away
+            parameter.grad = grad
+        weights, dots, losses, meta_loss, engine = self._result
+        return StepResult(weights.clone(), dots.clone(), losses.clone(), meta_loss.clone(), engine)
+
+
+def capture_step(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    rule: str | Callable[[Tensor], Tensor] = "clip_normalise",
+    loss_fn: LossFunction | None = None,
+    engine: str = "auto",
+    params: Any = None,
+    memory: str = "reuse",
+) -> CapturedStep:
+    """Capture `reweight_step` into a CUDA graph; parameters, optimizer, buffers and random state stay as they are.
+
+    weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta;  optimizer.step()
+
+    Losses and dots are not checked for NaN in a captured step, since the host would have to wait for them. Learning
+    rates are constants of the graph unless the optimizer holds them as tensors (`capturable=True`). Capture inside
+    `torch.autocast(..., cache_enabled=False)` for mixed precision.
+
+    Args:
+        batch, meta_batch: tuples, lists or dicts of CUDA tensors; the captured step takes others of the same shapes.
+        optimizer: it must have taken a step before, so that its state is there.
+        The others: as for `reweight_step`.
+    Returns: `CapturedStep`, called as `step(batch, meta_batch) -> StepResult`.
+    Raises:
+        ValueError: model or batches are not on a CUDA device, or the optimizer has no state yet.
+        RuntimeError: the step cannot be captured, such as when the model makes the host wait; the message says why.
+        The others: as `reweight_step`.
+    """
+    trainable = trainable_parameters(model)
+    leaves, spec = tree_flatten((batch, meta_batch))
+    _require_cuda(trainable, leaves)
+    own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    batches = tree_unflatten(own, spec)
+
+    def step(optimizer: torch.optim.Optimizer | None = None) -> StepResult:
+        return reweight_step(
+            model,
+            *batches,
+            rule=rule,
+            loss_fn=loss_fn,
+            engine=engine,
+            params=params,
+            memory=memory,
+            optimizer=optimizer,
+        )
+
+    graph = torch.cuda.CUDAGraph()
+    with _gradients_as_before(trainable):
+        _warm_up(model, step)
+        with _optimizer_as_before(optimizer):
+            try:
+                with torch.cuda.graph(graph):
+                    result = step(optimizer)
+            except RuntimeError as error:
+                raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
+        gradient = {p: p.grad for p in trainable.values() if p.grad is not None}
+    return CapturedStep(graph.replay, (own, spec), gradient, result)
+
+
+def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
+    """A few steps on a stream of their own, as capture asks for; none of them counts."""
+    before, stream = random_state(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), unchanged_buffers(model):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    restore_random_state(before)
+
+
+@contextmanager
+def _gradients_as_before(trainable: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Nothing has run in a capture, so what it leaves in `.grad` is not a gradient yet."""
+    before = [(p, p.grad) for p in trainable.values()]
+    try:
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad
+
+
+@contextmanager
+def _optimizer_as_before(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Refuse state that is made inside the block: a graph would make it anew in every replay."""
+    before = {} if optimizer is None else {p: dict(state) for p, state in optimizer.state.items()}
+    failed = True
+    try:
+        yield
+        failed = optimizer is not None and _tensors(optimizer.state) != _tensors(before)
+    finally:
+        if failed and optimizer is not None:
+            optimizer.state.clear()
+            optimizer.state.update(before)
+    if failed:
+        raise ValueError(
+            "optimizer must have taken a step before the capture, so that its state is there: call "
+            "metakern.reweight_step(..., optimizer=optimizer) once"
+        )
+
+
+def _tensors(state: Mapping[Any, Mapping[str, Any]]) -> set[int]:
+    return {id(value) for entries in state.values() for value in entries.values() if isinstance(value, Tensor)}
+
+
+def _require_cuda(trainable: Mapping[str, nn.Parameter], leaves: Sequence[Any]) -> None:
+    for name, p in trainable.items():
+        if not p.is_cuda:
+            raise ValueError(
+                f"model: parameter '{name}' is on {p.device}; a CUDA graph needs the model on a CUDA device"
+            )
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and not leaf.is_cuda:
+            raise ValueError(f"batch and meta_batch: tensor {place} is on {leaf.device}; put it on the model's device")
+
+
+def _require_alike(own: Any, given: Any, place: int) -> None:
+    if isinstance(own, Tensor):
+        if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
+            raise ValueError(
+                f"batch and meta_batch: the step was captured with {_described(own)} in place {place}, "
+                f"got {_described(given)}; capture another step for it"
+            )
+    elif own != given:
+        raise ValueError(f"batch and meta_batch: {own!r} was captured in place {place}, got {given!r}")
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
