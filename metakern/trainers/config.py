@@ -30,6 +30,7 @@ class TrainConfig:
     noise_rate: float = _option(0.0, "share of labels the noise draws anew")
     train_size: int = _option(5000, "training and meta examples together, at most")
     meta_per_class: int = _option(5, "clean examples of each class that the meta set takes out of them")
+    model: str | None = _option(None, "the network: transformer for texts (default: the one that fits the inputs)")
     seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
     steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
     schedule: float = _option(1.0, "share of the method's own number of steps to take")

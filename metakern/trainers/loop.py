@@ -84,7 +84,7 @@ class _Loop:
         self.config, self.method, self.folder, self.progress = config, method, folder, progress
         self.task = task_on_device(task, device)
         self.validation = None if validation is None else on_device(validation, device)
-        self.model = network_for(task, config.seed).to(device)
+        self.model = network_for(task, config.seed, config.model).to(device)
         self.setup = make_setup(config, method, self.task, self.model, progress=progress)
         self.optimizer = make_optimizer(config, self.model)
         self.generator = torch.Generator().manual_seed(config.seed + 1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metakern.data import Task
 from metakern.trainers.lenet import LeNet, initialise
+from metakern.trainers.transformer import Transformer
 
 
 def perceptron(features: int, classes: int, *, width: int = 64) -> nn.Module:
@@ -39,25 +40,44 @@ class BagOfTokens(nn.Module):
         return self.head(self.embedding(tokens).sum(1) / lengths)
 
 
-def network_for(task: Task, seed: int) -> nn.Module:
-    """The network that fits the task's inputs, its parameters decided by `seed` alone.
+MODELS = ("transformer",)
+
+
+def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
+    """The network called `name`, or the one that fits the task's inputs; its parameters are decided by `seed` alone.
 
     LeNet for 28 x 28 images, the convolutional network for others, the bag of tokens for int64, else the perceptron.
-    Raises: ValueError for inputs of another shape.
+    Raises: ValueError for another name, and for inputs that the network does not take.
     """
-    inputs, classes = task.train.inputs, len(task.class_names)
-    generator = torch.Generator().manual_seed(seed)
-    if inputs.shape[1:] == (1, 28, 28):
-        model = LeNet(classes)
-        initialise(model, generator)
-        # Convolutions and pools of small images on a CPU are a third faster this way; the values are the same.
-        return model.to(memory_format=torch.channels_last)
+    if name is not None and name not in MODELS:
+        raise ValueError(f"unknown --model {name!r}; there are: {', '.join(MODELS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if inputs.ndim == 4:
-            return convolutional(inputs.shape[1], classes).to(memory_format=torch.channels_last)
-        if inputs.dtype == torch.int64:
-            return BagOfTokens(1 + max(int(part.inputs.max()) for part in (task.train, task.meta, task.test)), classes)
-        if inputs.ndim == 2:
-            return perceptron(inputs.shape[1], classes)
+        return _fitting(task, seed) if name is None else _text_network(task)
+
+
+def _fitting(task: Task, seed: int) -> nn.Module:
+    inputs, classes = task.train.inputs, len(task.class_names)
+    if inputs.shape[1:] == (1, 28, 28):
+        model = LeNet(classes)
+        initialise(model, torch.Generator().manual_seed(seed))
+        # Convolutions and pools of small images on a CPU are a third faster this way; the values are the same.
+        return model.to(memory_format=torch.channels_last)
+    if inputs.ndim == 4:
+        return convolutional(inputs.shape[1], classes).to(memory_format=torch.channels_last)
+    if inputs.dtype == torch.int64:
+        return BagOfTokens(_vocabulary(task), classes)
+    if inputs.ndim == 2:
+        return perceptron(inputs.shape[1], classes)
     raise ValueError(f"network_for: no network for inputs of shape [n, {', '.join(map(str, inputs.shape[1:]))}]")
+
+
+def _text_network(task: Task) -> nn.Module:
+    inputs = task.train.inputs
+    if inputs.dtype != torch.int64 or inputs.ndim != 2:
+        raise ValueError(f"--model transformer takes tokens [n, t] int64, got {inputs.dtype} {list(inputs.shape)}")
+    return Transformer(_vocabulary(task), inputs.shape[1], len(task.class_names))
+
+
+def _vocabulary(task: Task) -> int:
+    return 1 + max(int(part.inputs.max()) for part in (task.train, task.meta, task.test))

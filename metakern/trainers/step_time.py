@@ -36,7 +36,7 @@ def step_time(config: TrainConfig, task: Task, *, pairs: int = 25) -> StepTime:
     setting = Setting(task.train.counts(len(task.class_names)), torch.Generator().manual_seed(0), config.engine)
     sides = []
     for side in (find("uniform"), method):
-        model = network_for(task, config.seed)
+        model = network_for(task, config.seed, config.model)
         step = side.begin(make_setup(config, side, task, model))
         if isinstance(step, Prepared):
             step.prepare()
