@@ -5,12 +5,12 @@ from __future__ import annotations
 from metakern.methods.boosting import ADABOOST, ADABOOST_NETWORKS
 from metakern.methods.bootstrapping import REED_HARD, REED_SOFT
 from metakern.methods.class_aware_meta_weight_net import CMW_NET
-from metakern.methods.class_difficulty import CDB
+from metakern.methods.class_difficulty import CDB, CDB_CIFAR
 from metakern.methods.class_weights import CLASS_BALANCED, INVERSE_SQRT
 from metakern.methods.clean_only import CLEAN_ONLY, GOLD_ONLY
-from metakern.methods.feature_resampling import RESAMPLING_METHODS
 from metakern.methods.curve_net import CURVE_NET
-from metakern.methods.focal import FOCAL
+from metakern.methods.feature_resampling import RESAMPLING_METHODS
+from metakern.methods.focal import FOCAL, FOCAL_DETACHED, FOCAL_SIGMOID
 from metakern.methods.hard_mining import HARD_MINING, HARD_MINING_AS_SHIPPED
 from metakern.methods.known_channel import CONFUSION, FORWARD, GLC, TOP_DOWN
 from metakern.methods.label_smoothing import LABEL_SMOOTHING, LABEL_SMOOTHING_BY_CLASS
@@ -18,16 +18,20 @@ from metakern.methods.ldam import LDAM_DRW
 from metakern.methods.learned_channel import CHANNEL_METHODS
 from metakern.methods.learning_to_reweight import L2RW
 from metakern.methods.logit_adjustment import ARB, LOGIT_ADJUSTMENT
+from metakern.methods.major_to_minor import M2M
 from metakern.methods.majority_weight import WEIGHTED, WEIGHTED_AS_SHIPPED
+from metakern.methods.mentored import MENTORNET_DD, MENTORNET_PD
 from metakern.methods.meta_weight_net import MW_NET, MW_NET_IMBALANCE
 from metakern.methods.method import Method
 from metakern.methods.mlrnet import MLRNET, MLRNET_OWN_STEP
+from metakern.methods.optimal_transport import OT_REWEIGHTING
 from metakern.methods.phases import with_phases
 from metakern.methods.proportion import PROPORTION, PROPORTION_AS_SHIPPED
 from metakern.methods.random_weights import RANDOM
 from metakern.methods.resample import RESAMPLE
 from metakern.methods.self_paced import SELF_PACED, SELF_PACED_LINEAR
 from metakern.methods.self_training import SELF_TRAINING
+from metakern.methods.sharpness import MIXUP, SAM, SAM_A, SIMPLIFYING
 from metakern.methods.soft_class_aware_meta_weight_net import CMW_NET_SL
 from metakern.methods.uniform import UNIFORM
 
@@ -82,6 +86,17 @@ METHODS: dict[str, Method] = {
         ADABOOST,
         ADABOOST_NETWORKS,
         SELF_TRAINING,
+        SAM,
+        SAM_A,
+        SIMPLIFYING,
+        MIXUP,
+        OT_REWEIGHTING,
+        M2M,
+        MENTORNET_PD,
+        MENTORNET_DD,
+        FOCAL_DETACHED,
+        FOCAL_SIGMOID,
+        CDB_CIFAR,
     )
 }
 

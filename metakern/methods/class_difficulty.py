@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.methods.class_weights import by_class
-from metakern.methods.method import Batch, Method, Outcome, Setting, always
+from metakern.methods.method import Batch, Method, Outcome, Setting, Step, always
 
 TAU_RULES = ("imagenet", "cifar")
 
@@ -36,35 +36,48 @@ def difficulty_weights(accuracies: Tensor, tau: float | Tensor) -> Tensor:
     return weights * len(weights) / total if total > 0 else torch.ones_like(weights)
 
 
-def step(
-    model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
-) -> Outcome:
-    """Difficulty is measured on the meta batch before each step; the paper does it once an epoch on 25 a class.
+def difficulty_step(rule: str = "imagenet") -> Step:
+    """A step with weights by difficulty, its exponent by `rule`.
+
+    Difficulty is measured on the meta batch before each step; the paper does it once an epoch on 25 a class.
 
     A class that the meta batch does not hold counts as perfect.
     """
-    (inputs, targets), (meta_inputs, meta_targets) = batch, meta_batch
-    with torch.no_grad():
-        meta_logits = model(meta_inputs)
-    classes = len(setting.class_counts)
-    right = (meta_logits.argmax(1) == meta_targets).to(meta_logits)
-    held = torch.bincount(meta_targets, minlength=classes)
-    accuracies = torch.where(held > 0, right.new_zeros(classes).index_add_(0, meta_targets, right) / held, 1)
-    losses = F.cross_entropy(model(inputs), targets, reduction="none")
-    # No class of the batch is difficult: the weights would all be 0, and the plain mean is what is left to learn from.
-    class_weights = difficulty_weights(accuracies, dynamic_tau(accuracies))
-    usable = class_weights if class_weights[targets].any() else torch.ones_like(class_weights)
-    weights = by_class(usable, targets)
-    optimizer.zero_grad(set_to_none=True)
-    (weights * losses).sum().backward()
-    optimizer.step()
-    return Outcome(weights, losses.detach(), F.cross_entropy(meta_logits, meta_targets))
+
+    def step(
+        model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        (inputs, targets), (meta_inputs, meta_targets) = batch, meta_batch
+        with torch.no_grad():
+            meta_logits = model(meta_inputs)
+        classes = len(setting.class_counts)
+        right = (meta_logits.argmax(1) == meta_targets).to(meta_logits)
+        held = torch.bincount(meta_targets, minlength=classes)
+        accuracies = torch.where(held > 0, right.new_zeros(classes).index_add_(0, meta_targets, right) / held, 1)
+        losses = F.cross_entropy(model(inputs), targets, reduction="none")
+        # No class of the batch is difficult: all weights would be 0, and the plain mean is what is left to learn from.
+        class_weights = difficulty_weights(accuracies, dynamic_tau(accuracies, rule))
+        usable = class_weights if class_weights[targets].any() else torch.ones_like(class_weights)
+        weights = by_class(usable, targets)
+        optimizer.zero_grad(set_to_none=True)
+        (weights * losses).sum().backward()
+        optimizer.step()
+        return Outcome(weights, losses.detach(), F.cross_entropy(meta_logits, meta_targets))
+
+    return step
 
 
 CDB = Method(
     "cdb",
     "weights by the error on each class of a clean set",
     "Sinha et al., ACCV 2020",
-    always(step),
+    always(difficulty_step()),
+    needs_meta=True,
+)
+CDB_CIFAR = Method(
+    "cdb-cifar",
+    "cdb with the exponent of its code for CIFAR, sigmoid(bias)",
+    "Sinha et al., ACCV 2020",
+    always(difficulty_step("cifar")),
     needs_meta=True,
 )

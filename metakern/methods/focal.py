@@ -37,6 +37,26 @@ def _criterion(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
     return focal_loss(logits, targets)
 
 
+def _detached(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+    return focal_loss(logits, targets, detach=True)
+
+
+def _sigmoid(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+    return sigmoid_focal_loss(logits, targets)
+
+
 FOCAL = Method(
     "focal", "easy examples count less, gamma 2", "Lin et al., ICCV 2017", always(weighted_step(criterion=_criterion))
+)
+FOCAL_DETACHED = Method(
+    "focal-detached",
+    "focal with its factor taken as a constant, as several codes have it",
+    "Lin et al., ICCV 2017",
+    always(weighted_step(criterion=_detached)),
+)
+FOCAL_SIGMOID = Method(
+    "focal-sigmoid",
+    "focal with a sigmoid for each class, summed over classes",
+    "Lin et al., ICCV 2017",
+    always(weighted_step(criterion=_sigmoid)),
 )

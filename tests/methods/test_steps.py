@@ -45,13 +45,17 @@ def batches():
     return batch(12), batch(4)
 
 
-def take(name: str, model: nn.Module, batches, setup, lr: float = 0.1):
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    setting = Setting(torch.tensor([30, 70]), torch.Generator().manual_seed(2), indices=torch.arange(12))
+def begun(name: str, model: nn.Module, setup):
     step = find(name).begin(setup(model))
     if isinstance(step, Prepared):
         step.prepare()
-    return step(model, *batches, optimizer=optimizer, setting=setting)
+    return step
+
+
+def take(name: str, model: nn.Module, batches, setup, lr: float = 0.1, step=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    setting = Setting(torch.tensor([30, 70]), torch.Generator().manual_seed(2), indices=torch.arange(12))
+    return (step or begun(name, model, setup))(model, *batches, optimizer=optimizer, setting=setting)
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -79,8 +83,9 @@ def test_weights_are_a_share(name, model, batches, setup):
 def test_every_step_learns(name, model, batches, setup):
     (inputs, targets), _ = batches
     before = F.cross_entropy(model(inputs), targets).item()
+    step = begun(name, model, setup)
     for _ in range(30):
-        take(name, model, batches, setup)
+        take(name, model, batches, setup, step=step)
     assert F.cross_entropy(model(inputs), targets).item() < before
 
 
