@@ -45,14 +45,13 @@ void bind_embedding_dots(py::module_& cpu, const char* name) {
 }
 
 template <typename T, typename Sum>
-void bind_affine_dots(py::module_& cpu, const char* name) {
-  cpu.def(name,
-          [](uintptr_t X, uintptr_t B, uintptr_t V, uintptr_t v, uintptr_t out, int64_t n, int64_t t, int64_t width,
-             int64_t x_stride_n, int64_t x_stride_t, int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred) {
-            metakern::cpu::affine_dots(pointer<const T>(X), pointer<const T>(B), pointer<const T>(V),
-                                       pointer<const T>(v), pointer<Sum>(out), n, t, width, x_stride_n, x_stride_t,
-                                       b_stride_n, b_stride_t, eps, centred);
-          });
+void bind_affine_grads(py::module_& cpu, const char* name) {
+  cpu.def(name, [](uintptr_t X, uintptr_t B, uintptr_t scale, uintptr_t shift, int64_t n, int64_t t, int64_t width,
+                   int64_t x_stride_n, int64_t x_stride_t, int64_t b_stride_n, int64_t b_stride_t, double eps,
+                   bool centred) {
+    metakern::cpu::affine_grads(pointer<const T>(X), pointer<const T>(B), pointer<Sum>(scale), pointer<Sum>(shift), n,
+                                t, width, x_stride_n, x_stride_t, b_stride_n, b_stride_t, eps, centred);
+  });
 }
 
 #ifdef METAKERN_CUDA
@@ -81,22 +80,15 @@ void bind_cuda(py::module_& cuda) {
                          pointer<const void>(B), pointer<void>(workspace), pointer<void>(out), n, t, width, rows,
                          v_stride, b_stride_n, b_stride_t, padding, pointer<CUstream_st>(stream)));
   });
-  cuda.def("cross_entropy_rows",
-           [](int dtype, uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t grad, int64_t rows,
-              int64_t classes, int64_t stride, int64_t ignore, double smoothing, uintptr_t stream) {
-             check(cross_entropy_rows(static_cast<Scalar>(dtype), pointer<const void>(logits),
-                                      pointer<const int64_t>(targets), pointer<void>(losses), pointer<void>(grad), rows,
-                                      classes, stride, ignore, smoothing, pointer<CUstream_st>(stream)));
-           });
-  cuda.def("affine_dots_chunks", &affine_dots_chunks);
-  cuda.def("affine_dots", [](int dtype, uintptr_t X, uintptr_t B, uintptr_t V, uintptr_t v, uintptr_t workspace,
-                             uintptr_t out, int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
-                             int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, uintptr_t stream) {
-    check(affine_dots(static_cast<Scalar>(dtype), pointer<const void>(X), pointer<const void>(B),
-                      pointer<const void>(V), pointer<const void>(v), pointer<void>(workspace), pointer<void>(out), n,
-                      t, width, x_stride_n, x_stride_t, b_stride_n, b_stride_t, eps, centred,
-                      pointer<CUstream_st>(stream)));
-  });
+  cuda.def("affine_grads_chunks", &affine_grads_chunks);
+  cuda.def(
+      "affine_grads", [](int dtype, uintptr_t X, uintptr_t B, uintptr_t workspace, uintptr_t scale, uintptr_t shift,
+                         int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
+                         int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, uintptr_t stream) {
+        check(affine_grads(static_cast<Scalar>(dtype), pointer<const void>(X), pointer<const void>(B),
+                           pointer<void>(workspace), pointer<void>(scale), pointer<void>(shift), n, t, width,
+                           x_stride_n, x_stride_t, b_stride_n, b_stride_t, eps, centred, pointer<CUstream_st>(stream)));
+      });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));
@@ -117,15 +109,9 @@ PYBIND11_MODULE(_C, module) {
   bind_embedding_dots<float, float>(cpu, "embedding_dots_f32");
   bind_embedding_dots<double, double>(cpu, "embedding_dots_f64");
   bind_embedding_dots<metakern::cpu::bfloat16, float>(cpu, "embedding_dots_bf16");
-  cpu.def("cross_entropy_rows", [](uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t grad, int64_t rows,
-                                   int64_t classes, int64_t stride, int64_t ignore, float smoothing) {
-    return metakern::cpu::cross_entropy_rows(pointer<const float>(logits), pointer<const int64_t>(targets),
-                                             pointer<float>(losses), pointer<float>(grad), rows, classes, stride,
-                                             ignore, smoothing);
-  });
-  bind_affine_dots<float, float>(cpu, "affine_dots_f32");
-  bind_affine_dots<double, double>(cpu, "affine_dots_f64");
-  bind_affine_dots<metakern::cpu::bfloat16, float>(cpu, "affine_dots_bf16");
+  bind_affine_grads<float, float>(cpu, "affine_grads_f32");
+  bind_affine_grads<double, double>(cpu, "affine_grads_f64");
+  bind_affine_grads<metakern::cpu::bfloat16, float>(cpu, "affine_grads_bf16");
 #ifdef METAKERN_CUDA
   auto cuda = module.def_submodule("cuda");
   bind_cuda(cuda);

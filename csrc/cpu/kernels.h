@@ -33,16 +33,12 @@ template <typename T, typename Sum>
 int64_t embedding_dots(const int64_t* indices, const T* V, const T* B, Sum* out, int64_t n, int64_t t, int64_t width,
                        int64_t rows, int64_t v_stride, int64_t b_stride_n, int64_t b_stride_t, int64_t padding);
 
-// losses_r = logsumexp(z_r) - (1 - smoothing) z_ry - smoothing mean(z_r) and its gradient in z; zero where y is
-// `ignore`. Logits have a row stride; `grad` is contiguous. Returns the first row whose target is no class, or -1.
-int64_t cross_entropy_rows(const float* logits, const int64_t* targets, float* losses, float* grad, int64_t rows,
-                           int64_t classes, int64_t stride, int64_t ignore, float smoothing);
-
-// out_n = sum_t,i B_nti (x^_nti V_i + v_i), x^ the normalised row of X: centred by its mean or not, divided by
-// sqrt(mean square + eps). Rows of `width` adjacent elements; v may be null.
+// scale_ni = sum_t B_nti x^_nti and shift_ni = sum_t B_nti, x^ the normalised row of X: centred by its mean or not,
+// divided by sqrt(mean square + eps). Rows of `width` adjacent elements; scale and shift are contiguous, shift may be
+// null.
 template <typename T, typename Sum>
-void affine_dots(const T* X, const T* B, const T* V, const T* v, Sum* out, int64_t n, int64_t t, int64_t width,
-                 int64_t x_stride_n, int64_t x_stride_t, int64_t b_stride_n, int64_t b_stride_t, double eps,
-                 bool centred);
+void affine_grads(const T* X, const T* B, Sum* scale, Sum* shift, int64_t n, int64_t t, int64_t width,
+                  int64_t x_stride_n, int64_t x_stride_t, int64_t b_stride_n, int64_t b_stride_t, double eps,
+                  bool centred);
 
 }  // namespace metakern::cpu

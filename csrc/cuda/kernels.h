@@ -25,18 +25,12 @@ cudaError_t embedding_dots(Scalar dtype, const int64_t* indices, const void* V, 
                            void* out, int64_t n, int64_t t, int64_t width, int64_t rows, int64_t v_stride,
                            int64_t b_stride_n, int64_t b_stride_t, int64_t padding, cudaStream_t stream);
 
-// losses_r = logsumexp(z_r) - (1 - smoothing) z_ry - smoothing mean(z_r) and its gradient in z; zero where y is
-// `ignore`. Logits have a row stride; `grad` is contiguous.
-cudaError_t cross_entropy_rows(Scalar dtype, const void* logits, const int64_t* targets, void* losses, void* grad,
-                               int64_t rows, int64_t classes, int64_t stride, int64_t ignore, double smoothing,
-                               cudaStream_t stream);
-
-// out_n = sum_t,i B_nti (x^_nti V_i + v_i), x^ the normalised row of X: centred by its mean or not, divided by
-// sqrt(mean square + eps). Rows of `width` adjacent elements; v may be null; `workspace` holds n *
-// affine_dots_chunks(t).
-int64_t affine_dots_chunks(int64_t t);
-cudaError_t affine_dots(Scalar dtype, const void* X, const void* B, const void* V, const void* v, void* workspace,
-                        void* out, int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
-                        int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, cudaStream_t stream);
+// scale_ni = sum_t B_nti x^_nti and shift_ni = sum_t B_nti, x^ the normalised row of X: centred by its mean or not,
+// divided by sqrt(mean square + eps). Rows of at most 4096 adjacent elements; scale and shift are contiguous, shift may
+// be null; `workspace` holds 2 * n * width * affine_grads_chunks(t) sums where there are several chunks.
+int64_t affine_grads_chunks(int64_t t);
+cudaError_t affine_grads(Scalar dtype, const void* X, const void* B, void* workspace, void* scale, void* shift,
+                         int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
+                         int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, cudaStream_t stream);
 
 }  // namespace metakern::cuda

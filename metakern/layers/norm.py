@@ -2,7 +2,7 @@
 
 This is the one place where per-example gradients are formed, because they are small: G_n = sum_t B_nt x^_nt and
 H_n = sum_t B_nt have one entry per channel. dots_n = <G_n, V> + <H_n, v>, and the weighted gradients are
-sum_n w_n G_n and sum_n w_n H_n, so the activations are read once for both. Layer, group, instance and RMS normalisation
+sum_n w_n G_n and sum_n w_n H_n, so the activations are read once for both (`ops.affine_grads`). Layer, group, instance and RMS normalisation
 take their statistics per example; batch normalisation only when its statistics are frozen (capture refuses it
 otherwise).
 """
@@ -77,6 +77,8 @@ def per_example_gradients(record: Record, examples: int) -> dict[int, Tensor]:
         return record.memo
     weight, bias = _parameters(record.call)
     grad = record.output_grad
+    if weight is not None and record.call.func in (F.layer_norm, F.rms_norm):
+        return _by_rows(record, weight, bias, examples)
     grad = grad if grad.dtype == torch.float64 else grad.float()
     by_channel = _by_channel(record, grad, examples)
     if weight is not None:
@@ -85,6 +87,22 @@ def per_example_gradients(record: Record, examples: int) -> dict[int, Tensor]:
         record.memo[id(weight)] = _sum_positions(record.call, normalised, by_channel)
     if bias is not None:
         record.memo[id(bias)] = _sum_positions(record.call, None, by_channel)
+    return record.memo
+
+
+def _by_rows(record: Record, weight: Tensor, bias: Tensor | None, examples: int) -> dict[int, Tensor]:
+    """The same where every row of channels is normalised on its own: in one pass, by the operator for that."""
+    call, grad = record.call, record.output_grad
+    x = call.argument(0, "input").detach()
+    centred = call.func is F.layer_norm
+    eps = call.argument(4, "eps", 1e-5) if centred else call.argument(3, "eps")
+    if eps is None:  # what torch.nn.functional.rms_norm takes: of the dtype that it calculates in
+        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    rows = _by_channel(record, x.to(grad.dtype), examples), _by_channel(record, grad, examples)
+    scale, shift = ops.affine_grads(*rows, eps=eps, centred=centred, shift=bias is not None)
+    record.memo[id(weight)] = scale
+    if bias is not None:
+        record.memo[id(bias)] = shift
     return record.memo
 
 

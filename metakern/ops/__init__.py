@@ -4,22 +4,18 @@ One folder per operator: `contract` (schema, checks, shapes, FLOPs), `reference`
 fast ones), `api` (the documented function and the table of implementations). Operators know nothing of models.
 """
 
-from metakern.ops.affine_dots.api import affine_dots
+from metakern.ops.affine_grads.api import affine_grads
 from metakern.ops.clip_normalise.api import clip_normalise
-from metakern.ops.cross_entropy_rows.api import cross_entropy_rows
 from metakern.ops.direction_dots.api import direction_dots
-from metakern.ops.dual_linear.api import dual_linear
 from metakern.ops.embedding_dots.api import embedding_dots
 from metakern.ops.pair_dots.api import pair_dots
 from metakern.ops.row_dots.api import row_dots
 from metakern.ops.weighted_grad.api import weighted_grad
 
 __all__ = [
-    "affine_dots",
+    "affine_grads",
     "clip_normalise",
-    "cross_entropy_rows",
     "direction_dots",
-    "dual_linear",
     "embedding_dots",
     "pair_dots",
     "row_dots",

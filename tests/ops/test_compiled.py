@@ -21,7 +21,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from metakern.ops.direction_dots import triton as direction  # noqa: E402
-from metakern.ops.dual_linear import triton as dual  # noqa: E402
 from metakern.ops.pair_dots import triton as pairs  # noqa: E402
 from metakern.ops.triton_backend import Tile  # noqa: E402
 from metakern.ops.weighted_grad import triton as weighted  # noqa: E402
@@ -33,11 +32,6 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 POINTERS = {
     "A": "x",
-    "dA": "x",
-    "W": "x",
-    "dW": "x",
-    "value": "x",
-    "tangent": "x",
     "B": "x",
     "V": "x",
     "A_meta": "x",
@@ -57,7 +51,6 @@ class Launch(NamedTuple):
 
 LAUNCHES = {
     "direction_dots": (direction.direction_dots_kernel, direction.TILES, direction.SMALL),
-    "dual_linear": (dual.dual_linear_kernel, dual.TILES),
     "pair_dots": (pairs.pair_dots_kernel, pairs.TILES, pairs.SMALL),
     "weighted_grad": (weighted.weighted_grad_kernel, weighted.TILES),
 }
@@ -76,9 +69,6 @@ def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: 
     constants = {"M": tile.m, "N": tile.n, "K": tile.k, "PRECISION": precision, "UPCAST": False}
     # the last stride of a contiguous operand is 1, which the launcher makes a constant
     last = (
-        "stride_dai",
-        "stride_wi",
-        "stride_dwi",
         "stride_ai",
         "stride_vi",
         "stride_bo",
