@@ -64,11 +64,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
             f"{argument}: targets have shape {tuple(targets.shape)}; logits of shape {tuple(logits.shape)} need "
             f"{'class indices' if hard else 'probabilities'} of shape {expected}"
         )
-    losses = F.cross_entropy(logits, targets, reduction="none")
+    losses = _entropies(logits, targets)
     if losses.dim() == 1:
         return losses
     counted = (targets != -100).flatten(1).sum(1).clamp(min=1) if hard else losses[0].numel()
     return losses.flatten(1).sum(1) / counted
+
+
+def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy at every position, [n, ...]. Where classes lie side by side in memory, as the token logits of a
+    transposed [n, t, C] do, row by row: that takes half the time and less.
+    """
+    if targets.is_floating_point() or logits.dim() == 2 or logits.stride(1) != 1:
+        return F.cross_entropy(logits, targets, reduction="none")
+    rows = logits.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(rows, targets.flatten(), reduction="none").view(targets.shape)
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
@@ -111,7 +121,7 @@ def _token_logits(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Ten
     if "CausalLM" in f"{getattr(model, 'loss_type', '')} {type(model).__name__}" or type(model).__name__.endswith(
         "LMHeadModel"
     ):
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # the logits stay whole: a slice of them would be copied
     return logits.transpose(1, 2), labels
 
 

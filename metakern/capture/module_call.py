@@ -49,11 +49,12 @@ def registered_modules_as_wholes(model: nn.Module, tracer: Tracer) -> Iterator[N
         opened.append(None if tracer.paused else (ModuleCall(module), random_state()))
         tracer.paused = True
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         outermost = opened.pop()
-        if outermost is not None:
-            tracer.paused = False
-            tracer.note_module(outermost[0], args, kwargs, output, outermost[1])
+        if outermost is None:
+            return output
+        tracer.paused = False
+        return tracer.note_module(outermost[0], args, kwargs, output, outermost[1])
 
     handles = []
     try:

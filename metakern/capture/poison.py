@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.outputs import tensors_in
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.state import unchanged_buffers
-from metakern.capture.trace import Tracer, tensors_in
+from metakern.capture.trace import Tracer
 
 
 class _Poisoner(Tracer):

@@ -23,8 +23,7 @@ class ArgPath(NamedTuple):
     item: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
+class Call(NamedTuple):
     """One call of a torch function, with everything needed to make it again."""
 
     func: Callable[..., Any]
@@ -52,8 +51,7 @@ class Call:
         return None
 
 
-@dataclass(frozen=True, eq=False)
-class Use:
+class Use(NamedTuple):
     """A call in which parameters meet example data; B = d(sum of losses)/d(output) is asked for at its edges."""
 
     call: Call

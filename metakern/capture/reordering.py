@@ -15,6 +15,10 @@ _ALONG = {
 }  # fmt: skip
 _OVER = {"roll": (2, "dims"), "flip": (1, "dims")}
 _ANYWHERE = frozenset("masked_select masked_scatter masked_scatter_ take put put_ index_put index_put_".split())
+_BY_INDEX = frozenset(("__getitem__", "__setitem__"))
+
+REORDERING = _ANYWHERE | _BY_INDEX | _OVER.keys() | _ALONG.keys()
+"""Names of the functions that `may_reorder` has to look at."""
 
 
 def may_reorder(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_static: Callable[[Tensor], bool]) -> bool:
@@ -24,7 +28,7 @@ def may_reorder(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_sta
     """
     if name in _ANYWHERE:
         return _is_activation(args)
-    if name in ("__getitem__", "__setitem__"):
+    if name in _BY_INDEX:
         return _is_activation(args) and not all(is_static(t) for t in _leading_indices(args[1]))
     if name in _OVER:
         position, keyword = _OVER[name]

@@ -13,44 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from metakern.capture.function import Function, function_of
 from metakern.capture.module_call import PARAMETER, ModuleCall
+from metakern.capture.outputs import separated, tensors_in
 from metakern.capture.random_state import RandomState, random_state, same_state
 from metakern.capture.record import ArgPath, Call, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import may_reorder
 
-# Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
-_SHAPE_ONLY = frozenset(
-    f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
-) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
-
-# Frequent calls that never draw random numbers; for all others the generators are compared before and after.
-_DETERMINISTIC = frozenset(
-    "linear conv1d conv2d conv3d embedding layer_norm rms_norm group_norm batch_norm add mul sub matmul __matmul__ t "
-    "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous".split()
-)
-
-_IN_PLACE_OPERATORS = frozenset(
-    "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ __ixor__ __imatmul__ "
-    "__setitem__ __delitem__".split()
-)
-
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
-
-# Called on tensors all the time and never part of a gradient.
-_METADATA = frozenset(
-    getattr(Tensor, name)
-    for name in "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
-    "element_size ndimension nelement get_device is_same_size __len__ __repr__ __hash__ register_hook".split()
-)
-
-# Written in Python around several calls that each take parameters; its body is traced, not the call as a whole.
-_UNROLLED = {F.multi_head_attention_forward}
 
 
 def _unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,28 +41,18 @@ def _unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
 
 def tensor_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[ArgPath, Tensor]]:
     """Every tensor among the arguments of a call, also inside lists such as those of `cat` and `stack`."""
-    for key, value in enumerate(args):
-        if isinstance(value, Tensor):
-            yield ArgPath(key), value
-        elif isinstance(value, (list, tuple)):
-            for item, inner in enumerate(value):
-                if isinstance(inner, Tensor):
-                    yield ArgPath(key, item), inner
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor):
-            yield ArgPath(key), value
-        elif isinstance(value, (list, tuple)):
-            for item, inner in enumerate(value):
-                if isinstance(inner, Tensor):
-                    yield ArgPath(key, item), inner
+    return ((ArgPath(key, item), tensor) for key, item, tensor in _tensors(args, kwargs))
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple)):
-        for item in output:
-            yield from tensors_in(item)
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, int | None, Tensor]]:
+    """The same as key, item and tensor. It runs at every call of a forward pass, hence no generator."""
+    found: list[tuple[int | str, int | None, Tensor]] = []
+    for key, value in enumerate(args) if not kwargs else (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor):
+            found.append((key, None, value))
+        elif isinstance(value, (list, tuple)):
+            found += [(key, item, inner) for item, inner in enumerate(value) if isinstance(inner, Tensor)]
+    return found
 
 
 class Tracer(TorchFunctionMode):
@@ -113,54 +78,53 @@ class Tracer(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused or func in _METADATA:
+        function = function_of(func)
+        if self.paused or function.kind == "metadata":
             return func(*args, **kwargs)
-        if func in _UNROLLED:
-            with self:
-                return _unrolled(func)(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # x.shape, x.device, x.T: only views of a parameter matter here
-            return self._attribute(func, args)
-        if name == "batch_norm":
+        if function.kind != "call":
+            if function.kind == "unrolled":
+                with self:
+                    return _unrolled(func)(*args, **kwargs)
+            if function.kind == "attribute":  # x.shape, x.device, x.T: only views of a parameter matter here
+                return self._attribute(func, args)
             self._note_batch_statistics(args, kwargs)
-        return self._call(func, name, args, kwargs)
+        return self._call(func, function, args, kwargs)
 
-    def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        parametric, data, constant_only = [], [], True
-        for path, tensor in tensor_arguments(args, kwargs):
+    def _call(self, func: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parametric, data = [], []
+        for key, item, tensor in _tensors(args, kwargs):
             if id(tensor) in self._parametric:
                 self._require_unchanged(tensor)
-                parametric.append((path, tensor))
+                parametric.append((ArgPath(key, item), tensor))
             elif tensor.requires_grad or id(tensor) not in self._constant:
                 data.append(tensor)
-                constant_only = False
         if not parametric:
             output = func(*args, **kwargs)
-            if (constant_only and not name.startswith("rand")) or name in _SHAPE_ONLY:
+            if (not data and not function.random_constant) or function.shape_only:
                 self._mark_constant(output)
-            elif _is_in_place(name, kwargs) and args:
+            elif _is_in_place(function, kwargs) and args:
                 self._constant.pop(id(args[0]), None)  # data was written into it
-            elif may_reorder(name, args, kwargs, self._made_here):
+            elif function.may_reorder and may_reorder(function.name, args, kwargs, self._made_here):
                 self.reorders = True
             return output
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if data:
-            return self._use(func, name, args, kwargs, tuple(parametric), data)
-        return self._derivation(func, name, args, kwargs, tuple(parametric))
+            return self._use(func, function, args, kwargs, tuple(parametric), data)
+        return self._derivation(func, function, args, kwargs, tuple(parametric))
 
-    def _derivation(self, func: Any, name: str, args: Any, kwargs: Any, parametric: Any) -> Any:
-        if _is_in_place(name, kwargs):
+    def _derivation(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any) -> Any:
+        if _is_in_place(function, kwargs):
             raise EngineUnavailable(
-                f"a tensor derived from parameters is changed in place by {name}(); write it out of place for "
+                f"a tensor derived from parameters is changed in place by {function.name}(); write it out of place for "
                 "engine='ghost' (engine='jvp' takes it as it is)"
             )
-        output, state = _watching_randomness(func, name, args, kwargs)
+        output, state = _watching_randomness(func, function, args, kwargs)
         # A no-op such as `contiguous` hands its argument back, which is known already.
         outputs = tuple(t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output))
         self._mark_constant(output)
         if any(o is not None for o in outputs):
-            self._add_derivation(Call(func, name, args, kwargs, parametric, outputs, False, state))
+            self._add_derivation(Call(func, function.name, args, kwargs, parametric, outputs, False, state))
         return output
 
     def _add_derivation(self, call: Call) -> None:
@@ -170,8 +134,8 @@ class Tracer(TorchFunctionMode):
                 self._derived_versions[id(tensor)] = tensor._version
         self.derivations.append(call)
 
-    def _use(self, func: Any, name: str, args: Any, kwargs: Any, parametric: Any, data: list[Tensor]) -> Any:
-        in_place = _is_in_place(name, kwargs)
+    def _use(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any, data: list[Tensor]) -> Any:
+        name, in_place = function.name, _is_in_place(function, kwargs)
         if in_place and (id(args[0]) in self._parametric or id(args[0]) in self._constant or "out" in kwargs):
             raise EngineUnavailable(
                 f"{name}() writes example data into a tensor of parameters or constants in place; use torch.cat or "
@@ -184,13 +148,14 @@ class Tracer(TorchFunctionMode):
         elif in_place:  # the value before the call is gone afterwards, and a replay needs it
             kept = (args[0].detach().clone(), *args[1:])
             versions = tuple((t, version) for t, version in versions if t is not args[0])
-        output, state = _watching_randomness(func, name, args, kwargs)
+        output, state = _watching_randomness(func, function, args, kwargs)
         if state is not None and name == "scaled_dot_product_attention" and data[0].is_cuda:
             raise EngineUnavailable(
                 "attention with dropout takes a parameter (a learned bias or query), and a fused kernel's mask cannot "
                 "be drawn again; set its dropout to 0, or use engine='jvp'"
             )
         call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
+        output = output if in_place else separated(output, upstream)
         self._note(call, args[0] if in_place else output, data, upstream)
         return output
 
@@ -202,12 +167,12 @@ class Tracer(TorchFunctionMode):
             edges = tuple(get_gradient_edge(t if call.in_place else _owner(t, data)) for t in tensors)
             self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
 
-    def note_module(self, module: ModuleCall, args: Any, kwargs: Any, output: Any, state: Any) -> None:
-        """Add the call of a registered module as one use of all its trainable parameters."""
+    def note_module(self, module: ModuleCall, args: Any, kwargs: Any, output: Any, state: Any) -> Any:
+        """Add the call of a registered module as one use of all its trainable parameters; returns its output."""
         named = {PARAMETER + name: p for name, p in module.module.named_parameters() if id(p) in self._parametric}
         data = [t for _, t in tensor_arguments(args, kwargs)]
         if not named or not data:
-            return
+            return output
         parametric = tuple((ArgPath(key), p) for key, p in named.items())
         upstream = tuple(t.grad_fn for t in data if t.grad_fn is not None)
         versions = tuple((t, t._version) for t in data)
@@ -223,7 +188,9 @@ class Tracer(TorchFunctionMode):
             autocast=_autocast(data[0]),
             versions=versions,
         )
+        output = separated(output, upstream)
         self._note(call, output, data, upstream)
+        return output
 
     def _attribute(self, func: Any, args: tuple[Any, ...]) -> Any:
         output = func(*args)
@@ -262,9 +229,9 @@ class Tracer(TorchFunctionMode):
             self.couplings.append("batch_norm in training mode takes its statistics over the batch")
 
 
-def _watching_randomness(func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:
+def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:
     """The output of a call, and the random state before it if the call drew from it, so that a replay does alike."""
-    if name in _DETERMINISTIC:
+    if function.deterministic:
         return func(*args, **kwargs), None
     before = random_state()
     output = func(*args, **kwargs)
@@ -288,7 +255,7 @@ def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
-def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return name in _IN_PLACE_OPERATORS or kwargs.get("out") is not None or kwargs.get("inplace") is True
+def _is_in_place(function: Function, kwargs: dict[str, Any]) -> bool:
+    if not kwargs:
+        return function.in_place
+    return function.in_place or kwargs.get("out") is not None or kwargs.get("inplace") is True

@@ -130,7 +130,7 @@ def _restricted(record: Record, wanted: Set[int]) -> Record | None:
     parameters = tuple(entry for entry in record.call.parameters if id(entry[1]) in wanted)
     if len(parameters) == len(record.call.parameters):
         return record
-    use = replace(record.use, call=replace(record.call, parameters=parameters))
+    use = record.use._replace(call=record.call._replace(parameters=parameters))
     return replace(record, use=use, memo={}) if parameters else None
 
 

@@ -1,0 +1,81 @@
+"""What can be told of a torch function by its name: looked up once, asked at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakern.capture.reordering import REORDERING
+
+# Called on tensors all the time and never part of a gradient.
+_METADATA = frozenset(
+    getattr(Tensor, name)
+    for name in "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
+    "element_size ndimension nelement get_device is_same_size __len__ __repr__ __hash__ register_hook".split()
+)
+
+# Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
+_SHAPE_ONLY = frozenset(
+    f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
+
+# Frequent calls that never draw random numbers; for all others the generators are compared before and after.
+_DETERMINISTIC = frozenset(
+    "linear conv1d conv2d conv3d embedding layer_norm rms_norm group_norm batch_norm add mul sub matmul __matmul__ t "
+    "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous".split()
+)
+
+_IN_PLACE_OPERATORS = frozenset(
+    "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ __ixor__ __imatmul__ "
+    "__setitem__ __delitem__".split()
+)
+
+# Written in Python around several calls that each take parameters; the body is traced, not the call as a whole.
+_UNROLLED = {F.multi_head_attention_forward}
+
+
+class Function(NamedTuple):
+    """A torch function, by what tracing wants to know of it."""
+
+    name: str
+    kind: str  # "call"; "metadata", "unrolled", "attribute" and "batch_norm" are met in ways of their own
+    shape_only: bool
+    random_constant: bool  # makes a tensor of random numbers
+    deterministic: bool
+    in_place: bool
+    may_reorder: bool
+
+
+_KNOWN: dict[Callable[..., Any], Function] = {}
+
+
+def function_of(func: Callable[..., Any]) -> Function:
+    """The `Function` of a callable that torch hands to a function mode."""
+    found = _KNOWN.get(func)
+    if found is None:
+        found = _KNOWN[func] = _looked_up(func)
+    return found
+
+
+def _looked_up(func: Callable[..., Any]) -> Function:
+    name = getattr(func, "__name__", "")
+    return Function(
+        name,
+        _kind(func, name),
+        name in _SHAPE_ONLY,
+        name.startswith("rand"),
+        name in _DETERMINISTIC,
+        name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")),
+        name in REORDERING,
+    )
+
+
+def _kind(func: Callable[..., Any], name: str) -> str:
+    if func in _METADATA:
+        return "metadata"
+    if func in _UNROLLED:
+        return "unrolled"
+    return {"__get__": "attribute", "batch_norm": "batch_norm"}.get(name, "call")

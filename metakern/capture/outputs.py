@@ -1,0 +1,53 @@
+"""What a call returns: its tensors, and nodes of their own for outputs that were made from one another.
+
+An LSTM cell returns h and c, and h is computed from c. The gradient that arrives at c then holds what came through h,
+inside the call; a rule that sums over both outputs would count that twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists and tuples."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from tensors_in(item)
+
+
+def separated(output: Any, upstream: Iterable[Any]) -> Any:
+    """The output, its tensors copied where the history of one goes through another; `upstream` precedes the call."""
+    found = [t for t in tensors_in(output) if t.grad_fn is not None]
+    return _copied(output) if len(found) > 1 and _entangled(found, set(upstream)) else output
+
+
+def _entangled(tensors: list[Tensor], upstream: set[Any]) -> bool:
+    ends = [(t.grad_fn, t.output_nr) for t in tensors]
+    if len(set(ends)) < len(ends):
+        return True
+    wanted = set(ends)
+    stack, seen = list({node for node, _ in ends}), set(upstream)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not wanted.isdisjoint(node.next_functions):
+            return True
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.clone() if output.grad_fn is not None else output
+    if isinstance(output, (list, tuple)):
+        parts = [_copied(item) for item in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output
