@@ -11,7 +11,7 @@ from metakern.data.examples import Source
 from metakern.data.folder import data_dir as find_data_dir
 from metakern.data.mnist import mnist
 from metakern.data.tabular import credit_default, credit_fraud, haberman
-from metakern.data.text import ag_news, ag_news_human, clue
+from metakern.data.text import Encode, ag_news, ag_news_human, clue
 
 _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "digits-4v9": lambda root: digits((4, 9)),
@@ -19,23 +19,32 @@ _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "mnist-4v9": lambda root: mnist(root, (4, 9)),
     "mnist": lambda root: mnist(root),
     "cifar10": cifar10,
-    "ag-news": lambda root: ag_news(root),
-    "ag-news-human": lambda root: ag_news_human(root),
-    "cic": lambda root: clue(root, "cic"),
-    "tnews": lambda root: clue(root, "tnews"),
     "credit-fraud": credit_fraud,
     "credit-default": credit_default,
     "haberman": haberman,
 }
 
-NAMES = tuple(_LOADERS)
+_TEXTS: dict[str, Callable[[Path | None, Encode | None], Source]] = {
+    "ag-news": lambda root, encode: ag_news(root, encode=encode),
+    "ag-news-human": lambda root, encode: ag_news_human(root, encode=encode),
+    "cic": lambda root, encode: clue(root, "cic", encode=encode),
+    "tnews": lambda root, encode: clue(root, "tnews", encode=encode),
+}
+
+NAMES = (*_LOADERS, *_TEXTS)
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Source:
+def load(name: str, data_dir: str | Path | None = None, *, encode: Encode | None = None) -> Source:
     """The data set called `name`, read from `data_dir` or, without it, from the folder METAKERN_DATA names.
 
-    Raises: ValueError listing the names when there is no such set; DataNotFound when its files are missing.
+    `encode` turns the texts of a set of texts into tokens[n, t] int64; without it, their words or characters do.
+    Raises: ValueError listing the names when there is no such set, or for `encode` when the set has no texts;
+    DataNotFound when its files are missing.
     """
+    if name in _TEXTS:
+        return _TEXTS[name](find_data_dir(data_dir), encode)
+    if encode is not None:
+        raise ValueError(f"a tokenizer needs a set of texts ({', '.join(_TEXTS)}), got {name!r}")
     if name not in _LOADERS:
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(NAMES)}")
     return _LOADERS[name](find_data_dir(data_dir))

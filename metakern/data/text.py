@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from metakern.data.examples import Examples, Source
 from metakern.data.folder import find_file
 
 Rows = tuple[list[str], list[int]]
+Encode = Callable[[list[str]], Tensor]  # texts -> tokens[n, t] int64, by a tokenizer of one's own
 PAD, UNKNOWN = 0, 1
 AG_CLASSES = ("world", "sports", "business", "sci-tech")
 
@@ -33,20 +35,36 @@ def characters(text: str) -> list[str]:
 
 
 def _source(
-    name: str, train: Rows, test: Rows, class_names: tuple[str, ...], split: Callable[[str], list[str]], length: int
+    name: str,
+    train: Rows,
+    test: Rows,
+    class_names: tuple[str, ...],
+    split: Callable[[str], list[str]],
+    length: int,
+    encode: Encode | None,
 ) -> Source:
-    """Tokens [n, length] int64: from 2 by falling frequency in the training texts, 1 unknown, 0 after the end."""
-    counts = Counter(token for text in train[0] for token in split(text))
-    numbers = {token: k + 2 for k, (token, count) in enumerate(counts.most_common(20000)) if count > 1}
+    """Tokens [n, t] int64 by `encode`, or by the words or characters of the training texts."""
+    encode = encode or _by_frequency(train[0], split, length)
 
     def examples(rows: Rows) -> Examples:
-        tokens = torch.full((len(rows[0]), length), PAD)
-        for k, text in enumerate(rows[0]):
-            found = [numbers.get(token, UNKNOWN) for token in split(text)[:length]]
-            tokens[k, : len(found)] = torch.tensor(found, dtype=torch.int64)
-        return Examples(tokens, torch.tensor(rows[1], dtype=torch.int64), torch.arange(len(rows[0])))
+        return Examples(encode(rows[0]), torch.tensor(rows[1], dtype=torch.int64), torch.arange(len(rows[0])))
 
     return Source(name, examples(train), examples(test), class_names, readable=train[0])
+
+
+def _by_frequency(texts: list[str], split: Callable[[str], list[str]], length: int) -> Encode:
+    """Tokens [n, length]: from 2 by falling frequency in `texts`, 1 unknown, 0 after the end."""
+    counts = Counter(token for text in texts for token in split(text))
+    numbers = {token: k + 2 for k, (token, count) in enumerate(counts.most_common(20000)) if count > 1}
+
+    def encode(texts: list[str]) -> Tensor:
+        tokens = torch.full((len(texts), length), PAD)
+        for k, text in enumerate(texts):
+            found = [numbers.get(token, UNKNOWN) for token in split(text)[:length]]
+            tokens[k, : len(found)] = torch.tensor(found, dtype=torch.int64)
+        return tokens
+
+    return encode
 
 
 def _read(path: Path) -> str:
@@ -69,7 +87,7 @@ def _ag_file(
     return find_file(root, ("ag_news", "ag_news_csv", "."), names, data="AG News", form=form, published=published)
 
 
-def ag_news(root: Path | None, *, length: int = 64) -> Source:
+def ag_news(root: Path | None, *, length: int = 64, encode: Encode | None = None) -> Source:
     """News by subject: world, sports, business, science and technology; words, int64 [n, length].
 
     Reads train.csv and test.csv as published (class, title, description; no header), plain or gzip; for training also
@@ -79,10 +97,11 @@ def ag_news(root: Path | None, *, length: int = 64) -> Source:
     """
 
     train = _ag_rows(_ag_file(root, "train.csv.gz", "train.csv", "train_pool.csv.gz"))
-    return _source("ag-news", train, _ag_rows(_ag_file(root, "test.csv.gz", "test.csv")), AG_CLASSES, words, length)
+    test = _ag_rows(_ag_file(root, "test.csv.gz", "test.csv"))
+    return _source("ag-news", train, test, AG_CLASSES, words, length, encode)
 
 
-def ag_news_human(root: Path | None, *, length: int = 64) -> Source:
+def ag_news_human(root: Path | None, *, length: int = 64, encode: Encode | None = None) -> Source:
     """The training rows that a crowd-worker labelled, with that label to train on and the true one to judge by.
 
     Reads `train_pool.csv.gz`: a header with label, human_label and text, human_label -1 where there is none.
@@ -93,10 +112,11 @@ def ag_news_human(root: Path | None, *, length: int = 64) -> Source:
     train = [row["text"] for row in rows], [int(row["human_label"]) for row in rows]
     test = _ag_rows(_ag_file(root, "test.csv.gz", "test.csv"))
     truth = torch.tensor([int(row["label"]) for row in rows])
-    return replace(_source("ag-news-human", train, test, AG_CLASSES, words, length), clean_targets=truth)
+    source = _source("ag-news-human", train, test, AG_CLASSES, words, length, encode)
+    return replace(source, clean_targets=truth)
 
 
-def clue(root: Path | None, name: str, *, length: int = 64) -> Source:
+def clue(root: Path | None, name: str, *, length: int = 64, encode: Encode | None = None) -> Source:
     """A DataCLUE text set, "cic" or "tnews"; characters, int64 [n, length].
 
     Reads `{name}_train.jsonl.gz` and `{name}_test_public.jsonl.gz`: an object a line with label and text.
@@ -123,4 +143,4 @@ def clue(root: Path | None, name: str, *, length: int = 64) -> Source:
         return [str(row["text"]) for row in kept], [int(row["label"]) for row in kept]
 
     class_names = tuple(names[k] for k in range(len(names)))
-    return _source(name, rows(train), rows(test), class_names, characters, length)
+    return _source(name, rows(train), rows(test), class_names, characters, length, encode)

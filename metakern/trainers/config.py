@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import typing
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from metakern.data import NOISE_KINDS
@@ -30,7 +31,7 @@ class TrainConfig:
     noise_rate: float = _option(0.0, "share of labels the noise draws anew")
     train_size: int = _option(5000, "training and meta examples together, at most")
     meta_per_class: int = _option(5, "clean examples of each class that the meta set takes out of them")
-    model: str | None = _option(None, "the network: transformer for texts (default: the one that fits the inputs)")
+    model: str | None = _option(None, "the network for texts: transformer, or transformers:DIR for a pretrained one")
     seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
     steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
     schedule: float = _option(1.0, "share of the method's own number of steps to take")
@@ -84,6 +85,7 @@ class TrainConfig:
         parts += [f"{self.majority:g}"] if self.majority is not None else []
         parts += [f"imbalance{self.imbalance:g}"] if self.imbalance != 1 else []
         parts += [f"{self.noise}{self.noise_rate:g}"] if self.noise is not None else []
+        parts += [] if self.model is None else [Path(self.model).name.replace(":", "-")]
         return "-".join([*parts, self.method, str(self.seed)])
 
     def identity(self) -> dict[str, Any]:

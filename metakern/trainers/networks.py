@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metakern.data import Task
 from metakern.trainers.lenet import LeNet, initialise
+from metakern.trainers.pretrained import Encoder, folder_of
 from metakern.trainers.transformer import Transformer
 
 
@@ -49,10 +50,13 @@ def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
     LeNet for 28 x 28 images, the convolutional network for others, the bag of tokens for int64, else the perceptron.
     Raises: ValueError for another name, and for inputs that the network does not take.
     """
-    if name is not None and name not in MODELS:
-        raise ValueError(f"unknown --model {name!r}; there are: {', '.join(MODELS)}")
+    folder = folder_of(name)
+    if name is not None and folder is None and name not in MODELS:
+        raise ValueError(f"unknown --model {name!r}; there are: {', '.join(MODELS)}, transformers:DIR")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if folder is not None:
+            return Encoder(folder, len(task.class_names))
         return _fitting(task, seed) if name is None else _text_network(task)
 
 

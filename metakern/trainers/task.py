@@ -8,6 +8,7 @@ import torch
 
 from metakern.data import Examples, Task, biased, binary_imbalance, load
 from metakern.trainers.config import TrainConfig
+from metakern.trainers.pretrained import folder_of, tokenizer
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -15,7 +16,8 @@ def make_task(config: TrainConfig) -> Task:
 
     Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
     """
-    source = load(config.data, config.data_dir)
+    folder = folder_of(config.model)
+    source = load(config.data, config.data_dir, encode=None if folder is None else tokenizer(folder))
     size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
     if len(source.class_names) == 2:
         if config.imbalance != 1 or config.noise is not None:

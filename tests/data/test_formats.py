@@ -73,6 +73,13 @@ def test_ag_news_as_published(tmp_path, packed):
     assert (source.train.inputs[0] == 1).sum() == 2
     assert source.readable is not None
     assert source.readable[int(source.train.ids[1])] == "Robots rise A good robot"
+    lengths = load("ag-news", tmp_path, encode=lambda texts: torch.tensor([[len(text)] for text in texts]))
+    assert lengths.train.inputs.tolist() == lengths.test.inputs.tolist() == [[39], [24]]
+
+
+def test_a_tokenizer_needs_texts():
+    with pytest.raises(ValueError, match=r"a tokenizer needs a set of texts \(ag-news, .*\), got 'digits'"):
+        load("digits", encode=lambda texts: torch.zeros(1, 1, dtype=torch.int64))
 
 
 def test_ag_news_with_a_header(tmp_path):
