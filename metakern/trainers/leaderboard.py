@@ -6,7 +6,8 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 from metakern.trainers.compare import Cell
 
@@ -15,7 +16,9 @@ class Entry(NamedTuple):
     """One method at one majority share: test error in percent over its seeds, and its difference to the first method.
 
     `difference` is the mean over the seeds both have; `interval` is half its 95 % confidence interval (Student's t),
-    nan with fewer than two seeds.
+    nan with fewer than two seeds. `area` is the mean area under the ROC curve in percent, nan without two classes;
+    `accuracies` the mean accuracy on each class. `cost` is the median time of a run in plain steps: in seconds, over
+    the seconds that the first method's runs took for a step.
     """
 
     method: str
@@ -27,7 +30,10 @@ class Entry(NamedTuple):
     highest: float
     difference: float
     interval: float
+    area: float
     seconds: float
+    cost: float
+    accuracies: list[float]
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -45,36 +51,44 @@ def _half_interval(values: Sequence[float]) -> float:
     return float(t.ppf(0.975, len(values) - 1)) * _spread(values)[1] / math.sqrt(len(values))
 
 
+Results = dict[int, dict[str, Any]]  # by seed
+
+
 def leaderboard(cells: Sequence[Cell]) -> list[Entry]:
     """One entry for each method and majority share that has a finished cell, in the order of `cells`."""
-    errors: dict[tuple[str, float | None], dict[int, float]] = {}
-    seconds: dict[tuple[str, float | None], float] = {}
+    groups: dict[tuple[str, float | None], Results] = {}
     for cell in cells:
         if cell.result is not None:
-            key = cell.config.method, cell.config.majority
-            errors.setdefault(key, {})[cell.config.seed] = cell.result["test_error"]
-            seconds[key] = seconds.get(key, 0.0) + cell.result["seconds"]
+            groups.setdefault((cell.config.method, cell.config.majority), {})[cell.config.seed] = cell.result
     first = cells[0].config.method if cells else ""
-    entries = []
-    for (method, majority), by_seed in errors.items():
-        reference = errors.get((first, majority), {})
-        paired = [by_seed[seed] - reference[seed] for seed in by_seed if seed in reference]
-        mean, deviation = _spread(list(by_seed.values()))
-        entries.append(
-            Entry(
-                method,
-                majority,
-                len(by_seed),
-                mean,
-                deviation,
-                min(by_seed.values()),
-                max(by_seed.values()),
-                _spread(paired)[0] if paired else math.nan,
-                _half_interval(paired),
-                seconds[method, majority] / len(by_seed),
-            )
-        )
-    return entries
+    return [
+        _entry(method, majority, results, groups.get((first, majority), {}))
+        for (method, majority), results in groups.items()
+    ]
+
+
+def _entry(method: str, majority: float | None, results: Results, reference: Results) -> Entry:
+    errors = [result["test_error"] for result in results.values()]
+    paired = [results[seed]["test_error"] - reference[seed]["test_error"] for seed in results if seed in reference]
+    seconds = median(result["seconds"] for result in results.values())
+    plain = median(result["seconds"] / result["steps"] for result in reference.values()) if reference else math.nan
+    mean, deviation = _spread(errors)
+    by_class = zip(*(result["error_by_class"] for result in results.values()), strict=True)
+    return Entry(
+        method,
+        majority,
+        len(errors),
+        mean,
+        deviation,
+        min(errors),
+        max(errors),
+        _spread(paired)[0] if paired else math.nan,
+        _half_interval(paired),
+        _spread([result.get("roc_area", math.nan) for result in results.values()])[0],
+        seconds,
+        seconds / plain,
+        [100 - _spread(own)[0] for own in by_class],
+    )
 
 
 def save(entries: Sequence[Entry], path: Path) -> None:
@@ -82,7 +96,13 @@ def save(entries: Sequence[Entry], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Entry._fields)
-        writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in entries)
+        writer.writerows([_field(value) for value in row] for row in entries)
+
+
+def _field(value: object) -> object:
+    if isinstance(value, list):
+        return " ".join(f"{part:.6g}" for part in value)
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def shares(entries: Sequence[Entry]) -> list[float | None]:
@@ -100,11 +120,29 @@ def as_text(entries: Sequence[Entry]) -> str:
         entry = by_key.get((method, majority))
         if entry is None:
             return "-"
-        return f"{entry.mean:.2f}" + ("" if math.isnan(entry.deviation) else f" ± {entry.deviation:.2f}")
+        return plus_minus(entry.mean, entry.deviation)
 
     rows = [["test error, %"] + ["" if majority is None else f"{majority:g}" for majority in majorities]]
     rows += [[method] + [shown(method, majority) for majority in majorities] for method in methods]
+    if len(majorities) == 1:
+        # One table has room for the rest.
+        rows[0] += ["difference", "area under ROC", "plain steps"]
+        for row in rows[1:]:
+            entry = by_key[row[0], majorities[0]]
+            row += [plus_minus(entry.difference, entry.interval, "+"), plus_minus(entry.area), steps_text(entry.cost)]
     return aligned(rows)
+
+
+def steps_text(cost: float) -> str:
+    """A number of steps."""
+    return "-" if math.isnan(cost) else f"{cost:,.0f}"
+
+
+def plus_minus(value: float, spread: float = math.nan, sign: str = "") -> str:
+    """The value with two places and, where there is one, its spread."""
+    if math.isnan(value):
+        return "-"
+    return format(value, f"{sign}.2f") + ("" if math.isnan(spread) else f" ± {spread:.2f}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

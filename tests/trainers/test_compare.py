@@ -24,7 +24,7 @@ def test_interrupted_comparison_gives_the_same_table(quick, tmp_path):
     killed.folder.mkdir(parents=True)
     (killed.folder / "config.json").write_text("{")
     resumed = run_missing(tmp_path / "parts", configs, progress=False)
-    tables = [[entry._replace(seconds=0) for entry in leaderboard(cells)] for cells in (whole, resumed)]
+    tables = [[entry._replace(seconds=0, cost=0) for entry in leaderboard(cells)] for cells in (whole, resumed)]
     assert [repr(table) for table in tables] == [repr(tables[0])] * 2
     first = (tmp_path / "parts" / "cells" / configs[0].data).parent
     assert len(list(first.iterdir())) == 4
@@ -48,9 +48,15 @@ def test_comparison_of_many_classes(quick, tmp_path):
     assert "2 methods on digits" in text
 
 
+def result(error: float, method: str) -> dict:
+    seconds = {"uniform": 2.0, "l2rw": 3.0}[method]
+    by_class = [error - 1, error + 1]
+    return {"test_error": error, "seconds": seconds, "steps": 100, "error_by_class": by_class, "roc_area": 100 - error}
+
+
 def made_up(quick, errors: dict[str, list[float]]) -> list[Cell]:
     return [
-        Cell(replace(quick, method=method, seed=seed), None, {"test_error": error, "seconds": 2.0})
+        Cell(replace(quick, method=method, seed=seed), None, result(error, method))
         for method, row in errors.items()
         for seed, error in enumerate(row)
     ]
@@ -66,6 +72,11 @@ def test_leaderboard_by_hand(quick, tmp_path):
     text = as_text(entries)
     assert "12.00 ± 2.00" in text
     assert "7.00 ± 2.65" in text
+    assert "-5.00 ± 2.48" in text
+    # 100 steps took uniform 2 s, so 3 s are 150 of them.
+    assert (uniform.cost, l2rw.cost) == (100, pytest.approx(150))
+    assert uniform.area == 88
+    assert uniform.accuracies == [89, 87]
     save(entries, tmp_path / "leaderboard.csv")
     with (tmp_path / "leaderboard.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["uniform", "l2rw"]
@@ -79,3 +90,11 @@ def test_leaderboard_of_one_seed_and_of_an_unfinished_one(quick, tmp_path):
     text = write_comparison(cells, tmp_path / "report.html").read_text()
     assert "2 of 3 runs are finished" in text
     assert "nan" not in text
+    assert "Error against cost" in text
+
+
+def test_comparison_shows_each_class(quick, tmp_path):
+    cells = run_missing(tmp_path, grid(quick, ["uniform"], [0.9], [0]), progress=False)
+    text = write_comparison(cells, tmp_path / "report.html").read_text()
+    assert "Accuracy on each class" in text
+    assert "<th>4</th><th>9</th>" in text

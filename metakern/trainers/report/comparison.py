@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from metakern.trainers.compare import Cell
-from metakern.trainers.leaderboard import Entry, leaderboard, shares
+from metakern.trainers.leaderboard import Entry, leaderboard, plus_minus, shares, steps_text
 from metakern.trainers.report import figures
 from metakern.trainers.report.page import page, settings, table
 
@@ -27,6 +28,8 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
         ("Test error, %", "<p>Mean and deviation over seeds; the lowest mean is set off.</p>" + _errors(entries)),
         ("", figures.error_by_majority(by_method) if by_method else ""),
         (f"Difference to {config.method}, paired by seed", _differences(entries, config.method)),
+        ("Error against cost", _costs(entries, config.method)),
+        ("Accuracy on each class, %", _by_class(entries, _class_names(cells))),
         ("", settings([(name, str(value)) for name, value in config.identity().items() if name not in _VARIED])),
     ]
     path.write_text(page(f"{len({entry.method for entry in entries})} methods on {config.data}", lead, sections))
@@ -48,12 +51,15 @@ def _head(majorities: Sequence[float | None]) -> list[str]:
 
 def _errors(entries: Sequence[Entry]) -> str:
     methods, majorities, known = _axes(entries)
-    rows, best = [[*_head(majorities), "seconds a run"]], []
+    areas = len(majorities) == 1 and not math.isnan(entries[0].area)
+    rows, best = [[*_head(majorities), *["area under ROC"] * areas, "seconds a run", "plain steps"]], []
     for method in methods:
         own = [known.get((method, majority)) for majority in majorities]
         seconds = [entry.seconds for entry in own if entry]
-        texts = ["-" if entry is None else _plus_minus(entry.mean, entry.deviation) for entry in own]
-        rows.append([method, *texts, f"{sum(seconds) / len(seconds):.0f}"])
+        texts = ["-" if entry is None else plus_minus(entry.mean, entry.deviation) for entry in own]
+        costs = [entry.cost for entry in own if entry]
+        area = [plus_minus(entry.area) for entry in own if entry and areas]
+        rows.append([method, *texts, *area, f"{sum(seconds) / len(seconds):.0f}", steps_text(sum(costs) / len(costs))])
     for column, majority in enumerate(majorities, start=1):
         means = {
             row: known[method, majority].mean for row, method in enumerate(methods, 1) if (method, majority) in known
@@ -68,11 +74,38 @@ def _differences(entries: Sequence[Entry], first: str) -> str:
     for method in methods:
         if method != first:
             own = [known.get((method, majority)) for majority in majorities]
-            rows.append([method, *("-" if e is None else _plus_minus(e.difference, e.interval, sign="+") for e in own)])
+            rows.append([method, *("-" if e is None else plus_minus(e.difference, e.interval, sign="+") for e in own)])
     return "<p>Percentage points of test error, with 95 % confidence intervals (Student's t).</p>" + table(rows)
 
 
-def _plus_minus(value: float, spread: float, sign: str = "") -> str:
-    if math.isnan(value):
-        return "-"
-    return format(value, f"{sign}.2f") + ("" if math.isnan(spread) else f" ± {spread:.2f}")
+def _costs(entries: Sequence[Entry], first: str) -> str:
+    points = {}
+    for entry in entries:
+        if not math.isnan(entry.cost):
+            label = entry.method if entry.majority is None else f"{entry.method}, {100 * entry.majority:g} %"
+            points[label] = entry.cost, entry.mean, entry.deviation
+    text = (
+        f"<p>Cost is the median time of a run, preparation and evaluations included, divided by the time that {first} "
+        f"takes for a step. It is a measurement: what else the machine did meanwhile is in it.</p>"
+    )
+    return text + (figures.error_by_cost(points) if points else "")
+
+
+def _class_names(cells: Sequence[Cell]) -> list[str]:
+    for cell in cells:
+        if cell.result is not None and cell.folder is not None and (cell.folder / "config.json").is_file():
+            return list(json.loads((cell.folder / "config.json").read_text())["class_names"])
+    return []
+
+
+def _by_class(entries: Sequence[Entry], names: Sequence[str]) -> str:
+    """Each class where there are at most twenty of them, else the worst, the median and the best."""
+    many = max((len(entry.accuracies) for entry in entries), default=0)
+    head = [names[k] if k < len(names) else str(k) for k in range(many)] if many <= 20 else ["worst", "median", "best"]
+    rows = [["method", *head]]
+    for entry in entries:
+        known = sorted(value for value in entry.accuracies if not math.isnan(value))
+        shown = entry.accuracies if many <= 20 else [known[0], known[len(known) // 2], known[-1]]
+        label = entry.method if entry.majority is None else f"{entry.method}, {100 * entry.majority:g} %"
+        rows.append([label, *(plus_minus(value) for value in shown)])
+    return table(rows)

@@ -139,6 +139,21 @@ def precision(rankings: Mapping[str, Sequence[float]]) -> str:
     return svg[0]
 
 
+def error_by_cost(points: Mapping[str, tuple[float, float, float]]) -> str:
+    """Test error against cost: for each method (cost in plain steps, mean error, its deviation)."""
+    with _figure("test error by cost", 11, 5.2) as (axes, svg):
+        axis = axes[0]
+        for colour, (name, (cost, mean, deviation)) in zip(_colours(), points.items(), strict=False):
+            axis.errorbar(cost, mean, np.nan_to_num(deviation), color=colour, marker="o", capsize=3)
+            axis.annotate(name, (cost, mean), (5, 3), textcoords="offset points", color=colour, fontsize=8)
+        axis.set_xscale("log")
+        costs = [cost for cost, _, _ in points.values()]
+        axis.set_xlim(min(costs) / 1.3, max(costs) * 1.6)
+        axis.set_xlabel("cost of a run, in plain steps")
+        axis.set_ylabel("test error, % (bars: one deviation over seeds)")
+    return svg[0]
+
+
 def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) -> str:
     """Test error against the majority share: for each method, share -> (mean, deviation)."""
     with _figure("test error by majority share", 11, 4.6) as (axes, svg):
