@@ -22,7 +22,7 @@ def class_groups(counts: Tensor, *, groups: int = 3) -> Tensor:
     """The group of each class by k-means on the class counts, 0 for the smallest classes; counts[C] -> [C] int64.
 
     There are no more groups than different counts.
-    Source: Shu et al., "CMW-Net: Learning a Class-Aware Sample Weighting Mapping", TPAMI 2023, section 3.2.
+    Source: Shu et al., "CMW-Net: Learning a Class-Aware Sample Weighting Mapping", TPAMI 2023.
     """
     from sklearn.cluster import KMeans
 
@@ -35,7 +35,7 @@ def class_groups(counts: Tensor, *, groups: int = 3) -> Tensor:
 class ClassAwareWeightNet(nn.Module):
     """losses[n, 1], groups[n] int64 -> weights[n, 1] in 0..1: a shared hidden layer of 100, one output for each group.
 
-    Source: as `class_groups`, figure 3.
+    Source: as `class_groups`.
     """
 
     def __init__(self, groups: int, hidden: int = 100) -> None:

@@ -51,7 +51,7 @@ class SoftLabels(nn.Module):
 
     v_n = weight_net(cross entropy of the mixed example for y_n, group of y_n). Called as
     `net(labels[n], losses[n, 2], groups[n], pseudo[n, C], order[n], share)` with the losses of own and other label.
-    Source: Shu et al., TPAMI 2023, equation 18.
+    Source: Shu et al., TPAMI 2023, and its code for noisy labels.
     """
 
     def __init__(self, weight_net: ClassAwareWeightNet) -> None:
