@@ -9,7 +9,7 @@ import torch
 import metakern
 from metakern.trainers import train
 from metakern.trainers.report import write_report
-from metakern.trainers.report.figures import error_by_majority, weight_distribution
+from metakern.trainers.report.figures import error_by_cost, error_by_majority, weight_distribution
 from metakern.trainers.step_time import step_time
 
 
@@ -96,6 +96,9 @@ def test_colours_come_from_the_page(quick):
 
 def test_figures_take_odd_input():
     assert "<svg" in error_by_majority({"l2rw": {0.9: (1.0, float("nan"))}, "uniform": {0.9: (2, 1), 0.99: (3, 1)}})
+    many = {f"method number {k}": {0.9: (1.0 + k, 0.1), 0.99: (2.0, 1.0)} for k in range(80)}
+    assert "<svg" in error_by_majority(many)
+    assert "method number 79" in error_by_cost({name: (100.0 + len(name), 3.0, 0.5) for name in many})
     zeros = torch.zeros(5).numpy()
     assert "<svg" in weight_distribution(zeros, zeros.astype(int), ("4", "9"), "all unused")
 

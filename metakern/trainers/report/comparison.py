@@ -26,7 +26,7 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
             by_method.setdefault(entry.method, {})[entry.majority] = (entry.mean, entry.deviation)
     sections = [
         ("Test error, %", "<p>Mean and deviation over seeds; the lowest mean is set off.</p>" + _errors(entries)),
-        ("", figures.error_by_majority(by_method) if by_method else ""),
+        ("", figures.error_by_majority(by_method) if len(shares(entries)) > 1 else ""),
         (f"Difference to {config.method}, paired by seed", _differences(entries, config.method)),
         ("Error against cost", _costs(entries, config.method)),
         ("Accuracy on each class, %", _by_class(entries, _class_names(cells))),

@@ -145,7 +145,8 @@ def error_by_cost(points: Mapping[str, tuple[float, float, float]]) -> str:
         axis = axes[0]
         for colour, (name, (cost, mean, deviation)) in zip(_colours(), points.items(), strict=False):
             axis.errorbar(cost, mean, np.nan_to_num(deviation), color=colour, marker="o", capsize=3)
-            axis.annotate(name, (cost, mean), (5, 3), textcoords="offset points", color=colour, fontsize=8)
+            label = axis.annotate(name, (cost, mean), (5, 3), textcoords="offset points", color=colour, fontsize=8)
+            label.set_in_layout(False)  # a name that reaches past the axes must not shrink them
         axis.set_xscale("log")
         costs = [cost for cost, _, _ in points.values()]
         axis.set_xlim(min(costs) / 1.3, max(costs) * 1.6)
@@ -174,5 +175,5 @@ def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) 
             axis.set_yticks([tick for tick in ticks if low < tick < high])
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
-        axis.legend()
+        axis.legend(fontsize=9 if len(table) <= 12 else 6, ncols=1 + len(table) // 20)
     return svg[0]
