@@ -7,13 +7,15 @@ from torch import Tensor
 
 from metakern import ops
 from metakern.capture.examples import ExampleAxis
+from metakern.ops.row_dots.api import small
 
 
 def per_example_inner(left: Tensor, right: Tensor, axis: ExampleAxis, examples: int) -> Tensor:
     """<left_n, right_n> over everything but the examples, [n]; accumulated in float32 or better."""
     if axis.leading:
         left, right = left.reshape(examples, -1, *left.shape[1:]), right.reshape(examples, -1, *right.shape[1:])
-        return ops.row_dots(*_flattened(left, right))
+        left, right = _flattened(left, right)
+        return torch.linalg.vecdot(left, right) if small(left) else ops.row_dots(left, right)
     if left.dtype in (torch.float16, torch.bfloat16):
         left, right = left.float(), right.float()
     return axis.total(left * right, examples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.ops.row_dots.api import OPERATOR as row_dots
+from metakern.ops.row_dots.api import unchecked as row_dots
 
 TILE_ELEMENTS = 1 << 20
 """Largest temporary of a tiled product, in elements. On the CPU tiles cost nothing and bound the memory: for
@@ -28,7 +28,7 @@ def product(A: Tensor, M: Tensor, columns: bool) -> Tensor:
 def contract(P: Tensor, B: Tensor, columns: bool) -> Tensor:
     """sum_tr P_ntr B_ntr for the `product` P and B [n, t, r]: the fused row dot where it applies."""
     X, Y = P.flatten(1), (B.transpose(1, 2) if columns else B).flatten(1)
-    return row_dots.choose(X, Y).run(X, Y)
+    return row_dots(X, Y)
 
 
 def examples_per_tile(t: int, width: int) -> int:

@@ -70,7 +70,7 @@ class Operator:
 
     def run(self, *arguments: Any, impl: str | None = None) -> Any:
         """The device kernel: check, choose, compute. Autograd never looks inside."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             with torch.no_grad():
                 return self.run(*arguments, impl=impl)
         self.check(*arguments)
