@@ -11,6 +11,8 @@ from metakern.data.examples import Examples, Source, Task
 from metakern.data.folder import DataNotFound, data_dir
 from metakern.data.idx import read_idx
 from metakern.data.imbalance import binary_imbalance
+from metakern.data.long_tail import SHAPES
+from metakern.data.nodes import GraphSource, NodeTask, node_task
 from metakern.data.noise import NOISE_KINDS
 from metakern.data.planetoid import GRAPHS, Graph, load_graph
 
@@ -18,9 +20,12 @@ __all__ = [
     "GRAPHS",
     "NAMES",
     "NOISE_KINDS",
+    "SHAPES",
     "DataNotFound",
     "Examples",
     "Graph",
+    "GraphSource",
+    "NodeTask",
     "Source",
     "Task",
     "biased",
@@ -28,5 +33,6 @@ __all__ = [
     "data_dir",
     "load",
     "load_graph",
+    "node_task",
     "read_idx",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from metakern.data.examples import Examples, Source, Task
-from metakern.data.long_tail import long_tail_counts
+from metakern.data.long_tail import SHAPES
 from metakern.data.noise import corrupt, noise_matrix
 
 
@@ -13,24 +13,27 @@ def biased(
     source: Source,
     *,
     factor: float = 1.0,
+    shape: str = "exponential",
     noise: str | None = None,
     rate: float = 0.0,
     size: int | None = None,
     meta_per_class: int = 10,
     seed: int = 0,
 ) -> Task:
-    """`meta_per_class` clean examples of each class as the meta set; the rest long-tailed by `factor`, then noisy.
+    """`meta_per_class` clean examples of each class as the meta set; the rest imbalanced by `factor`, then noisy.
 
     Classes are counted by true labels. Of a source whose own labels are noisy the meta set gets the true ones.
     `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
     Raises: ValueError when a class has no more than meta_per_class examples or noise meets labels that are noisy
-    already; as `long_tail_counts` and `noise_matrix`.
+    already; for a shape that is not one of SHAPES; as those and `noise_matrix`.
     """
     classes = len(source.class_names)
     generator = torch.Generator().manual_seed(seed)
     truth = source.train.targets if source.clean_targets is None else source.clean_targets
     if noise is not None and source.clean_targets is not None:
         raise ValueError(f"biased: the labels of {source.name} are noisy already; noise must be None, got {noise!r}")
+    if shape not in SHAPES:
+        raise ValueError(f"biased: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     available = torch.bincount(truth, minlength=classes)
     if meta_per_class < 1 or int(available.min()) <= meta_per_class:
         raise ValueError(
@@ -41,7 +44,7 @@ def biased(
     if size is not None:
         counts = counts.clamp(max=max(size // classes, 1))
     if factor != 1:
-        counts = long_tail_counts(counts, factor)
+        counts = SHAPES[shape](counts, factor)
     meta, train = [], []
     for target, count in enumerate(counts.tolist()):
         rows = (truth == target).nonzero().squeeze(1)
@@ -49,11 +52,12 @@ def biased(
         meta.append(rows[:meta_per_class])
         train.append(rows[meta_per_class : meta_per_class + count])
     train_rows, meta_rows = torch.cat(train), torch.cat(meta)
-    chosen, held = source.train.take(train_rows), source.train.take(meta_rows)
+    chosen, held, corruption = source.train.take(train_rows), source.train.take(meta_rows), None
     if noise is not None:
-        drawn = corrupt(chosen.targets, noise_matrix(noise, classes, rate, generator), generator)
-        chosen = Examples(chosen.inputs, drawn.targets, chosen.ids)
-    parts = [f"imbalance {factor:g}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
+        targets, corruption = corrupt(chosen.targets, noise_matrix(noise, classes, rate, generator), generator)
+        chosen = Examples(chosen.inputs, targets, chosen.ids)
+    tail = "" if shape == "exponential" else f" ({shape})"
+    parts = [f"imbalance {factor:g}{tail}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
     name = ", ".join([source.name, *filter(None, parts)])
     clean_meta = Examples(held.inputs, truth[meta_rows], held.ids)
-    return Task(name, chosen, clean_meta, source.test, source.class_names, truth[train_rows])
+    return Task(name, chosen, clean_meta, source.test, source.class_names, truth[train_rows], corruption)

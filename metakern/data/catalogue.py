@@ -10,6 +10,7 @@ from metakern.data.digits import digits
 from metakern.data.examples import Source
 from metakern.data.folder import data_dir as find_data_dir
 from metakern.data.mnist import mnist
+from metakern.data.nodes import graph_source
 from metakern.data.tabular import credit_default, credit_fraud, haberman
 from metakern.data.text import Encode, ag_news, ag_news_human, clue
 
@@ -22,6 +23,8 @@ _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "credit-fraud": credit_fraud,
     "credit-default": credit_default,
     "haberman": haberman,
+    "cora": lambda root: graph_source("cora", root),
+    "citeseer": lambda root: graph_source("citeseer", root),
 }
 
 _TEXTS: dict[str, Callable[[Path | None, Encode | None], Source]] = {
@@ -29,6 +32,7 @@ _TEXTS: dict[str, Callable[[Path | None, Encode | None], Source]] = {
     "ag-news-human": lambda root, encode: ag_news_human(root, encode=encode),
     "cic": lambda root, encode: clue(root, "cic", encode=encode),
     "tnews": lambda root, encode: clue(root, "tnews", encode=encode),
+    "iflytek": lambda root, encode: clue(root, "iflytek", smallest=2, encode=encode),
 }
 
 NAMES = (*_LOADERS, *_TEXTS)

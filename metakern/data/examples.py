@@ -57,7 +57,8 @@ class Source:
 class Task:
     """What one run sees: biased training examples, a small clean meta set, and the test examples.
 
-    `train` and `meta` never share an id; `clean_targets`[n] are the labels of `train` from before any noise.
+    `train` and `meta` never share an id; `clean_targets`[n] are the labels of `train` from before any noise, and
+    `corruption`[C, C] the probability that it gave true class k the label j; None where no noise was made.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Task:
     test: Examples
     class_names: tuple[str, ...]
     clean_targets: Tensor
+    corruption: Tensor | None = None
 
     @property
     def class_shares(self) -> Tensor:

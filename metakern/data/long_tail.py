@@ -1,6 +1,8 @@
-"""How many examples each class keeps: exponential long tail and step."""
+"""How many examples each class keeps: exponential long tail, step, one large class."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 def long_tail_counts(available: Tensor, factor: float) -> Tensor:
     """n_c = floor(n_max * factor^(-c / (C - 1))), n_max the smallest class's count; available[C] -> [C] int64.
 
-    factor is the ratio of the largest class to the smallest.
+    factor is the ratio of the largest class to the smallest. It is n mu^c with mu = factor^(-1 / (C - 1)).
     Raises: ValueError when factor is below 1 or a class would be left empty.
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 5.1.
     """
@@ -29,6 +31,22 @@ def step_counts(available: Tensor, factor: float, *, minority: float = 0.5) -> T
     counts = torch.full((len(available),), int(available.min()))
     counts[len(available) - round(minority * len(available)) :] = int(int(available.min()) / factor + 1e-9)
     return _filled(counts, factor)
+
+
+def one_large_counts(available: Tensor, factor: float) -> Tensor:
+    """The first class keeps n_max, every other one floor(n_max / factor); [C] int64.
+
+    Raises: as `long_tail_counts`.
+    Source: Bansal et al., "MetaBalance", 2021: one class of 5000 and nine of 5 (there the large one is drawn).
+    """
+    return step_counts(available, factor, minority=1 - 1 / len(available))
+
+
+SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "exponential": long_tail_counts,
+    "step": step_counts,
+    "one-large": one_large_counts,
+}
 
 
 def _require(factor: float) -> None:

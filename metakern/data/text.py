@@ -116,9 +116,10 @@ def ag_news_human(root: Path | None, *, length: int = 64, encode: Encode | None 
     return replace(source, clean_targets=truth)
 
 
-def clue(root: Path | None, name: str, *, length: int = 64, encode: Encode | None = None) -> Source:
-    """A DataCLUE text set, "cic" or "tnews"; characters, int64 [n, length].
+def clue(root: Path | None, name: str, *, length: int = 64, smallest: int = 1, encode: Encode | None = None) -> Source:
+    """A DataCLUE text set, "cic", "tnews" or "iflytek"; characters, int64 [n, length].
 
+    Classes of fewer than `smallest` training texts are left out: what is in them could be in one part alone.
     Reads `{name}_train.jsonl.gz` and `{name}_test_public.jsonl.gz`: an object a line with label and text.
     Raises: DataNotFound when one is missing.
     Source: Xu et al., "DataCLUE: A Benchmark Suite for Data-centric NLP", 2021.
@@ -129,18 +130,26 @@ def clue(root: Path | None, name: str, *, length: int = 64, encode: Encode | Non
         form = "JSON lines, plain or gzip: an object a line with label (from 0), label_name and text"
         published = "https://github.com/CLUEbenchmark/DataCLUE"
         path = find_file(root, ("clue", "."), (stem + ".gz", stem), data=name.upper(), form=form, published=published)
-        return [json.loads(line) for line in _read(path).splitlines() if line]
+        # At line feeds alone: a text may hold the other ends of lines that Unicode knows.
+        return [json.loads(line) for line in _read(path).split("\n") if line.strip()]
 
     train, test = objects("train"), objects("test_public")
+    counts = Counter(int(row["label"]) for row in _first_copies(train))
+    labels = sorted(label for label, count in counts.items() if count >= smallest)
+    targets = {label: k for k, label in enumerate(labels)}
     names = {int(row["label"]): str(row["label_name"]) for row in train}
 
     def rows(found: list[dict[str, str | int]]) -> Rows:
-        # Of several copies of a text the first: copies must not stand in the meta set and in training.
-        first: dict[str, dict[str, str | int]] = {}
-        for row in found:
-            first.setdefault(str(row["text"]), row)
-        kept = [row for row in first.values() if int(row["label"]) in names]
-        return [str(row["text"]) for row in kept], [int(row["label"]) for row in kept]
+        kept = [row for row in _first_copies(found) if int(row["label"]) in targets]
+        return [str(row["text"]) for row in kept], [targets[int(row["label"])] for row in kept]
 
-    class_names = tuple(names[k] for k in range(len(names)))
+    class_names = tuple(names[label] for label in labels)
     return _source(name, rows(train), rows(test), class_names, characters, length, encode)
+
+
+def _first_copies(rows: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
+    """Of several copies of a text the first: copies must not stand in the meta set and in training."""
+    first: dict[str, dict[str, str | int]] = {}
+    for row in rows:
+        first.setdefault(str(row["text"]), row)
+    return list(first.values())

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from metakern.data import NOISE_KINDS
+from metakern.data import NOISE_KINDS, SHAPES
 from metakern.methods import Method
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
@@ -26,7 +26,8 @@ class TrainConfig:
     data: str = _option("digits-4v9", "data set: see 'metakern list'")
     data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
     majority: float | None = _option(None, "sets of two classes: share of the larger one in training (default: 0.995)")
-    imbalance: float = _option(1.0, "sets of more classes: largest class to smallest, falling exponentially")
+    imbalance: float = _option(1.0, "sets of more classes: largest class to smallest")
+    imbalance_shape: str = _option("exponential", f"how the classes fall: {', '.join(SHAPES)}")
     noise: str | None = _option(None, f"sets of more classes: label noise, one of {', '.join(NOISE_KINDS)}")
     noise_rate: float = _option(0.0, "share of labels the noise draws anew")
     train_size: int = _option(5000, "training and meta examples together, at most")
@@ -62,10 +63,10 @@ class TrainConfig:
         for name in ("schedule", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("amp", (None, "bf16"))):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("amp", (None, "bf16")), ("imbalance_shape", SHAPES)):
             if getattr(self, name) not in allowed:
                 known = ", ".join(choice for choice in allowed if choice)
-                raise ValueError(f"--{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(f"--{name.replace('_', '-')} must be one of {known}, got {getattr(self, name)!r}")
         for name, shares in (("warmup", [self.warmup]), ("drops", self.drop_shares)):
             if not all(0 <= share <= 1 for share in shares):
                 raise ValueError(f"--{name} takes shares of the run, from 0 to 1, got {getattr(self, name)}")
@@ -83,7 +84,8 @@ class TrainConfig:
         """A name for the run's folder: the data, its bias, the method and the seed."""
         parts = [self.data]
         parts += [f"{self.majority:g}"] if self.majority is not None else []
-        parts += [f"imbalance{self.imbalance:g}"] if self.imbalance != 1 else []
+        shape = "" if self.imbalance_shape == "exponential" else self.imbalance_shape
+        parts += [f"{shape}imbalance{self.imbalance:g}"] if self.imbalance != 1 else []
         parts += [f"{self.noise}{self.noise_rate:g}"] if self.noise is not None else []
         parts += [] if self.model is None else [Path(self.model).name.replace(":", "-")]
         return "-".join([*parts, self.method, str(self.seed)])

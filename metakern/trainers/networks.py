@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metakern.data import Task
+from metakern.data import NodeTask, Task
+from metakern.trainers.graph_network import GraphConvolution
 from metakern.trainers.lenet import LeNet, initialise
 from metakern.trainers.pretrained import Encoder, folder_of
 from metakern.trainers.transformer import Transformer
@@ -62,6 +63,8 @@ def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
 
 def _fitting(task: Task, seed: int) -> nn.Module:
     inputs, classes = task.train.inputs, len(task.class_names)
+    if isinstance(task, NodeTask):
+        return GraphConvolution(task.graph, classes)
     if inputs.shape[1:] == (1, 28, 28):
         model = LeNet(classes)
         initialise(model, torch.Generator().manual_seed(seed))

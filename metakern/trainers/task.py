@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from metakern.data import Examples, Task, biased, binary_imbalance, load
+from metakern.data import Examples, GraphSource, Task, biased, binary_imbalance, load, node_task
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.pretrained import folder_of, tokenizer
 
@@ -19,6 +19,16 @@ def make_task(config: TrainConfig) -> Task:
     folder = folder_of(config.model)
     source = load(config.data, config.data_dir, encode=None if folder is None else tokenizer(folder))
     size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
+    if isinstance(source, GraphSource):
+        if config.majority is not None or config.noise is not None:
+            raise ValueError(f"--majority and --noise are not for graphs; {config.data} takes --imbalance")
+        return node_task(
+            source,
+            factor=config.imbalance,
+            shape=config.imbalance_shape,
+            meta_per_class=meta_per_class,
+            seed=seed,
+        )
     if len(source.class_names) == 2:
         if config.imbalance != 1 or config.noise is not None:
             raise ValueError(f"--imbalance and --noise are for more than two classes; {config.data} takes --majority")
@@ -29,6 +39,7 @@ def make_task(config: TrainConfig) -> Task:
     return biased(
         source,
         factor=config.imbalance,
+        shape=config.imbalance_shape,
         noise=config.noise,
         rate=config.noise_rate,
         size=size,

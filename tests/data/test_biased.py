@@ -67,3 +67,24 @@ def test_real_digits():
 def test_refuses_a_meta_set_that_takes_all():
     with pytest.raises(ValueError, match="below the smallest class's 60 examples, got 60"):
         biased(made_up(), meta_per_class=60)
+
+
+def test_shapes_by_hand():
+    def counts(shape: str) -> list[int]:
+        return biased(made_up(), factor=10, shape=shape, meta_per_class=10).train.counts(4).tolist()
+
+    assert counts("exponential") == [50, 23, 10, 5]
+    assert counts("step") == [50, 50, 5, 5]
+    assert counts("one-large") == [50, 5, 5, 5]
+    with pytest.raises(ValueError, match="shape must be one of exponential, step, one-large, got 'steep'"):
+        biased(made_up(), shape="steep")
+
+
+def test_the_corruption_matrix_is_kept():
+    assert biased(made_up()).corruption is None
+    task = biased(made_up(), noise="flip", rate=0.3)
+    off = task.corruption.clone().fill_diagonal_(0)
+    assert sorted(off[0].tolist()) == pytest.approx([0, 0, 0, 0.3])
+    moved = task.train.targets != task.clean_targets
+    # A wrong label is the one class that the matrix sends its true class to.
+    assert torch.equal(task.train.targets[moved], off[task.clean_targets[moved]].argmax(1))

@@ -145,6 +145,18 @@ def test_clue_drops_second_copies(tmp_path):
     assert (source.train.inputs != 0).sum(1).tolist() == [2, 2]
 
 
+def test_clue_leaves_out_classes_too_small_to_divide(tmp_path):
+    # The last text holds a line separator that is none of JSON lines'.
+    texts = [("rare", 0), ("one", 1), ("two", 1), ("three", 2), ("fo\u2028ur", 2)]
+    rows = [{"label": label, "label_name": f"class {label}", "text": text} for text, label in texts]
+    for part in ("train", "test_public"):
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / f"iflytek_{part}.jsonl").write_text(lines, encoding="utf-8")
+    source = load("iflytek", tmp_path)
+    assert source.class_names == ("class 1", "class 2")
+    assert source.train.targets.tolist() == source.test.targets.tolist() == [0, 0, 1, 1]
+
+
 def test_tokens():
     assert words("Don't PANIC: it's 42_x!") == ["don", "t", "panic", "it", "s", "42", "x"]
     assert characters("你 好\n!") == ["你", "好", "!"]
@@ -175,7 +187,9 @@ def test_fraud_keeps_one_of_each_transaction(tmp_path):
     assert source.train.inputs.shape[1] == 29
 
 
-@pytest.mark.parametrize("name", ["cifar10", "ag-news", "cic", "tnews", "credit-fraud", "credit-default", "haberman"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "ag-news", "cic", "tnews", "iflytek", "credit-fraud", "credit-default", "haberman", "cora"]
+)
 def test_missing_sets_say_where_they_are_published(name, tmp_path):
     with pytest.raises(DataNotFound, match="published: https://"):
         load(name, tmp_path)

@@ -1,0 +1,55 @@
+"""Meta-GCN: learning to reweight the training nodes of a graph by a small balanced graph of validation nodes.
+
+As a composition: the meta pass on the induced sub-graph -> dots of the node losses by forward mode -> clip and
+normalise -> weighted gradient -> step. All of it is `metakern.l2rw_step`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metakern
+from metakern.data.sampling import class_balanced
+from metakern.methods.method import Batch, Method, Outcome, Setting, always
+
+
+def node_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Cross entropy of each node, [n]; batch = (nodes[n], targets[n], whether only edges between them count)."""
+    nodes, targets, induced = batch
+    return F.cross_entropy(model(nodes, induced), targets, reduction="none")
+
+
+def step(
+    model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+) -> Outcome:
+    """w_n = max(<grad l_n, grad L_meta>, 0) / (sum + [sum == 0]), L_meta on the sub-graph of the meta nodes.
+
+    Source: Mohammadizadeh et al., "Meta-GCN", 2024, algorithm 1.
+    """
+    result = metakern.l2rw_step(
+        model,
+        (*batch, False),
+        (*meta_batch, True),
+        loss_fn=node_losses,
+        optimizer=optimizer,
+        # Nodes with neighbours in common interact: "auto" would find that out by a proof, and take forward mode.
+        engine="jvp" if setting.engine == "auto" else setting.engine,
+    )
+    return Outcome(result.weights, result.losses, result.meta_loss)
+
+
+META_GCN = Method(
+    "meta-gcn",
+    "l2rw for the nodes of a graph, whose meta nodes are a graph of their own",
+    "Mohammadizadeh et al., 2024",
+    always(step),
+    steps=1000,
+    batch_size=200,
+    needs_meta=True,
+    meta_batch_size=70,
+    meta_sampler=class_balanced,
+)
