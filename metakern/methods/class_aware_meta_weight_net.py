@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 from metakern.methods.weighted_step import weighted_step
 
@@ -82,6 +82,14 @@ class CMWNetStep:
         order = torch.randperm(len(self._subset), generator=self._generator)[: self._setup.batch_size]
         rows = self._subset[order].to(train.targets.device)
         return train.inputs[rows], train.targets[rows]
+
+    def weighting_function(self) -> WeightingFunction:
+        names = self._setup.task.class_names
+        features = {}
+        for k in self.groups.unique():
+            members = (self.groups == k).nonzero().flatten().tolist()
+            features[", ".join(names[c] for c in members)] = (k.unsqueeze(0),)
+        return self._step.weighting_function(features)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._step.state_dict(), "generator": self._generator.get_state(), "subset": self._subset}

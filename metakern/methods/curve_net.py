@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.methods.loss_curves import Phase, class_centred, probe
-from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, virtual_rule
 
 LEARNING_SHARE = 0.4  # of the run; epochs 0 to 79 of 200
@@ -108,6 +108,18 @@ class CurveNetStep:
         (weights * losses).sum().backward()
         optimizer.step()
         return Outcome(weights, losses.detach(), None)
+
+    @torch.no_grad()
+    def weighting_function(self) -> WeightingFunction:
+        """Over curves that lie evenly above or below the mean of the class; one for each of eight classes at most."""
+        net = self._step.weight_net
+        above = torch.linspace(-2.5, 2.5, 101, device=self.curves.device, dtype=next(net.parameters()).dtype)
+        curves = above.unsqueeze(1).expand(101, self.curves.shape[1])
+        weights = {
+            name: net(curves[:, :1], curves, torch.full((101,), c, device=above.device)).flatten().cpu()
+            for c, name in enumerate(self._setup.task.class_names[:8])
+        }
+        return WeightingFunction("loss above the mean of the class, in every epoch", above.cpu(), weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._step.state_dict(), "curves": self.curves, "memory": self.memory}

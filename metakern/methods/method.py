@@ -17,6 +17,10 @@ Sampler = Callable[[Tensor, int, torch.Generator], Iterator[Tensor]]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
+class NotApplicable(ValueError):
+    """The data are not of the kind that a method takes: a comparison goes on without it."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run offers a method before its first step.
@@ -108,6 +112,21 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class WeightingFunction(NamedTuple):
+    """What a weight net has learned, drawn over one quantity: at[k], and under each name the weights[k] there."""
+
+    quantity: str
+    at: Tensor
+    weights: dict[str, Tensor]
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """A step whose weighting can be drawn."""
+
+    def weighting_function(self) -> WeightingFunction: ...
 
 
 # The step of one run. What a method learns besides the model, such as a weight net, lives in the step.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import metakern
-from metakern.methods.method import Batch, Outcome, Setting
+from metakern.methods.method import Batch, Outcome, Setting, WeightingFunction
 
 
 @dataclass
@@ -52,6 +52,17 @@ class WeightNetStep:
             engine=setting.engine,
         )
         return Outcome(result.weights, result.losses, result.meta_loss)
+
+    @torch.no_grad()
+    def weighting_function(self, features: Mapping[str, tuple[Tensor, ...]] | None = None) -> WeightingFunction:
+        """The net's weights over losses from 0 to 5; one curve for each of `features`, given for a single example."""
+        losses = torch.linspace(0, 5, 101, device=device_of(self.weight_net)).unsqueeze(1)
+        given = {"weight": ()} if features is None else features
+        weights = {
+            name: self.weight_net(losses, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
+            for name, own in given.items()
+        }
+        return WeightingFunction("loss", losses.flatten().cpu(), weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight_net": self.weight_net.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict()}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from metakern.data import Examples, Task
 from metakern.methods import Method, Setting, find
-from metakern.methods.method import Batch, Fit, Prepared, Stateful
+from metakern.methods.method import Batch, Explained, Fit, Prepared, Stateful
 from metakern.trainers.batches import make_batches, make_setup
 from metakern.trainers.checkpoint import (
     drop_checkpoint,
@@ -34,6 +34,7 @@ from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
 from metakern.trainers.run_folder import finish, start
 from metakern.trainers.task import hold_out, make_task, on_device, task_on_device
 from metakern.trainers.tensorboard import Board
+from metakern.trainers.weighting import save_weighting
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class _Loop:
         errors = self._errors(self.task.test)
         self.ledger.save(self.folder)
         torch.save(self.model.state_dict(), self.folder / "model.pt")
+        if isinstance(self.take, Explained):
+            save_weighting(self.folder, self.take.weighting_function())
         best = self.stopping.best_step if self.stopping else None
         finish(self.folder, self.config, errors, self.seconds, self.step, best)
         return errors

@@ -26,7 +26,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def start(folder: Path, config: TrainConfig, task: Task) -> None:
     """Make `folder` and write config.json; a result of an earlier run there is no longer one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "failed_batch.pt"):
+    for name in ("result.json", "failed_batch.pt", "weighting.csv"):
         (folder / name).unlink(missing_ok=True)
     shares = [round(share, 6) for share in task.class_shares.tolist()]
     _write(

@@ -177,3 +177,17 @@ def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) 
             axis.yaxis.set_minor_locator(NullLocator())
         axis.legend(fontsize=9 if len(table) <= 12 else 6, ncols=1 + len(table) // 20)
     return svg[0]
+
+
+def weighting_function(quantity: str, at: Sequence[float], weights: Mapping[str, Sequence[float]], name: str) -> str:
+    """What a weight net makes of one quantity: a curve for each of `weights`."""
+    with _figure(f"weighting function, {name}", 11, 2.8) as (axes, svg):
+        axis = axes[0]
+        for colour, (label, values) in zip(_colours(), weights.items(), strict=False):
+            axis.plot(at, values, color=colour, label=label if len(label) < 60 else label[:57] + "...")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(quantity)
+        axis.set_ylabel("weight, before normalisation")
+        if len(weights) > 1:
+            axis.legend()
+    return svg[0]

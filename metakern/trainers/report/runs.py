@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from metakern.data import DataNotFound, Source, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.evaluate import Errors
+from metakern.trainers.evaluate import Errors, roc_area
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import figures
 from metakern.trainers.report.gallery import trusted
 from metakern.trainers.report.page import page, settings, table
+from metakern.trainers.weighting import read_weighting
 
 
 class _Record(NamedTuple):
@@ -26,6 +29,14 @@ class _Record(NamedTuple):
     result: dict[str, Any]
     metrics: dict[str, list[float]]
     weights: dict[str, np.ndarray]
+    weighting: tuple[str, list[float], dict[str, list[float]]] | None
+
+    @property
+    def corruption_area(self) -> float:
+        """In how many percent of pairs of a flipped and a kept label the flipped has less weight; nan without noise."""
+        flipped = self.weights["label"] != self.weights["clean_label"]
+        known = ~np.isnan(self.weights["mean_weight"])
+        return 100 * roc_area(torch.from_numpy(-self.weights["mean_weight"][known]), torch.from_numpy(flipped[known]))
 
 
 def _read(folder: Path) -> _Record:
@@ -35,7 +46,8 @@ def _read(folder: Path) -> _Record:
     with np.load(folder / "weights.npz", allow_pickle=False) as stored:
         weights = {name: stored[name] for name in stored.files}
     result = json.loads((folder / "result.json").read_text())
-    return _Record(config["method"], config, result, read_metrics(folder / "metrics.csv"), weights)
+    metrics = read_metrics(folder / "metrics.csv")
+    return _Record(config["method"], config, result, metrics, weights, read_weighting(folder))
 
 
 def write_report(
@@ -51,8 +63,9 @@ def write_report(
     except DataNotFound:
         source = None
     first = records[0].config
-    sections = [("", _results(records, step_times)), ("Training", _curves(records))]
-    learned = [record for record in records if find(record.name).needs_meta]
+    sections = [("", _results(records, step_times)), ("Accuracy by class", _accuracies(records))]
+    sections.append(("Training", _curves(records)))
+    learned = [record for record in records if find(record.name).needs_meta or record.weighting is not None]
     sections += [(_weights_heading(record), _weights(record, source)) for record in learned]
     known = [entry.name for entry in fields(TrainConfig)]
     values = [(name, str(value)) for name, value in first.items() if name in known or len(records) == 1]
@@ -87,21 +100,38 @@ def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> s
         ).columns(names)
         for r in records
     ]
-    head = ["method", *shown[0], "steps", "seconds"]
+    areas = [record.corruption_area for record in records]
+    noisy = not all(math.isnan(area) for area in areas)
+    head = ["method", *shown[0], *(["weight finds the corruption"] if noisy else []), "steps", "seconds"]
     rows = [head + (["step, in plain steps"] if step_times else [])]
-    for record, errors in zip(records, shown, strict=True):
+    for record, errors, area in zip(records, shown, areas, strict=True):
         row = [record.name, *(f"{error:.2f} %" for error in errors.values())]
+        row += [f"{area:.1f} %"] if noisy else []
         row += [f"{record.result['steps']:,}", f"{record.result['seconds']:.0f}"]
         rows.append(row + ([step_times.get(record.name, "-")] if step_times else []))
     best = min(range(len(records)), key=lambda k: records[k].result["test_error"])
     return table(rows, best=[(best + 1, 1)] if len(records) > 1 else [])
 
 
-def _curves(records: Sequence[_Record]) -> str:
+def _accuracies(records: Sequence[_Record]) -> str:
+    """A row for each class: its share of the training labels, and the accuracy of every run on it."""
+    config = records[0].config
+    rows = [["class", "share of training", *_labels(records)]]
+    for c, (name, share) in enumerate(zip(config["class_names"], config["class_shares"], strict=True)):
+        errors = [record.result["error_by_class"][c] for record in records]
+        shown = ["-" if math.isnan(error) else f"{100 - error:.2f} %" for error in errors]
+        rows.append([name, f"{100 * share:.3g} %", *shown])
+    return table(rows)
+
+
+def _labels(records: Sequence[_Record]) -> list[str]:
     names = [record.name for record in records]
     # Runs of one method are told apart by their seed.
-    labels = names if len(set(names)) == len(names) else [f"{r.name}, seed {r.config['seed']}" for r in records]
-    drawn = {label: record.metrics for label, record in zip(labels, records, strict=True)}
+    return names if len(set(names)) == len(names) else [f"{r.name}, seed {r.config['seed']}" for r in records]
+
+
+def _curves(records: Sequence[_Record]) -> str:
+    drawn = {label: record.metrics for label, record in zip(_labels(records), records, strict=True)}
     return figures.curves(drawn)
 
 
@@ -121,8 +151,10 @@ def _weights(record: _Record, source: Source | None) -> str:
         groups, names = _thirds(columns["label"], len(names))
     if flipped.any():
         groups, names = flipped.astype(int), ["label kept", "label flipped"]
-        text += _finding(weights, flipped)
+        text += _finding(record.corruption_area, flipped)
     text += figures.weight_distribution(weights, groups, names, record.name)
+    if record.weighting is not None:
+        text += "<h3>The learned weighting function</h3>" + figures.weighting_function(*record.weighting, record.name)
     if source is None:
         return text + "<p>The images are not shown: the data set is not at hand.</p>"
     if source.train.inputs.ndim != 4 or source.train.inputs.shape[1] != 1:
@@ -140,12 +172,8 @@ def _thirds(labels: np.ndarray, classes: int) -> tuple[np.ndarray, list[str]]:
     return (3 * rank // classes)[labels], ["rarest third of the classes", "middle third", "most frequent third"]
 
 
-def _finding(weights: np.ndarray, flipped: np.ndarray) -> str:
-    from sklearn.metrics import roc_auc_score
-
-    known = ~np.isnan(weights)
-    area = roc_auc_score(flipped[known], -weights[known])
+def _finding(area: float, flipped: np.ndarray) -> str:
     return (
         f"<p>{100 * flipped.mean():.1f} % of the labels were flipped. A flipped label has the lower weight of a random "
-        f"pair of a flipped and a kept one in {100 * area:.1f} % of the cases (the area under the ROC curve).</p>"
+        f"pair of a flipped and a kept one in {area:.1f} % of the cases (the area under the ROC curve).</p>"
     )
