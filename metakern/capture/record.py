@@ -7,7 +7,7 @@ of a weight, a normalised weight, a slice of positional embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,6 +75,10 @@ class Trace:
     couplings: tuple[str, ...] = ()  # reasons why examples are known to interact in this pass
     reorders: bool = False  # rows are picked by data, so that the order of examples may differ from pass to pass
 
+    def released(self) -> Trace:
+        """Without the uses and derivations, and so without what they keep."""
+        return Trace(self.losses.detach(), (), (), self.couplings, self.reorders)
+
     @property
     def examples(self) -> int:
         return self.losses.shape[0]
@@ -87,6 +91,7 @@ class Record:
     use: Use
     output_grads: tuple[Tensor | None, ...]
     axes: tuple[Any, ...]
+    dot_precision: str = "same"  # what the products behind the dots may be rounded to: "same", "tf32", "bf16" or "fp8"
     memo: dict[int, Tensor] = field(default_factory=dict)  # what the dots computed and the weighted gradient reuses
 
     @property
@@ -99,16 +104,3 @@ class Record:
         (grad,) = self.output_grads
         assert grad is not None
         return grad
-
-
-@dataclass(frozen=True)
-class BatchRecord:
-    """Everything stages 2 and 4 need of one batch: no graph, only inputs A and output gradients B per use."""
-
-    losses: Tensor
-    records: Sequence[Record]
-    derivations: Sequence[Call] = field(default_factory=tuple)
-
-    @property
-    def examples(self) -> int:
-        return self.losses.shape[0]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
+from metakern.layers.precision import products
 from metakern.layers.replay import output_tangents
 from metakern.layers.rule import Tangents
 from metakern.layers.table import rule_for
@@ -27,4 +28,5 @@ def direction_dots(record: Record, tangents: Tangents, examples: int) -> Tensor 
     """The contribution of one use to the dots, [n]; None when no parameter of the use has a direction."""
     if not any(id(parameter) in tangents for _, parameter in record.call.parameters):
         return None
-    return rule_for(record.call).dots(record, tangents, examples)
+    with products(record.dot_precision):
+        return rule_for(record.call).dots(record, tangents, examples)

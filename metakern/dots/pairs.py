@@ -14,6 +14,7 @@ from torch import Tensor
 from metakern import ops
 from metakern.capture.record import Record, Trace, Use
 from metakern.layers.linear import matrices
+from metakern.layers.precision import lowered, products
 from metakern.layers.table import rule_for
 
 
@@ -47,6 +48,8 @@ def pair_dots(record: Record, meta_record: Record, examples: int) -> Tensor:
     """The contribution of one weight to the dots of mean meta loss, [n]; B' belongs to that mean, 1/m included."""
     a, b = matrices(record, examples)
     meta_a, meta_b = matrices(meta_record, 1)
-    rows = ops.pair_dots(a, b, meta_a.reshape(-1, a.shape[-1]).to(a.dtype), meta_b.reshape(-1, b.shape[-1]).to(b.dtype))
+    operands = a, b, meta_a.reshape(-1, a.shape[-1]).to(a.dtype), meta_b.reshape(-1, b.shape[-1]).to(b.dtype)
+    with products(record.dot_precision):
+        rows = ops.pair_dots(*lowered(record.dot_precision, *operands))
     axis = record.axes[0]
     return rows if axis.leading else axis.total(rows.view(record.output_grad.shape[:-1]), examples)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
 from metakern.capture.state import unchanged_buffers
+from metakern.layers.precision import require_precision
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Problem:
     chosen: dict[str, nn.Parameter]  # those that the dots run over
     memory: str
     process_group: Any = None
+    dot_precision: str = "same"  # what the ghost engine's products behind the dots may be rounded to
 
     @property
     def context(self) -> Hashable:
@@ -76,6 +78,7 @@ def pose(
     params: Any,
     memory: str,
     process_group: Any = None,
+    dot_precision: str = "same",
 ) -> Problem:
     """Validate the arguments that all public functions share.
 
@@ -89,4 +92,5 @@ def pose(
         raise TypeError(f"loss_fn must be callable as loss_fn(model, batch) -> losses[n], got {type(loss_fn).__name__}")
     trainable = trainable_parameters(model)
     chosen = select_parameters(model, trainable, params)
-    return Problem(model, batch, meta_batch, loss_fn, trainable, chosen, memory, process_group)
+    require_precision(dot_precision, next(iter(chosen.values())).device)
+    return Problem(model, batch, meta_batch, loss_fn, trainable, chosen, memory, process_group, dot_precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from metakern.capture import trace_batch
 from metakern.capture.examples import ExampleAxis, example_axes
 from metakern.capture.graph import output_gradients, require_complete, visit_output_gradients
 from metakern.capture.poison import poisoned_losses
-from metakern.capture.record import BatchRecord, Record, Trace, Use
+from metakern.capture.record import Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
@@ -35,7 +35,8 @@ class Recorded:
         grads = output_gradients(self.trace)
         _require_participation(problem, self.trace, [any(g is not None for g in found) for found in grads])
         self.records = [
-            _record(use, found, line) for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
+            _record(use, found, line, problem.dot_precision)
+            for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
         ]
 
     def dots_along(self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED) -> Tensor:
@@ -49,15 +50,21 @@ class Recorded:
         return total.dots
 
     def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
-        """sum_n weights_n dl_n/dtheta by name, for every trainable parameter or for some."""
+        """sum_n weights_n dl_n/dtheta by name, for every trainable parameter or for some.
+
+        Unless `keep`, each record is let go once its gradient is there, and the pass is over.
+        """
         self._require_intact()
         kept = [record for record in self.records if record is not None]
+        derivations = self.trace.derivations
         if only is not None:
             wanted = {id(p) for p in only.values()}
-            wanted.update(id(t) for call in self.trace.derivations for t in call.outputs if t is not None)
+            wanted.update(id(t) for call in derivations for t in call.outputs if t is not None)
             kept = [part for part in (_restricted(record, wanted) for record in kept) if part is not None]
-        batch = BatchRecord(self.losses, kept, self.trace.derivations)
-        return weighted_gradients(batch, weights, self._problem.trainable if only is None else only)
+        if not keep:
+            self.records, self.trace = [], self.trace.released()
+        records = kept if keep else _let_go(kept)
+        return weighted_gradients(records, derivations, weights, self._problem.trainable if only is None else only)
 
     def _require_intact(self) -> None:
         for record in self.records:
@@ -80,7 +87,7 @@ class InPassing:
 
         def visit(k: int, grads: list[Tensor | None]) -> None:
             reached[k] = reached[k] or any(g is not None for g in grads)
-            record = _record(trace.uses[k], grads, self._axes[k])
+            record = _record(trace.uses[k], grads, self._axes[k], self._problem.dot_precision)
             if record is not None:
                 with torch.no_grad():
                     total.add(record, paired.get(k), tangents)
@@ -90,7 +97,10 @@ class InPassing:
         return total.dots
 
     def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
-        return weighted_backward(self._problem, self.trace.losses, weights, keep, only)
+        losses = self.trace.losses
+        if not keep:  # the backward pass frees what nobody holds, layer by layer
+            self.trace = self.trace.released()
+        return weighted_backward(self._problem, losses, weights, keep, only)
 
 
 def recorded(problem: Problem) -> Recorded | InPassing:
@@ -117,12 +127,18 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
     return trace, example_axes(problem.model, trace, (operations, problem.context), poisoned)
 
 
-def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis]) -> Record | None:
+def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_precision: str) -> Record | None:
     """The use with its B; None where the losses do not depend on it, or not through any entry."""
     if all(g is None or g.numel() == 0 for g in grads):
         return None
     require_unchanged(use)
-    return Record(use, tuple(grads), tuple(axes))
+    return Record(use, tuple(grads), tuple(axes), dot_precision)
+
+
+def _let_go(records: list[Record]) -> Iterator[Record]:
+    """One record at a time, so that the memory of each is free for the gradient of the next."""
+    while records:
+        yield records.pop()
 
 
 def _restricted(record: Record, wanted: Set[int]) -> Record | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metakern.capture.record import Call, Record
 from metakern.layers.inner import per_example_inner
+from metakern.layers.precision import lowered
 from metakern.layers.replay import parameter_gradients
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
@@ -28,7 +29,8 @@ _CHUNK_BYTES = 8 * 2**20
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
-    call, grad, axis = record.call, record.output_grad, record.axes[0]
+    call, axis = record.call, record.axes[0]
+    (grad,) = lowered(record.dot_precision, record.output_grad)
     convolve = _along(call, tangents, grad.dtype)
     inputs = call.argument(0, "input").detach().to(grad.dtype)
     if not (axis.leading and inputs.shape[0] == examples):

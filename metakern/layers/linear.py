@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metakern import ops
 from metakern.capture.record import Call, Record
+from metakern.layers.precision import direction_dots
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 
@@ -42,7 +43,7 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
     a, b = matrices(record, examples)
     direction = _tangent(record, tangents, 1, "weight")
     bias = _tangent(record, tangents, 2, "bias")
-    total = None if direction is None else ops.direction_dots(a, direction.to(a.dtype), b)
+    total = None if direction is None else direction_dots(record.dot_precision, a, direction.to(a.dtype), b)
     if bias is not None:
         through_bias = bias_dots(b, bias)
         total = through_bias if total is None else total + through_bias

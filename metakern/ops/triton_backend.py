@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.select import Implementation
 
 missing = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
@@ -48,8 +49,9 @@ def unsupported(*operands: Tensor) -> str | None:
         return f"needs a CUDA tensor; this one is on {first.device.type}"
     if first.dtype is torch.float64:
         return "accumulates in float32; float64 needs float64"
-    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
-        return "needs compute capability 8.0"
+    needed = (8, 9) if first.dtype is EIGHT_BITS else (8, 0)
+    if first.is_cuda and torch.cuda.get_device_capability(first.device) < needed:
+        return f"needs compute capability {needed[0]}.{needed[1]}"
     if first.dim() == 3 and first.shape[0] * first.shape[1] >= 2**31:
         return "counts rows in 32 bits"
     return None

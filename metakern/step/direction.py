@@ -54,6 +54,8 @@ def solve_along(
     Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that V has, or for
         choices that exclude one another.
     """
+    if problem.dot_precision != "same" and engine not in ("auto", "ghost"):
+        raise ValueError(f"dot_precision={problem.dot_precision!r} is for engine='ghost' (or 'auto'), got {engine!r}")
     if _freezes(problem, engine, size, batchnorm):
         try:
             with unchanged_on_error(problem.model):

@@ -30,6 +30,7 @@ def grad_dots(
     memory: str = "reuse",
     micro_batch: int | None = None,
     batchnorm: str = "exact",
+    dot_precision: str = "same",
 ) -> Dots:
     """Dot product of each example's gradient with the meta gradient; only the random state moves on.
 
@@ -39,7 +40,7 @@ def grad_dots(
     Returns: `Dots` with dots [n], losses [n], meta_loss [] and the engine used.
     Raises: as `l2rw_step`.
     """
-    problem = pose(model, batch, meta_batch, loss_fn, params, memory)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision)
     with unchanged_on_error(model), unchanged_buffers(model):
         answer, used = solve_along(problem, engine, None, micro_batch, batchnorm)
         require_finite(answer.dots, problem)
@@ -61,6 +62,7 @@ def reweight_step(
     memory: str = "reuse",
     micro_batch: int | None = None,
     batchnorm: str = "exact",
+    dot_precision: str = "same",
     process_group: Any = None,
 ) -> StepResult:
     """One re-weighted step with any rule from dots to weights.
@@ -76,7 +78,7 @@ def reweight_step(
     Raises: as `l2rw_step`; ValueError if the rule does not return one weight per example.
     """
     function = weight_rule(rule)
-    problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model):
         answer, used = solve_along(problem, engine, direction, micro_batch, batchnorm)
@@ -102,6 +104,7 @@ def l2rw_step(
     memory: str = "reuse",
     micro_batch: int | None = None,
     batchnorm: str = "exact",
+    dot_precision: str = "same",
     process_group: Any = None,
 ) -> StepResult:
     """One step of learning to re-weight examples: keep what agrees with a small clean meta batch, drop the rest.
@@ -133,6 +136,9 @@ def l2rw_step(
         batchnorm: "frozen" lets ghost serve BatchNorm in training mode by an approximation: dots and weights leave out
             that the statistics of the batch depend on its examples; losses, running statistics and the gradient for
             those weights stay exact. The result's engine is then "ghost_frozen". "exact" never approximates.
+        dot_precision: "bf16", and on a GPU "tf32" or "fp8", lets ghost round the operands of the products behind the
+            dots, which only decide the weights; the gradient for those weights stays as it is. "same" rounds nothing.
+            Where "auto" takes another engine its dots are exact. Effect and cost: docs/numerics.md.
         process_group: weights normalised, and gradients summed, over the ranks of a torch.distributed group.
 
     Returns:
@@ -158,5 +164,6 @@ def l2rw_step(
         memory=memory,
         micro_batch=micro_batch,
         batchnorm=batchnorm,
+        dot_precision=dot_precision,
         process_group=process_group,
     )

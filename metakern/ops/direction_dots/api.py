@@ -12,7 +12,7 @@ OPERATOR = Operator(
     contract,
     table=(
         triton_backend.implementation("direction_dots"),
-        Implementation("native", native.direction_dots, always),
+        Implementation("native", native.direction_dots, native.supports),
         Implementation("reference", reference.direction_dots, always),
     ),
 )
@@ -25,7 +25,8 @@ def direction_dots(A: Tensor, V: Tensor, B: Tensor, *, impl: str | None = None) 
 
     Args:
         A: inputs of the layer, [n, t, i], any strides.
-        V: the direction, shaped like the weight, [o, i].
+        V: the direction, shaped like the weight, [o, i]. A and V may be float8_e4m3fn while B is not; scales are the
+            caller's business.
         B: gradients of the summed losses at the layer's outputs, [n, t, o].
         impl: None takes the first implementation that supports the case; a name never falls back.
     Returns: [n], float32, or float64 for float64 operands; unit (loss per parameter) x (unit of V).

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 from metakern.ops.layout import contract, examples_per_tile, in_columns, product
+from metakern.ops.operands import EIGHT_BITS
+
+
+def supports(A: Tensor, V: Tensor, B: Tensor) -> str | None:
+    return "no product of eight-bit operands is kept in tiles" if A.dtype is EIGHT_BITS else None
 
 
 def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:

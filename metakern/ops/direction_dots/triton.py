@@ -13,9 +13,9 @@ from torch import Tensor
 
 from metakern.ops.triton_backend import Tile, interpreting, precision
 
-TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
+TILES = {1: Tile(128, 128, 128, 8, 3), 2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
 """By the bytes of an element. Where such tiles are fewer than `FEW` programs, `SMALL` is used."""
-SMALL = {2: Tile(64, 32, 64, 4, 4), 4: Tile(64, 32, 32, 4, 3)}
+SMALL = {1: Tile(64, 32, 128, 4, 4), 2: Tile(64, 32, 64, 4, 4), 4: Tile(64, 32, 32, 4, 3)}
 FEW = 128
 
 
@@ -50,7 +50,7 @@ def direction_dots_kernel(
 
 
 def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    if A.shape[2] < B.shape[2]:  # the product B V costs the same and is narrower
+    if A.shape[2] < B.shape[2] and A.dtype is B.dtype:  # the product B V costs the same and is narrower
         A, V, B = B, V.t(), A
     n, t, i = A.shape
     o = B.shape[2]

@@ -1,0 +1,67 @@
+"""Lower precision for the products behind the dots, where the caller allows it: the dots only decide the weights.
+
+"tf32" multiplies float32 operands as the tensor cores of a GPU do, "bf16" rounds operands to bfloat16, "fp8" those of
+linear layers to eight bits, each tensor scaled to fill them, and the others to bfloat16. Sums are kept in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from metakern import ops
+from metakern.ops.operands import EIGHT_BITS
+
+PRECISIONS = ("same", "tf32", "bf16", "fp8")
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError for a name that is unknown, or for a precision that the device has no products in."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"dot_precision must be one of {list(PRECISIONS)}, got {precision!r}")
+    if precision not in ("tf32", "fp8"):
+        return
+    needed = (8, 0) if precision == "tf32" else (8, 9)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < needed:
+        raise ValueError(
+            f"dot_precision={precision!r} needs a CUDA device of compute capability {needed[0]}.{needed[1]}; the model "
+            f"is on {device}"
+        )
+
+
+def lowered(precision: str, *operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands as the products may take them."""
+    return tuple(x.to(torch.bfloat16) for x in operands) if precision in ("bf16", "fp8") else operands
+
+
+def direction_dots(precision: str, a: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """`ops.direction_dots` of operands rounded so; gradients keep their range, so B is never rounded to eight bits."""
+    if precision != "fp8":
+        return ops.direction_dots(*lowered(precision, a, v, b))
+    (a, a_scale), (v, v_scale) = _eight_bits(a), _eight_bits(v)
+    return ops.direction_dots(a, v, b.to(torch.bfloat16)) / (a_scale * v_scale)
+
+
+def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensor scaled to the largest number that eight bits hold, rounded to them, and the scale; no host waits."""
+    largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    scale = torch.where(largest > 0, torch.finfo(EIGHT_BITS).max / largest, 1.0)
+    return (x.float() * scale).to(EIGHT_BITS), scale
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """PyTorch's own products, and ours, use TF32 inside where that is what is allowed."""
+    if precision != "tf32":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
