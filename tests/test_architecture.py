@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"ops"},
     "cli": {"trainers", "methods", "data", "report", "testing"},
     "explain": {"engines", "capture", "layers", "dots"},
+    "layer_table": {"step", "testing"},
     "check_target": {"check", "explain"},
     "check": {"step", "engines", "capture", "layers", "testing"},
     "testing": set(),

@@ -6,9 +6,13 @@ fused attention has none and is replaced by its plain form.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.weighted_backward import weighted_backward
@@ -20,13 +24,27 @@ def solve(problem: Problem) -> Answer:
         losses = problem.batch_losses()
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
+    dots = differentiated_twice(problem, losses, direction)
+    return Answer(dots, losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights))
+
+
+def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[str, Tensor]) -> Tensor:
+    """<dl_n/dtheta, V> over the parameters that `direction` names, [n]; the graph of the losses is kept.
+
+    Raises: EngineUnavailable: an operation of the model has no second derivative.
+    """
     u = torch.ones_like(losses, requires_grad=True)
     parameters = [problem.chosen[name] for name in direction]
     grads = torch.autograd.grad(losses, parameters, u, create_graph=True, allow_unused=True)
-    along = [(g * v).sum() for g, v in zip(grads, direction.values()) if g is not None]
-    dots = torch.zeros_like(losses)
-    if along:
+    along = [(g * v).sum() for g, v in zip(grads, direction.values(), strict=True) if g is not None]
+    if not along:
+        return torch.zeros_like(losses)
+    try:
         (dots,) = torch.autograd.grad(sum(along[1:], along[0]), u, retain_graph=True)
-    return Answer(
-        dots.detach(), losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights)
-    )
+    except RuntimeError as error:  # NotImplementedError is one
+        if "derivative for" not in str(error):
+            raise
+        raise EngineUnavailable(
+            f"an operation of the model has no second derivative ({str(error).splitlines()[0]}); use engine='ghost'"
+        ) from error
+    return dots.detach()

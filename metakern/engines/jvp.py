@@ -20,6 +20,7 @@ from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Buffers
 from metakern.engines.group import mean_over_group
+from metakern.engines.packing import PackingByParts
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.substitution import substituted
 from metakern.engines.weighted_backward import weighted_backward
@@ -50,8 +51,9 @@ def loss_tangents(problem: Problem, direction: dict[str, Tensor]) -> Tensor:
     """d/dr l_n(theta + r V), [n]; the parameters are not touched."""
     try:
         with ExitStack() as stack:
-            for context in (torch.no_grad(), dual_level(), sdpa_kernel(SDPBackend.MATH)):
+            for context in (torch.no_grad(), dual_level(), sdpa_kernel(SDPBackend.MATH), PackingByParts()):
                 stack.enter_context(context)
+            stack.enter_context(_without_fused_encoder())
             if any(isinstance(module, nn.LSTM) for module in problem.model.modules()):
                 stack.enter_context(_without_fused_lstm())
             duals = {
@@ -65,7 +67,20 @@ def loss_tangents(problem: Problem, direction: dict[str, Tensor]) -> Tensor:
     except (NotImplementedError, RuntimeError) as error:
         if not lacks_forward_mode(error):
             raise
-        raise EngineUnavailable(f"an operation of the model has no forward mode ({error})") from error
+        raise EngineUnavailable(
+            f"an operation of the model has no forward mode ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@contextmanager
+def _without_fused_encoder() -> Iterator[None]:
+    """Without gradients nn.TransformerEncoderLayer takes a fused path in eval mode, which has no forward mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,6 +16,7 @@ from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Buffers, unchanged_on_error
 from metakern.engines import choose, jvp
+from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Names, recorded
 from metakern.engines.weighted_backward import weighted_backward
@@ -92,14 +92,7 @@ class _Differentiated(GraphPass):
         super().__init__(problem, losses)
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
-        u = torch.ones_like(self._losses, requires_grad=True)
-        parameters = [self._problem.chosen[name] for name in direction]
-        grads = torch.autograd.grad(self._losses, parameters, u, create_graph=True, allow_unused=True)
-        along = [(g * v).sum() for g, v in zip(grads, direction.values(), strict=True) if g is not None]
-        if not along:
-            return torch.zeros_like(self.losses)
-        (dots,) = torch.autograd.grad(sum(along[1:], along[0]), u, retain_graph=True)
-        return dots.detach()
+        return differentiated_twice(self._problem, self._losses, direction)
 
 
 _PASSES: dict[str, Callable[[Problem], TrainPass]] = {

@@ -173,8 +173,8 @@ def image_setup(*middle: nn.Module) -> Setup:
     return Setup(model.double(), *inputs.pair(7, 5, 2, 5, 5, classes=3))
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_buffers_move_as_in_one_pass(size: int) -> None:
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_buffers_move_as_in_one_pass(size: int | None) -> None:
     """A counter, the statistics of instance normalisation, and the vectors of spectral normalisation."""
     setup = image_setup(Counting(), nn.InstanceNorm2d(3, affine=True, track_running_stats=True))
     nn.utils.parametrizations.spectral_norm(setup.model[-1])

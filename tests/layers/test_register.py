@@ -128,6 +128,30 @@ def test_the_forward_counts_once() -> None:
     assert float(setup.model[1].seen) == 6
 
 
+class Nested(CubeLayer):
+    """Two outputs of which the second is made from the first, and the first once more."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = super().forward(x)
+        return first, [torch.tanh(first) * self.bias.exp(), first]
+
+
+class UsesAll(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Nested()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, (second, again) = self.inner(x)
+        return first + 2.0 * second * again
+
+
+@MEMORIES
+def test_outputs_made_from_one_another_count_once(memory: str) -> None:
+    metakern.register_layer(Nested)
+    judge_step(metakern.l2rw_step, setup_of(nn.Linear(4, 4), UsesAll()), engine="ghost", memory=memory)
+
+
 @MEMORIES
 def test_randomness_inside(memory: str) -> None:
     """The mask drawn inside the module is the one that its replay sees."""

@@ -3,8 +3,10 @@
 from metakern.testing.catalogue.case import Case, Setup
 from metakern.testing.catalogue.layers import LAYERS
 from metakern.testing.catalogue.layouts import LAYOUTS
+from metakern.testing.catalogue.networks import NETWORKS
+from metakern.testing.catalogue.recurrent import RECURRENT
 from metakern.testing.catalogue.structures import STRUCTURES
 
-CASES: list[Case] = [*LAYERS, *STRUCTURES, *LAYOUTS]
+CASES: list[Case] = [*LAYERS, *RECURRENT, *STRUCTURES, *LAYOUTS]
 
-__all__ = ["CASES", "LAYERS", "LAYOUTS", "STRUCTURES", "Case", "Setup"]
+__all__ = ["CASES", "LAYERS", "LAYOUTS", "NETWORKS", "RECURRENT", "STRUCTURES", "Case", "Setup"]

@@ -19,6 +19,32 @@ class Tokens(nn.Module):
         return self.head(torch.tanh(features.flatten(1) if features.dim() == 2 else features.sum(1)))
 
 
+class Ragged(nn.Module):
+    """Bags of different sizes, some empty, given by offsets: example n has the tokens above its first one."""
+
+    def __init__(self, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.bag = bag
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        held = tokens > tokens[:, :1]
+        sizes = held.sum(1)
+        return self.bag(tokens[held], sizes.cumsum(0) - sizes)
+
+
+class Weighted(nn.Module):
+    """A bag with a weight for every token, fixed or trained."""
+
+    def __init__(self, bag: nn.EmbeddingBag, trained: int = 0) -> None:
+        super().__init__()
+        self.bag, self.scale = bag, nn.Parameter(torch.ones(trained)) if trained else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        fixed = 1 / (1.0 + torch.arange(tokens.shape[1], dtype=self.bag.weight.dtype))
+        scale = fixed if self.scale is None else self.scale
+        return self.bag(tokens, per_sample_weights=scale.expand(len(tokens), -1).contiguous())
+
+
 class SelfAttention(nn.Module):
     """nn.MultiheadAttention with query, key and value from one input."""
 
@@ -56,6 +82,20 @@ class Decoder(nn.Module):
         return self.layer(x, x.flip(1))
 
 
+class MaskedEncoder(nn.Module):
+    """Two encoder layers over sequences whose ends are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 2 + (x[:, 0, :2] > 0).sum(1, keepdim=True)
+        padding = torch.arange(x.shape[1]) >= lengths
+        return self.layers(x, src_key_padding_mask=padding).masked_fill(padding.unsqueeze(-1), 0.0)
+
+
 class Pair(nn.Module):
     """nn.Bilinear of two halves of the features."""
 
@@ -65,17 +105,6 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bilinear(x[..., :4], x[..., 4:])
-
-
-class Recurrent(nn.Module):
-    """A recurrent layer's outputs."""
-
-    def __init__(self, cell: nn.RNNBase) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cell(x)[0]
 
 
 LINEAR = [
@@ -121,8 +150,20 @@ EMBEDDINGS = [
     token_case("embedding-large-vocabulary", lambda v: Tokens(nn.Embedding(v, 4), 4), 5, 500),
     token_case("embedding-bag-mean", lambda v: Tokens(nn.EmbeddingBag(v, 4, mode="mean"), 4)),
     token_case("embedding-bag-sum", lambda v: Tokens(nn.EmbeddingBag(v, 4, mode="sum", padding_idx=1), 4)),
+    token_case("embedding-bag-max", lambda v: Tokens(nn.EmbeddingBag(v, 4, mode="max"), 4)),
     token_case(
-        "embedding-bag-max", lambda v: Tokens(nn.EmbeddingBag(v, 4, mode="max"), 4), ghost="either", auto="either"
+        "embedding-bag-max-padding", lambda v: Tokens(nn.EmbeddingBag(v, 4, mode="max", padding_idx=-2), 4), 2, 3
+    ),
+    token_case("embedding-bag-offsets-max", lambda v: Tokens(Ragged(nn.EmbeddingBag(v, 4, mode="max")), 4)),
+    token_case("embedding-bag-offsets-mean", lambda v: Tokens(Ragged(nn.EmbeddingBag(v, 4, mode="mean")), 4)),
+    token_case("embedding-bag-weights", lambda v: Tokens(Weighted(nn.EmbeddingBag(v, 4, mode="sum")), 4)),
+    token_case(
+        # The bag is a product of two trained tensors, and torch has neither a forward mode nor a second derivative.
+        "embedding-bag-trained-weights",
+        lambda v: Tokens(Weighted(nn.EmbeddingBag(v, 4, mode="sum"), 5), 4),
+        ghost="refuse",
+        jvp="refuse",
+        auto="refuse",
     ),
     token_case(
         # Its gradient is divided by how often a token occurs in the whole batch: no longer the gradient of any loss.
@@ -174,19 +215,8 @@ ATTENTION = [
         train=False,
     ),
     layer_case("decoder-layer", Decoder, 4, 8),
-]
-
-RECURRENT = [
-    layer_case("rnn", lambda: Recurrent(nn.RNN(4, 3, batch_first=True)), 5, 4, ghost="either", auto="either"),
-    layer_case("gru", lambda: Recurrent(nn.GRU(4, 3, 2, batch_first=True)), 5, 4, ghost="either", auto="either"),
-    layer_case(
-        "lstm",
-        lambda: Recurrent(nn.LSTM(4, 3, batch_first=True, bidirectional=True)),
-        5,
-        4,
-        ghost="either",
-        auto="either",
-    ),
+    layer_case("encoder-padding-mask", MaskedEncoder, 4, 8),
+    layer_case("attention-bias-and-zero", lambda: SelfAttention(add_bias_kv=True, add_zero_attn=True), 4, 8),
 ]
 
 PARAMETRIZED = [
@@ -220,5 +250,5 @@ ACTIVATIONS = [
 ]
 
 LAYERS: list[Case] = [
-    *(*LINEAR, *CONVOLUTIONS, *EMBEDDINGS, *NORMS, *ATTENTION, *RECURRENT, *PARAMETRIZED, *ACTIVATIONS),
+    *(*LINEAR, *CONVOLUTIONS, *EMBEDDINGS, *NORMS, *ATTENTION, *PARAMETRIZED, *ACTIVATIONS),
 ]

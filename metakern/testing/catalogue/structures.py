@@ -1,5 +1,7 @@
 """Ways in which models use parameters that a rule per layer does not see: bare, shared, reused, frozen, in place."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +94,64 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + 2.0 * self.up(self.down(x))
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored transposed and applied by addmm, as in GPT-2 of Hugging Face."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], -1)
+
+
+class Containers(nn.Module):
+    """Layers and parameters in lists and dictionaries, some of them in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"first": nn.Linear(4, 6), "norm": nn.LayerNorm(6)})
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(6)) for _ in range(2)])
+        self.named = nn.ParameterDict({"shift": nn.Parameter(torch.zeros(6)), "again": self.scales[0]})
+        self.heads = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers["norm"](torch.tanh(self.layers["first"](x)))
+        for scale in self.scales:
+            hidden = torch.tanh(hidden * scale + self.named["shift"]) * self.named["again"]
+        return sum((head(hidden) for head in self.heads), torch.zeros((), dtype=x.dtype))
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+    reconstruction: Tensor
+
+
+class TwoHeads(nn.Module):
+    """Keywords only, and two outputs that the loss adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.back = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 4)
+
+    def forward(self, *, features: Tensor) -> Outputs:
+        hidden = torch.tanh(self.body(features))
+        return Outputs(self.head(hidden), self.back(hidden))
+
+
+def _two_heads(n: int, m: int) -> Setup:
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        found = model(features=batch[0])
+        missed = (found.reconstruction - batch[0]).square().mean(1)
+        return F.cross_entropy(found.logits, batch[1], reduction="none") + 0.5 * missed
+
+    torch.manual_seed(0)
+    model = TwoHeads()
+    randomise(model)
+    return Setup(model.double(), *inputs.pair(n, m, 4, classes=3, seed=13), loss_fn=losses)
 
 
 class OwnLinear(nn.Linear):
@@ -196,6 +256,11 @@ def _interacting(n: int, m: int) -> Setup:
 BARE = [
     model_case("bare-vit", Vit, 5, 4),
     model_case("bare-matmul-einsum", Bare, 5),
+    model_case("conv1d-transposed-weight", lambda: nn.Sequential(Conv1D(5, 6), nn.Tanh(), Conv1D(6, 3)), 5),
+    model_case(
+        "conv1d-transposed-weight-positions", lambda: nn.Sequential(Conv1D(5, 6), nn.Flatten(), Conv1D(12, 3)), 2, 5
+    ),
+    model_case("containers", Containers, 4),
     model_case("unregistered-layer", lambda: nn.Sequential(OwnLayer(), nn.Linear(6, 3)), 6),
 ]
 
@@ -226,6 +291,7 @@ SUBCLASSES = [
 FORWARDS = [
     model_case("in-place-residual", InPlaceResidual, 4),
     model_case("checkpoint", Checkpointed, 4),
+    Case("two-outputs-keywords-only", _two_heads),
     model_case("fused-attention", FusedAttention, 5, 8),
 ]
 

@@ -1,0 +1,42 @@
+"""Packed sequences in forward mode: torch's own packing has no forward-mode formula, its parts have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class PackingByParts(TorchFunctionMode):
+    """Inside the block sequences are packed and padded by slices and concatenation, position by position."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "_pack_padded_sequence":
+            return _packed(*args, **(kwargs or {}))
+        if name == "_pad_packed_sequence":
+            return _padded(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _packed(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """[t, n, ...] with descending lengths -> the rows of position 0, of position 1, and so on; and their numbers."""
+    by_position = input.transpose(0, 1) if batch_first else input
+    held = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
+    return torch.cat([by_position[t, :rows] for t, rows in enumerate(held)]), torch.tensor(held)
+
+
+def _padded(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    """The way back: [t, n, ...], `padding_value` where a sequence has ended, and the lengths [n]."""
+    held = batch_sizes.tolist()
+    examples, positions = held[0], max(total_length, len(held))
+    rows = data.split(held)
+    ends = [data.new_full((examples - part.shape[0], *data.shape[1:]), padding_value) for part in rows]
+    empty = [data.new_full((examples, *data.shape[1:]), padding_value)] * (positions - len(held))
+    padded = torch.stack([*(torch.cat(pair) for pair in zip(rows, ends)), *empty])
+    lengths = torch.tensor([sum(rows > n for rows in held) for n in range(examples)])
+    return (padded.transpose(0, 1) if batch_first else padded), lengths
