@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from metakern.data.sampling import shuffled
-from metakern.methods.method import Method, Setup, no_steps
+from metakern.methods.method import Method, NotApplicable, Setup, no_steps
 from metakern.methods.plain_training import predict
 
 
@@ -105,14 +105,16 @@ class Fitted(nn.Module):
 def boosted_stumps(setup: Setup, *, rounds: int = 200) -> Fitted:
     """scikit-learn's AdaBoost (SAMME) on decision stumps; the run's steps and optimizer are not used.
 
-    Raises: ValueError for inputs that are no numbers.
+    Raises: NotApplicable for inputs that are no numbers.
     """
     from sklearn.ensemble import AdaBoostClassifier
     from sklearn.tree import DecisionTreeClassifier
 
     train = setup.task.train
     if not train.inputs.is_floating_point():
-        raise ValueError(f"adaboost needs inputs that are numbers; {setup.task.name} has {train.inputs.dtype} tokens")
+        raise NotApplicable(
+            f"adaboost needs inputs that are numbers; {setup.task.name} has {train.inputs.dtype} tokens"
+        )
     classifier = AdaBoostClassifier(DecisionTreeClassifier(max_depth=1), n_estimators=rounds, random_state=setup.seed)
     return Fitted(classifier.fit(train.inputs.flatten(1).cpu().numpy(), train.targets.cpu().numpy()), setup.classes)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metakern.data import Examples, Task
-from metakern.methods.method import Method, always
+from metakern.methods.method import Method, NotApplicable, always
 from metakern.methods.weighted_step import weighted_step
 
 # smallest class, seed -> a sampler of imbalanced-learn
@@ -23,18 +23,18 @@ def resampled(task: Task, make: MakeSampler, seed: int) -> Task:
 
     An example that is an exact copy of a training example has its id and true label; a synthetic one has the id -1 and
     the label it was made for.
-    Raises: ValueError for inputs that are no numbers, and, naming the sampler, where a class is too small for it.
+    Raises: NotApplicable for inputs that are no numbers, and, naming the sampler, where a class is too small for it.
     """
     inputs, targets = task.train.inputs, task.train.targets
     if not inputs.is_floating_point():
-        raise ValueError(f"re-sampling needs inputs that are numbers to mix; {task.name} has {inputs.dtype} tokens")
+        raise NotApplicable(f"re-sampling needs inputs that are numbers to mix; {task.name} has {inputs.dtype} tokens")
     smallest = int(torch.bincount(targets)[targets.unique()].min())
     sampler = make(smallest, seed)
     flat = inputs.flatten(1).cpu().numpy()
     try:
         chosen, labels = sampler.fit_resample(flat, targets.cpu().numpy())
     except ValueError as error:
-        raise ValueError(f"{type(sampler).__name__} on {task.name}: {error}") from error
+        raise NotApplicable(f"{type(sampler).__name__} on {task.name}: {error}") from error
     rows = _origins(flat, np.asarray(chosen, flat.dtype))
     ids = torch.where(rows >= 0, task.train.ids.cpu()[rows], -1)
     truth = torch.where(rows >= 0, task.clean_targets.cpu()[rows], torch.from_numpy(np.asarray(labels, np.int64)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.data.sampling import class_balanced
-from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup
 from metakern.methods.plain_training import train_plainly
 
 
@@ -67,7 +67,7 @@ class TranslationStep:
     def __post_init__(self) -> None:
         inputs = self.setup.task.train.inputs
         if not inputs.is_floating_point():
-            raise ValueError(f"m2m needs inputs that are numbers; {self.setup.task.name} has {inputs.dtype} tokens")
+            raise NotApplicable(f"m2m needs inputs that are numbers; {self.setup.task.name} has {inputs.dtype} tokens")
         self._limits = float(inputs.min()), float(inputs.max())
         self._by_class = [(self.setup.task.train.targets == c).nonzero().squeeze(1) for c in range(self.setup.classes)]
         self.guide = self.setup.model

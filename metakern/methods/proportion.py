@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from metakern.methods.method import Method, Setting, always
+from metakern.methods.method import Method, NotApplicable, Setting, always
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -20,11 +20,11 @@ def opposite_share_weights(losses: Tensor, targets: Tensor, setting: Setting) ->
 
     In two classes this is proportional to the inverse share, but the expected sum over a batch is 2 n p (1 - p):
     18 for a batch of 100 at majority p = 0.9, 1 at 0.995. So the effective learning rate falls 18 times over the sweep.
-    Raises: ValueError when there are not two classes.
+    Raises: NotApplicable when there are not two classes.
     Source: the code published with Ren et al., ICML 2018.
     """
     if len(setting.class_counts) != 2:
-        raise ValueError(f"proportion-as-shipped: needs two classes, got {len(setting.class_counts)}")
+        raise NotApplicable(f"proportion-as-shipped: needs two classes, got {len(setting.class_counts)}")
     return (1 - setting.class_shares.to(losses))[targets]
 
 

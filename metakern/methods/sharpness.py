@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metakern.methods.class_weights import by_class, inverse_frequency
 from metakern.methods.label_smoothing import label_smoothing_loss, smoothing_by_count
-from metakern.methods.method import Batch, Method, Outcome, Setting, Step, always
+from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Step, always
 from metakern.methods.weighted_step import Criterion, Rule, cross_entropy, uniform_weights
 
 
@@ -57,11 +57,11 @@ def _climb(model: nn.Module, rho: float) -> list[tuple[nn.Parameter, Tensor]]:
 def mixed_up(inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
     """lam x_n + (1 - lam) x_p(n), the permutation p[n], and lam, drawn uniformly from 0..1 (Beta(1, 1)).
 
-    Raises: ValueError for inputs that are no numbers.
+    Raises: NotApplicable for inputs that are no numbers.
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
     if not inputs.is_floating_point():
-        raise ValueError(f"mixup needs inputs that are numbers to mix, got {inputs.dtype} tokens")
+        raise NotApplicable(f"mixup needs inputs that are numbers to mix, got {inputs.dtype} tokens")
     share = float(torch.rand((), generator=generator))
     partners = torch.randperm(len(inputs), generator=generator).to(inputs.device)
     return share * inputs + (1 - share) * inputs[partners], partners, share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metakern.methods import find
+from metakern.methods.method import NotApplicable
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.loop import train
 from metakern.trainers.run_folder import finished
@@ -49,13 +51,17 @@ def cell(root: Path, config: TrainConfig) -> Cell:
     return Cell(config, folder, finished(folder, config))
 
 
-def _run(config: TrainConfig, folder: Path) -> Path:
-    train(config, folder, progress=False)
-    return folder
+def _run(config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
+    """The folder of the cell, and why its method was left out if it does not take such data."""
+    try:
+        train(config, folder, progress=False)
+    except NotApplicable as reason:
+        return folder, f"{config.method} is left out: {reason}"
+    return folder, None
 
 
-def _folders_done(cells: Sequence[Cell], jobs: int) -> Iterator[Path]:
-    """Run `cells` and yield their folders as they finish."""
+def _folders_done(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Path, str | None]]:
+    """Run `cells` and yield what `_run` returns as they finish."""
     if jobs == 1:
         yield from (_run(entry.config, entry.folder) for entry in cells)
         return
@@ -72,7 +78,8 @@ def _folders_done(cells: Sequence[Cell], jobs: int) -> Iterator[Path]:
 def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, progress: bool = True) -> list[Cell]:
     """Run the cells of `configs` that have no result yet, `jobs` at a time, and return all of them.
 
-    A cell that fails stops the comparison; what was finished before stays finished.
+    A cell that fails stops the comparison; what was finished before stays finished. A method that does not take data of
+    this kind is left out with a line that says why.
     Raises: ValueError when jobs is below 1.
     """
     if jobs < 1:
@@ -80,7 +87,9 @@ def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, pr
     missing = [entry for entry in (cell(root, config) for config in configs) if entry.result is None]
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
     with bar:
-        for folder in _folders_done(missing, jobs):
+        for folder, left_out in _folders_done(missing, jobs):
+            if left_out is not None:
+                bar.write(left_out, file=sys.stderr)
             bar.set_postfix_str(folder.name, refresh=False)
             bar.update()
     return [cell(root, config) for config in configs]

@@ -30,6 +30,16 @@ def test_interrupted_comparison_gives_the_same_table(quick, tmp_path):
     assert len(list(first.iterdir())) == 4
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_method_that_does_not_take_the_data_is_left_out(quick, tmp_path, capsys, jobs):
+    base = replace(quick, data="digits", majority=None, steps=2)
+    configs = grid(base, ["uniform", "proportion-as-shipped", "random"], [None], [0])
+    cells = run_missing(tmp_path, configs, jobs=jobs, progress=False)
+    assert [cell.result is not None for cell in cells] == [True, False, True]
+    assert "proportion-as-shipped is left out: " in capsys.readouterr().err
+    assert [entry.method for entry in leaderboard(cells)] == ["uniform", "random"]
+
+
 def test_finished_cells_are_not_run_again(quick, tmp_path, monkeypatch):
     configs = grid(quick, ["uniform"], [0.9], [0])
     run_missing(tmp_path, configs, progress=False)
