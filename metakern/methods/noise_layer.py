@@ -12,6 +12,8 @@ def onto_simplex(rows: Tensor) -> Tensor:
 
     Source: Duchi et al., "Efficient Projections onto the l1-Ball for Learning in High Dimensions", ICML 2008, figure 1.
     """
+    # The result does not depend on a shift; without it the 1 would be lost beside large entries.
+    rows = rows - rows.amax(1, keepdim=True)
     descending = rows.sort(1, descending=True).values
     excess = descending.cumsum(1) - 1
     ranks = torch.arange(1, rows.shape[1] + 1, device=rows.device)
@@ -42,11 +44,12 @@ class StochasticMatrix(nn.Module):
 def stochastic_loss(logits: Tensor, targets: Tensor, channel: Tensor, *, trace: float = 0.1) -> Tensor:
     """l_n = -log sum_k q_n[k] channel[k, y_n] + trace * mean_k channel[k, k]; logits[n, C], channel[C, C] -> [n].
 
-    Entries of the channel may be 0, so this one is not in logs; 1e-12 keeps the gradient finite.
+    Entries of the channel may be 0, so this one is not in logs; no likelihood counts as less than about 1e-4, which
+    bounds the step that one contradicting label takes.
     Source: as `StochasticMatrix`, equation 3; the paper names the trace and weight decay as ways to the same end.
     """
     likelihood = (logits.softmax(1) * channel[:, targets].T).sum(1)
-    return -(likelihood + 1e-12).log() + trace * channel.diagonal().mean()
+    return -(likelihood + 1e-4).log() + trace * channel.diagonal().mean()
 
 
 class SoftmaxChannel(nn.Module):

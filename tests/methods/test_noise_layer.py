@@ -10,7 +10,13 @@ from metakern.methods.noise_channel import (
     reverse_channel,
     top_down_loss,
 )
-from metakern.methods.noise_layer import ComplexNoise, StochasticMatrix, complex_noise_loss, onto_simplex
+from metakern.methods.noise_layer import (
+    ComplexNoise,
+    StochasticMatrix,
+    complex_noise_loss,
+    onto_simplex,
+    stochastic_loss,
+)
 
 CHANNEL = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
 
@@ -19,6 +25,17 @@ def test_projection_by_hand():
     # (1, 1): both lose 1/2; (2, 0): only the first is left; a distribution stays.
     rows = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.25, 0.75]])
     torch.testing.assert_close(onto_simplex(rows), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]))
+
+
+def test_projection_of_large_entries():
+    rows = torch.tensor([[1e9, 1.0, -3e9], [-1e12, -1e12, -1e12]])
+    torch.testing.assert_close(onto_simplex(rows), torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+
+
+def test_a_label_that_the_network_rules_out_leaves_a_finite_gradient():
+    logits, channel = torch.tensor([[90.0, -90.0]]), torch.eye(2, requires_grad=True)
+    stochastic_loss(logits, torch.tensor([1]), channel).sum().backward()
+    assert channel.grad.abs().max() <= 1e4 + 1
 
 
 def test_projection_is_the_nearest_distribution():
