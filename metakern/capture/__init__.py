@@ -9,7 +9,6 @@ from torch import nn
 
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.module_call import registered_modules_as_wholes
-from metakern.capture.record import BatchRecord as BatchRecord
 from metakern.capture.record import Record as Record
 from metakern.capture.record import Trace as Trace
 from metakern.capture.refusal import EngineUnavailable as EngineUnavailable

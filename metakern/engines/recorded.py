@@ -167,12 +167,19 @@ class _Total:
         self.dots = torch.zeros(trace.examples, dtype=_sum_dtype(trace.losses), device=trace.losses.device)
 
     def add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
-        n = self.dots.shape[0]
+        n, record = self.dots.shape[0], _with_range(record)
         if meta_record is not None:
             self.dots += stage_dots.pair_dots(record, meta_record, n)
         term = stage_dots.direction_dots(record, tangents, n)
         if term is not None:
             self.dots += term
+
+
+def _with_range(record: Record) -> Record:
+    """B in float32 where it is float16: a gradient scaled to fit its range times V, scaled as well, would not."""
+    if all(g is None or g.dtype != torch.float16 for g in record.output_grads):
+        return record
+    return replace(record, output_grads=tuple(None if g is None else g.float() for g in record.output_grads))
 
 
 def _sum_dtype(losses: Tensor) -> torch.dtype:

@@ -221,7 +221,7 @@ def _implicit_dots(
     if not uses:
         return None
     rest = {name: p for name, p in problem.chosen.items() if name not in uses}
-    step = rule.step(rest, train.weighted_gradient(coefficients, only=rest))
+    step = rule.step(rest, train.weighted_gradient(coefficients, keep=True, only=rest))
     origin = rule.origin({name: problem.chosen[name] for name in uses})
     moves = {
         name: move(train, use, origin.parameters[name], float(origin.jacobian[name]), coefficients)

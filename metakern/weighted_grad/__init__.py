@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from metakern.capture.host import host_may_wait
-from metakern.capture.record import BatchRecord
+from metakern.capture.record import Call, Record
 from metakern.layers.rule import Gradients, Weights
 from metakern.layers.table import rule_for
 
 
-def weighted_gradients(batch: BatchRecord, weights: Tensor, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def weighted_gradients(
+    records: Iterable[Record], derivations: Sequence[Call], weights: Tensor, trainable: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """sum_n w_n dl_n/dtheta for every trainable parameter, by name; rows of weight zero are not multiplied.
 
-    Shapes and dtypes are those of the parameters.
+    Shapes and dtypes are those of the parameters. Records are taken one at a time and not held.
     """
     given = Weights(weights, _kept(weights))
     if given.kept is not None and given.kept.numel() == 0:
         return {name: torch.zeros_like(p) for name, p in trainable.items()}
     total: Gradients = {}
-    for record in batch.records:
+    for record in records:
         for key, grad in rule_for(record.call).weighted_grads(record, given).items():
             total[key] = total[key] + grad if key in total else grad
-    _through_derivations(batch, total, trainable)
+    _through_derivations(derivations, total, trainable)
     return {name: _like(total[id(p)], p) if id(p) in total else torch.zeros_like(p) for name, p in trainable.items()}
 
 
@@ -37,9 +39,9 @@ def _kept(weights: Tensor) -> Tensor | None:
     return None if kept.numel() == weights.numel() else kept
 
 
-def _through_derivations(batch: BatchRecord, total: Gradients, trainable: Mapping[str, nn.Parameter]) -> None:
+def _through_derivations(derivations: Sequence[Call], total: Gradients, trainable: Mapping[str, nn.Parameter]) -> None:
     """Carry gradients of derived tensors on to the parameters that they were made from."""
-    derived = [t for call in batch.derivations for t in call.outputs if t is not None and id(t) in total]
+    derived = [t for call in derivations for t in call.outputs if t is not None and id(t) in total]
     if not derived:
         return
     grads = [total[id(t)].to(t.dtype).view_as(t) for t in derived]
