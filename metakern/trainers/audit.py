@@ -77,7 +77,7 @@ def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
     Source: the first-order form of Wang, Mittal, Song, Jia, "Data Shapley in One Training Run", ICLR 2025, section 4.
     """
     torch.set_num_threads(config.threads)
-    model = network_for(task, config.seed)
+    model = network_for(task, config.seed, config.model)
     optimizer = make_optimizer(config, model)
     plain = find("uniform")
     steps, batch_size = config.total_steps(plain), config.batch_size or plain.batch_size

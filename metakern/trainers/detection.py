@@ -61,7 +61,7 @@ def held_out_probabilities(config: TrainConfig, task: Task, *, folds: int = 5) -
         held = task_rows[fold::folds]
         kept = torch.ones(len(task.train), dtype=torch.bool)
         kept[held] = False
-        setup = make_setup(config, method, task, network_for(task, config.seed), progress=True)
+        setup = make_setup(config, method, task, network_for(task, config.seed, config.model), progress=True)
         network = train_plainly(
             setup, task.train.take(kept.nonzero().squeeze(1)), steps=max(1, round(setup.steps * (1 - 1 / folds)))
         )
