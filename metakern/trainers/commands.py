@@ -10,6 +10,7 @@ from pathlib import Path
 from metakern.check_target import check_target
 from metakern.data import NAMES
 from metakern.methods import METHODS, find
+from metakern.methods.pages import page_of
 from metakern.trainers import train
 from metakern.trainers.audit_command import run_audit
 from metakern.trainers.compare import grid, run_missing
@@ -18,6 +19,7 @@ from metakern.trainers.demo import demo_config
 from metakern.trainers.leaderboard import aligned, as_text, leaderboard, save
 from metakern.trainers.loop import Run
 from metakern.trainers.report import write_comparison, write_report
+from metakern.trainers.step_costs import read_costs
 from metakern.trainers.step_time import step_time
 
 
@@ -150,11 +152,18 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> None:
-    rows = [["method", "handles", "meta set", "steps", "batch", "from"]]
+    costs = read_costs()
+    rows = [["method", "handles", "meta set", "steps", "batch", "step cost", "page", "from"]]
     for method in METHODS.values():
-        meta = "yes" if method.needs_meta else "no"
-        rows.append([method.name, method.handles, meta, str(method.steps), str(method.batch_size), method.source])
-    width = max(len(row[0]) for row in rows)
+        cost = f"{costs[method.name]:.2f}" if method.name in costs else "-"
+        row = [method.name, method.handles, "yes" if method.needs_meta else "no", str(method.steps)]
+        rows.append([*row, str(method.batch_size), cost, page_of(method.name), method.source])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]) - 1)]
+    numbers = 3, 4, 5
     for row in rows:
-        print(f"{row[0]:<{width}}  {row[1]:<10} {row[2]:<8} {row[3]:>5}  {row[4]:>5}  {row[5]}")
+        cells = [
+            text.rjust(width) if k in numbers else text.ljust(width) for k, (text, width) in enumerate(zip(row, widths))
+        ]
+        print("  ".join([*cells, row[-1]]))
+    print("\nstep cost: in plain steps, measured; -: not measured, or no steps. page: docs/methods/PAGE.md")
     print("\ndata sets: " + ", ".join(NAMES))
