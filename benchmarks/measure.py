@@ -35,18 +35,22 @@ def interleaved(steps: dict[str, Callable[[], Any]], *, unit: str, seconds: floa
     """Time all steps in turn, round after round, until `seconds` are spent (at least five rounds).
 
     The order rotates from round to round, and each step is divided by the unit of its own round: what slows the machine
-    down for a while slows both. A step that has had its whole share of the time sits out the later rounds. The steps
-    must have run before.
+    down for a while slows both. A step that has run twice and for a third of the time sits out the later rounds, so
+    that slow ones do not eat the time of all. The steps must have run before.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     started, rounds = time.perf_counter(), 0
     while rounds < 5 or (time.perf_counter() - started < seconds and rounds < 200):
-        running = [name for name in steps if name == unit or sum(t[0] for t in times[name]) < 1e3 * seconds]
+        running = [name for name in steps if name == unit or _has_time_left(times[name], 1e3 * seconds / 3)]
         shift = rounds % len(running)
         for name in running[shift:] + running[:shift]:
             times[name].append(_timed(steps[name], device))
         rounds += 1
     return {name: _summary(values, times[unit]) for name, values in times.items()}
+
+
+def _has_time_left(times: list[tuple[float, float]], share: float) -> bool:
+    return len(times) < 2 or sum(elapsed for elapsed, _ in times) < share
 
 
 def _timed(step: Callable[[], Any], device: str) -> tuple[float, float]:

@@ -1,12 +1,13 @@
-"""A whole re-weighted step by each way there is; all leave the same weighted gradient in `.grad`.
+"""A whole re-weighted step by each way there is in PyTorch itself; all leave the same weighted gradient in `.grad`.
 
-No optimizer step is included: it costs the same for everybody. Each peer is written as well as we can: the shortest
-sequence of passes that its method allows.
+No optimizer step is included: it costs the same for everybody. Each way but the published one is written as well as we
+can: the shortest sequence of passes that its method allows. Other people's libraries are in `peers`.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,20 +45,43 @@ def plain(problem: Problem) -> Step:
     return step
 
 
-def ours(problem: Problem, memory: str = "reuse") -> Step:
-    """metakern.l2rw_step."""
+def ours(problem: Problem, **settings: object) -> Step:
+    """metakern.l2rw_step with these settings."""
 
     def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
-        result = metakern.l2rw_step(problem.model, problem.batch, problem.meta_batch, memory=memory)
+        result = metakern.l2rw_step(problem.model, problem.batch, problem.meta_batch, **settings)
         return Outcome(result.dots, result.weights, result.engine)
 
     return step
 
 
-def ours_two_pass(problem: Problem) -> Step:
-    """metakern.l2rw_step(memory="two_pass")."""
-    return ours(problem, memory="two_pass")
+def double_backward_as_published(
+    problem: Problem, attention: Callable[[], AbstractContextManager] = nullcontext
+) -> Step:
+    """The sequence of the released codes of Ren et al. and their PyTorch ports.
+
+    A virtual step that is differentiable in eps, from eps = 0; the meta loss at the virtual parameters; its gradient
+    with respect to eps; then a fresh forward and backward of the weighted losses. What those codes also do and need
+    not, copying the network into a second one, is left out.
+    """
+    params = _params(problem)
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        with attention():
+            losses = problem.losses(problem.batch)
+            eps = torch.zeros_like(losses, requires_grad=True)
+            grads = torch.autograd.grad((eps * losses).sum(), list(params.values()), create_graph=True)
+            # Virtual learning rate 1: at eps = 0 it is a factor of the dots, and cancels in the weights.
+            moved = {name: p - g for (name, p), g in zip(params.items(), grads, strict=True)}
+            logits = torch.func.functional_call(problem.model, moved, (problem.meta_batch[0],))
+            (found,) = torch.autograd.grad(per_example(logits, problem.meta_batch[1]).mean(), eps)
+        weights = clip_normalise(-found)
+        problem.losses(problem.batch).backward(weights)
+        return Outcome(-found, weights)
+
+    return step
 
 
 def double_backward(problem: Problem, attention: Callable[[], AbstractContextManager] = nullcontext) -> Step:
@@ -101,8 +125,11 @@ def jvp(problem: Problem, attention: Callable[[], AbstractContextManager] = null
     return step
 
 
-def vmap(problem: Problem) -> Step:
-    """Per-example gradients by vmap(grad); their weighted sum where they all fit in one gigabyte, else in chunks.
+PerExample = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+def by_per_example_gradients(problem: Problem, gradients: PerExample) -> Step:
+    """Dots from per-example gradients [n, ...]; their weighted sum where they all fit in one gigabyte, else in chunks.
 
     Chunks are dropped after their dots, so that the weighted gradient then takes a forward and backward of its own.
     """
@@ -112,20 +139,14 @@ def vmap(problem: Problem) -> Step:
         raise NotImplementedError(f"not run: per-example gradients of {problem.case.n * size / ONE_GIGABYTE:.0f} GB")
     chunk = max(1, min(problem.case.n, ONE_GIGABYTE // size))
 
-    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = torch.func.functional_call(problem.model, values, (x.unsqueeze(0),))
-        return per_example(logits, y.unsqueeze(0)).squeeze(0)
-
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-
     def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
         found = torch.autograd.grad(problem.losses(problem.meta_batch).mean(), list(params.values()))
         direction = dict(zip(params, found, strict=True))
-        values = {name: param.detach() for name, param in params.items()}
         parts, grads = [], {}
         for x, y in zip(problem.batch[0].split(chunk), problem.batch[1].split(chunk), strict=True):
-            grads = gradients(values, x, y)
+            grads.clear()
+            grads.update(gradients(x, y))
             # A matrix-vector product would be quicker, and fails the check: its float32 sums are too long.
             parts.append(sum((grads[name] * direction[name]).flatten(1).sum(1) for name in params))
         dots = torch.cat(parts)
@@ -134,24 +155,28 @@ def vmap(problem: Problem) -> Step:
             for name, param in params.items():
                 param.grad = (weights.to(param.dtype) @ grads[name].flatten(1)).view_as(param)
         else:
+            grads.clear()
             problem.losses(problem.batch).backward(weights)
         return Outcome(dots, weights)
 
     return step
 
 
+def vmap(problem: Problem) -> Step:
+    """Per-example gradients by torch.func.vmap(grad)."""
+    params = _params(problem)
+
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(problem.model, values, (x.unsqueeze(0),))
+        return per_example(logits, y.unsqueeze(0)).squeeze(0)
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    values = {name: param.detach() for name, param in params.items()}
+    return by_per_example_gradients(problem, lambda x, y: gradients(values, x, y))
+
+
 def _math() -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH)
-
-
-def double_backward_math(problem: Problem) -> Step:
-    """The same with fused attention replaced by its plain form, which can be differentiated twice."""
-    return double_backward(problem, _math)
-
-
-def jvp_math(problem: Problem) -> Step:
-    """The same with fused attention replaced by its plain form, which has a forward mode."""
-    return jvp(problem, _math)
 
 
 def _params(problem: Problem) -> dict[str, torch.nn.Parameter]:
@@ -160,17 +185,19 @@ def _params(problem: Problem) -> dict[str, torch.nn.Parameter]:
 
 PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "plain": plain,
-    "double_backward": double_backward,
+    "double_backward (published)": double_backward_as_published,
+    "double_backward (short)": double_backward,
     "vmap": vmap,
     "jvp": jvp,
     "metakern": ours,
-    "metakern two_pass": ours_two_pass,
+    "metakern two_pass": partial(ours, memory="two_pass"),
+    "metakern micro_batch=16": partial(ours, micro_batch=16),
 }
 
-# What a user of fused attention can do instead, where the peers above stop.
-FUSED_PROVIDERS = {"double_backward (math)": double_backward_math, "jvp (math)": jvp_math}
-
-
-def providers_for(problem: Problem) -> dict[str, Callable[[Problem], Step]]:
-    """All providers of a case, the unit first."""
-    return PROVIDERS | (FUSED_PROVIDERS if problem.case.fused else {})
+# What a user of fused attention can do instead, where the peers above stop: switch to its plain form, which can be
+# differentiated twice and forwards.
+FUSED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {
+    "double_backward (published, math)": partial(double_backward_as_published, attention=_math),
+    "double_backward (short, math)": partial(double_backward, attention=_math),
+    "jvp (math)": partial(jvp, attention=_math),
+}
