@@ -22,6 +22,7 @@ from metakern.methods.major_to_minor import M2M
 from metakern.methods.majority_weight import WEIGHTED, WEIGHTED_AS_SHIPPED
 from metakern.methods.mentored import MENTORNET_DD, MENTORNET_PD
 from metakern.methods.meta_gcn import META_GCN
+from metakern.methods.meta_label_correction import MLC_METHODS
 from metakern.methods.meta_weight_net import MW_NET, MW_NET_IMBALANCE
 from metakern.methods.method import Method
 from metakern.methods.mlrnet import MLRNET, MLRNET_OWN_STEP
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
         CURVE_NET,
         MLRNET,
         MLRNET_OWN_STEP,
+        *MLC_METHODS,
         META_GCN,
         INVERSE_SQRT,
         CLASS_BALANCED,

@@ -24,6 +24,7 @@ from metakern.trainers.checkpoint import (
     save_checkpoint,
 )
 from metakern.trainers.config import TrainConfig
+from metakern.trainers.corrected import save_corrected
 from metakern.trainers.early_stopping import EarlyStopping
 from metakern.trainers.evaluate import Errors, measure_errors
 from metakern.trainers.guard import require_finite, save_failure
@@ -150,6 +151,7 @@ class _Loop:
         torch.save(self.model.state_dict(), self.folder / "model.pt")
         if isinstance(self.take, Explained):
             save_weighting(self.folder, self.take.weighting_function())
+        save_corrected(self.folder, self.take, self.model, self.task)
         best = self.stopping.best_step if self.stopping else None
         finish(self.folder, self.config, errors, self.seconds, self.step, best)
         return errors

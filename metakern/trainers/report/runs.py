@@ -15,6 +15,7 @@ import torch
 from metakern.data import DataNotFound, Source, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
+from metakern.trainers.corrected import Correction, correction_table, read_correction
 from metakern.trainers.evaluate import Errors, roc_area
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import figures
@@ -30,6 +31,7 @@ class _Record(NamedTuple):
     metrics: dict[str, list[float]]
     weights: dict[str, np.ndarray]
     weighting: tuple[str, list[float], dict[str, list[float]]] | None
+    correction: Correction | None
 
     @property
     def corruption_area(self) -> float:
@@ -47,7 +49,7 @@ def _read(folder: Path) -> _Record:
         weights = {name: stored[name] for name in stored.files}
     result = json.loads((folder / "result.json").read_text())
     metrics = read_metrics(folder / "metrics.csv")
-    return _Record(config["method"], config, result, metrics, weights, read_weighting(folder))
+    return _Record(config["method"], config, result, metrics, weights, read_weighting(folder), read_correction(folder))
 
 
 def write_report(
@@ -155,6 +157,8 @@ def _weights(record: _Record, source: Source | None) -> str:
     text += figures.weight_distribution(weights, groups, names, record.name)
     if record.weighting is not None:
         text += "<h3>The learned weighting function</h3>" + figures.weighting_function(*record.weighting, record.name)
+    if record.correction is not None:
+        text += "<h3>The corrected labels</h3>" + table(correction_table(record.correction))
     if source is None:
         return text + "<p>The images are not shown: the data set is not at hand.</p>"
     if source.train.inputs.ndim != 4 or source.train.inputs.shape[1] != 1:

@@ -1,0 +1,84 @@
+"""corrected.csv: the labels that a method proposes for the training examples at the end of a run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from metakern.data import Task
+
+NAME = "corrected.csv"
+
+
+@runtime_checkable
+class Corrects(Protocol):
+    """A step that proposes labels for the training examples, [N, C], each row a distribution."""
+
+    def corrected_labels(self, model: nn.Module) -> Tensor: ...
+
+
+def save_corrected(folder: Path, step: Any, model: nn.Module, task: Task) -> None:
+    """Write corrected.csv if `step` proposes labels: a row for each training example.
+
+    Columns: id; label, clean_label: given and true; proposed: the likeliest; its probability; kept: the given one's.
+    """
+    if not isinstance(step, Corrects):
+        (folder / NAME).unlink(missing_ok=True)  # of an earlier run there
+        return
+    labels = step.corrected_labels(model).detach().cpu()
+    given = task.train.targets.cpu()
+    likeliest = labels.max(1)
+    kept = labels.gather(1, given.unsqueeze(1)).squeeze(1)
+    columns = (task.train.ids.cpu(), given, task.clean_targets.cpu(), likeliest.indices, likeliest.values, kept)
+    with (folder / NAME).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "clean_label", "proposed", "probability", "kept"])
+        writer.writerows(
+            [f"{value:.6g}" for value in row] for row in zip(*(column.tolist() for column in columns), strict=True)
+        )
+
+
+class Correction(NamedTuple):
+    """How good proposed labels are, in percent of the examples; nan where there are none of the kind.
+
+    right: proposed labels that are true, of all; repaired: of the examples whose given label is wrong; left: of those
+    whose given label is right.
+    """
+
+    given_right: float
+    right: float
+    repaired: float
+    left: float
+
+
+def read_correction(folder: Path) -> Correction | None:
+    """The quality of the labels in corrected.csv; None for a run without them."""
+    if not (folder / NAME).is_file():
+        return None
+    with (folder / NAME).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    given, true, proposed = (
+        torch.tensor([int(row[name]) for row in rows]) for name in ("label", "clean_label", "proposed")
+    )
+    right, sound = (proposed == true).double(), given == true
+    shares = (sound.double(), right, right[~sound], right[sound])
+    return Correction(*(100 * share.mean().item() for share in shares))
+
+
+def correction_table(correction: Correction) -> list[list[str]]:
+    """Rows of a table whose first is its head."""
+    shown = zip(
+        (
+            "given labels that are true",
+            "proposed labels that are true",
+            "of the wrong labels, proposed true",
+            "of the true labels, proposed true",
+        ),
+        correction,
+        strict=True,
+    )
+    return [["labels", "share"], *([name, f"{share:.1f} %"] for name, share in shown if share == share)]
