@@ -165,5 +165,6 @@ def _list(options: argparse.Namespace) -> None:
             text.rjust(width) if k in numbers else text.ljust(width) for k, (text, width) in enumerate(zip(row, widths))
         ]
         print("  ".join([*cells, row[-1]]))
-    print("\nstep cost: in plain steps, measured; -: not measured, or no steps. page: docs/methods/PAGE.md")
+    print("\nstep cost: in plain steps, measured at nine tenths of a run; -: not measured, or no steps.")
+    print("page: docs/methods/PAGE.md")
     print("\ndata sets: " + ", ".join(NAMES))
