@@ -1,4 +1,4 @@
-"""Triton as an optional backend: whether it can run a case, which tiles it uses, and how its kernels are found.
+"""Triton as an optional backend: whether it can run a case, and how its kernels are found.
 
 An operator's `triton.py` is imported when it is first asked for, so that the library works without Triton.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +18,6 @@ from metakern.ops.select import Implementation
 
 missing = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-class Tile(NamedTuple):
-    """Sizes of the blocks of a product [M, K] x [K, N], and how a program is run."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
 
 
 def implementation(operator: str) -> Implementation:

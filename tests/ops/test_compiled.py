@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from metakern.ops.direction_dots import triton as direction  # noqa: E402
 from metakern.ops.pair_dots import triton as pairs  # noqa: E402
-from metakern.ops.triton_backend import Tile  # noqa: E402
+from metakern.ops.tiles import Tile, table, tiles  # noqa: E402
 from metakern.ops.weighted_grad import triton as weighted  # noqa: E402
 
 pytestmark = pytest.mark.compiled
@@ -41,26 +41,32 @@ POINTERS = {
 }
 
 
-class Launch(NamedTuple):
-    """A kernel as its launcher would call it on contiguous, aligned operands."""
-
-    kernel: Any
-    tile: Tile
-    out: str
-
-
-LAUNCHES = {
-    "direction_dots": (direction.direction_dots_kernel, direction.TILES, direction.SMALL),
-    "pair_dots": (pairs.pair_dots_kernel, pairs.TILES, pairs.SMALL),
-    "weighted_grad": (weighted.weighted_grad_kernel, weighted.TILES),
+KERNELS = {
+    "direction_dots": direction.direction_dots_kernel,
+    "pair_dots": pairs.pair_dots_kernel,
+    "weighted_grad": weighted.weighted_grad_kernel,
 }
-ELEMENTS = {"bf16": (2, "ieee"), "fp16": (2, "ieee"), "fp32": (4, "tf32x3"), "tf32": (4, "tf32")}
-EACH = [
-    pytest.param(kernel, table[size], element, precision, id=f"{name}-{'small' if k else 'large'}-{element}")
-    for name, (kernel, *tables) in LAUNCHES.items()
-    for k, table in enumerate(tables)
-    for element, (size, precision) in ELEMENTS.items()
-]
+ELEMENTS = {
+    "bf16": (2, "ieee"),
+    "fp16": (2, "ieee"),
+    "fp32": (4, "tf32x3"),
+    "tf32": (4, "tf32"),
+    "fp8e4nv": (1, "ieee"),
+}
+
+
+def every_tile() -> list[Any]:
+    """Every tile of the committed table, on the device that it was measured on, or on all."""
+    return [
+        pytest.param(KERNELS[operator], tile, element, precision, capability, id="-".join(name))
+        for device, operators in table().items()
+        for capability in (SHARED_KIB if device == "any" else [int(device.removeprefix("sm"))])
+        for operator, sizes in operators.items()
+        for element, (size, precision) in ELEMENTS.items()
+        if str(size) in sizes and (element, capability) != ("fp8e4nv", 80)
+        for shapes, tile in tiles(operator, size, device).items()
+        if (name := (operator, shapes, element, str(capability), device))
+    ]
 
 
 def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: int, tmp_path: Path) -> dict[str, Any]:
@@ -77,6 +83,8 @@ def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: 
     )
     constants |= {name: 1 for name in kernel.arg_names if name in last}
     types = {**POINTERS, "kept_weights": "fp32", "count": "i32", "out": element}
+    if element == "fp8e4nv":
+        types["B"] = "bf16"
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -103,8 +111,7 @@ def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: 
     }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("kernel", "tile", "element", "precision"), EACH)
+@pytest.mark.parametrize(("kernel", "tile", "element", "precision", "capability"), every_tile())
 def test_no_spills_and_tensor_cores(
     kernel: Any, tile: Tile, element: str, precision: str, capability: int, tmp_path: Path
 ) -> None:

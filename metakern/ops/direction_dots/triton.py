@@ -11,12 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.triton_backend import Tile, interpreting, precision
-
-TILES = {1: Tile(128, 128, 128, 8, 3), 2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 3)}
-"""By the bytes of an element. Where such tiles are fewer than `FEW` programs, `SMALL` is used."""
-SMALL = {1: Tile(64, 32, 128, 4, 4), 2: Tile(64, 32, 64, 4, 4), 4: Tile(64, 32, 32, 4, 3)}
-FEW = 128
+from metakern.ops.tiles import tile_for
+from metakern.ops.triton_backend import interpreting, precision
 
 
 @triton.jit
@@ -57,9 +53,7 @@ def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
     rows = n * t
     if 0 in (rows, i, o):
         return A.new_zeros(n, dtype=torch.float32)
-    tile = TILES[A.element_size()]
-    if triton.cdiv(rows, tile.m) * triton.cdiv(o, tile.n) < FEW:
-        tile = SMALL[A.element_size()]
+    tile = tile_for("direction_dots", A, rows, o)
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(o, tile.n))
     partial = torch.empty(grid[1], rows, dtype=torch.float32, device=A.device)
     direction_dots_kernel[grid](

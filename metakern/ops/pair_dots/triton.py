@@ -11,12 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.triton_backend import Tile, interpreting, precision
-
-TILES = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 32, 32, 4, 3)}
-"""By the bytes of an element. Where such tiles are fewer than `FEW` programs, `SMALL` is used."""
-SMALL = {2: Tile(64, 32, 64, 4, 3), 4: Tile(64, 32, 32, 4, 3)}
-FEW = 128
+from metakern.ops.tiles import tile_for
+from metakern.ops.triton_backend import interpreting, precision
 
 
 @triton.jit
@@ -70,9 +66,7 @@ def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
     rows = n * t
     if 0 in (rows, i, o, s):
         return A.new_zeros(n, dtype=torch.float32)
-    tile = TILES[A.element_size()]
-    if triton.cdiv(rows, tile.m) * triton.cdiv(s, tile.n) < FEW:
-        tile = SMALL[A.element_size()]
+    tile = tile_for("pair_dots", A, rows, s)
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(s, tile.n))
     partial = torch.empty(grid[1], rows, dtype=torch.float32, device=A.device)
     pair_dots_kernel[grid](

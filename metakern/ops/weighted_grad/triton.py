@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.triton_backend import Tile, interpreting, precision
+from metakern.ops.tiles import tile_for
+from metakern.ops.triton_backend import interpreting, precision
 
-TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}
-"""By the bytes of an element; m is outputs, n is inputs, k is rows."""
 PROGRAMS = 264
 """Wanted at least: two for each multiprocessor of the largest chips."""
 MAX_SPLITS = 32
@@ -80,7 +79,7 @@ def weighted_grad(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
     count = torch.empty((), dtype=torch.int32, device=A.device)
     kept_weights = torch.empty(n, dtype=torch.float32, device=A.device)
     kept_rows_kernel[(1,)](w, kept, kept_weights, count, n, w.stride(0), BLOCK=LIST_BLOCK, num_warps=4)
-    tile = TILES[A.element_size()]
+    tile = tile_for("weighted_grad", A, o, i)  # m is outputs, n is inputs, k is rows
     tiles = (triton.cdiv(o, tile.m), triton.cdiv(i, tile.n))
     splits = row_splits(tiles[0] * tiles[1], triton.cdiv(n * t, tile.k))
     # parts are rounded once, after they are added

@@ -1,0 +1,60 @@
+"""Which tiles a Triton kernel uses: read from a committed table, so that no user's first step measures anything.
+
+`tiles.json` has one entry per device ("sm90"), operator, bytes of an element and class of shapes, with the median time
+that earned it; `python -m benchmarks.tune` on a GPU measures the candidates and writes the device's entry. Devices
+without one use "any": sizes chosen by what the compiler says of them (registers, shared memory, tensor cores), and not
+measured.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PATH = Path(__file__).with_name("tiles.json")
+FEW = 128
+"""Programs of large tiles below which a chip has idle multiprocessors, so that small ones are better."""
+
+
+class Tile(NamedTuple):
+    """Sizes of the blocks of a product [M, K] x [K, N], and how a program is run."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def programs(self, rows: int, columns: int) -> int:
+        return -(-rows // self.m) * -(-columns // self.n)
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The committed table: device -> operator -> bytes of an element -> class of shapes -> tile."""
+    return json.loads(PATH.read_text())
+
+
+@cache
+def tiles(operator: str, element_size: int, device: str) -> dict[str, Tile]:
+    """Tile by class of shapes, "large" or "small", as measured on this kind of device, or as for any."""
+    entries = {name: kinds.get(operator, {}).get(str(element_size)) for name, kinds in table().items()}
+    found = entries.get(device) or entries["any"]
+    return {shapes: Tile(*entry["tile"]) for shapes, entry in found.items()}
+
+
+def tile_for(operator: str, like: torch.Tensor, rows: int, columns: int) -> Tile:
+    """The tile for an output of this size: large ones where they are many enough to fill the chip."""
+    known = tiles(operator, like.element_size(), kind_of(like.device))
+    large = known["large"]
+    return known.get("small", large) if large.programs(rows, columns) < FEW else large
+
+
+@cache
+def kind_of(device: torch.device) -> str:
+    """ "sm90" and the like; "any" for what has no compute capability, as under the interpreter."""
+    return "any" if device.type != "cuda" else "sm{}{}".format(*torch.cuda.get_device_capability(device))
