@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,12 +169,21 @@ class _Total:
         self.dots = torch.zeros(trace.examples, dtype=_sum_dtype(trace.losses), device=trace.losses.device)
 
     def add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
-        n, record = self.dots.shape[0], _with_range(record)
+        with _without_autocast(self.dots.device.type):
+            self._add(_with_range(record), meta_record, tangents)
+
+    def _add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
+        n = self.dots.shape[0]
         if meta_record is not None:
             self.dots += stage_dots.pair_dots(record, meta_record, n)
         term = stage_dots.direction_dots(record, tangents, n)
         if term is not None:
             self.dots += term
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Products of V are no part of the model: autocast would round V, and in float16 overflow."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _with_range(record: Record) -> Record:
