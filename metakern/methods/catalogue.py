@@ -24,6 +24,7 @@ from metakern.methods.mentored import MENTORNET_DD, MENTORNET_PD
 from metakern.methods.meta_gcn import META_GCN
 from metakern.methods.meta_label_correction import MLC_METHODS
 from metakern.methods.meta_weight_net import MW_NET, MW_NET_IMBALANCE
+from metakern.methods.metabalance import METABALANCE, METABALANCE_AS_SHIPPED, find_pools
 from metakern.methods.method import Method
 from metakern.methods.mlrnet import MLRNET, MLRNET_OWN_STEP
 from metakern.methods.optimal_transport import OT_REWEIGHTING
@@ -56,6 +57,8 @@ METHODS: dict[str, Method] = {
         MLRNET,
         MLRNET_OWN_STEP,
         *MLC_METHODS,
+        METABALANCE,
+        METABALANCE_AS_SHIPPED,
         META_GCN,
         INVERSE_SQRT,
         CLASS_BALANCED,
@@ -106,10 +109,11 @@ METHODS: dict[str, Method] = {
 
 
 def find(name: str) -> Method:
-    """The method called `name`.
+    """The method called `name`, one of METHODS or "metabalance-INNER-OUTER" with names of samplers.
 
     Raises: ValueError listing the names when there is no such method.
     """
-    if name not in METHODS:
+    method = METHODS.get(name) or find_pools(name)
+    if method is None:
         raise ValueError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
-    return METHODS[name]
+    return method

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
+from metakern.data import NodeTask
 from metakern.data.sampling import class_balanced
-from metakern.methods.method import Batch, Method, Outcome, Setting, always
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, Step
 
 
 def node_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -42,11 +43,18 @@ def step(
     return Outcome(result.weights, result.losses, result.meta_loss)
 
 
+def begin(setup: Setup) -> Step:
+    """Raises: ValueError for a task that is no graph."""
+    if not isinstance(setup.task, NodeTask):
+        raise ValueError(f"meta-gcn trains on the nodes of a graph, as in --data cora; for {setup.task.name} take l2rw")
+    return step
+
+
 META_GCN = Method(
     "meta-gcn",
     "l2rw for the nodes of a graph, whose meta nodes are a graph of their own",
     "Mohammadizadeh et al., 2024",
-    always(step),
+    begin,
     steps=1000,
     batch_size=200,
     needs_meta=True,

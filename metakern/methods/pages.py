@@ -16,7 +16,7 @@ _SHARED = {
     "mw-net": "mw-net mw-net-imbalance",
     "cmw-net": "cmw-net cmw-net-sl",
     "mlrnet": "mlrnet mlrnet-own-step",
-    "mlc": "mlc mlc-new-labels mlc-skip",
+    "metabalance": "metabalance metabalance-as-shipped",
     "mlc": "mlc mlc-gold-apart mlc-new-labels mlc-skip",
 }
 _PAGES = {name: page for page, names in _SHARED.items() for name in names.split()}

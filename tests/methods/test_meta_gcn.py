@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metakern.methods import Setting, find
+from metakern.methods.meta_gcn import step
 from metakern.testing import budget, oracle
 
 
@@ -49,11 +50,14 @@ def test_weights_of_a_step(model):
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     setting = Setting(torch.tensor([2, 3]), torch.Generator())
-    outcome = find("meta-gcn").begin(None)(
-        model, (nodes, targets), (meta_nodes, meta_targets), optimizer=optimizer, setting=setting
-    )
+    outcome = step(model, (nodes, targets), (meta_nodes, meta_targets), optimizer=optimizer, setting=setting)
     expected = oracle.clip_normalise(dots)
     assert 0 < int((expected > 0).sum()) < 5, "a case with both kinds of weights"
     budget.assert_within(outcome.weights, expected, 1.0, terms=1000)
     # Not one weight for all, which is what a mean loss makes of the method.
     assert len(outcome.weights[outcome.weights > 0].unique()) > 1
+
+
+def test_other_data_are_refused(setup):
+    with pytest.raises(ValueError, match="meta-gcn trains on the nodes of a graph.*take l2rw"):
+        find("meta-gcn").begin(setup(nn.Linear(6, 2)))

@@ -28,6 +28,11 @@ FIXED = [
 ]
 
 
+# Methods whose steps need not lower the loss on this batch: they follow a clean set or balanced data of another kind, or
+# train on nodes of a graph. Their own tests judge them.
+ELSEWHERE = {name for name in METHODS if name.startswith(("l2rw", "mlc", "metabalance", "meta-gcn"))}
+
+
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
@@ -79,7 +84,9 @@ def test_weights_are_a_share(name, model, batches, setup):
         assert float(weights.sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if name != "l2rw" and method.fit is None])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if name not in ELSEWHERE and method.fit is None]
+)
 def test_every_step_learns(name, model, batches, setup):
     (inputs, targets), _ = batches
     before = F.cross_entropy(model(inputs), targets).item()
