@@ -59,5 +59,5 @@ def test_weights_of_a_step(model):
 
 
 def test_other_data_are_refused(setup):
-    with pytest.raises(ValueError, match="meta-gcn trains on the nodes of a graph.*take l2rw"):
+    with pytest.raises(ValueError, match=r"meta-gcn trains on the nodes of a graph.*take l2rw"):
         find("meta-gcn").begin(setup(nn.Linear(6, 2)))

@@ -28,8 +28,8 @@ FIXED = [
 ]
 
 
-# Methods whose steps need not lower the loss on this batch: they follow a clean set or balanced data of another kind, or
-# train on nodes of a graph. Their own tests judge them.
+# Methods whose steps need not lower the loss on this batch: they follow a clean set or balanced data of another kind,
+# or train on nodes of a graph. Their own tests judge them.
 ELSEWHERE = {name for name in METHODS if name.startswith(("l2rw", "mlc", "metabalance", "meta-gcn"))}
 
 
