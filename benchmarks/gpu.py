@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from benchmarks.cases import CPU_CASES, Case
 from benchmarks.compare import compare, table
+from benchmarks.gpu_ops import measure_ops
 from benchmarks.rows import RESULTS, Row, append
 from metakern.testing import models
 
 MINUTES = 7.5
+SHARE_OF_OPERATORS = 0.25
 
 
 class GatedBlock(nn.Module):
@@ -137,18 +139,24 @@ def measure(device: str, cases: list[Case], minutes: float) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="re-weighted steps on a GPU, in plain steps")
+    parser = argparse.ArgumentParser(description="operators on a GPU, and re-weighted steps in plain steps")
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--only", default="", help="measure the cases whose name contains this")
+    parser.add_argument("--only", default="", help="measure the operators and cases whose name contains this")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = device == "cpu"
+    start = time.perf_counter()
+    operators = measure_ops(device, SHARE_OF_OPERATORS * options.minutes, options.only)
     cases = [*_sizes(small), *(map(_small, CPU_CASES) if small else CPU_CASES)]
-    rows = measure(device, [case for case in cases if options.only in case.name], options.minutes)
+    left = options.minutes - (time.perf_counter() - start) / 60
+    rows = measure(device, [case for case in cases if options.only in case.name], left)
     if small:
         print("no GPU here: a dry run at small sizes, nothing is kept; on a GPU these rows are not measured yet")
     else:
-        print("rows in", append(rows, device, "steps", Path(os.environ.get("OUT", RESULTS))))
+        folder = Path(os.environ.get("OUT", RESULTS))
+        for suite, found in (("ops", operators), ("steps", rows)):
+            if found:
+                print("rows in", append(found, device, suite, folder))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import csv
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,11 +68,11 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def append(rows: list[Row], device: str, suite: str, folder: Path = RESULTS) -> Path:
-    """Add rows to `<suite>-<device>.csv`; the header is written once and must stay the same."""
+def append(rows: Sequence[Any], device: str, suite: str, folder: Path = RESULTS) -> Path:
+    """Add rows, all of one dataclass, to `<suite>-<device>.csv`; its header is written once and must stay the same."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}-{device}.csv"
-    header = [*environment(device), *(field.name for field in fields(Row))]
+    header = [*environment(device), *(field.name for field in fields(rows[0]))]
     if path.exists():
         with path.open() as file:
             known = next(csv.reader(file))
