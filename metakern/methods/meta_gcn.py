@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import metakern
 from metakern.data import NodeTask
 from metakern.data.sampling import class_balanced
-from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, Step
+from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup, Step
 
 
 def node_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -44,9 +44,11 @@ def step(
 
 
 def begin(setup: Setup) -> Step:
-    """Raises: ValueError for a task that is no graph."""
+    """Raises: NotApplicable for a task that is no graph."""
     if not isinstance(setup.task, NodeTask):
-        raise ValueError(f"meta-gcn trains on the nodes of a graph, as in --data cora; for {setup.task.name} take l2rw")
+        raise NotApplicable(
+            f"meta-gcn trains on the nodes of a graph, as in --data cora; for {setup.task.name} take l2rw"
+        )
     return step
 
 
