@@ -1,4 +1,4 @@
-"""The GPU benchmarks of the operators, run dry: every operator has a case, and what this machine can run is measured."""
+"""The GPU benchmarks of the operators, run dry: every operator has a case, and what can run here is measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from metakern.ops import tiles
 from metakern.ops.select import OPERATORS
 
 
-def test_every_operator_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_ops, "ROUNDS", 2)
+def test_every_operator_is_measured() -> None:
     cases = list(gpu_ops.op_cases(small=True))
     assert {case.operator for case in cases} == set(OPERATORS)
     for case in cases:
@@ -22,11 +21,7 @@ def test_every_operator_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {impl for impl, row in rows.items() if row.status == "measured"} == {
             impl for impl, reason in reasons.items() if reason is None
         }
-        assert all(
-            row.microseconds and row.bytes and row.flops and row.share_of_copy
-            for row in rows.values()
-            if not (row.status.startswith("not measured: needs a CUDA tensor") or "not installed" in row.status)
-        )
+        assert all(row.bytes and row.flops and row.share_of_copy for row in rows.values() if row.microseconds)
 
 
 def test_full_sizes_are_those_that_have_a_figure_to_reach() -> None:
@@ -40,7 +35,7 @@ def test_tiles_are_written_as_they_are_committed() -> None:
 
 
 @pytest.mark.parametrize("element_size", tune.DTYPES)
-def test_candidates_hold_the_tiles_of_the_table(element_size: int) -> None:
+def test_a_candidate_takes_the_place_of_the_table(element_size: int) -> None:
     assert len(set(tune.candidates(element_size))) > 8
     tile = tune.candidates(element_size)[0]
     with tiles.instead(tile):
