@@ -47,8 +47,8 @@ def main() -> None:
     with FILE.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if not done:
-            head = f"# LeNet, 28 x 28, batch 100, {platform.machine()} CPU, 1 thread, fp32, torch {torch.__version__}"
-            print(f"{head}; median, 20th and 80th percentile of 25 pairs", file=file)
+            head = f"# LeNet, 28 x 28, batch 100, at most 100 meta images, {platform.machine()} CPU, 1 thread, fp32"
+            print(f"{head}, torch {torch.__version__}; median, 20th and 80th percentile of 25 pairs", file=file)
             writer.writerow(["method", "ratio", "low", "high"])
         for name, method in METHODS.items():
             measured = measure(name) if method.fit is None and name not in done else None
