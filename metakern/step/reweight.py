@@ -70,7 +70,7 @@ def reweight_step(
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
 
     Args:
-        rule: "clip_normalise", "softmax", "unclipped", or a function from dots [n] to weights [n].
+        rule: "clip_normalise", "floor", "softmax", "unclipped", or a function from dots [n] to weights [n].
         direction: from the meta gradient, by parameter name, to what the dots run along; see
             `metakern.step.direction` for weight decay and for preconditioning. None is the meta gradient itself.
         The others: as for `l2rw_step`.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from metakern.weights.rules import clip_normalise as clip_normalise
+from metakern.weights.rules import floor as floor
 from metakern.weights.rules import softmax as softmax
 from metakern.weights.rules import top_k as top_k
 from metakern.weights.rules import unclipped as unclipped
@@ -19,6 +20,7 @@ WeightRule = Callable[[Tensor], Tensor]
 
 RULES: dict[str, WeightRule] = {
     "clip_normalise": clip_normalise,
+    "floor": floor,
     "softmax": softmax,
     "unclipped": unclipped,
 }

@@ -37,3 +37,16 @@ def top_k(dots: Tensor, k: int) -> Tensor:
     weights = torch.zeros_like(dots)
     weights[dots.topk(k).indices] = 1 / k
     return weights
+
+
+def floor(dots: Tensor, share: float = 0.1) -> Tensor:
+    """v_n / sum_n v_n, v_n = max(dots_n, share * mean_n |dots_n|): no example is dropped; 1 / n if all dots are 0.
+
+    The least weight is that of a dot of `share` times the mean size of all. With no dot above it all weights are equal.
+    Source: none of the papers; users of L2RW ask for steps in which no example is lost.
+    """
+    if not share > 0:
+        raise ValueError(f"share must be positive, got {share}")
+    least = share * dots.abs().mean()
+    kept = torch.maximum(dots, least) + (least == 0).to(dots.dtype)
+    return kept / kept.sum()

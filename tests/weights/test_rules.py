@@ -32,7 +32,13 @@ def test_clip_normalise_sums_to_one_or_zero() -> None:
 def test_scale_cancels(scale: float) -> None:
     """Dots are in units of loss^2 per parameter^2: no size may be special."""
     dots = inputs.normal(9, dtype=torch.float32)
-    for rule in (weights.clip_normalise, weights.unclipped, weights.softmax, partial(weights.top_k, k=3)):
+    for rule in (
+        weights.clip_normalise,
+        weights.floor,
+        weights.unclipped,
+        weights.softmax,
+        partial(weights.top_k, k=3),
+    ):
         budget.assert_within(rule(dots * scale), rule(dots).double(), 1.0, terms=100, name=str(rule))
 
 
@@ -50,6 +56,18 @@ def test_softmax() -> None:
     budget.assert_within(weights.softmax(torch.ones(4)), torch.full((4,), 0.25), 1.0)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         weights.softmax(dots, temperature=0.0)
+
+
+def test_floor() -> None:
+    # The mean size is 2, a tenth of it 0.2.
+    got = weights.floor(torch.tensor([3.0, -4.0, 0.1, 0.9], dtype=torch.float64))
+    expected = torch.tensor([3.0, 0.2, 0.2, 0.9], dtype=torch.float64) / 4.3
+    budget.assert_within(got, expected, 1.0)
+    for alike in (torch.tensor([-1.0, -5.0, -2.0]), torch.zeros(3)):
+        budget.assert_within(weights.floor(alike), torch.full((3,), 1 / 3), 1.0)
+    assert bool(weights.floor(torch.tensor([1.0, float("nan")])).isnan().all())
+    with pytest.raises(ValueError, match="share must be positive, got 0"):
+        weights.floor(torch.ones(2), share=0.0)
 
 
 def test_top_k() -> None:
