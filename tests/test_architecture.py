@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"capture", "engines", "weights", "weighted_grad"},
     "data": set(),
     "methods": {"step", "weights", "data"},
-    "trainers": {"check_target", "step", "weights", "methods", "data", "report"},
+    "trainers": {"check_target", "step", "weights", "methods", "data", "report", "testing"},
     "integrations": {"step", "weights", "methods", "trainers"},
     "report": {"ops"},
     "cli": {"trainers", "methods", "data", "report", "testing"},

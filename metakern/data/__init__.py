@@ -5,6 +5,7 @@ task = binary_imbalance(source, majority=0.995, seed=0)
 task.train, task.meta, task.test                       # Examples: inputs, targets, ids
 """
 
+from metakern.data.augment import crop_and_flip
 from metakern.data.biased import biased
 from metakern.data.catalogue import NAMES, load
 from metakern.data.examples import Examples, Source, Task
@@ -30,6 +31,7 @@ __all__ = [
     "Task",
     "biased",
     "binary_imbalance",
+    "crop_and_flip",
     "data_dir",
     "load",
     "load_graph",

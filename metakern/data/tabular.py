@@ -10,6 +10,7 @@ import torch
 
 from metakern.data.examples import Examples, Source
 from metakern.data.folder import find_file
+from metakern.data.split import standardised, stratified
 
 
 def _source(name: str, features: np.ndarray, targets: np.ndarray, class_names: tuple[str, str]) -> Source:
@@ -18,17 +19,8 @@ def _source(name: str, features: np.ndarray, targets: np.ndarray, class_names: t
     Class 0 is the rare one everywhere: the imbalance generator makes class 1 the majority.
     """
     inputs, labels = torch.from_numpy(features).float(), torch.from_numpy(targets).long()
-    generator = torch.Generator().manual_seed(0)
-    train, test = [], []
-    for target in range(2):
-        rows = (labels == target).nonzero().squeeze(1)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        cut = len(rows) // 5
-        test.append(rows[:cut])
-        train.append(rows[cut:])
-    train_rows, test_rows = torch.cat(train), torch.cat(test)
-    known = inputs[train_rows]
-    inputs = (inputs - known.mean(0)) / known.std(0).clamp(min=1e-6)
+    train_rows, test_rows = stratified(labels, 2)
+    inputs = standardised(inputs, train_rows)
     training = Examples(inputs[train_rows], labels[train_rows], train_rows)
     return Source(name, training, Examples(inputs[test_rows], labels[test_rows], test_rows), class_names)
 

@@ -44,7 +44,7 @@ def _source(
     encode: Encode | None,
 ) -> Source:
     """Tokens [n, t] int64 by `encode`, or by the words or characters of the training texts."""
-    encode = encode or _by_frequency(train[0], split, length)
+    encode = encode or by_frequency(train[0], split, length)
 
     def examples(rows: Rows) -> Examples:
         return Examples(encode(rows[0]), torch.tensor(rows[1], dtype=torch.int64), torch.arange(len(rows[0])))
@@ -52,7 +52,7 @@ def _source(
     return Source(name, examples(train), examples(test), class_names, readable=train[0])
 
 
-def _by_frequency(texts: list[str], split: Callable[[str], list[str]], length: int) -> Encode:
+def by_frequency(texts: list[str], split: Callable[[str], list[str]], length: int) -> Encode:
     """Tokens [n, length]: from 2 by falling frequency in `texts`, 1 unknown, 0 after the end."""
     counts = Counter(token for text in texts for token in split(text))
     numbers = {token: k + 2 for k, (token, count) in enumerate(counts.most_common(20000)) if count > 1}

@@ -8,7 +8,7 @@ from itertools import islice, repeat
 import torch
 from torch import Tensor, nn
 
-from metakern.data import Task
+from metakern.data import Task, crop_and_flip
 from metakern.methods import Method, Setup
 from metakern.methods.method import Batch
 from metakern.trainers.config import TrainConfig
@@ -48,6 +48,10 @@ def make_batches(
         if size is None
         else method.meta_sampler(task.meta.targets.cpu(), size, torch.Generator().manual_seed(config.seed + 3))
     )
-    for own, meta in islice(zip(rows, meta_rows, strict=False), after, None):
+    for step, (own, meta) in islice(enumerate(zip(rows, meta_rows, strict=False)), after, None):
         own, meta = own.to(device), meta.to(device)
-        yield own, (task.train.inputs[own], task.train.targets[own]), (task.meta.inputs[meta], task.meta.targets[meta])
+        inputs = task.train.inputs[own]
+        if config.augment is not None:
+            # A generator for each step: a run that goes on from its checkpoint draws what it would have drawn.
+            inputs = crop_and_flip(inputs, torch.Generator().manual_seed((config.seed + 4) * 2**32 + step))
+        yield own, (inputs, task.train.targets[own]), (task.meta.inputs[meta], task.meta.targets[meta])

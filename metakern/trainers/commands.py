@@ -18,6 +18,7 @@ from metakern.trainers.config import add_options, from_options
 from metakern.trainers.demo import demo_config
 from metakern.trainers.leaderboard import aligned, as_text, leaderboard, save
 from metakern.trainers.loop import Run
+from metakern.trainers.networks import MODELS
 from metakern.trainers.report import write_comparison, write_report
 from metakern.trainers.step_costs import read_costs
 from metakern.trainers.step_time import step_time
@@ -168,3 +169,4 @@ def _list(options: argparse.Namespace) -> None:
     print("\nstep cost: in plain steps, measured at nine tenths of a run; -: not measured, or no steps.")
     print("page: docs/methods/PAGE.md")
     print("\ndata sets: " + ", ".join(NAMES))
+    print("models: " + ", ".join(MODELS) + ", transformers:DIR; a small one where none is named")

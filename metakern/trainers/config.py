@@ -32,7 +32,10 @@ class TrainConfig:
     noise_rate: float = _option(0.0, "share of labels the noise draws anew")
     train_size: int = _option(5000, "training and meta examples together, at most")
     meta_per_class: int = _option(5, "clean examples of each class that the meta set takes out of them")
-    model: str | None = _option(None, "the network for texts: transformer, or transformers:DIR for a pretrained one")
+    model: str | None = _option(
+        None, "the network: see 'metakern list', or transformers:DIR for a pretrained one (default: a small one)"
+    )
+    augment: str | None = _option(None, "crop-flip: training images shifted by up to 4 pixels and mirrored at random")
     seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
     steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
     schedule: float = _option(1.0, "share of the method's own number of steps to take")
@@ -63,7 +66,12 @@ class TrainConfig:
         for name in ("schedule", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("amp", (None, "bf16")), ("imbalance_shape", SHAPES)):
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("amp", (None, "bf16")),
+            ("imbalance_shape", SHAPES),
+            ("augment", (None, "crop-flip")),
+        ):
             if getattr(self, name) not in allowed:
                 known = ", ".join(choice for choice in allowed if choice)
                 raise ValueError(f"--{name.replace('_', '-')} must be one of {known}, got {getattr(self, name)!r}")

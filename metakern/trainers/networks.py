@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from metakern.data import NodeTask, Task
+from metakern.testing.networks import resnet
 from metakern.trainers.graph_network import GraphConvolution
 from metakern.trainers.lenet import LeNet, initialise
 from metakern.trainers.pretrained import Encoder, folder_of
@@ -19,12 +22,19 @@ def perceptron(features: int, classes: int, *, width: int = 64) -> nn.Module:
     )
 
 
-def convolutional(channels: int, classes: int, *, width: int = 32) -> nn.Module:
-    """images[n, c, h, w] -> logits[n, C]: three convolutions with GroupNorm, which keeps examples apart."""
+def group_norm(channels: int) -> nn.Module:
+    """Eight groups."""
+    return nn.GroupNorm(8, channels)
+
+
+def convolutional(
+    channels: int, classes: int, *, width: int = 32, norm: Callable[[int], nn.Module] = group_norm
+) -> nn.Module:
+    """images[n, c, h, w] -> logits[n, C]: three convolutions, by default with GroupNorm, which keeps examples apart."""
     layers: list[nn.Module] = []
     for k in range(3):
         out = width * 2**k
-        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(channels, out, 3, padding=1), norm(out), nn.ReLU(), nn.MaxPool2d(2)]
         channels = out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
@@ -42,7 +52,13 @@ class BagOfTokens(nn.Module):
         return self.head(self.embedding(tokens).sum(1) / lengths)
 
 
-MODELS = ("transformer",)
+# --model NAME for images; the small one of `convolutional` is what fits where no name is given
+IMAGE_MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "small-batchnorm": lambda classes: convolutional(3, classes, norm=nn.BatchNorm2d),
+    "resnet32": lambda classes: resnet(32, classes=classes),
+    "resnet32-groupnorm": lambda classes: resnet(32, classes=classes, norm=group_norm),
+}
+MODELS = (*IMAGE_MODELS, "transformer")
 
 
 def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
@@ -58,7 +74,16 @@ def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
         torch.manual_seed(seed)
         if folder is not None:
             return Encoder(folder, len(task.class_names))
+        if name in IMAGE_MODELS:
+            return _image_network(task, name)
         return _fitting(task, seed) if name is None else _text_network(task)
+
+
+def _image_network(task: Task, name: str) -> nn.Module:
+    inputs = task.train.inputs
+    if inputs.ndim != 4 or inputs.shape[1] != 3:
+        raise ValueError(f"--model {name} takes colour images [n, 3, h, w], got {inputs.dtype} {list(inputs.shape)}")
+    return IMAGE_MODELS[name](len(task.class_names)).to(memory_format=torch.channels_last)
 
 
 def _fitting(task: Task, seed: int) -> nn.Module:

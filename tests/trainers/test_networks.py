@@ -6,7 +6,7 @@ import torch
 import metakern
 from metakern.data import Examples, Task
 from metakern.trainers.evaluate import Errors, roc_area
-from metakern.trainers.networks import network_for
+from metakern.trainers.networks import IMAGE_MODELS, network_for
 
 
 def task(inputs: torch.Tensor, classes: int = 3) -> Task:
@@ -40,6 +40,16 @@ def test_the_ghost_engine_serves_every_network(kind):
     result = metakern.grad_dots(network_for(made, 0), batch, batch, engine="ghost")
     assert result.engine == "ghost"
     assert torch.isfinite(result.dots).all()
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_named_networks_for_images(name):
+    made = task(torch.rand(6, 3, 16, 16))
+    model = network_for(made, 0, name)
+    result = metakern.grad_dots(model, (made.train.inputs, made.train.targets), (made.meta.inputs, made.meta.targets))
+    assert result.engine == ("jvp" if any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) else "ghost")
+    with pytest.raises(ValueError, match=f"--model {name} takes colour images"):
+        network_for(task(INPUTS["LeNet"]), 0, name)
 
 
 def test_padding_does_not_count():
