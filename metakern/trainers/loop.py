@@ -109,11 +109,12 @@ class _Loop:
         if checkpoint is not None:
             self._load(checkpoint)
             return
+        self.metrics.begin()
         if isinstance(self.take, Prepared):
             self.take.prepare()
+        self.metrics.prepared()
         # After the preparation: what it draws does not shift the dropout of the run.
         torch.manual_seed(self.config.seed)
-        self.metrics.begin()
         if isinstance(self.take, Prepared):
             self._save()
 

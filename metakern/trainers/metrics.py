@@ -42,6 +42,10 @@ class MetricsFile:
         self._write("w", [self._columns, *rows])
         self._began = self._resumed = time.perf_counter()
 
+    def prepared(self) -> None:
+        """The method's preparation is over: it counts among the seconds, not in the steps a second."""
+        self._resumed = time.perf_counter()
+
     def _write(self, mode: str, rows: Sequence[Sequence[str]]) -> None:
         with self._path.open(mode, newline="") as file:
             csv.writer(file).writerows(rows)

@@ -1,6 +1,7 @@
 """What the loop offers a method: the setup, the setting of each step, and the meta batches."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from metakern.methods import METHODS, Method, find
 from metakern.methods.method import no_steps
 from metakern.trainers import train
+from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import write_report
 
 
@@ -48,6 +50,32 @@ def test_a_step_knows_its_rows_and_its_place(quick, tmp_path, monkeypatch):
         assert torch.equal(run.task.train.inputs[setting.indices], inputs)
         assert torch.equal(run.task.train.targets[setting.indices], targets)
         assert torch.equal(meta_targets, run.task.meta.targets)
+
+
+def test_preparation_is_part_of_the_time_but_not_of_the_speed(quick, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1
+        return now[0]
+
+    def begin(setup):
+        plain = find("uniform").begin(setup)
+
+        class Step:
+            def prepare(self):
+                now[0] += 1e6
+
+            def __call__(self, model, batch, meta_batch, *, optimizer, setting):
+                return plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
+
+        return Step()
+
+    monkeypatch.setitem(METHODS, "slow start", Method("slow start", "", "", begin))
+    monkeypatch.setattr("metakern.trainers.metrics.time", SimpleNamespace(perf_counter=clock))
+    run = train(replace(quick, method="slow start"), tmp_path, progress=False)
+    assert run.seconds > 1e6
+    assert all(speed > 0.1 for speed in read_metrics(tmp_path / "metrics.csv")["steps_per_second"])
 
 
 def test_meta_batches(quick, tmp_path, monkeypatch):
