@@ -77,7 +77,7 @@ def matrices(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor
     )
 
 
-def with_half_kept(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def with_half_kept(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     A, _, B = matrices(s, dtype, device)
     return A, B, (torch.arange(s["n"], device=device) % 2).float()
 

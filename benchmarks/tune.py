@@ -1,7 +1,7 @@
 """`python -m benchmarks.tune`: measure the tiles of the Triton kernels on this GPU and write them into the table.
 
 Every candidate runs at one size of each class of shapes ("small": few rows); the fastest takes the entry of this kind
-of device in metakern/ops/tiles.json. `pytest -m compiled tests/ops` then checks the new entries as it does the old ones.
+of device in metakern/ops/tiles.json. `pytest -m compiled tests/ops` then checks the new entries like the old ones.
 """
 
 import argparse

@@ -66,8 +66,10 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     found: Gradients = {}
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     if weight is not None:
-        found[id(weight)] = ops.weighted_grad(a, b, w)
-    if bias is not None:
+        found[id(weight)], shift = ops.weighted_grad(a, b, w, bias=bias is not None)
+        if bias is not None:
+            found[id(bias)] = shift
+    elif bias is not None:
         rows = w.to(b.dtype).repeat_interleave(b.shape[1]) if b.shape[1] > 1 else w.to(b.dtype)
         found[id(bias)] = torch.mv(b.reshape(-1, b.shape[-1]).t(), rows)
     return found

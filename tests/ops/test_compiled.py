@@ -73,6 +73,7 @@ def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: 
     """Compile for one architecture; registers, stack, local memory accesses and shared memory of the machine code."""
     element = "fp32" if element == "tf32" else element
     constants = {"M": tile.m, "N": tile.n, "K": tile.k, "PRECISION": precision, "UPCAST": False}
+    constants |= {"BIAS": True} if "BIAS" in kernel.arg_names else {}
     # the last stride of a contiguous operand is 1, which the launcher makes a constant
     last = (
         "stride_ai",
@@ -82,7 +83,7 @@ def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: 
         "stride_bo_meta",
     )
     constants |= {name: 1 for name in kernel.arg_names if name in last}
-    types = {**POINTERS, "kept_weights": "fp32", "count": "i32", "out": element}
+    types = {**POINTERS, "kept_weights": "fp32", "count": "i32", "out": element, "shift": element}
     if element == "fp8e4nv":
         types["B"] = "bf16"
     signature, aligned = {}, {}

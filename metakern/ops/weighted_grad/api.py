@@ -18,18 +18,21 @@ OPERATOR = Operator(
 )
 
 
-def weighted_grad(A: Tensor, B: Tensor, w: Tensor, *, impl: str | None = None) -> Tensor:
-    """Weighted sum of per-example gradients of a layer y = W x; rows of weight zero are never multiplied.
+def weighted_grad(
+    A: Tensor, B: Tensor, w: Tensor, *, bias: bool = False, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of per-example gradients of a layer y = W x + b; rows of weight zero are never multiplied.
 
-    `out = sum_n,t w_n B_nt A_nt^T`.
+    `G = sum_n,t w_n B_nt A_nt^T` and `g = sum_n,t w_n B_nt`.
 
     Args:
         A: inputs of the layer, [n, t, i], any strides.
         B: gradients of the summed losses at the layer's outputs, [n, t, o].
         w: weights [n], any floating dtype, any sign.
+        bias: whether g is wanted; without it g has shape [0].
         impl: None takes the first implementation that supports the case; a name never falls back.
-    Returns: [o, i] in A's dtype, accumulated in float32, or float64 for float64 operands.
+    Returns: G [o, i] and g [o] in A's dtype, accumulated in float32, or float64 for float64 operands.
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
         RuntimeError if the implementation asked for does not support the case.
     """
-    return OPERATOR(A, B, w, impl=impl)
+    return OPERATOR(A, B, w, bias, impl=impl)

@@ -15,28 +15,39 @@ from metakern.ops.operands import accumulator
 LOOP_ELEMENTS = 1 << 16
 
 
-def weighted_grad(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
+def weighted_grad(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
     kept = w.nonzero().squeeze(1)
     t, i = A.shape[1:]
     o = B.shape[2]
     if t * max(i, o) >= LOOP_ELEMENTS and A.dtype is accumulator(A.dtype):
-        return _by_example(A, B, w.to(A.dtype), kept)
+        return _by_example(A, B, w.to(A.dtype), kept, bias)
     if len(kept) < len(w):
         A, B, w = A.index_select(0, kept), B.index_select(0, kept), w.index_select(0, kept)
+    shift = _bias(B, w) if bias else B.new_empty(0)
     if i < o:
         A = _scaled(A, w.view(-1, 1, 1))
     else:
         B = _scaled(B, w.view(-1, 1, 1))
-    return torch.mm(B.flatten(0, 1).t(), A.flatten(0, 1))
+    return torch.mm(B.flatten(0, 1).t(), A.flatten(0, 1)), shift
 
 
-def _by_example(A: Tensor, B: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+def _by_example(A: Tensor, B: Tensor, w: Tensor, kept: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     out = A.new_zeros(B.shape[2], A.shape[2])
+    shift = A.new_zeros(B.shape[2] if bias else 0)
     narrow_inputs = A.shape[2] < B.shape[2]
     for n in kept.tolist():
         a, b = (_scaled(A[n], w[n]), B[n]) if narrow_inputs else (A[n], _scaled(B[n], w[n]))
         torch.addmm(out, b.t(), a, out=out)
-    return out
+        if bias:
+            shift += w[n] * B[n].sum(0) if narrow_inputs else b.sum(0)
+    return out, shift
+
+
+def _bias(B: Tensor, w: Tensor) -> Tensor:
+    """sum_nt w_n B_nt, every position with the weight of its example."""
+    t = B.shape[1]
+    rows = w.to(accumulator(B.dtype)) if t == 1 else w.to(accumulator(B.dtype)).repeat_interleave(t)
+    return torch.mv(B.flatten(0, 1).t().to(rows.dtype), rows).to(B.dtype)
 
 
 def _scaled(narrow: Tensor, w: Tensor) -> Tensor:

@@ -37,11 +37,12 @@ def kept_rows_kernel(w, kept, kept_weights, count, n, stride, BLOCK: tl.constexp
 
 @triton.jit
 def weighted_grad_kernel(
-    A, B, kept, kept_weights, count, out, t, i, o, splits,
+    A, B, kept, kept_weights, count, out, shift, t, i, o, splits,
     stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out[split, o, i] = sum over the split's kept rows of w B A^T."""
+    """out[split, o, i] = sum over the split's kept rows of w B A^T, and shift[split, o] that of w B."""
     output = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)
     split = tl.program_id(2)
@@ -52,6 +53,7 @@ def weighted_grad_kernel(
     b_column, b_inside = B + output.to(tl.int64) * stride_bo, (output < o)[:, None]
     a_column, a_inside = A + column.to(tl.int64) * stride_ai, (column < i)[None, :]
     total = tl.zeros((M, N), tl.float32)
+    sums = tl.zeros((M,), tl.float32)
     for start in range(split * share, last, K):
         row = start + tl.arange(0, K)
         inside = row < last
@@ -63,33 +65,41 @@ def weighted_grad_kernel(
         b = tl.load(b_column[:, None] + b_row[None, :], mask=b_inside & inside[None, :], other=0.0)
         a = tl.load(a_column[None, :] + a_row[:, None], mask=a_inside & inside[:, None], other=0.0)
         scaled = b.to(tl.float32) * weight[None, :]
+        if BIAS:  # noqa: SIM102 - known when compiled, the other is not
+            if tl.program_id(1) == 0:
+                sums += tl.sum(scaled, axis=1)
         if UPCAST:
             a = a.to(tl.float32)
         total = tl.dot(scaled.to(a.dtype), a, total, input_precision=PRECISION)
     place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=b_inside & a_inside)
+    if BIAS:  # noqa: SIM102
+        if tl.program_id(1) == 0:
+            tl.store(shift + split.to(tl.int64) * o + output, sums.to(shift.dtype.element_ty), mask=output < o)
 
 
-def weighted_grad(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
+def weighted_grad(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
     n, t, i = A.shape
     o = B.shape[2]
-    if 0 in (n, t, i, o):
-        return A.new_zeros(o, i)
+    if 0 in (n, t, o) or (i == 0 and not bias):
+        return A.new_zeros(o, i), A.new_zeros(o if bias else 0)
     kept = torch.empty(n, dtype=torch.int32, device=A.device)
     count = torch.empty((), dtype=torch.int32, device=A.device)
     kept_weights = torch.empty(n, dtype=torch.float32, device=A.device)
     kept_rows_kernel[(1,)](w, kept, kept_weights, count, n, w.stride(0), BLOCK=LIST_BLOCK, num_warps=4)
     tile = tile_for("weighted_grad", A, o, i)  # m is outputs, n is inputs, k is rows
-    tiles = (triton.cdiv(o, tile.m), triton.cdiv(i, tile.n))
+    tiles = (triton.cdiv(o, tile.m), max(1, triton.cdiv(i, tile.n)))  # without inputs there still is a bias
     splits = row_splits(tiles[0] * tiles[1], triton.cdiv(n * t, tile.k))
     # parts are rounded once, after they are added
-    out = torch.empty(splits, o, i, dtype=A.dtype if splits == 1 else torch.float32, device=A.device)
+    dtype = A.dtype if splits == 1 else torch.float32
+    out = torch.empty(splits, o, i, dtype=dtype, device=A.device)
+    shift = torch.empty(splits, o if bias else 0, dtype=dtype, device=A.device)
     weighted_grad_kernel[(*tiles, splits)](
-        A, B, kept, kept_weights, count, out, t, i, o, splits, *A.stride(), *B.stride(),
-        M=tile.m, N=tile.n, K=tile.k, PRECISION=precision(A.dtype), UPCAST=interpreting,
+        A, B, kept, kept_weights, count, out, shift, t, i, o, splits, *A.stride(), *B.stride(),
+        M=tile.m, N=tile.n, K=tile.k, PRECISION=precision(A.dtype), UPCAST=interpreting, BIAS=bias,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0).to(A.dtype)
+    return (out[0], shift[0]) if splits == 1 else (out.sum(0).to(A.dtype), shift.sum(0).to(A.dtype))
 
 
 def row_splits(tiles: int, steps: int) -> int:
