@@ -31,7 +31,7 @@ demo: setup  ## train plainly and with L2RW, and write a report
 
 test: setup  ## the whole suite: everything, then the Triton kernels under the interpreter
 	$(BIN)/python -m pytest -q tests/ops -m interpreter --interpreter
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 check: setup  ## ruff, pyright, clang-format
 	$(BIN)/ruff check .
@@ -44,5 +44,8 @@ format: setup  ## apply ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter-out %.txt,$(NATIVE))
 
-bench: setup  ## metakern and its peers, in plain steps
+bench: setup  ## metakern and its peers, in plain steps; README's table and the plots from the rows
+	@$(PIP) --editable '.[bench]'
+	@$(PIP) --no-deps backpack-for-pytorch
 	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks.publish
