@@ -7,7 +7,7 @@ task.train, task.meta, task.test                       # Examples: inputs, targe
 
 from metakern.data.augment import crop_and_flip
 from metakern.data.biased import biased
-from metakern.data.catalogue import NAMES, load
+from metakern.data.catalogue import NAMES, is_own, load, short_name
 from metakern.data.examples import Examples, Source, Task
 from metakern.data.folder import DataNotFound, data_dir
 from metakern.data.idx import read_idx
@@ -33,8 +33,10 @@ __all__ = [
     "binary_imbalance",
     "crop_and_flip",
     "data_dir",
+    "is_own",
     "load",
     "load_graph",
     "node_task",
     "read_idx",
+    "short_name",
 ]

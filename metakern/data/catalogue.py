@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from metakern.data.cifar10 import cifar10
+from metakern.data.csv_file import csv_file
 from metakern.data.digits import digits
 from metakern.data.examples import Source
 from metakern.data.folder import data_dir as find_data_dir
+from metakern.data.image_folder import image_folder
 from metakern.data.mnist import mnist
 from metakern.data.nodes import graph_source
 from metakern.data.tabular import credit_default, credit_fraud, haberman
@@ -38,17 +40,39 @@ _TEXTS: dict[str, Callable[[Path | None, Encode | None], Source]] = {
 NAMES = (*_LOADERS, *_TEXTS)
 
 
-def load(name: str, data_dir: str | Path | None = None, *, encode: Encode | None = None) -> Source:
+def is_own(name: str) -> bool:
+    """Does `name` stand for data of the user's own, "images:DIR" or "csv:FILE"?"""
+    return name.startswith(("images:", "csv:"))
+
+
+def short_name(name: str) -> str:
+    """A name that can be part of a folder's: of data of one's own the kind and the last part of the path."""
+    kind, _, path = name.partition(":")
+    return f"{kind}-{Path(path.split(',')[0]).stem}" if is_own(name) else name
+
+
+def load(
+    name: str, data_dir: str | Path | None = None, *, encode: Encode | None = None, label: str | None = None
+) -> Source:
     """The data set called `name`, read from `data_dir` or, without it, from the folder METAKERN_DATA names.
 
     `encode` turns the texts of a set of texts into tokens[n, t] int64; without it, their words or characters do.
-    Raises: ValueError listing the names when there is no such set, or for `encode` when the set has no texts;
+    Data of one's own are called "images:DIR", see `image_folder`, or "csv:FILE", see `csv_file`, whose column of
+    classes is `label`.
+    Raises: ValueError listing the names when there is no such set, or for `encode` or `label` when the set takes none;
     DataNotFound when its files are missing.
     """
+    kind, _, path = name.partition(":")
+    if kind == "csv":
+        return csv_file(path, label, encode)
+    if label is not None:
+        raise ValueError(f"--label names a column of --data csv:FILE, got {name!r}")
     if name in _TEXTS:
         return _TEXTS[name](find_data_dir(data_dir), encode)
     if encode is not None:
         raise ValueError(f"a tokenizer needs a set of texts ({', '.join(_TEXTS)}), got {name!r}")
+    if kind == "images":
+        return image_folder(path)
     if name not in _LOADERS:
-        raise ValueError(f"unknown data set {name!r}; there are: {', '.join(NAMES)}")
+        raise ValueError(f"unknown data set {name!r}; there are: {', '.join(NAMES)}, images:DIR, csv:FILE")
     return _LOADERS[name](find_data_dir(data_dir))

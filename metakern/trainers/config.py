@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from metakern.data import NOISE_KINDS, SHAPES
+from metakern.data import NOISE_KINDS, SHAPES, short_name
 from metakern.methods import Method
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
@@ -23,7 +23,8 @@ class TrainConfig:
     """One run. The defaults are the settings of the code published with L2RW (Ren et al., ICML 2018)."""
 
     method: str
-    data: str = _option("digits-4v9", "data set: see 'metakern list'")
+    data: str = _option("digits-4v9", "data set: see 'metakern list', or images:DIR, or csv:FILE")
+    label: str | None = _option(None, "--data csv:FILE: the column of the classes")
     data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
     majority: float | None = _option(None, "sets of two classes: share of the larger one in training (default: 0.995)")
     imbalance: float = _option(1.0, "sets of more classes: largest class to smallest")
@@ -90,7 +91,7 @@ class TrainConfig:
 
     def name(self) -> str:
         """A name for the run's folder: the data, its bias, the method and the seed."""
-        parts = [self.data]
+        parts = [short_name(self.data)]
         parts += [f"{self.majority:g}"] if self.majority is not None else []
         shape = "" if self.imbalance_shape == "exponential" else self.imbalance_shape
         parts += [f"{shape}imbalance{self.imbalance:g}"] if self.imbalance != 1 else []

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from metakern.data import Examples, GraphSource, Task, biased, binary_imbalance, load, node_task
+from metakern.data import Examples, GraphSource, Task, biased, binary_imbalance, is_own, load, node_task
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.pretrained import folder_of, tokenizer
 
@@ -17,7 +17,8 @@ def make_task(config: TrainConfig) -> Task:
     Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
     """
     folder = folder_of(config.model)
-    source = load(config.data, config.data_dir, encode=None if folder is None else tokenizer(folder))
+    encode = None if folder is None else tokenizer(folder)
+    source = load(config.data, config.data_dir, encode=encode, label=config.label)
     size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
     if isinstance(source, GraphSource):
         if config.majority is not None or config.noise is not None:
@@ -29,7 +30,9 @@ def make_task(config: TrainConfig) -> Task:
             meta_per_class=meta_per_class,
             seed=seed,
         )
-    if len(source.class_names) == 2:
+    if is_own(config.data):
+        size = len(source.train)  # all of them, as they are, unless a bias is asked for
+    if len(source.class_names) == 2 and not (is_own(config.data) and config.majority is None):
         if config.imbalance != 1 or config.noise is not None:
             raise ValueError(f"--imbalance and --noise are for more than two classes; {config.data} takes --majority")
         majority = 0.995 if config.majority is None else config.majority
@@ -42,7 +45,7 @@ def make_task(config: TrainConfig) -> Task:
         shape=config.imbalance_shape,
         noise=config.noise,
         rate=config.noise_rate,
-        size=size,
+        size=None if is_own(config.data) else size,
         meta_per_class=meta_per_class,
         seed=seed,
     )

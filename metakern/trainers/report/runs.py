@@ -61,7 +61,8 @@ def write_report(
     """
     records = [_read(folder) for folder in folders]
     try:
-        source = load(records[0].config["data"], data_dir or records[0].config["data_dir"])
+        config = records[0].config
+        source = load(config["data"], data_dir or config["data_dir"], label=config.get("label"))
     except DataNotFound:
         source = None
     first = records[0].config

@@ -1,0 +1,130 @@
+"""A table of one's own: numbers to be standardised, or a column of texts."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metakern.data.examples import Examples, Source
+from metakern.data.folder import DataNotFound
+from metakern.data.labels import numbered
+from metakern.data.split import standardised, stratified
+from metakern.data.text import Encode, by_frequency, characters, words
+
+LENGTH = 64  # tokens of a text that are read
+
+
+def csv_file(names: str, label: str | None, encode: Encode | None = None) -> Source:
+    """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes.
+
+    Columns of numbers are standardised by the training rows; an empty cell counts as the mean. A column "text", or a
+    single column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the
+    other columns are left out then. The test set is TESTFILE, or the rows whose column "split" says test, or a fifth of
+    each class, the same in every run. Ids are row numbers, from 0 below the head, over both files.
+    Raises: ValueError for columns that are missing or cannot be read, DataNotFound for a missing file.
+    """
+    paths = [Path(name).expanduser() for name in names.split(",")]
+    if len(paths) > 2:
+        raise ValueError(f"csv: takes FILE or FILE,TESTFILE, got {len(paths)} files")
+    tables = [_rows(path) for path in paths]
+    rows = [row for table in tables for row in table]
+    head = list(rows[0])
+    if label is None:
+        raise ValueError(f"csv: --label must name the column of the classes, one of {', '.join(head)}")
+    if label not in head:
+        raise ValueError(f"csv: --label {label!r} is no column of {paths[0]}; there are {', '.join(head)}")
+    for k, row in enumerate(rows):
+        if not row[label].strip():
+            raise ValueError(f"csv: row {k + 1} has no {label!r}")
+    targets, class_names = numbered([row[label].strip() for row in rows])
+    columns = [name for name in head if name not in (label, "split")]
+    text = _text_column(rows, columns)
+    train, test = _division(rows, targets, len(class_names), len(tables[0]) if len(tables) == 2 else None)
+    texts = None if text is None else [row[text] for row in rows]
+    inputs = _numbers(rows, columns, train, encode) if texts is None else _tokens(texts, train, encode)
+    training, testing = (Examples(inputs[part], targets[part], part) for part in (train, test))
+    return Source(paths[0].stem, training, testing, class_names, readable=texts)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise DataNotFound(f"csv: there is no file {str(path)!r}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if not rows or not reader.fieldnames:
+        raise ValueError(f"csv: {path} has no rows below its head")
+    names = [name.strip() for name in reader.fieldnames]
+    for k, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise ValueError(f"csv: row {k + 1} of {path} has not {len(names)} cells, as the head has")
+    return [dict(zip(names, row.values(), strict=True)) for row in rows]
+
+
+def _division(
+    rows: list[dict[str, str]], targets: Tensor, classes: int, first_of_test: int | None
+) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on and to test on.
+
+    Raises: ValueError when a part would be empty, or for another word in "split".
+    """
+    if first_of_test is not None:
+        return torch.arange(first_of_test), torch.arange(first_of_test, len(rows))
+    if "split" not in rows[0]:
+        train, test = stratified(targets, classes)
+    else:
+        given = [row["split"].strip() for row in rows]
+        if set(given) != {"train", "test"}:
+            raise ValueError(f"csv: the column 'split' must hold train and test, got {sorted(set(given))}")
+        where = torch.tensor([word == "test" for word in given])
+        train, test = (~where).nonzero().squeeze(1), where.nonzero().squeeze(1)
+    if not len(test):
+        raise ValueError("csv: no class has the five rows of which one is tested on; add rows, or a test file")
+    return train, test
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell.strip() else math.nan
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        _number(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _text_column(rows: list[dict[str, str]], columns: list[str]) -> str | None:
+    """The column of texts, None where all columns are numbers.
+
+    Raises: ValueError for columns that are neither.
+    """
+    if "text" in columns:
+        return "text"
+    other = [name for name in columns if not all(_is_number(row[name]) for row in rows)]
+    if columns and not other:
+        return None
+    if len(other) == 1 and len(columns) == 1:
+        return other[0]
+    raise ValueError(
+        f"csv: columns that hold no numbers: {', '.join(other) or 'none, and none that do'}; write them as numbers, "
+        "leave them out, or call the column of texts 'text'"
+    )
+
+
+def _numbers(rows: list[dict[str, str]], columns: list[str], train: Tensor, encode: Encode | None) -> Tensor:
+    if encode is not None:
+        raise ValueError("a tokenizer needs a column of texts, and this table has numbers")
+    values = torch.tensor([[_number(row[name]) for name in columns] for row in rows], dtype=torch.float64)
+    return standardised(values, train).float()
+
+
+def _tokens(texts: list[str], train: Tensor, encode: Encode | None) -> Tensor:
+    known = [texts[k] for k in train.tolist()]
+    spaces = sum(text.count(" ") for text in known) / max(1, sum(map(len, known)))
+    return (encode or by_frequency(known, words if spaces > 0.05 else characters, LENGTH))(texts)

@@ -1,0 +1,98 @@
+"""Images of one's own: a folder with a folder for each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metakern.data.examples import Examples, Source
+from metakern.data.folder import DataNotFound
+from metakern.data.labels import numbered
+from metakern.data.split import stratified
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
+SIDE = 64
+
+
+def image_folder(folder: str) -> Source:
+    """FOLDER/CLASS/image, or FOLDER/train/CLASS/image and FOLDER/test/CLASS/image; images [n, c, h, w] float32.
+
+    Without train and test a fifth of each class is the test set, the same in every run. One channel where every image
+    is grey, else three; images of several sizes are scaled to a shorter side of 64 and cut to 64 x 64 in the middle.
+    Each channel has mean 0 and deviation 1 over the training images. Ids are places in the sorted list of files.
+    Raises: DataNotFound for a missing folder, ValueError where there are no images or the test set has other classes,
+    ModuleNotFoundError without Pillow.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataNotFound(f"images: there is no folder {str(root)!r}")
+    divided = (root / "train").is_dir() and (root / "test").is_dir()
+    files = _files(root / "train") if divided else _files(root)
+    trained = len(files)
+    known = {path.parent.name for path in files}
+    if divided:
+        files += _files(root / "test")
+    if not files or not trained:
+        raise ValueError(f"images: {root} has no folders of images, which end in {', '.join(ENDINGS)}")
+    unknown = {path.parent.name for path in files} - known
+    if unknown:
+        raise ValueError(f"images: {root / 'test'} has classes that train has not: {', '.join(sorted(unknown))}")
+    targets, class_names = numbered([path.parent.name for path in files])
+    if divided:
+        train, test = torch.arange(trained), torch.arange(trained, len(files))
+    else:
+        train, test = stratified(targets, len(class_names))
+    if not len(test):
+        raise ValueError(f"images: no image of {root} is left to test on; a class needs five, or make a folder test")
+    inputs = _normalised(_pixels(files), train)
+    training, testing = (Examples(inputs[part], targets[part], part) for part in (train, test))
+    return Source(root.name, training, testing, class_names)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("*/*") if path.suffix.lower() in ENDINGS)
+
+
+def _pixels(files: list[Path]) -> Tensor:
+    """[n, c, h, w] uint8."""
+    pictures = [_open(path) for path in files]
+    grey = all(picture.mode in ("1", "L", "I;16") for picture in pictures)
+    same = len({picture.size for picture in pictures}) == 1
+    arrays = [
+        np.asarray((picture if same else _squared(picture)).convert("L" if grey else "RGB")) for picture in pictures
+    ]
+    pixels = torch.from_numpy(np.stack(arrays))
+    return pixels.unsqueeze(1) if grey else pixels.permute(0, 3, 1, 2)
+
+
+def _open(path: Path) -> Any:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError("images need Pillow; try: pip install 'metakern[train]'", name="PIL") from missing
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture.copy()
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"images: {path} cannot be read: {error}") from error
+
+
+def _squared(picture: Any) -> Any:
+    """Scaled to a shorter side of SIDE, the middle SIDE x SIDE of it."""
+    width, height = picture.size
+    scale = SIDE / min(width, height)
+    width, height = max(SIDE, round(width * scale)), max(SIDE, round(height * scale))
+    left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    return picture.resize((width, height), 2).crop((left, top, left + SIDE, top + SIDE))
+
+
+def _normalised(pixels: Tensor, train: Tensor) -> Tensor:
+    values = pixels.float().div_(255)
+    known = values[train]
+    mean, deviation = known.mean((0, 2, 3), keepdim=True), known.std((0, 2, 3), keepdim=True)
+    return values.sub_(mean).div_(deviation.clamp(min=1e-6))

@@ -1,0 +1,32 @@
+"""From the names of classes to their numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def numbered(labels: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+    """targets[n] int64 and the class names: in order, or of two classes the rarer first, as all sets of two are here.
+
+    Raises: ValueError when there are not two classes at least.
+    """
+    counts = Counter(labels)
+    if len(counts) < 2:
+        raise ValueError(f"there must be two classes at least, got {sorted(counts)}")
+    names = sorted(counts, key=_in_order)
+    if len(names) == 2:
+        names.sort(key=lambda name: counts[name])
+    numbers = {name: k for k, name in enumerate(names)}
+    return torch.tensor([numbers[label] for label in labels]), tuple(names)
+
+
+def _in_order(name: str) -> tuple[float, str]:
+    """Numbers by value, other names after them by letter."""
+    try:
+        return float(name), name
+    except ValueError:
+        return float("inf"), name

@@ -1,0 +1,166 @@
+"""Data of one's own: tables, texts and folders of images, and what is said about those that cannot be read."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from metakern.data import DataNotFound, load, short_name
+from metakern.data.split import standardised, stratified
+from metakern.trainers.config import TrainConfig
+from metakern.trainers.task import make_task
+
+
+def write(path: Path, lines: list[str]) -> str:
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return f"csv:{path}"
+
+
+def table(n: int = 40) -> list[str]:
+    """A quarter of the rows are of the class "yes"."""
+    return ["a, b,kind", *(f"{k},{k * k % 7},{'yes' if k % 4 == 0 else 'no'}" for k in range(n))]
+
+
+def test_numbers(tmp_path):
+    source = load(write(tmp_path / "own.csv", table()), label="kind")
+    assert source.class_names == ("yes", "no")  # the rarer first
+    assert source.train.counts(2).tolist() == [8, 24]
+    assert source.test.counts(2).tolist() == [2, 6]
+    assert source.name == "own"
+    everything = sorted([*source.train.ids.tolist(), *source.test.ids.tolist()])
+    assert everything == list(range(40))
+    torch.testing.assert_close(source.train.inputs.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(source.train.inputs.std(0), torch.ones(2))
+    again = load(f"csv:{tmp_path / 'own.csv'}", label="kind")
+    assert torch.equal(source.test.ids, again.test.ids)
+    # The statistics are those of the training rows, also for the others.
+    a, train = torch.arange(40.0), source.train.ids
+    torch.testing.assert_close(source.test.inputs[:, 0], (a[source.test.ids] - a[train].mean()) / a[train].std())
+
+
+def test_missing_cells_are_the_mean(tmp_path):
+    lines = ["a,kind", *(f"{'' if k == 3 else k},{k % 3}" for k in range(30))]
+    source = load(write(tmp_path / "own.csv", lines), label="kind")
+    part = source.train if 3 in source.train.ids else source.test
+    assert part.inputs[part.ids == 3].tolist() == [[0.0]]
+    assert source.class_names == ("0", "1", "2")
+
+
+def test_split_column_and_test_file(tmp_path):
+    marked = ["a,kind,split", *(f"{k},{k % 2},{'test' if k > 7 else 'train'}" for k in range(12))]
+    source = load(write(tmp_path / "own.csv", marked), label="kind")
+    assert source.train.ids.tolist() == list(range(8))
+    assert source.test.ids.tolist() == [8, 9, 10, 11]
+    assert source.train.inputs.shape[1] == 1
+    train, test = (write(tmp_path / f"{name}.csv", table(12)) for name in ("train", "test"))
+    source = load(f"{train},{test.removeprefix('csv:')}", label="kind")
+    assert source.train.ids.tolist() == list(range(12))
+    assert source.test.ids.tolist() == list(range(12, 24))
+
+
+def test_texts(tmp_path):
+    words = ["note,text,kind", *(f"x,the word number{k % 3} again,{k % 2}" for k in range(20))]
+    source = load(write(tmp_path / "words.csv", words), label="kind")
+    assert source.train.inputs.dtype == torch.int64
+    assert (source.train.inputs != 0).sum(1).unique().tolist() == [4]
+    assert source.readable[5] == "the word number2 again"
+    signs = ["body,kind", *(f"今天天气很好,{k % 2}" for k in range(20))]
+    source = load(write(tmp_path / "signs.csv", signs), label="kind")
+    assert (source.train.inputs != 0).sum(1).unique().tolist() == [6]
+
+
+@pytest.mark.parametrize(
+    ("lines", "label", "message"),
+    [
+        (table(), None, "--label must name the column of the classes, one of a, b, kind"),
+        (table(), "class", "--label 'class' is no column of .*; there are a, b, kind"),
+        (["a,kind", "1,x", "2,"], "kind", "row 2 has no 'kind'"),
+        (["a,kind", "1,x", "2,y,z"], "kind", "row 2 of .* has not 2 cells"),
+        (["a,kind", "1,x", "2,x"], "kind", "two classes at least, got \\['x'\\]"),
+        (["a,b,kind", "1,red,x", "2,blue,y"], "kind", "columns that hold no numbers: b; write them as numbers"),
+        (["a,kind,split", "1,x,train", "2,y,dev"], "kind", "must hold train and test, got \\['dev', 'train'\\]"),
+        (["a,kind", "1,x", "2,y"], "kind", "no class has the five rows"),
+        (["a,kind"], "kind", "has no rows"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, lines, label, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path / "own.csv", lines), label=label)
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(DataNotFound, match="no file"):
+        load(f"csv:{tmp_path / 'absent.csv'}", label="kind")
+    with pytest.raises(ValueError, match="--label names a column of --data csv:FILE, got 'digits'"):
+        load("digits", label="kind")
+    with pytest.raises(DataNotFound, match="no folder"):
+        load(f"images:{tmp_path / 'absent'}")
+    with pytest.raises(ValueError, match="has no folders of images"):
+        load(f"images:{tmp_path}")
+
+
+def paint(path: Path, shade: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, shade if mode == "L" else (shade, 0, 255 - shade)).save(path)
+
+
+def test_images(tmp_path):
+    for k in range(10):
+        for name, shade in (("dark", 10), ("light", 200), ("bright", 250)):
+            paint(tmp_path / name / f"{k}.png", shade + k % 5)
+    source = load(f"images:{tmp_path}")
+    assert source.class_names == ("bright", "dark", "light")
+    assert source.train.inputs.shape == (24, 3, 8, 8)
+    assert source.test.counts(3).tolist() == [2, 2, 2]
+    assert not set(source.train.ids.tolist()) & set(source.test.ids.tolist())
+    torch.testing.assert_close(source.train.inputs[:, 0].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    (tmp_path / "dark" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.png cannot be read"):
+        load(f"images:{tmp_path}")
+
+
+def test_images_with_a_test_folder_and_several_sizes(tmp_path):
+    for part, count in (("train", 3), ("test", 2)):
+        for name in ("a", "b"):
+            for k in range(count):
+                paint(tmp_path / part / name / f"{k}.png", 40 * k, size=(70 + k, 90), mode="L")
+    source = load(f"images:{tmp_path}")
+    assert source.train.inputs.shape == (6, 1, 64, 64)
+    assert source.test.inputs.shape == (4, 1, 64, 64)
+    paint(tmp_path / "test" / "c" / "0.png", 0)
+    with pytest.raises(ValueError, match="classes that train has not: c"):
+        load(f"images:{tmp_path}")
+
+
+def test_images_need_pillow(tmp_path, monkeypatch):
+    paint(tmp_path / "a" / "0.png", 0)
+    paint(tmp_path / "b" / "0.png", 0)
+    for k in range(1, 6):
+        paint(tmp_path / "b" / f"{k}.png", 0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ModuleNotFoundError, match=r"images need Pillow; try: pip install 'metakern\[train\]'"):
+        load(f"images:{tmp_path}")
+
+
+def test_a_task_takes_the_rows_as_they_are(tmp_path):
+    config = TrainConfig("uniform", data=write(tmp_path / "own.csv", table(200)), label="kind", train_size=10)
+    task = make_task(config)
+    assert task.meta.counts(2).tolist() == [5, 5]
+    assert task.train.counts(2).tolist() == [35, 115]
+    parts = [set(part.ids.tolist()) for part in (task.train, task.meta, task.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200
+    assert config.name() == "csv-own-uniform-0"
+    assert short_name("digits") == "digits"
+
+
+def test_stratified_and_standardised_by_hand():
+    targets = torch.tensor([0] * 10 + [1] * 4)
+    train, test = stratified(targets, 2)
+    assert torch.bincount(targets[test], minlength=2).tolist() == [2, 0]
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(14))
+    values = torch.tensor([[1.0], [3.0], [float("nan")], [5.0]])
+    found = standardised(values, torch.tensor([0, 1]))
+    torch.testing.assert_close(found, torch.tensor([[-1.0], [1.0], [0.0], [3.0]]) / 2**0.5)
