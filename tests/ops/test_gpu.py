@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import metakern
 from metakern.ops.select import OPERATORS
 from metakern.testing.budget import unit, verdict
 from tests.ops.cases import CASES
@@ -69,6 +70,35 @@ def test_captured_in_a_cuda_graph(name: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert same(got, want)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no products of eight bits"
+)
+@pytest.mark.parametrize("sizes", [(7, 1, 33, 17), (3, 130, 64, 272), (128, 64, 256, 128)], ids=str)
+def test_eight_bit_operands(sizes: tuple[int, ...]) -> None:
+    A, V, B = on_gpu(CASES["direction_dots"].arguments(sizes, torch.bfloat16))
+    A, V = A.to(torch.float8_e4m3fn), V.to(torch.float8_e4m3fn)
+    wide = A.double(), V.double(), B.double()
+    scale = CASES["direction_dots"].scale(*wide) * unit(torch.bfloat16, CASES["direction_dots"].terms(sizes))
+    got = OPERATORS["direction_dots"](A, V, B, impl="triton")
+    result = verdict(f"direction_dots {sizes}", got, OPERATORS["direction_dots"](*wide, impl="reference"), scale)
+    assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp8"])
+def test_dot_precision_leaves_the_gradient_alone(precision: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).cuda()
+    x, y = torch.randn(16, 64).cuda(), torch.arange(16).cuda() % 4
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    result = metakern.l2rw_step(model, (x, y), (x[:3], y[:3]), engine="ghost", dot_precision=precision)
+    assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    want = torch.autograd.grad((result.weights * losses).sum(), list(model.parameters()))
+    for p, grad in zip(model.parameters(), want, strict=True):
+        assert p.grad is not None
+        assert verdict("gradient", p.grad, grad, unit(torch.float32, 1024) * grad.abs().max()).ok
 
 
 def test_offsets_beyond_32_bits() -> None:
