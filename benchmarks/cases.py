@@ -3,11 +3,12 @@
 Data are random numbers. Labels are not: real labels leave L2RW with 0.3 to 0.5 of a batch (the rest gets weight zero),
 random ones with anything, and the cost depends on it. So each train label is chosen, among all classes, to give its
 example a positive dot for the first `KEPT` of the batch and a negative one for the rest; the share that a run really
-kept is reported beside its time.
+kept is reported beside its time. `SCALING` grows one size at a time, that share among them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class Case:
     fused: bool = False
     dtype: torch.dtype = torch.float32
     prototype: float | None = None
+    kept: float = KEPT
 
     @property
     def shapes(self) -> str:
@@ -83,6 +85,32 @@ CPU_CASES = [
     Case("sdpa-64-4", lambda: models.Transformer(fused=True), **TRANSFORMER, n=64, m=4, fused=True, prototype=1.5),
 ]
 
+# Of the steps with a second network or a second order.
+META_CASES = [
+    Case("conv-128-16", models.conv_net, (3, 32, 32), 128, 16),
+    Case("transformer-64-8", models.Transformer, **TRANSFORMER, n=64, m=8),
+    Case("mlp-256-16", models.mlp, (1024,), 256, 16),
+    Case("mlp-1024-32", models.mlp, (1024,), 1024, 32),
+    Case("lenet-100-10", lambda: models.lenet(10), (1, 28, 28), 100, 10),
+]
+
+
+def _grown() -> list[Case]:
+    """One size at a time, from an MLP of 4 x 512 at 256 / 16 and a transformer of 2 x 128 at 32 / 4, length 32."""
+    mlp = Case("", partial(models.mlp, 512), (512,), 256, 16)
+    text = Case("", partial(models.Transformer, 128, 2), (32,), 32, 4, vocabulary=1000)
+    return [
+        *(replace(mlp, name=f"n={n}", n=n) for n in (64, 256, 1024)),
+        *(replace(mlp, name=f"m={m}", m=m) for m in (1, 16, 64, 256)),
+        *(replace(mlp, name=f"width={w}", build=partial(models.mlp, w), shape=(w,)) for w in (128, 512, 2048)),
+        *(replace(mlp, name=f"depth={d}", build=partial(models.mlp, 512, d)) for d in (1, 4, 16)),
+        *(replace(mlp, name=f"zeros={1 - kept:.1f}", kept=kept) for kept in (1.0, 0.6, 0.2)),
+        *(replace(text, name=f"T={t}", shape=(t,)) for t in (8, 32, 128)),
+    ]
+
+
+SCALING = _grown()
+
 
 def problem_of(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
     """The model and its batches, seeded, with labels that keep about `KEPT` of the batch."""
@@ -127,5 +155,5 @@ def _labels_that_keep(problem: Problem) -> Tensor:
         torch._foreach_add_(params, direction, alpha=step)
     tangents = (ahead - behind) / (2 * step)
     # dl/dz . dz = sum_c softmax_c dz_c - dz_label: a small dz gives a positive dot, a large one a negative dot.
-    keep = torch.arange(len(tangents), device=tangents.device) < round(KEPT * len(tangents))
+    keep = torch.arange(len(tangents), device=tangents.device) < round(problem.case.kept * len(tangents))
     return torch.where(keep.view(-1, *(1,) * (tangents.dim() - 2)), tangents.argmin(1), tangents.argmax(1))

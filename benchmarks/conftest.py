@@ -1,4 +1,4 @@
-"""Options of the benchmarks, the table at the end, and the rows that are kept."""
+"""Options of the benchmarks, the tables at the end, and the rows that are kept."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,13 @@ from benchmarks.cases import CPU_CASES
 from benchmarks.compare import table
 from benchmarks.rows import Row, append
 
-ROWS: list[Row] = []
+ROWS: dict[str, list[Row]] = {"steps": [], "meta-steps": [], "ops": [], "scaling": []}
+UNITS = {
+    "steps": "a re-weighted step, in plain steps",
+    "meta-steps": "a step of mwnet, mlc and metabalance, in plain steps",
+    "ops": "an operator, in its composition of torch calls",
+    "scaling": "a re-weighted step, in plain steps, as one size grows",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,15 +35,28 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def collected() -> list[Row]:
-    """Rows put here are printed at the end."""
+def collected() -> dict[str, list[Row]]:
+    """Rows put here, by suite, are printed and recorded at the end."""
     return ROWS
 
 
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    return request.config.getoption("--seconds")
+
+
+@pytest.fixture
+def providers(request: pytest.FixtureRequest) -> list[str] | None:
+    """The ways asked for; None for all."""
+    names = request.config.getoption("--providers")
+    return names.split(",") if names else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not ROWS:
-        return
-    terminalreporter.section("a re-weighted step, in plain steps (median of interleaved rounds; 20-80 % spread)")
-    terminalreporter.write_line(table(ROWS, {case.name: case.prototype for case in CPU_CASES}))
-    if not config.getoption("--no-record"):
-        terminalreporter.write_line(f"rows appended to benchmarks/results/{append(ROWS, 'cpu', 'steps').name}")
+    for suite, rows in ROWS.items():
+        if not rows:
+            continue
+        terminalreporter.section(f"{UNITS[suite]} (median of interleaved rounds; 20-80 % spread)")
+        terminalreporter.write_line(table(rows, {case.name: case.prototype for case in CPU_CASES}))
+        if not config.getoption("--no-record"):
+            terminalreporter.write_line(f"rows appended to benchmarks/results/{append(rows, 'cpu', suite).name}")

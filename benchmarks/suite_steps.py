@@ -2,19 +2,27 @@
 
 import pytest
 
-from benchmarks.cases import CPU_CASES, Case
+from benchmarks.cases import CPU_CASES, SCALING, Case
 from benchmarks.compare import compare
 from benchmarks.rows import Row
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)
-def test_step(case: Case, benchmark, collected: list[Row], request: pytest.FixtureRequest) -> None:
+def test_step(case: Case, collected: dict[str, list[Row]], seconds: float, providers: list[str] | None) -> None:
     """No time is asserted; that metakern's numbers are right is."""
-    seconds = request.config.getoption("--seconds")
-    only = request.config.getoption("--providers").split(",") if request.config.getoption("--providers") else None
-    keywords = {"seconds": seconds, "only": only}
-    rows = benchmark.pedantic(compare, args=(case,), kwargs=keywords, rounds=1, iterations=1)
-    collected.extend(rows)
-    benchmark.extra_info.update({row.provider: row.ratio for row in rows})
+    rows = compare(case, seconds=seconds, only=providers)
+    collected["steps"].extend(rows)
+    _require_ours(rows)
+
+
+@pytest.mark.parametrize("case", SCALING, ids=lambda case: case.name)
+def test_scaling(case: Case, collected: dict[str, list[Row]], seconds: float) -> None:
+    """The same step as one size grows; at a fifth of the time each."""
+    rows = compare(case, seconds=seconds / 5, only=["double_backward (short)", "metakern", "metakern two_pass"])
+    collected["scaling"].extend(rows)
+    _require_ours(rows)
+
+
+def _require_ours(rows: list[Row]) -> None:
     failed = [row for row in rows if row.provider.startswith("metakern") and not row.measured]
     assert not failed, "; ".join(f"{row.provider}: {row.status}" for row in failed)

@@ -64,3 +64,109 @@ def test_gate_and_rows(tmp_path: Path) -> None:
     assert 0.2 <= float(rows[0]["kept"]) <= 0.6
     for key in ("date", "commit", "dirty", "device", "threads", "torch", "dtype", "shapes"):
         assert rows[0][key], key
+
+
+PUBLISHED = """
+from xml.etree import ElementTree
+from benchmarks.publish import PAGES, RESULTS, plot_files, published
+
+for page, table in PAGES.items():
+    text = page.read_text()
+    assert published(text, table) == text, f"{page} is not what the rows give: python -m benchmarks.publish"
+for name, plot in plot_files().items():
+    assert (RESULTS / name).read_text() == plot, f"{name} is not what the rows give: python -m benchmarks.publish"
+    ElementTree.fromstring(plot)
+"""
+
+
+def test_tables_and_plots_are_what_the_rows_give() -> None:
+    run(["-c", PUBLISHED])
+
+
+ONE_OF_EACH = """
+from dataclasses import replace
+import torch
+from benchmarks import meta_steps
+from benchmarks.cases import META_CASES, problem_of
+from benchmarks.meta_steps import META_STEPS
+from benchmarks.operators import OPERATORS, judge, ways
+from benchmarks.suite_meta_steps import meta_rows
+from metakern.testing import models
+
+torch.set_num_threads(1)
+case = replace(META_CASES[2], n=12, m=3, shape=(16,), build=lambda: models.mlp(16, 2))
+for step in META_STEPS:
+    rows = {row.provider: row for row in meta_rows(step, case, 0.0)}
+    assert rows["double_backward (published)"].measured, rows
+    assert rows["metakern"].measured and rows["metakern"].gradient_budget_used <= 1, rows
+    assert len({row.case for row in rows.values()}) == 1
+
+problem, network = problem_of(case), META_STEPS[0].network(10)
+gate = meta_steps.MetaGate(META_STEPS[0], problem, network)
+outcome = meta_steps.ways(META_STEPS[0], problem, network)["metakern"]()()
+assert gate.judge(outcome).green
+network[0].weight.grad.mul_(1.01)
+assert not gate.judge(outcome).green
+
+clip = next(operator for operator in OPERATORS if operator.name == "clip_normalise")
+shares, made = judge(clip), ways(clip)
+right = made["metakern"]()()
+assert shares(right).green
+assert not shares(replace(right, result=(right.result[0] * 1.001,))).green
+"""
+
+
+def test_meta_steps_and_operators_are_checked() -> None:
+    """The published sequence of each step runs and agrees with metakern's; a wrong operator gets no time."""
+    run(["-c", ONE_OF_EACH])
+
+
+FLOPS = """
+from dataclasses import replace
+import torch
+from benchmarks import providers
+from benchmarks.cases import CPU_CASES, problem_of
+from benchmarks.measure import count
+
+torch.set_num_threads(1)
+by_name = {case.name: case for case in CPU_CASES}
+for name, passes, n, m in (("mlp-256-16", 2, 32, 2), ("conv-64-16", 3, 8, 2), ("transformer-32-8", 3, 8, 8)):
+    problem = problem_of(replace(by_name[name], n=n, m=m))
+    counts = {}
+    for way in ("plain", "metakern"):
+        step = providers.PROVIDERS[way](problem)
+        step()
+        outcome, counts[way], _ = count(step, "cpu")
+    kept = float((outcome.weights > 0).double().mean())
+    floor = (passes + kept) / 3 + m / n
+    assert abs(counts["metakern"] / counts["plain"] / floor - 1) < 0.05, (name, counts, floor)
+"""
+
+
+def test_operations_are_those_of_the_cost_model() -> None:
+    """Passes over the matrices: 2 + kept by pairs, 3 + kept by direction, of 3 in a plain step, and m/n of one."""
+    run(["-c", FLOPS])
+
+
+PEERS = """
+from dataclasses import replace
+import sys
+import torch
+from benchmarks.cases import CPU_CASES
+from benchmarks.compare import compare
+from benchmarks.peers import PEERS
+from metakern.testing import models
+
+torch.set_num_threads(1)
+sys.modules["opacus"] = None  # as if it were not installed
+case = replace(CPU_CASES[0], n=6, m=2, shape=(8,), build=lambda: models.mlp(8, 1))
+rows = {row.provider: row.status for row in compare(case, seconds=0.0, only=["metakern", *PEERS])}
+assert rows["opacus"].startswith("not installed: opacus"), rows
+for name in ("metakern", "backpack", "higher", "torchopt"):
+    assert rows[name] == "measured" or rows[name].startswith("not installed"), rows
+"""
+
+
+def test_peers_agree_or_are_named() -> None:
+    """A library that is not there is skipped by name; the exact ones pass the check."""
+    run(["-c", PEERS])

@@ -1,0 +1,158 @@
+"""Each operator beside the torch calls that it replaces, written as quickly as those go, and the same compiled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gate import Shares
+from benchmarks.providers import Outcome, Step
+from metakern import ops
+from metakern.testing import budget
+from metakern.testing.inputs import labels, normal
+
+Arguments = tuple[Any, ...]
+Result = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class OperatorCase:
+    """An operator at a size of the step cases; `arguments(dtype)` are seeded."""
+
+    name: str
+    shapes: str
+    operator: Callable[..., Result]
+    composition: Callable[..., Result]
+    arguments: Callable[[torch.dtype], Arguments]
+
+
+def _affine(X: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return (F.layer_norm(X, X.shape[-1:]) * B).sum(1), B.sum(1)
+
+
+def _clip(dots: Tensor) -> Tensor:
+    kept = dots.clamp_min(0)
+    total = kept.sum()
+    return kept / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _direction(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
+    return ((A @ V.T) * B).sum((1, 2))
+
+
+def _embedding(indices: Tensor, V: Tensor, B: Tensor, padding_idx: int) -> Tensor:
+    return (F.embedding(indices, V) * B).sum((1, 2))
+
+
+def _pair(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
+    return ((A @ A_meta.T) * (B @ B_meta.T)).sum((1, 2))
+
+
+def _row(X: Tensor, Y: Tensor) -> Tensor:
+    return (X * Y).sum(1)
+
+
+def _weighted(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
+    return (B * w.to(B.dtype).view(-1, 1, 1)).flatten(0, 1).T @ A.flatten(0, 1)
+
+
+def _normals(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], Arguments]:
+    return lambda dtype: tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+
+
+def _mostly_zero(n: int) -> Tensor:
+    """Weights of which two in five are kept."""
+    return normal(n, seed=9, dtype=torch.float32).abs() * (torch.arange(n) % 5 < 2)
+
+
+OPERATORS = [
+    OperatorCase("affine_grads", "n=64 t=64 i=256", ops.affine_grads, _affine, _normals((64, 64, 256), (64, 64, 256))),
+    OperatorCase("clip_normalise", "n=1024", ops.clip_normalise, _clip, _normals((1024,))),
+    OperatorCase(
+        "direction_dots",
+        "n=64 t=64 i=256 o=1024",
+        ops.direction_dots,
+        _direction,
+        _normals((64, 64, 256), (1024, 256), (64, 64, 1024)),
+    ),
+    OperatorCase(
+        "embedding_dots",
+        "n=64 t=64 rows=1000 i=256",
+        ops.embedding_dots,
+        _embedding,
+        lambda dtype: (
+            labels(64, 64, classes=1000, seed=1),
+            normal(1000, 256, seed=2, dtype=dtype),
+            normal(64, 64, 256, seed=3, dtype=dtype),
+            -1,
+        ),
+    ),
+    OperatorCase(
+        "pair_dots",
+        "n=1024 t=1 s=32 i=1024 o=1024",
+        ops.pair_dots,
+        _pair,
+        _normals((1024, 1, 1024), (1024, 1, 1024), (32, 1024), (32, 1024)),
+    ),
+    OperatorCase("row_dots", "n=4096 k=1024", ops.row_dots, _row, _normals((4096, 1024), (4096, 1024))),
+    OperatorCase(
+        "weighted_grad",
+        "n=64 t=64 i=256 o=1024 kept=0.4",
+        ops.weighted_grad,
+        _weighted,
+        lambda dtype: (*_normals((64, 64, 256), (64, 64, 1024))(dtype), _mostly_zero(64)),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Answered(Outcome):
+    """An outcome that is an operator's result."""
+
+    result: tuple[Tensor, ...] = ()
+
+
+def ways(case: OperatorCase) -> dict[str, Callable[[], Step]]:
+    """The composition, which is the unit; the same by torch.compile; the operator."""
+    given = case.arguments(torch.float32)
+
+    def step_of(function: Callable[..., Result]) -> Step:
+        def step() -> Outcome:
+            with torch.no_grad():
+                return Answered(result=_tuple(function(*given)))
+
+        return step
+
+    def compiled() -> Step:
+        return step_of(torch.compile(case.composition, dynamic=False))
+
+    return {
+        "composition": lambda: step_of(case.composition),
+        "composition compiled": compiled,
+        "metakern": lambda: step_of(case.operator),
+    }
+
+
+def judge(case: OperatorCase) -> Callable[[Outcome], Shares]:
+    """Against the composition in float64: twice what that loses in float32 is allowed, and 8 eps of the largest."""
+    truth = _tuple(case.composition(*case.arguments(torch.float64)))
+    plain = _tuple(case.composition(*case.arguments(torch.float32)))
+    allowed = [
+        2 * float((p.double() - t).abs().max())
+        + budget.CONFIDENCE * torch.finfo(torch.float32).eps * float(t.abs().max())
+        for p, t in zip(plain, truth, strict=True)
+    ]
+
+    def shares(outcome: Outcome) -> Shares:
+        assert isinstance(outcome, Answered)
+        checked = zip(outcome.result, truth, allowed, strict=True)
+        return Shares(max(budget.verdict(case.name, got, want, most).share for got, want, most in checked), 0.0)
+
+    return shares
+
+
+def _tuple(result: Result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)

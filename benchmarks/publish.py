@@ -1,0 +1,158 @@
+"""`python -m benchmarks.publish`: the tables of README and docs, and the plots, from the committed rows alone."""
+
+import argparse
+import csv
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.plots import THEMES, bars
+from benchmarks.rows import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
+START, END = "<!-- rows: python -m benchmarks.publish -->", "<!-- end of rows -->"
+
+TITLES = {
+    "mlp-1024-32": "MLP 4 x 1024, 1024 / 32",
+    "mlp-256-16": "MLP 4 x 1024, 256 / 16",
+    "conv-128-10": "conv net 32x32, 128 / 10",
+    "conv-64-16": "conv net 32x32, 64 / 16",
+    "sdpa-64-4": "transformer, fused attention, 64 / 4",
+    "sdpa-32-8": "transformer, fused attention, 32 / 8",
+    "transformer-64-4": "transformer, composed attention, 64 / 4",
+    "transformer-32-8": "transformer, composed attention, 32 / 8",
+    "lenet-100-10": "LeNet 28x28, 100 / 10",
+}
+COLUMNS = {
+    "metakern": ("metakern",),
+    "double backward, as published": ("double_backward (published)", "double_backward (published, math)"),
+    "double backward, short": ("double_backward (short)", "double_backward", "double_backward (short, math)"),
+    "jvp": ("jvp", "jvp (math)"),
+    "vmap": ("vmap",),
+    "best other library": ("opacus", "backpack", "higher", "torchopt", "betty (finite difference)"),
+}
+"""Ways of a column; "(math)" is what a user of fused attention falls back to where the way itself stops."""
+
+Row = dict[str, str]
+Table = Callable[[dict[str, dict[str, Row]]], str]
+NAMES_BEFORE = {"double_backward (math)": "double_backward (short, math)"}
+
+
+def latest(path: Path, threads: str) -> dict[str, dict[str, Row]]:
+    """Rows by case and way, of each case's last run of metakern and peers on a clean tree with so many threads."""
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["threads"] == threads and row["dirty"] == "no"]
+    found: dict[str, dict[str, Row]] = {}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        runs: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in rows:
+            if row["case"] == case:
+                runs.setdefault((row["date"], row["commit"]), {})[_name(row)] = row
+        whole = [run for run in runs.values() if {"metakern", "vmap"} <= set(run)]
+        if whole:
+            found[case] = whole[-1]
+    return found
+
+
+def _name(row: Row) -> str:
+    return NAMES_BEFORE.get(row["provider"], row["provider"])
+
+
+def table(runs: dict[str, dict[str, Row]]) -> str:
+    """Median plain steps, one line per case; the smallest of a line is bold."""
+    columns = [name for name, ways in COLUMNS.items() if any(way in run for run in runs.values() for way in ways)]
+    lines = [f"| case (train / meta batch) | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    for case, title in TITLES.items():
+        if case not in runs:
+            lines.append(f"| {title} |{' not measured |' * len(columns)}")
+            continue
+        cells = [_cell(runs[case], COLUMNS[column]) for column in columns]
+        best = min((_ratio(cell) for cell in cells), default=None)
+        lines.append(f"| {title} | {' | '.join(f'**{c}**' if _ratio(c) == best else c for c in cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(cell: str) -> float:
+    found = re.match(r"[\d.]+(?=$| )", cell)
+    return float(found[0]) if found and "GB" not in cell else float("inf")
+
+
+def _cell(run: dict[str, Row], ways: tuple[str, ...]) -> str:
+    measured = [row for way in ways if (row := run.get(way)) and row["status"] == "measured"]
+    if measured:
+        row = min(measured, key=lambda row: float(row["ratio"]))
+        ratio = float(row["ratio"])
+        cell = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}"
+        return f"{cell} (math)" if "math" in row["provider"] else cell
+    for way in ways:
+        if way in run:
+            size = re.search(r"[\d.]+ GB", run[way]["status"])
+            return size[0] if size else "stops" if run[way]["status"].startswith("stops") else "not measured"
+    return "not measured"
+
+
+def caption(runs: dict[str, dict[str, Row]]) -> str:
+    """Where, with what and when the rows were measured."""
+    rows = [run["metakern"] for run in runs.values()]
+    devices, times, commits = (sorted({row[key] for row in rows}) for key in ("device", "date", "commit"))
+    dates = sorted({time[:10] for time in times})
+    kept = statistics.median(float(row["kept"]) for row in rows)
+    return (
+        f"One re-weighted step in plain steps of the same model and batch, interleaved in one run: medians on "
+        f"{', '.join(devices)}, {rows[0]['threads']} threads,\nfp32, {100 * kept:.0f} % of the batch kept, torch "
+        f"{rows[0]['torch']}, {', '.join(dates)}, commit {', '.join(commits)}."
+    )
+
+
+def floors(runs: dict[str, dict[str, Row]]) -> str:
+    """Beside metakern's counted operations and its time, the passes that its form needs: see docs/performance.md."""
+    lines = ["| case | form | floor | operations counted | spread of the time | time |", "|" + " --- |" * 6]
+    for case in (case for case in TITLES if case in runs):
+        row = runs[case]["metakern"]
+        sizes = dict(part.split("=") for part in row["shapes"].split())
+        pairs = case.startswith("mlp")
+        floor = ((2 if pairs else 3) + float(row["kept"])) / 3 + int(sizes["m"]) / int(sizes["n"])
+        figures = [floor, *(float(row[key]) for key in ("flop_ratio", "ratio_p20", "ratio_p80", "ratio"))]
+        form, (least, counted, low, high, time) = "pairs" if pairs else "direction", (f"{f:.2f}" for f in figures)
+        lines.append(f"| {TITLES[case]} | {form} | {least} | {counted} | {low} - {high} | {time} |")
+    return "\n".join(lines)
+
+
+def published(text: str, table: Table, rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> str:
+    """A page with the part between its marks made again from the rows."""
+    runs = latest(rows, threads)
+    begin, end = text.index(START), text.index(END)
+    return f"{text[:begin]}{START}\n{caption(runs)}\n\n{table(runs)}\n\n{text[end:]}"
+
+
+PAGES: dict[Path, Table] = {README: table, PERFORMANCE: floors}
+
+
+def plot_files(rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> dict[str, str]:
+    """Name and text of each plot."""
+    runs = latest(rows, threads)
+    groups = {
+        title: {
+            column: _ratio(cell.removesuffix(" (math)"))
+            for column, ways in COLUMNS.items()
+            if _ratio(cell := _cell(runs[case], ways)) < float("inf")
+        }
+        for case, title in TITLES.items()
+        if case in runs
+    }
+    return {f"steps-cpu-{theme}.svg": bars(groups, list(COLUMNS), "plain steps", theme) for theme in THEMES}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="the tables of README and docs, and the plots, from the rows").parse_args()
+    for page, tabulate in PAGES.items():
+        page.write_text(published(page.read_text(), tabulate))
+    for name, text in plot_files().items():
+        (RESULTS / name).write_text(text)
+    print("written:", ", ".join(page.name for page in PAGES), "and", ", ".join(plot_files()))
+
+
+if __name__ == "__main__":
+    main()
