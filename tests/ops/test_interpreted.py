@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metakern.ops.select import OPERATORS
+from metakern.testing.budget import assert_within
 from tests.ops.cases import CASES
 from tests.ops.test_operators import LAYOUTS, assert_exact, each, far_apart, same
 
@@ -41,3 +42,12 @@ def test_offsets_beyond_32_bits(name: str) -> None:
     first, *others = CASES[name].arguments(sizes, torch.float16)
     want = OPERATORS[name](first, *others, impl="triton")
     assert same(OPERATORS[name](far_apart(first), *others, impl="triton"), want)
+
+
+def test_direction_dots_of_eight_bit_operands() -> None:
+    A, V, B = CASES["direction_dots"].arguments((3, 5, 40, 33), torch.bfloat16)
+    A, V = A.to(torch.float8_e4m3fn), V.to(torch.float8_e4m3fn)
+    wide = A.double(), V.double(), B.double()
+    got = OPERATORS["direction_dots"](A, V, B, impl="triton")
+    want = OPERATORS["direction_dots"](*wide, impl="reference")
+    assert_within(got, want, CASES["direction_dots"].scale(*wide), dtype=torch.bfloat16, terms=5 * 40 * 33)
