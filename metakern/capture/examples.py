@@ -9,7 +9,8 @@ the axis, and it finds examples that interact (batch statistics, contrastive los
 The same is then asked of the forward pass (`capture.poison`), which also sees couplings that sleep in this batch.
 
 The verdict is kept per model and structure, so later steps do not pay. Where a pass may put examples into another
-order by data (sorting, routing), the axis is checked again in every step, at the price of one more backward.
+order by data (sorting, routing), or takes other rows than the one that was proved (spans of other lengths), the axes
+are checked again in that very step, at the price of two or three more backward passes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from metakern.capture.graph import output_gradients
+from metakern.capture.graph import Fingerprint, output_gradients
 from metakern.capture.host import host_may_wait
 from metakern.capture.record import Trace
 from metakern.capture.refusal import EngineUnavailable
@@ -65,34 +66,46 @@ class _Kind(NamedTuple):
     fold: str  # "none", "inner", "outer", or "mixed" when both factors exceed 1
 
 
-# model -> structure of its pass -> kind of axis for each output, or the reason for a refusal
-_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Hashable, list[list[_Kind]] | str]] = WeakKeyDictionary()
+class _Verdict(NamedTuple):
+    """The kind of axis of every output of every use, and which rows the pass took that it was proved on."""
+
+    kinds: list[list[_Kind]]
+    rows: int
+
+
+# model -> structure of its pass -> what was proved, or the reason for a refusal
+_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Hashable, _Verdict | str]] = WeakKeyDictionary()
 
 
 def example_axes(
-    model: torch.nn.Module, trace: Trace, context: Hashable, poisoned: Poisoned
+    model: torch.nn.Module, trace: Trace, fingerprint: Fingerprint, context: Hashable, poisoned: Poisoned
 ) -> list[list[ExampleAxis]]:
     """The example axis of every output of every use; raises EngineUnavailable where examples interact.
 
-    `context` names what else decides how examples may interact: the operations of the pass, the loss function, and
-    the training flags. `poisoned(axes, inside)` repeats the pass with the examples `inside` NaN and returns its losses.
+    `context` names what else decides how examples may interact: the loss function and the training flags.
+    `poisoned(axes, inside)` repeats the pass with the examples `inside` NaN and returns its losses.
     """
     if trace.examples == 1:
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
-    structure = (context, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
+    structure = (
+        fingerprint.operations,
+        context,
+        tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses),
+    )
     known = _KNOWN.setdefault(model, {})
     verdict = known.get(structure)
     if isinstance(verdict, str):
         raise EngineUnavailable(verdict)
-    axes = None if verdict is None else _sized_all(verdict, trace)
-    if not host_may_wait() and (axes is None or trace.reorders):
+    axes = None if verdict is None else _sized_all(verdict.kinds, trace)
+    moved = trace.reorders or (verdict is not None and verdict.rows != fingerprint.rows)
+    if not host_may_wait() and (axes is None or moved):
         raise EngineUnavailable(
             "whose rows are whose has to be looked up in every pass of this model, which a CUDA graph cannot; take "
             "the step without capturing it"
         )
     if axes is None:
-        axes = _prove(trace, known, structure, poisoned)
-    if trace.reorders:
+        axes = _prove(trace, known, structure, fingerprint.rows, poisoned)
+    if moved:
         _require_order(trace, axes)
     return axes
 
@@ -109,7 +122,7 @@ def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxi
 
 
 def _prove(
-    trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
+    trace: Trace, known: dict[Hashable, Any], structure: Hashable, rows: int, poisoned: Poisoned
 ) -> list[list[ExampleAxis]]:
     """The axes that survive every set S; refuses where none does. Kept unless more than one survives."""
     n = trace.examples
@@ -125,7 +138,8 @@ def _prove(
         _require_axes(trace, plain, fitting, known, structure)
         _require_no_forward_path(trace, fitting, known, structure, poisoned)
         if all(len(found) == 1 for line in fitting for found in line):
-            known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
+            kinds = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
+            known[structure] = _Verdict(kinds, rows)
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
 
 
@@ -176,25 +190,31 @@ def _require_no_forward_path(
 
 
 def _require_order(trace: Trace, axes: list[list[ExampleAxis]]) -> None:
-    """Raise unless rows of this very pass are in the order of the losses: scaled losses must scale B alike."""
-    numbers = 1 + torch.arange(trace.examples, device=trace.losses.device).to(trace.losses.dtype) / trace.examples
+    """Raise unless every row of this very pass belongs to one example, its own: scaled losses must scale B alike.
+
+    The scales are powers of two, which round nothing, so a row into which another example mixes shows as soon as its
+    share is no longer lost in the rounding. Each pass tells apart what differs in one digit of the example's number.
+    """
     plain = output_gradients(trace, retain_graph=True)
-    scaled = output_gradients(trace, numbers, retain_graph=True)
-    for use, line, before, after in zip(trace.uses, axes, plain, scaled):
-        for axis, b, c in zip(line, before, after):
-            if b is not None and c is not None and b.numel() and not _scales(b, c, axis, numbers):
-                raise EngineUnavailable(
-                    f"rows of {use.name} are picked or ordered by data, and do not line up with the losses of this "
-                    "batch; engine='jvp' is exact"
-                )
+    numbers, left = torch.arange(trace.examples, device=trace.losses.device), trace.examples
+    base = 4 if any(b is not None and b.dtype == torch.float16 for line in plain for b in line) else 32
+    while left > 1:
+        scales = torch.exp2((numbers % base).to(trace.losses.dtype))
+        scaled = output_gradients(trace, scales, retain_graph=True)
+        for use, line, before, after in zip(trace.uses, axes, plain, scaled):
+            for axis, b, c in zip(line, before, after):
+                if b is not None and c is not None and b.numel() and not _scales(b, c, axis, scales):
+                    raise EngineUnavailable(
+                        f"rows of {use.name} are picked or ordered by data, and do not line up with the losses of this "
+                        "batch; engine='jvp' is exact"
+                    )
+        numbers, left = numbers // base, -(-left // base)
 
 
-def _scales(plain: Tensor, scaled: Tensor, axis: ExampleAxis, numbers: Tensor) -> bool:
-    """Is every row scaled by its own example's number, to within half the step between two numbers?"""
-    expected = plain * axis.spread(numbers, plain.shape).to(plain.dtype)
-    step = 0.5 / numbers.numel()
-    rounding = 64 * torch.finfo(plain.dtype).eps * plain.abs().max()
-    return bool(((scaled - expected).abs() <= step * plain.abs() + rounding).all())
+def _scales(plain: Tensor, scaled: Tensor, axis: ExampleAxis, scales: Tensor) -> bool:
+    """Is every row scaled as its own example's loss? Sums may be taken in another order, hence the few roundings."""
+    unscaled = scaled / axis.spread(scales, plain.shape).to(plain.dtype)
+    return bool(((unscaled - plain).abs() <= 8 * torch.finfo(plain.dtype).eps * plain.abs().max()).all())
 
 
 def candidates(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:

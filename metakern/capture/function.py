@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.capture.reordering import REORDERING
+from metakern.capture.reordering import KEEPS_ROWS, REORDERING
 
 # Called on tensors all the time and never part of a gradient.
 _METADATA = frozenset(
@@ -28,6 +28,9 @@ _DETERMINISTIC = frozenset(
     "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous".split()
 )
 
+# Views and casts: of a tensor that is the same in every pass they make one that is too.
+_STATIC = frozenset("unsqueeze view reshape expand flatten to long int contiguous".split())
+
 _IN_PLACE_OPERATORS = frozenset(
     "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ __ixor__ __imatmul__ "
     "__setitem__ __delitem__".split()
@@ -46,7 +49,9 @@ class Function(NamedTuple):
     random_constant: bool  # makes a tensor of random numbers
     deterministic: bool
     in_place: bool
-    may_reorder: bool
+    may_reorder: bool  # by the position of its arguments
+    may_pick: bool  # by the type of its arguments
+    static: bool  # of static tensors and plain numbers it makes a tensor that is the same in every pass
 
 
 _KNOWN: dict[Callable[..., Any], Function] = {}
@@ -70,6 +75,8 @@ def _looked_up(func: Callable[..., Any]) -> Function:
         name in _DETERMINISTIC,
         name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")),
         name in REORDERING,
+        name not in REORDERING and name not in KEEPS_ROWS,
+        name in _STATIC,
     )
 
 

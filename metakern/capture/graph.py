@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +11,50 @@ from torch import Tensor
 from metakern.capture.record import Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 
+# What a node does to rows, beside its name: which of them it takes, and along which dimension.
+_CHOICES = {
+    "SelectBackward0": ("_saved_dim", "_saved_index"),
+    "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
+    "SplitBackward0": ("_saved_dim", "_saved_split_size"),
+    "SplitWithSizesBackward0": ("_saved_dim", "_saved_split_sizes"),
+    "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
+    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
+    "PermuteBackward0": ("_saved_dims",),
+    "UnbindBackward0": ("_saved_dim",),
+    "StackBackward0": ("_saved_dim",),
+    "CatBackward0": ("_saved_dim",),
+    "MeanBackward1": ("_saved_dim",),
+    "SumBackward1": ("_saved_dim",),
+}
 
-def require_complete(trace: Trace, names: Mapping[int, str]) -> int:
+
+class Fingerprint(NamedTuple):
+    """Of a pass: which operations it is made of, and which rows they take, as far as numbers in Python decide that."""
+
+    operations: int
+    rows: int
+
+
+def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     """Raise unless every path from the losses to a trainable parameter goes through a traced use.
 
     `names` maps the identity of each trainable parameter to its qualified name. The walk starts at the losses and at
     the data inputs of every use and stops at the outputs of uses, so it can only arrive at a parameter by a way that
     the trace does not know. Returns a fingerprint of the operations met: it differs when the model takes another
-    branch.
+    branch, or puts rows into another order.
     """
-    known = {edge.node for use in trace.uses for edge in use.edges}
+    known = {edge.node: k for k, use in enumerate(trace.uses) for edge in use.edges}
     stack = [trace.losses.grad_fn, *(node for use in trace.uses for node in use.upstream)]
-    seen, met = set(known), []
+    seen, met, rows = set(known), [], []
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        met.append(node.name())
+        name = node.name()
+        met.append(name)
+        if name in _CHOICES:
+            rows.append(_choices(node, name, trace.examples))
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
             raise EngineUnavailable(
@@ -35,8 +62,16 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> int:
                 "custom autograd.Function, a scripted or compiled module, reentrant checkpointing, a write through a "
                 "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
             )
-        stack.extend(following for following, _ in node.next_functions)
-    return hash(tuple(met))
+        for following, output in node.next_functions:
+            stack.append(following)
+            rows.append((known.get(following), output))
+    return Fingerprint(hash(tuple(met)), hash(tuple(rows)))
+
+
+def _choices(node: Any, name: str, examples: int) -> tuple[Any, ...]:
+    """The numbers that a node was made with; the size of the batch is no choice."""
+    found = (getattr(node, attribute) for attribute in _CHOICES[name])
+    return tuple("n" if number == examples else number for number in found)
 
 
 def output_gradients(

@@ -19,6 +19,9 @@ from metakern.capture.record import Call
 from metakern.capture.state import unchanged_buffers
 from metakern.capture.trace import Tracer
 
+# They leave out one side, entry by entry; the other side may be taken in the next batch.
+_SELECTIONS = frozenset("where masked_fill masked_fill_ fmax fmin".split())
+
 
 class _Poisoner(Tracer):
     """Fills the rows of the examples `inside` with NaN in the output of every use."""
@@ -26,6 +29,14 @@ class _Poisoner(Tracer):
     def __init__(self, parameters: Any, constants: Any, axes: Sequence[Sequence[Any]], inside: Tensor) -> None:
         super().__init__(parameters, constants)
         self._axes, self._inside = axes, inside
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if getattr(func, "__name__", "") in _SELECTIONS and isinstance(output, Tensor):
+            for candidate in (*args, *(kwargs or {}).values()):
+                if isinstance(candidate, Tensor) and candidate.is_floating_point():
+                    output.data.masked_fill_(candidate.detach().isnan(), torch.nan)
+        return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
         before = len(self.uses)

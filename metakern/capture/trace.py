@@ -23,7 +23,7 @@ from metakern.capture.outputs import separated, tensors_in
 from metakern.capture.random_state import RandomState, random_state, same_state
 from metakern.capture.record import ArgPath, Call, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.reordering import may_reorder
+from metakern.capture.reordering import may_reorder, picks_rows
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 
@@ -67,7 +67,7 @@ class Tracer(TorchFunctionMode):
         self._parametric: dict[int, Tensor] = {id(p): p for p in parameters}
         self._derived_versions: dict[int, int] = {}
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
-        self._given = set(self._constant)
+        self._static: dict[int, Tensor] = {}  # constants that are the same in every pass
         self.reorders = False
         self.paused = False  # inside a registered module, whose call is noted as a whole
 
@@ -102,14 +102,20 @@ class Tracer(TorchFunctionMode):
             output = func(*args, **kwargs)
             if (not data and not function.random_constant) or function.shape_only:
                 self._mark_constant(output)
-            elif _is_in_place(function, kwargs) and args:
+                self._mark_static(function, args, kwargs, output)
+                return output
+            if _is_in_place(function, kwargs) and args:
                 self._constant.pop(id(args[0]), None)  # data was written into it
-            elif function.may_reorder and may_reorder(function.name, args, kwargs, self._made_here):
-                self.reorders = True
+                self._static.pop(id(args[0]), None)
+            self._note_order(function, args, kwargs)
             return output
         if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            if not data:
+                self._mark_constant(output)
+            return output
         if data:
+            self._note_order(function, args, kwargs)
             return self._use(func, function, args, kwargs, tuple(parametric), data)
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
@@ -211,9 +217,23 @@ class Tracer(TorchFunctionMode):
             if not tensor.requires_grad:
                 self._constant[id(tensor)] = tensor
 
-    def _made_here(self, tensor: Tensor) -> bool:
-        """Is it a constant that this forward pass made, such as `arange`, and so the same in every pass?"""
-        return id(tensor) in self._constant and id(tensor) not in self._given
+    def _mark_static(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """`arange(n)` and its views hold the same numbers in every pass; a tensor made of a list need not."""
+        whole = function.name == "arange" and len(args) == 1 and not {"start", "step"} & kwargs.keys()
+        if whole or (function.static and args and self._is_static(args[0])):
+            self._static[id(output)] = output
+
+    def _is_static(self, tensor: Any) -> bool:
+        return id(tensor) in self._static
+
+    def _note_order(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.reorders or (args and id(args[0]) in self._parametric and function.may_reorder):
+            return  # rows of a parameter belong to nobody
+        if function.may_reorder:
+            self.reorders = may_reorder(function.name, args, kwargs, self._is_static)
+        elif function.may_pick:
+            tensors = [t for _, _, t in _tensors(args, kwargs) if id(t) not in self._parametric]
+            self.reorders = picks_rows(tensors, self._is_static)
 
     def _require_unchanged(self, tensor: Tensor) -> None:
         version = self._derived_versions.get(id(tensor))

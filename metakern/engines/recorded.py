@@ -121,12 +121,12 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
             f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use "
             "engine='jvp', or approximate with batchnorm='frozen'"
         )
-    operations = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
+    fingerprint = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
 
     def poisoned(axes: Sequence[Sequence[ExampleAxis | None]], inside: Tensor) -> Tensor:
         return poisoned_losses(problem.model, problem.batch, problem.loss_fn, problem.trainable, axes, inside)
 
-    return trace, example_axes(problem.model, trace, (operations, problem.context), poisoned)
+    return trace, example_axes(problem.model, trace, fingerprint, problem.context, poisoned)
 
 
 def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_precision: str) -> Record | None:

@@ -78,7 +78,7 @@ def output_tangents(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor |
 
 def lacks_forward_mode(error: Exception) -> bool:
     """Is this how torch says that an operation has no forward-mode formula, or a faulty one?"""
-    words = ("forward ad", "forward mode", "forward gradient", "jvp")
+    words = ("forward ad", "forward mode", "forward gradient", "jvp", "efficientzerotensor")
     return any(word in str(error).lower() for word in words)
 
 
