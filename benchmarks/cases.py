@@ -25,7 +25,8 @@ Batch = tuple[Tensor, Tensor]
 class Case:
     """A model, the shape of one example, and the sizes of both batches.
 
-    `vocabulary` makes the inputs token indices; `targets` is the shape of one example's labels, () for one label.
+    `vocabulary` makes the inputs token indices; `targets` is the shape of one example's labels, () for one label;
+    `interacting` says that examples see each other, as in batch normalisation.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     prototype: float | None = None
     kept: float = KEPT
+    interacting: bool = False
 
     @property
     def shapes(self) -> str:

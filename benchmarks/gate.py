@@ -32,11 +32,13 @@ class Gate:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        stride = max(1, problem.case.n // EXAMPLES)
-        self.rows = torch.arange(0, problem.case.n, stride)[:EXAMPLES].to(problem.batch[1].device)
+        interacting = problem.case.interacting  # then no example can be taken out of its batch
+        stride = 1 if interacting else max(1, problem.case.n // EXAMPLES)
+        rows = torch.arange(0, problem.case.n, stride)
+        self.rows = (rows if interacting else rows[:EXAMPLES]).to(problem.batch[1].device)
         some: Batch = (problem.batch[0][self.rows], problem.batch[1][self.rows])
         self.truth, self.plain = (
-            oracle(problem.model, some, problem.meta_batch, loss_fn=losses_of, dtype=dtype)
+            oracle(problem.model, some, problem.meta_batch, loss_fn=losses_of, dtype=dtype, interacting=interacting)
             for dtype in (torch.float64, problem.case.dtype)
         )
 

@@ -29,6 +29,28 @@ def test_dry_run_of_the_gpu_command() -> None:
         assert provider in rows, printed
 
 
+REAL_CASES = """
+import torch
+from benchmarks.compare import compare
+from benchmarks.real_cases import real_cases
+
+torch.set_num_threads(1)
+siblings = {case.name: case for case in real_cases(small=True)}
+assert list(siblings) == [case.name for case in real_cases(small=False)]
+for name in ("resnet-32-gn-128-16", "resnet-32-bn-128-16", "wrn-28-10-128-16", "bert-base-30-30", "gpt2-124m-16-2"):
+    plain, ours = compare(siblings[name], seconds=0.0, only=["metakern"])
+    assert ours.measured, ours
+    assert (ours.engine == "jvp") == siblings[name].interacting, ours
+"""
+
+
+@pytest.mark.slow
+def test_siblings_of_the_real_cases() -> None:
+    """The models of the GPU's cases, small: what metakern says of them is right."""
+    pytest.importorskip("transformers")
+    run(["-c", REAL_CASES])
+
+
 GATE_AND_ROWS = """
 import sys
 from dataclasses import replace
