@@ -56,6 +56,11 @@ def ours(problem: Problem, **settings: object) -> Step:
     return step
 
 
+def ours_by_quarters(problem: Problem) -> Step:
+    """metakern.l2rw_step, a quarter of the batch at a time."""
+    return ours(problem, micro_batch=max(1, problem.case.n // 4))
+
+
 def double_backward_as_published(
     problem: Problem, attention: Callable[[], AbstractContextManager] = nullcontext
 ) -> Step:
@@ -191,7 +196,7 @@ PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "jvp": jvp,
     "metakern": ours,
     "metakern two_pass": partial(ours, memory="two_pass"),
-    "metakern micro_batch=16": partial(ours, micro_batch=16),
+    "metakern micro_batch=n/4": ours_by_quarters,
 }
 
 # What a user of fused attention can do instead, where the peers above stop: switch to its plain form, which can be
