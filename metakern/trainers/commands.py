@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from metakern.check_target import check_target
 from metakern.data import NAMES
@@ -16,6 +17,8 @@ from metakern.trainers.audit_command import run_audit
 from metakern.trainers.compare import grid, run_missing
 from metakern.trainers.config import add_options, from_options
 from metakern.trainers.demo import demo_config
+from metakern.trainers.episode_config import LEARNERS, EpisodeConfig
+from metakern.trainers.episodes_command import run_episodes
 from metakern.trainers.leaderboard import aligned, as_text, leaderboard, save
 from metakern.trainers.loop import Run
 from metakern.trainers.networks import MODELS
@@ -45,12 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add_options(many, leave_out=("majority", "seed"))
     many.set_defaults(command=_compare)
 
-    look = commands.add_parser("audit", help="train once and rank the training examples by the harm they did")
-    look.add_argument("--top", type=int, default=60, metavar="X", help="examples on the page (default: 60)")
-    look.add_argument("--folds", type=int, default=5, metavar="X", help="runs for cleanlab's ranking; 0: without it")
-    look.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="X", help="folder (default: %(default)s)")
-    add_options(look)
-    look.set_defaults(command=_audit)
+    _add_audit(commands)
+    _add_episodes(commands)
 
     demo = commands.add_parser("demo", help="plain training beside l2rw, in a few minutes")
     demo.add_argument(
@@ -75,6 +74,24 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="the methods and data sets").set_defaults(command=_list)
     return root
+
+
+def _add_audit(commands: Any) -> None:
+    look = commands.add_parser("audit", help="train once and rank the training examples by the harm they did")
+    look.add_argument("--top", type=int, default=60, metavar="X", help="examples on the page (default: 60)")
+    look.add_argument("--folds", type=int, default=5, metavar="X", help="runs for cleanlab's ranking; 0: without it")
+    look.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="X", help="folder (default: %(default)s)")
+    add_options(look)
+    look.set_defaults(command=_audit)
+
+
+def _add_episodes(commands: Any) -> None:
+    few = commands.add_parser("episodes", help="few-shot learners on support sets that are not balanced")
+    few.add_argument(
+        "--out", type=Path, default=Path("runs/episodes"), metavar="X", help="folder (default: %(default)s)"
+    )
+    add_options(few, of=EpisodeConfig)
+    few.set_defaults(command=_episodes)
 
 
 def _words(text: str) -> list[str]:
@@ -126,6 +143,11 @@ def _audit(options: argparse.Namespace) -> None:
     print(run_audit(from_options(options, method="uniform"), options.out, top=options.top, folds=options.folds))
 
 
+def _episodes(options: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "out")}
+    print(run_episodes(EpisodeConfig(**given), options.out))
+
+
 def _demo(options: argparse.Namespace) -> None:
     base = demo_config(options.data_dir)
     print(f"{base.data} at a majority share of {base.majority:g}, with 10 clean images as the meta set")
@@ -168,5 +190,6 @@ def _list(options: argparse.Namespace) -> None:
         print("  ".join([*cells, row[-1]]))
     print("\nstep cost: in plain steps, measured at nine tenths of a run; -: not measured, or no steps.")
     print("page: docs/methods/PAGE.md")
+    print("few-shot: " + ", ".join(LEARNERS) + ", each by 'metakern episodes'; docs/methods/few-shot.md")
     print("\ndata sets: " + ", ".join(NAMES))
     print("models: " + ", ".join(MODELS) + ", transformers:DIR; a small one where none is named")

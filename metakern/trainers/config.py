@@ -105,10 +105,12 @@ class TrainConfig:
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
 
-def add_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
-    """Give `parser` one option for each field of TrainConfig that has a default and is not in `leave_out`."""
-    hints = typing.get_type_hints(TrainConfig)
-    for entry in fields(TrainConfig):
+def add_options(
+    parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = (), of: type[Any] = TrainConfig
+) -> None:
+    """Give `parser` one option for each field of `of` that has a default and is not in `leave_out`."""
+    hints = typing.get_type_hints(of)
+    for entry in fields(of):
         if not entry.metadata or entry.name in leave_out:
             continue
         kinds = [kind for kind in typing.get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
