@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Qualified name -> parameter, for every parameter that requires a gradient; a tied one once."""
+    """Qualified name -> parameter, for every parameter that requires a gradient; a tied one once.
+
+    Raises: ValueError where there is none; TypeError, NotImplementedError for one that no engine serves.
+    """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model has no parameter with requires_grad=True; there is nothing to train")
     for name, p in found.items():
         if p.is_complex():
             raise TypeError(f"parameter '{name}' is complex ({p.dtype}); metakern takes real parameters")
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise NotImplementedError(
+                f"parameter '{name}' has a hook on its gradient, which may change the gradient of every example and "
+                "would not be called; remove it, and mask or read `.grad` after the step instead"
+            )
     return found
 
 

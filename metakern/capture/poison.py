@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.outputs import tensors_in
-from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state import PassState
 from metakern.capture.trace import Tracer
 
 # They leave out one side, entry by entry; the other side may be taken in the next batch.
@@ -57,11 +56,8 @@ def poisoned_losses(
     axes: Sequence[Sequence[Any]],
     inside: Tensor,
 ) -> Tensor:
-    """Losses [n] of a pass in which the examples `inside` are NaN; buffers and random state are as before."""
-    constants = [t for t in (*model.buffers(), *model.parameters()) if not t.requires_grad]
-    state = random_state()
-    try:
-        with unchanged_buffers(model), _Poisoner(trainable.values(), constants, axes, inside):
+    """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
+    with PassState(model).replayed():
+        constants = [t for t in (*model.buffers(), *model.parameters()) if not t.requires_grad]
+        with _Poisoner(trainable.values(), constants, axes, inside):
             return evaluate_losses(model, batch, loss_fn, "batch").detach()
-    finally:
-        restore_random_state(state)

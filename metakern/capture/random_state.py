@@ -1,29 +1,59 @@
-"""The random generators that a forward pass may draw from."""
+"""The random generators that a forward pass may draw from: torch's, Python's and NumPy's global ones."""
 
 from __future__ import annotations
+
+import random
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metakern.capture.host import host_may_wait
 
-RandomState = tuple[Tensor, list[Tensor] | None]
+
+class RandomState(NamedTuple):
+    """What is None is not looked at: CUDA's generators where there are none, all but torch's for a single call."""
+
+    cpu: Tensor
+    cuda: list[Tensor] | None
+    python: Any = None
+    numpy: Any = None
+
+
+def torch_random_state() -> RandomState:
+    """The state of torch's default generators; none of CUDA's while a graph is captured."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and host_may_wait() else None
+    return RandomState(torch.get_rng_state(), cuda)
 
 
 def random_state() -> RandomState:
-    """The state of every default generator a forward pass may draw from; none of CUDA's while a graph is captured."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and host_may_wait() else None
-    return torch.get_rng_state(), cuda
+    """The state of every default generator that a forward pass may draw from."""
+    numpy = sys.modules.get("numpy")
+    return torch_random_state()._replace(
+        python=random.getstate(), numpy=None if numpy is None else numpy.random.get_state()
+    )
 
 
 def restore_random_state(state: RandomState) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state_all(state.cuda)
+    if state.python is not None:
+        random.setstate(state.python)
+    if state.numpy is not None:
+        sys.modules["numpy"].random.set_state(state.numpy)
 
 
 def same_state(left: RandomState, right: RandomState) -> bool:
     """Has nothing been drawn between the two?"""
-    if not torch.equal(left[0], right[0]):
+    if not torch.equal(left.cpu, right.cpu) or left.python != right.python:
         return False
-    return all(torch.equal(a, b) for a, b in zip(left[1] or [], right[1] or []))
+    return _same_numpy(left.numpy, right.numpy) and all(
+        torch.equal(a, b) for a, b in zip(left.cuda or [], right.cuda or [])
+    )
+
+
+def _same_numpy(left: Any, right: Any) -> bool:
+    """The place in the block of numbers, and the block."""
+    return left is None or right is None or (left[2] == right[2] and bool((left[1] == right[1]).all()))

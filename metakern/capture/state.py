@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from metakern.capture.attributes import Attributes
+from metakern.capture.parameter_writes import unchanged_parameters
 from metakern.capture.random_state import random_state, restore_random_state
 
 
@@ -52,15 +54,37 @@ class Buffers:
                 kept.module._buffers[kept.name] = buffer
 
 
+class PassState:
+    """What a forward pass starts from: the same pass can be run once more from it, and that run does not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._buffers, self._attributes = model, Buffers(model), Attributes(model)
+        self._random = random_state()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside the block all is as it was then, random numbers included; afterwards as it was before the block."""
+        now, after = Attributes(self._model), random_state()
+        self._attributes.restore()
+        restore_random_state(self._random)
+        try:
+            with self._buffers.replayed(), unchanged_parameters(self._model):
+                yield
+        finally:
+            now.restore()
+            restore_random_state(after)
+
+
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Buffers, random state and gradients are as before if an exception leaves the block."""
-    buffers, state = Buffers(model), random_state()
+    """Buffers, attributes, random state and gradients are as before if an exception leaves the block."""
+    buffers, attributes, state = Buffers(model), Attributes(model), random_state()
     grads = [(p, p.grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
         buffers.restore()
+        attributes.restore()
         restore_random_state(state)
         for parameter, grad in grads:
             parameter.grad = grad

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from metakern.capture.function import Function, function_of
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.outputs import separated, tensors_in
-from metakern.capture.random_state import RandomState, random_state, same_state
+from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.record import ArgPath, Call, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import may_reorder, picks_rows
@@ -170,6 +170,11 @@ class Tracer(TorchFunctionMode):
         found = [(place, t) for place, t in enumerate(tensors_in(output)) if t.requires_grad]
         if found:
             places, tensors = zip(*found)
+            if any(t.is_complex() for t in tensors):
+                raise EngineUnavailable(
+                    f"the output of {call.name}, which takes a parameter, is complex, and per-layer dots are of real "
+                    "tensors; engine='jvp' is exact"
+                )
             edges = tuple(get_gradient_edge(t if call.in_place else _owner(t, data)) for t in tensors)
             self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
 
@@ -253,9 +258,9 @@ def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) 
     """The output of a call, and the random state before it if the call drew from it, so that a replay does alike."""
     if function.deterministic:
         return func(*args, **kwargs), None
-    before = random_state()
+    before = torch_random_state()
     output = func(*args, **kwargs)
-    return output, None if same_state(before, random_state()) else before
+    return output, None if same_state(before, torch_random_state()) else before
 
 
 def _owner(output: Tensor, data: list[Tensor]) -> Tensor:

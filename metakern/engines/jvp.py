@@ -9,22 +9,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from metakern.capture.losses import evaluate_losses
-from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Buffers
+from metakern.capture.state import PassState
 from metakern.engines.group import mean_over_group
 from metakern.engines.packing import PackingByParts
 from metakern.engines.problem import Answer, Problem
+from metakern.engines.repetition import require_repetition
 from metakern.engines.substitution import substituted
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.layers.replay import dual_level, lacks_forward_mode
+from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
 
 def solve(problem: Problem) -> Answer:
@@ -33,39 +35,71 @@ def solve(problem: Problem) -> Answer:
     Raises:
         EngineUnavailable: an operation of the model has no forward mode.
     """
-    before, state = Buffers(problem.model), random_state()
+    start = PassState(problem.model)
     # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
-    with sdpa_kernel(SDPBackend.MATH):
+    with first_pass(problem.model):
         losses = problem.batch_losses()
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
-    after = random_state()
-    restore_random_state(state)  # the dual pass draws the dropout masks of the pass it belongs to
-    with before.replayed():
-        dots = loss_tangents(problem, direction)
-    restore_random_state(after)
+    with start.replayed():  # the dual pass draws the dropout masks of the pass it belongs to
+        dots = loss_tangents(problem, direction, losses.detach())
     return Answer(dots, losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights))
 
 
-def loss_tangents(problem: Problem, direction: dict[str, Tensor]) -> Tensor:
-    """d/dr l_n(theta + r V), [n]; the parameters are not touched."""
+class _Hooks(TorchFunctionMode):
+    """Notes whether a hook was put on a tensor."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen |= func is Tensor.register_hook
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def first_pass(model: nn.Module) -> Iterator[None]:
+    """The pass that a dual pass repeats, in operations that have a forward mode.
+
+    Raises: EngineUnavailable where hooks may change gradients on their way back, of which forward mode knows nothing.
+    """
+    hooks = _Hooks()
+    with sdpa_kernel(SDPBackend.MATH), hooks:
+        yield
+    hooked = next((name for name, module in model.named_modules() if _has_backward_hooks(module)), None)
+    if hooks.seen or hooked is not None:
+        where = "a tensor" if hooked is None else f"module '{hooked}'" if hooked else "the model"
+        raise EngineUnavailable(
+            f"{where} has a backward hook, which may change gradients; forward mode would not see that: remove it, or "
+            "use engine='double_backward'"
+        )
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def loss_tangents(problem: Problem, direction: dict[str, Tensor], values: Tensor) -> Tensor:
+    """d/dr l_n(theta + r V), [n]; the parameters are not touched. `values` are the losses of the pass it belongs to.
+
+    Raises: EngineUnavailable: an operation has no forward mode, or this pass is not a repetition of the first.
+    """
     try:
         with ExitStack() as stack:
-            for context in (torch.no_grad(), dual_level(), sdpa_kernel(SDPBackend.MATH), PackingByParts()):
+            for context in (dual_level(), sdpa_kernel(SDPBackend.MATH), PackingByParts()):
                 stack.enter_context(context)
             stack.enter_context(_without_fused_encoder())
             if any(isinstance(module, nn.LSTM) for module in problem.model.modules()):
                 stack.enter_context(_without_fused_lstm())
-            duals = {
-                id(problem.chosen[name]): forward_ad.make_dual(problem.chosen[name].detach(), v)
-                for name, v in direction.items()
-            }
+            duals = {id(p): p.detach() for p in problem.trainable.values()}
+            for name, v in direction.items():
+                duals[id(problem.chosen[name])] = forward_ad.make_dual(problem.chosen[name].detach(), v)
             stack.enter_context(substituted(problem.model, duals))
             losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
-            tangent = forward_ad.unpack_dual(losses).tangent
-            return torch.zeros_like(losses) if tangent is None else tangent.clone()
+            found = forward_ad.unpack_dual(losses)
+            require_repetition(found.primal.detach(), values)
+            return torch.zeros_like(values) if found.tangent is None else found.tangent.detach().clone()
     except (NotImplementedError, RuntimeError) as error:
-        if not lacks_forward_mode(error):
+        if isinstance(error, EngineUnavailable) or not lacks_forward_mode(error):
             raise
         raise EngineUnavailable(
             f"an operation of the model has no forward mode ({str(error).splitlines()[0]})"

@@ -25,6 +25,7 @@ from metakern.engines.part import examples_in, part_of, require_count, require_i
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.recorded import recorded
+from metakern.engines.repetition import require_repetition
 from metakern.engines.weighted_backward import weighted_backward
 
 Along = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -66,7 +67,7 @@ class _Parts:
 
     def __init__(self, problem: Problem, size: int) -> None:
         self._problem, self._size, self._states = problem, size, list[RandomState]()
-        self._batches = cut(problem.batch, size, "batch")
+        self._batches, self._losses = cut(problem.batch, size, "batch"), list[Tensor]()
         self._buffers = PartBuffers(problem.model)
 
     def dots(self, direction: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,19 +85,20 @@ class _Parts:
             del train
         self._problem.require_participation(reached)
         self._buffers.finish()
-        dots, losses = zip(*found)
-        return torch.cat(dots), torch.cat(losses)
+        dots, self._losses = zip(*found)
+        return torch.cat(dots), torch.cat(self._losses)
 
     def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
         """sum_n weights_n dl_n/dtheta by name; parts without weight are not run."""
         total: dict[str, Tensor] = {}
         after = random_state()
         try:
-            for batch, state, some in zip(self._batches, self._states, weights.split(self._size), strict=True):
+            shares = zip(self._batches, self._states, self._losses, weights.split(self._size), strict=True)
+            for batch, state, losses, some in shares:
                 if bool((some != 0).any()):
                     restore_random_state(state)
                     with self._buffers.replayed():
-                        self._add(total, batch, some)
+                        self._add(total, batch, losses, some)
         finally:
             restore_random_state(after)
         trainable = self._problem.trainable
@@ -104,9 +106,11 @@ class _Parts:
             name: total[name].to(p.dtype) if name in total else torch.zeros_like(p) for name, p in trainable.items()
         }
 
-    def _add(self, total: dict[str, Tensor], batch: Any, weights: Tensor) -> None:
+    def _add(self, total: dict[str, Tensor], batch: Any, losses: Tensor, weights: Tensor) -> None:
         part = part_of(self._problem, batch, set())
-        for name, grad in weighted_backward(part, part.batch_losses(), weights, only=part.trainable).items():
+        again = part.batch_losses()
+        require_repetition(again.detach(), losses)
+        for name, grad in weighted_backward(part, again, weights, only=part.trainable).items():
             grad = grad if grad.dtype == torch.float64 else grad.float()  # a sum of parts in half precision would drift
             total[name] = total[name] + grad if name in total else grad
 

@@ -12,14 +12,14 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Buffers, unchanged_on_error
+from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import choose, jvp
 from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Names, recorded
 from metakern.engines.weighted_backward import weighted_backward
+from metakern.layers.bag_parts import BagsByParts
 
 
 class TrainPass(Protocol):
@@ -68,26 +68,21 @@ class _Dual(GraphPass):
     """Dots by forward mode, in a second forward pass with the random numbers and buffers of the first."""
 
     def __init__(self, problem: Problem) -> None:
-        self._buffers, self._random = Buffers(problem.model), random_state()
-        with sdpa_kernel(SDPBackend.MATH):  # the form that the dual pass takes, with the same dropout masks
+        self._start = PassState(problem.model)
+        with jvp.first_pass(problem.model):  # the form that the dual pass takes, with the same dropout masks
             losses = problem.batch_losses()
         super().__init__(problem, losses)
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
-        after = random_state()
-        restore_random_state(self._random)
-        try:
-            with self._buffers.replayed():
-                return jvp.loss_tangents(self._problem, dict(direction))
-        finally:
-            restore_random_state(after)
+        with self._start.replayed():
+            return jvp.loss_tangents(self._problem, dict(direction), self.losses)
 
 
 class _Differentiated(GraphPass):
     """Dots by differentiating the gradient once more."""
 
     def __init__(self, problem: Problem) -> None:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), BagsByParts():
             losses = problem.batch_losses()
         super().__init__(problem, losses)
 

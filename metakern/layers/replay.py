@@ -6,7 +6,6 @@ This is what serves a call that no layer rule knows: forward mode through that o
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +19,8 @@ from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.trace import tensors_in
+from metakern.layers.bag_parts import BagsByParts
+from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
 
 def with_parameters(call: Call, replacement: Callable[[Tensor], Any]) -> list[Tensor]:
@@ -68,28 +69,12 @@ def output_tangents(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor |
         return primal if tangent is None else forward_ad.make_dual(primal, tangent.to(primal.dtype))
 
     try:
-        with torch.no_grad(), dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with dual_level(), sdpa_kernel(SDPBackend.MATH):
             return [forward_ad.unpack_dual(t).tangent for t in with_parameters(call, dual)]
     except (NotImplementedError, RuntimeError) as error:
         if not lacks_forward_mode(error):
             raise
         return _tangents_by_two_reversals(call, tangents)
-
-
-def lacks_forward_mode(error: Exception) -> bool:
-    """Is this how torch says that an operation has no forward-mode formula, or a faulty one?"""
-    words = ("forward ad", "forward mode", "forward gradient", "jvp", "efficientzerotensor")
-    return any(word in str(error).lower() for word in words)
-
-
-@contextmanager
-def dual_level() -> Iterator[None]:
-    """`forward_ad.dual_level` without the deprecation warnings that torch raises against itself on first use."""
-    with forward_ad.dual_level():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-        yield
 
 
 def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor | None]:
@@ -99,7 +84,7 @@ def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> li
     def leaf(parameter: Tensor) -> Tensor:
         return leaves.setdefault(id(parameter), parameter.detach().requires_grad_())
 
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), BagsByParts(), sdpa_kernel(SDPBackend.MATH):
         outputs = with_parameters(call, leaf)
         kept = [o for o in outputs if o.requires_grad]
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in kept]

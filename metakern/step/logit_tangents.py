@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.losses import LossFunction, evaluate_losses
-from metakern.capture.random_state import random_state, restore_random_state
-from metakern.capture.state import Buffers, unchanged_on_error
+from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import jvp, pose
 from metakern.engines.problem import Problem
 
@@ -35,20 +33,15 @@ class LogitPass:
 
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
-        self._buffers, self._random = Buffers(problem.model), random_state()
-        with sdpa_kernel(SDPBackend.MATH):  # the form that the dual pass takes, with the same dropout masks
+        self._start = PassState(problem.model)
+        with jvp.first_pass(problem.model):  # the form that the dual pass takes, with the same dropout masks
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)
 
     def tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
         """dz/dtheta . V, [n, C], with the random numbers and running statistics of the first pass."""
-        after = random_state()
-        restore_random_state(self._random)
-        try:
-            with self._buffers.replayed():
-                return jvp.loss_tangents(self._problem, dict(direction))
-        finally:
-            restore_random_state(after)
+        with self._start.replayed():
+            return jvp.loss_tangents(self._problem, dict(direction), self.logits.detach())
 
 
 def batch_logits(model: nn.Module, batch: Any) -> Tensor:
@@ -93,8 +86,7 @@ def logit_tangents(
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     with unchanged_on_error(model):
         meta_loss, direction = problem.meta_gradient()
-        buffers = Buffers(model)
-        with buffers.replayed():
+        with PassState(model).replayed():
             given = LogitPass(problem, logits_fn)
             tangents = given.tangents(direction)
     return LogitTangents(tangents, given.logits.detach(), meta_loss)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.random_state import random_state, restore_random_state
-from metakern.capture.state import Buffers, unchanged_on_error
+from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import substituted
@@ -109,7 +108,7 @@ class _Inner:
 
     def __init__(self, problem: Problem, differentiable: bool) -> None:
         self._problem = problem
-        self._buffers, self._random = Buffers(problem.model), random_state()
+        self._start = PassState(problem.model)
         with ExitStack() as stack:
             if differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -152,19 +151,9 @@ class _Inner:
 
     def _gradient_at(self, parameters: Gradient) -> Gradient:
         """Gradient of the same pass, dropout masks included, at other parameters."""
-        with self._as_first(), _moved(self._problem, parameters) as leaves:
+        with self._start.replayed(), _moved(self._problem, parameters) as leaves:
             loss = _mean_loss(self._problem, self._problem.batch, "inner_batch")
             return _gradient(loss, leaves)
-
-    @contextmanager
-    def _as_first(self) -> Iterator[None]:
-        after = random_state()
-        restore_random_state(self._random)
-        try:
-            with self._buffers.replayed():
-                yield
-        finally:
-            restore_random_state(after)
 
 
 def _outer(problem: Problem, inner: Gradient, lr: float) -> tuple[Tensor, Gradient]:

@@ -158,3 +158,40 @@ def test_user_hooks_still_fire() -> None:
     judge_step(metakern.l2rw_step, setup_of(model), engine="ghost")
     assert 6 in seen
     assert 3 in seen
+
+
+def hooked(where: str) -> tuple[nn.Module, list[str]]:
+    """A network with a hook that changes gradients, and the engines that see it."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    if where == "parameter":
+        model[0].weight.register_hook(lambda grad: 2 * grad)
+    elif where == "after accumulation":
+        model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
+    elif where == "module":
+        model[2].register_full_backward_hook(lambda module, inner, outer: (-inner[0],))
+    elif where == "module before":
+        model[2].register_full_backward_pre_hook(lambda module, outer: (-outer[0],))
+    else:
+
+        def reverse(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda grad: -grad)
+
+        model[1].register_forward_hook(reverse)
+    return model, [] if model[0].weight._backward_hooks or "after" in where else ["ghost", "double_backward"]
+
+
+@pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
+@pytest.mark.parametrize("where", ["parameter", "after accumulation", "module", "module before", "tensor"])
+def test_hooks_that_change_gradients(where: str, engine: str) -> None:
+    """Seen by whatever runs backward; forward mode, and hooks on the parameters themselves, are refused."""
+    torch.manual_seed(0)
+    model, engines = hooked(where)
+    setup = Setup(model, *inputs.pair(4, 3, 4, classes=3))
+    if engine in engines:
+        judge_step(metakern.l2rw_step, setup, engine=engine)
+        return
+    before = Snapshot.of(model)
+    with pytest.raises(NotImplementedError, match="hook"):
+        metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine=engine)
+    before.assert_unchanged(model)

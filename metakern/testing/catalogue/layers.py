@@ -158,12 +158,8 @@ EMBEDDINGS = [
     token_case("embedding-bag-offsets-mean", lambda v: Tokens(Ragged(nn.EmbeddingBag(v, 4, mode="mean")), 4)),
     token_case("embedding-bag-weights", lambda v: Tokens(Weighted(nn.EmbeddingBag(v, 4, mode="sum")), 4)),
     token_case(
-        # The bag is a product of two trained tensors, and torch has neither a forward mode nor a second derivative.
         "embedding-bag-trained-weights",
         lambda v: Tokens(Weighted(nn.EmbeddingBag(v, 4, mode="sum"), 5), 4),
-        ghost="refuse",
-        jvp="refuse",
-        auto="refuse",
     ),
     token_case(
         # Its gradient is divided by how often a token occurs in the whole batch: no longer the gradient of any loss.

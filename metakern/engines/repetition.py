@@ -1,0 +1,24 @@
+"""A pass that is run a second time must be the first one again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern.capture.host import host_may_wait
+from metakern.capture.refusal import EngineUnavailable
+
+
+def require_repetition(again: Tensor, values: Tensor) -> None:
+    """Raise where two passes over one batch differ by more than rounding: the dots would not be of the first."""
+    if not host_may_wait():
+        return
+    share = {torch.float64: 1e-8, torch.float32: 1e-3}.get(values.dtype, 0.1)
+    if torch.is_autocast_enabled(values.device.type):
+        share = 0.1
+    if again.shape != values.shape or bool(((again - values).abs() > share * (1 + values.abs())).any()):
+        raise EngineUnavailable(
+            "two forward passes over the same batch do not agree, so the model draws from a random generator that is "
+            "not torch's, Python's or NumPy's global one, nor an attribute of a module, or it keeps something between "
+            "calls; forward mode and micro_batch need a pass that can be repeated (engine='double_backward' does not)"
+        )

@@ -1,0 +1,45 @@
+"""Forward-mode differentiation as reverse mode would have it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.overrides import TorchFunctionMode
+
+from metakern.layers.bag_parts import BagsByParts
+
+
+class _ConstantWithoutGrad(TorchFunctionMode):
+    """What runs under `torch.no_grad()` is a constant to a backward pass; torch's forward mode differentiates it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def dual_level() -> Iterator[None]:
+    """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
+    deprecation warnings that torch raises against itself on first use.
+    """
+    with torch.enable_grad(), forward_ad.dual_level():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        with _ConstantWithoutGrad(), BagsByParts():
+            yield
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Is this how torch says that an operation has no forward-mode formula or a faulty one, or that a model takes
+    gradients inside its forward pass, which a dual pass has none of?
+    """
+    words = ("forward ad", "forward mode", "forward gradient", "jvp", "efficientzerotensor", "does not require grad")
+    return any(word in str(error).lower() for word in words)
