@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metakern import dots as stage_dots
 from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
+from metakern.capture.graph import output_gradients
 from metakern.capture.losses import LossFunction
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.capture.trace import tensor_arguments
+from metakern.engines import ghost
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
 from metakern.layers.rule import Weights
@@ -39,6 +41,17 @@ class UseCost:
     kept_bytes: int  # inputs A and output gradient B, kept by memory="reuse" until the gradient is formed
 
 
+class Passes(NamedTuple):
+    """FLOPs of the passes over whole batches, as torch counts them."""
+
+    forward: int
+    output_gradients: int  # the backward pass to B, without gradients of parameters
+    meta: int  # forward and backward of the meta batch
+
+
+NONE = Passes(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found; `str(explanation)` is a table."""
@@ -46,6 +59,23 @@ class Explanation:
     engine: str
     why_not_ghost: str  # "" where ghost serves; there are no uses then
     uses: tuple[UseCost, ...]
+    passes: Passes = NONE
+
+    @property
+    def plain_flops(self) -> int:
+        """Of a plain step: forward, output gradients, gradients of the parameters."""
+        gradient = sum(use.gradient_flops for use in self.uses)
+        return self.passes.forward + self.passes.output_gradients + gradient
+
+    def step_flops(self, kept: float = 0.5) -> float:
+        """Of `l2rw_step` when the share `kept` of the batch carries weight."""
+        dots, gradient = (sum(part) for part in zip(*((use.dots_flops, use.gradient_flops) for use in self.uses)))
+        return sum(self.passes) + dots + kept * gradient
+
+    @property
+    def kept_bytes(self) -> int:
+        """Held by all records together until the gradient is formed; memory="two_pass" holds no output gradients."""
+        return sum(use.kept_bytes for use in self.uses)
 
     def share(self, use: UseCost) -> float:
         """Of the FLOPs of all dots and weighted gradients."""
@@ -62,7 +92,14 @@ class Explanation:
             rows.append([*named, *sizes, f"{self.share(use):.1%}", use.why])
         widths = [max(len(row[k]) for row in rows) for k in range(8)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]
-        return "\n".join([*lines, f"engine: {self.engine}"])
+        return "\n".join([*lines, self._totals(), f"engine: {self.engine}"])
+
+    def _totals(self) -> str:
+        half, none, every = (self.step_flops(kept) / max(self.plain_flops, 1) for kept in (0.5, 0, 1))
+        return (
+            f"operations: {half:.2f} plain steps with half of the batch kept ({none:.2f} with none, {every:.2f} with "
+            f"all); records: {self.kept_bytes / 2**20:.3g} MiB"
+        )
 
 
 def _rounded(value: float) -> str:
@@ -81,7 +118,8 @@ def explain(
 
     direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
 
-    Both are one pass over batch [n] and meta_batch [m]; the model, its gradients and the random state are as before.
+    A few passes over batch [n] and meta_batch [m]; the model, its gradients and the random state are as before. The
+    last lines foretell the operations of a step, in plain steps, and the memory of the records.
 
     Args: as for `l2rw_step`.
     Returns: `Explanation`; print it for a table.
@@ -94,11 +132,32 @@ def explain(
             train = Recorded(problem)
             meta = trace_batch(model, meta_batch, loss_fn, problem.trainable, "meta_batch")
             _, v = problem.meta_gradient()
-            return Explanation("ghost", "", tuple(_costs(problem, train, meta, v)))
+            return Explanation("ghost", "", tuple(_costs(problem, train, meta, v)), _passes(problem, meta))
     except EngineUnavailable as refusal:
         return Explanation("jvp", str(refusal), ())
     finally:
         restore_random_state(state)
+
+
+def _passes(problem: Problem, meta: Trace) -> Passes:
+    """The passes of a ghost step over the train batch and over the traced meta batch, counted."""
+
+    def traced(batch: Any, argument: str) -> Trace:
+        return trace_batch(problem.model, batch, problem.loss_fn, problem.trainable, argument)
+
+    # A pass that was counted forward is not run backward: the counter leaves hooks that chosen leaves do not stand.
+    with FlopCounterMode(display=False) as forward:
+        traced(problem.batch, "batch")
+    with FlopCounterMode(display=False) as meta_forward:
+        traced(problem.meta_batch, "meta_batch")
+    trace = traced(problem.batch, "batch")
+    with FlopCounterMode(display=False) as backward:
+        output_gradients(trace)
+    candidates = stage_dots.pairable(trace, {id(p): p for p in problem.chosen.values()})
+    with FlopCounterMode(display=False) as meta_backward:
+        ghost.meta_gradients(problem, trace, meta, candidates)
+    counts = [each.get_total_flops() for each in (forward, backward, meta_forward, meta_backward)]
+    return Passes(counts[0], counts[1], counts[2] + counts[3])
 
 
 @torch.no_grad()

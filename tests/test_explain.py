@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import metakern
 from metakern import dots as stage_dots
@@ -42,6 +43,21 @@ def test_flops_bytes_and_shares() -> None:
     assert first.kept_bytes == 4 * n * (width + width)
     assert sum(map(found.share, found.uses)) == pytest.approx(1.0)
     assert all(use.parameters in str(found) for use in found.uses)
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(64, 2, 10), lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))])
+@pytest.mark.parametrize("kept", [4, 32])
+def test_operations_of_a_step_are_those_foretold(make, kept: int) -> None:
+    model = make()
+    batch, meta_batch = inputs.pair(32, 3, 64, classes=10, dtype=torch.float32)
+    found = metakern.explain(model, batch, meta_batch)
+    weights = (torch.arange(32) < kept).float()
+    with FlopCounterMode(display=False) as step:
+        metakern.reweight_step(model, batch, meta_batch, rule=lambda dots: weights)
+    with FlopCounterMode(display=False) as plain:
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    assert found.step_flops(kept / 32) == pytest.approx(step.get_total_flops(), rel=0.05)
+    assert found.plain_flops == pytest.approx(plain.get_total_flops(), rel=0.05)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -21,7 +21,7 @@ from metakern.engines.problem import Answer, Problem
 from metakern.engines.recorded import recorded, require_unchanged
 
 
-class _Meta(NamedTuple):
+class Meta(NamedTuple):
     """The meta batch as the dots need it: V where it was formed, records where the pairs form takes its place."""
 
     loss: Tensor
@@ -41,14 +41,19 @@ def solve(problem: Problem) -> Answer:
     return Answer(dots, train.losses, meta.loss, train.weighted_gradient)
 
 
-def _meta_pass(problem: Problem, trace: Trace) -> _Meta:
+def _meta_pass(problem: Problem, trace: Trace) -> Meta:
     candidates = {} if problem.process_group is not None else stage_dots.pairable(trace, _by_identity(problem))
     if not candidates:
         loss, gradient = problem.meta_gradient()
         mean_over_group(gradient, problem.process_group)
-        return _Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {})
+        return Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {})
     with unchanged_buffers(problem.model):
         meta_trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
+    return meta_gradients(problem, trace, meta_trace, candidates)
+
+
+def meta_gradients(problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int]) -> Meta:
+    """The backward pass of the meta batch: to meta records where the pairs form is cheaper, to V for all else."""
     pairs = _pairs(problem, trace, meta_trace, candidates)
     loss = meta_trace.losses.mean()
     directed = [p for key, p in _by_identity(problem).items() if key not in pairs]
@@ -60,7 +65,7 @@ def _meta_pass(problem: Problem, trace: Trace) -> _Meta:
         if grad is not None:
             require_unchanged(meta_trace.uses[j])
             paired[k] = Record(meta_trace.uses[j], (grad,), (ExampleAxis(0, 1, grad.shape[0]),))
-    return _Meta(loss.detach(), direction, paired)
+    return Meta(loss.detach(), direction, paired)
 
 
 def _by_identity(problem: Problem) -> dict[int, nn.Parameter]:
