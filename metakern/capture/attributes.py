@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module()))
+_PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 
 
 class _Kept(NamedTuple):
@@ -27,7 +28,8 @@ class Attributes:
         self._kept = []
         for module in model.modules():
             attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
-            contents = [put_back for value in attributes.values() if (put_back := _content(value)) is not None]
+            found = [_content(value) for value in attributes.values() if type(value) not in _PLAIN]
+            contents = [put_back for put_back in found if put_back is not None]
             self._kept.append(_Kept(module, attributes, contents))
 
     def restore(self) -> None:
@@ -44,33 +46,26 @@ class Attributes:
 
 def _content(value: Any) -> Callable[[], None] | None:
     """A function that puts back what `value` holds now; None for what cannot change or is not looked into."""
-    if isinstance(value, Tensor):
-        return None if value.grad_fn is not None or value.is_inference() else _tensor(value)
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return partial(_call, value.set_state, state)
-    if isinstance(value, random.Random):
-        drawn = value.getstate()
-        return partial(_call, value.setstate, drawn)
-    if isinstance(value, (list, deque)):
-        items = list(value)
-        return partial(_refill, value, items)
-    if isinstance(value, (dict, set)):
-        copy = value.copy()
-        return partial(_update, value, copy)
-    if hasattr(value, "bit_generator"):  # numpy.random.Generator
-        numbers = value.bit_generator.state
-        return partial(setattr, value.bit_generator, "state", numbers)
-    return None
+    kind = type(value)
+    if kind not in _KINDS:
+        own = _numpy_generator if kind.__module__.startswith("numpy.random") else None  # numpy need not be installed
+        _KINDS[kind] = next((keep for types, keep in _KEEPERS if issubclass(kind, types)), own)
+    keep = _KINDS[kind]
+    return None if keep is None else keep(value)
 
 
-def _tensor(value: Tensor) -> Callable[[], None]:
-    held = value.detach().clone()
-    return partial(_call, value.data.copy_, held)
+def _tensor(value: Tensor) -> Callable[[], None] | None:
+    if value.grad_fn is not None or value.is_inference():
+        return None
+    return partial(_call, value.data.copy_, value.detach().clone())
 
 
 def _call(function: Callable[[Any], Any], value: Any) -> None:
     function(value)
+
+
+def _sequence(value: list[Any] | deque[Any]) -> Callable[[], None]:
+    return partial(_refill, value, list(value))
 
 
 def _refill(value: list[Any] | deque[Any], items: list[Any]) -> None:
@@ -79,6 +74,26 @@ def _refill(value: list[Any] | deque[Any], items: list[Any]) -> None:
         value.extend(items)
 
 
+def _collection(value: Any) -> Callable[[], None]:
+    return partial(_update, value, value.copy())
+
+
 def _update(value: Any, copy: Any) -> None:
     value.clear()
     value.update(copy)
+
+
+def _numpy_generator(value: Any) -> Callable[[], None] | None:
+    if not hasattr(value, "bit_generator"):
+        return None
+    return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+
+
+_KEEPERS: list[tuple[Any, Callable[[Any], Callable[[], None] | None]]] = [
+    (Tensor, _tensor),
+    (torch.Generator, lambda value: partial(_call, value.set_state, value.get_state())),
+    (random.Random, lambda value: partial(_call, value.setstate, value.getstate())),
+    ((list, deque), _sequence),
+    ((dict, set), _collection),
+]
+_KINDS: dict[type, Callable[[Any], Callable[[], None] | None] | None] = {}
