@@ -47,12 +47,16 @@ def solve(problem: Problem) -> Answer:
 
 
 class _Hooks(TorchFunctionMode):
-    """Notes whether a hook was put on a tensor."""
+    """Notes whether a hook was put on a tensor that may change its gradient.
+
+    Those of `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use, only watch.
+    """
 
     seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.seen |= func is Tensor.register_hook
+        if func is Tensor.register_hook:
+            self.seen |= getattr(args[-1], "__module__", "") != "torch.autograd.graph"
         return func(*args, **(kwargs or {}))
 
 

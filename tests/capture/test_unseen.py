@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import metakern
 from metakern.testing import inputs
@@ -195,3 +196,13 @@ def test_hooks_that_change_gradients(where: str, engine: str) -> None:
     with pytest.raises(NotImplementedError, match="hook"):
         metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine=engine)
     before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
+def test_hooks_that_only_watch(engine: str) -> None:
+    """A FLOP counter follows the modules by hooks on their tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with FlopCounterMode(display=False) as counter:
+        judge_step(metakern.l2rw_step, Setup(model, *inputs.pair(4, 3, 4, classes=3)), engine=engine)
+    assert counter.get_total_flops() > 0

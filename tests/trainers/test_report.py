@@ -114,7 +114,7 @@ def test_report_without_the_data(quick, tmp_path, stand_in, monkeypatch):
 
     run = train(replace(quick, method="l2rw"), tmp_path, progress=False)
 
-    def absent(*_):
+    def absent(*_, **__):
         raise DataNotFound("not here")
 
     monkeypatch.setattr(runs, "load", absent)
