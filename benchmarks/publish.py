@@ -120,6 +120,31 @@ def floors(runs: dict[str, dict[str, Row]]) -> str:
     return "\n".join(lines)
 
 
+MEMORY = {
+    "metakern": ("metakern",),
+    "two_pass": ("metakern two_pass",),
+    "micro_batch=n/4": ("metakern micro_batch=n/4",),
+    **{name: ways for name, ways in COLUMNS.items() if name not in ("metakern", "best other library")},
+}
+
+
+def memory(runs: dict[str, dict[str, Row]]) -> str:
+    """Peak memory in that of a plain step, one line per case."""
+    lines = [f"| peak memory | {' | '.join(MEMORY)} |", "|" + " --- |" * (len(MEMORY) + 1)]
+    for case in (case for case in TITLES if case in runs):
+        cells = []
+        for ways in MEMORY.values():
+            found = [row for way in ways if (row := runs[case].get(way)) and row["status"] == "measured"]
+            cells.append(f"{float(found[0]['peak_ratio']):.2f}" if found else "-")
+        lines.append(f"| {TITLES[case]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def floors_and_memory(runs: dict[str, dict[str, Row]]) -> str:
+    """Both tables of docs/performance.md."""
+    return f"{floors(runs)}\n\n{memory(runs)}"
+
+
 def published(text: str, table: Table, rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> str:
     """A page with the part between its marks made again from the rows."""
     runs = latest(rows, threads)
@@ -127,7 +152,7 @@ def published(text: str, table: Table, rows: Path = RESULTS / "steps-cpu.csv", t
     return f"{text[:begin]}{START}\n{caption(runs)}\n\n{table(runs)}\n\n{text[end:]}"
 
 
-PAGES: dict[Path, Table] = {README: table, PERFORMANCE: floors}
+PAGES: dict[Path, Table] = {README: table, PERFORMANCE: floors_and_memory}
 
 
 def plot_files(rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> dict[str, str]:

@@ -126,11 +126,13 @@ def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
     """A few steps on a stream of their own, as capture asks for; none of them counts."""
     before, stream = random_state(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), unchanged_buffers(model):
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    restore_random_state(before)
+    try:
+        with torch.cuda.stream(stream), unchanged_buffers(model):
+            for _ in range(WARM_UP):
+                step()
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+        restore_random_state(before)
 
 
 @contextmanager
