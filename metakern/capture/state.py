@@ -75,19 +75,29 @@ class PassState:
             restore_random_state(after)
 
 
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Buffers, attributes, random state and gradients are as before if an exception leaves the block."""
-    buffers, attributes, state = Buffers(model), Attributes(model), random_state()
-    grads = [(p, p.grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        buffers.restore()
-        attributes.restore()
-        restore_random_state(state)
-        for parameter, grad in grads:
+class Start:
+    """What a failed attempt goes back to: buffers, attributes, random state and gradients of a model at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers, self._attributes, self._random = Buffers(model), Attributes(model), random_state()
+        self._grads = [(p, p.grad) for p in model.parameters()]
+
+    def restore(self) -> None:
+        self._buffers.restore()
+        self._attributes.restore()
+        restore_random_state(self._random)
+        for parameter, grad in self._grads:
             parameter.grad = grad
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[Start]:
+    """The model is as before if an exception leaves the block, which may go back to where it started as well."""
+    start = Start(model)
+    try:
+        yield start
+    except BaseException:
+        start.restore()
         raise
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_on_error
+from metakern.capture.state import Start
 from metakern.engines import double_backward, ghost, jvp
 from metakern.engines.problem import Answer, Problem
 
@@ -18,8 +18,8 @@ ENGINES: dict[str, Callable[[Problem], Answer]] = {
 }
 
 
-def solve(problem: Problem, engine: str) -> tuple[Answer, str]:
-    """The answer, and the name of the engine that gave it.
+def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
+    """The answer, and the name of the engine that gave it; the second one tried begins at `start`, as the first did.
 
     Raises:
         ValueError: no engine of that name.
@@ -32,9 +32,9 @@ def solve(problem: Problem, engine: str) -> tuple[Answer, str]:
     if normalises_over_batch(problem.model):
         return jvp.solve(problem), "jvp"
     try:
-        with unchanged_on_error(problem.model):
-            return ghost.solve(problem), "ghost"
+        return ghost.solve(problem), "ghost"
     except EngineUnavailable as refusal:
+        start.restore()
         try:
             return jvp.solve(problem), "jvp"
         except EngineUnavailable as second:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_on_error
+from metakern.capture.state import Start
 from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, solve
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.group import mean_over_group
@@ -44,6 +44,7 @@ def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_
 
 def solve_along(
     problem: Problem,
+    start: Start,
     engine: str,
     direction: Direction | None,
     size: int | None = None,
@@ -58,15 +59,15 @@ def solve_along(
         raise ValueError(f"dot_precision={problem.dot_precision!r} is for engine='ghost' (or 'auto'), got {engine!r}")
     if _freezes(problem, engine, size, batchnorm):
         try:
-            with unchanged_on_error(problem.model):
-                return frozen_statistics.solve(problem, lambda v: _directed(v, direction)), FROZEN
+            return frozen_statistics.solve(problem, lambda v: _directed(v, direction)), FROZEN
         except EngineUnavailable:
             if engine != "auto":
                 raise
+            start.restore()
     if size is not None and micro_batch.several_parts(problem, engine, size):
         return micro_batch.solve(problem, size, lambda v: _directed(v, direction)), "ghost"
     if direction is None:
-        return solve(problem, engine)
+        return solve(problem, engine, start)
     train, used = open_pass(problem, engine)
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)

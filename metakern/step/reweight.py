@@ -41,8 +41,8 @@ def grad_dots(
     Raises: as `l2rw_step`.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision)
-    with unchanged_on_error(model), unchanged_buffers(model):
-        answer, used = solve_along(problem, engine, None, micro_batch, batchnorm)
+    with unchanged_on_error(model) as start, unchanged_buffers(model):
+        answer, used = solve_along(problem, start, engine, None, micro_batch, batchnorm)
         require_finite(answer.dots, problem)
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
@@ -80,8 +80,8 @@ def reweight_step(
     function = weight_rule(rule)
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision)
     require_optimizer(optimizer, problem.trainable)
-    with unchanged_on_error(model):
-        answer, used = solve_along(problem, engine, direction, micro_batch, batchnorm)
+    with unchanged_on_error(model) as start:
+        answer, used = solve_along(problem, start, engine, direction, micro_batch, batchnorm)
         require_finite(answer.dots, problem)
         with torch.no_grad():
             weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
