@@ -7,16 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from metakern.data import Source
 from metakern.methods import find
 from metakern.methods.method import NotApplicable
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.loop import train
 from metakern.trainers.run_folder import finished
+from metakern.trainers.task import make_source, make_task
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,16 @@ def cell(root: Path, config: TrainConfig) -> Cell:
     return Cell(config, folder, finished(folder, config))
 
 
-def _run(config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
+@lru_cache(maxsize=1)
+def _source(config: TrainConfig) -> Source:
+    """The data set of the comparison, read once in each of its processes."""
+    return make_source(config)
+
+
+def _run(base: TrainConfig, config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
     """The folder of the cell, and why its method was left out if it does not take such data."""
     try:
-        train(config, folder, progress=False)
+        train(config, folder, task=make_task(config, _source(base)), progress=False)
     except NotApplicable as reason:
         return folder, f"{config.method} is left out: {reason}"
     return folder, None
@@ -63,11 +72,15 @@ def _run(config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
 def _folders_done(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Path, str | None]]:
     """Run `cells` and yield what `_run` returns as they finish."""
     if jobs == 1:
-        yield from (_run(entry.config, entry.folder) for entry in cells)
+        _source.cache_clear()  # a file may have changed since another comparison
+        try:
+            yield from (_run(cells[0].config, entry.config, entry.folder) for entry in cells)
+        finally:
+            _source.cache_clear()
         return
     # Spawned, not forked: a fork copies torch's thread pool in whatever state it is in.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_run, entry.config, entry.folder) for entry in cells]
+        futures = [pool.submit(_run, cells[0].config, entry.config, entry.folder) for entry in cells]
         try:
             yield from (future.result() for future in as_completed(futures))
         except BaseException:

@@ -50,15 +50,16 @@ class Run:
     folder: Path
 
 
-def train(config: TrainConfig, folder: Path, *, progress: bool = True) -> Run:
+def train(config: TrainConfig, folder: Path, *, task: Task | None = None, progress: bool = True) -> Run:
     """Train as `config` says and leave config.json, metrics.csv, weights, model.pt and result.json in `folder`.
 
-    An unfinished run of the same config there goes on from its last checkpoint, with the results it would have had.
+    `task` is what `make_task(config)` returns, where that has been called before. An unfinished run of the same config
+    in `folder` goes on from its last checkpoint, with the results it would have had.
     Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data.
     """
     method = find(config.method)
     torch.set_num_threads(config.threads)
-    task, validation = make_task(config), None
+    task, validation = make_task(config) if task is None else task, None
     if config.early_stopping is not None:
         task, validation = hold_out(task, config.validation, config.seed)
     task = method.training_set(task, config.seed)
@@ -97,6 +98,7 @@ class _Loop:
         self.board = Board(folder) if config.tensorboard else None
         self.class_counts = self.task.train.counts(self.setup.classes)
         self.step, self.seconds = 0, 0.0
+        self.measured: tuple[int, Errors] | None = None
 
     def fit(self, whole: Fit) -> None:
         """Let a method that has no steps make its model."""
@@ -145,9 +147,7 @@ class _Loop:
 
     def finish(self) -> Errors:
         """The final errors, of the best model where the run stops early, with everything on disk."""
-        if self.stopping and self.stopping.best_step:
-            self.stopping.restore(self.model)
-        errors = self._errors(self.task.test)
+        errors = self._final_errors()
         self.ledger.save(self.folder)
         torch.save(self.model.state_dict(), self.folder / "model.pt")
         if isinstance(self.take, Explained):
@@ -156,6 +156,13 @@ class _Loop:
         best = self.stopping.best_step if self.stopping else None
         finish(self.folder, self.config, errors, self.seconds, self.step, best)
         return errors
+
+    def _final_errors(self) -> Errors:
+        if self.stopping and self.stopping.best_step:
+            self.stopping.restore(self.model)
+        elif self.measured is not None and self.measured[0] == self.step:
+            return self.measured[1]
+        return self._errors(self.task.test)
 
     def _take_step(self, rows: torch.Tensor, batch: Batch, meta_batch: Batch) -> None:
         assert self.take is not None
@@ -176,7 +183,9 @@ class _Loop:
 
     def _evaluate(self) -> None:
         validation = None if self.validation is None else self._errors(self.validation).test
-        row = self.metrics.write(self.step, self._errors(self.task.test), validation)
+        errors = self._errors(self.task.test)
+        self.measured = self.step, errors
+        row = self.metrics.write(self.step, errors, validation)
         if self.stopping and validation is not None:
             self.stopping.add(self.step, validation, self.model)
         if self.board:

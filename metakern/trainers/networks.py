@@ -54,6 +54,7 @@ class BagOfTokens(nn.Module):
 
 # --model NAME for images; the small one of `convolutional` is what fits where no name is given
 IMAGE_MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "small-narrow": lambda classes: convolutional(3, classes, width=16),
     "small-batchnorm": lambda classes: convolutional(3, classes, norm=nn.BatchNorm2d),
     "resnet32": lambda classes: resnet(32, classes=classes),
     "resnet32-groupnorm": lambda classes: resnet(32, classes=classes, norm=group_norm),

@@ -6,19 +6,27 @@ from dataclasses import replace
 
 import torch
 
-from metakern.data import Examples, GraphSource, Task, biased, binary_imbalance, is_own, load, node_task
+from metakern.data import Examples, GraphSource, Source, Task, biased, binary_imbalance, is_own, load, node_task
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.pretrained import folder_of, tokenizer
 
 
-def make_task(config: TrainConfig) -> Task:
-    """The data of a run, biased as its config says.
+def make_source(config: TrainConfig) -> Source:
+    """The data set that `config` names, with the tokens of its model.
 
-    Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
+    Raises: as the loaders.
     """
     folder = folder_of(config.model)
     encode = None if folder is None else tokenizer(folder)
-    source = load(config.data, config.data_dir, encode=encode, label=config.label)
+    return load(config.data, config.data_dir, encode=encode, label=config.label)
+
+
+def make_task(config: TrainConfig, source: Source | None = None) -> Task:
+    """The data of a run, biased as its config says, out of `source` where `make_source(config)` has been called before.
+
+    Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
+    """
+    source = make_source(config) if source is None else source
     size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
     if isinstance(source, GraphSource):
         if config.majority is not None or config.noise is not None:

@@ -1,4 +1,5 @@
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -7,7 +8,9 @@ import pytest
 from metakern.trainers import compare
 from metakern.trainers.compare import Cell, cell, grid, run_missing
 from metakern.trainers.leaderboard import as_text, leaderboard, save
+from metakern.trainers.loop import train
 from metakern.trainers.report import write_comparison
+from metakern.trainers.task import make_source
 
 
 def test_grid_refuses_unknown_methods(quick):
@@ -48,6 +51,29 @@ def test_finished_cells_are_not_run_again(quick, tmp_path, monkeypatch):
     before = written.stat().st_mtime_ns
     run_missing(tmp_path, configs, progress=False)
     assert written.stat().st_mtime_ns == before
+
+
+def test_the_data_are_read_once_and_give_what_a_run_alone_gives(quick, tmp_path, monkeypatch):
+    configs = grid(quick, ["uniform", "resample"], [0.9, 0.8], [0, 1])
+    read = []
+    monkeypatch.setattr(compare, "make_source", lambda config: read.append(config) or make_source(config))
+    cells = run_missing(tmp_path / "grid", configs, progress=False)
+    assert len(read) == 1
+    for config, together in zip(configs, cells, strict=True):
+        alone = train(config, tmp_path / "alone" / config.name(), progress=False)
+        assert together.result is not None
+        assert alone.errors.by_class == together.result["error_by_class"]
+
+
+def test_a_changed_file_is_read_again_by_the_next_comparison(quick, tmp_path):
+    table = tmp_path / "own.csv"
+    base = replace(quick, data=f"csv:{table}", majority=None, label="y", steps=2, meta_per_class=1)
+    sizes = []
+    for rows in (40, 80):
+        table.write_text("x,y\n" + "".join(f"{k % 7},{'ab'[k % 2]}\n" for k in range(rows)))
+        cells = run_missing(tmp_path / str(rows), grid(base, ["uniform"], [None], [0]), progress=False)
+        sizes.append(json.loads((cells[0].folder / "config.json").read_text())["train_examples"])
+    assert sizes == [30, 62]
 
 
 def test_comparison_of_many_classes(quick, tmp_path):

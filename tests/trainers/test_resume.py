@@ -65,7 +65,8 @@ def killed_at(monkeypatch, function: str, call: int):
         ("require_finite", 4),
         ("measure_errors", 1),
         ("save_checkpoint", 2),
-        ("measure_errors", 4),
+        ("measure_errors", 3),
+        ("finish", 1),
     ],
 )
 def test_killed_at_any_point(quick, tmp_path, monkeypatch, dropout, method, function, call):
