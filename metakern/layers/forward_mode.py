@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from metakern.layers.bag_parts import BagsByParts
@@ -24,6 +25,19 @@ class _ConstantWithoutGrad(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
+class _GroupNormInRows(TorchFunctionMode):
+    """torch's forward mode of group normalisation takes rows of memory in order, and fails for channels_last."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (F.group_norm, torch.group_norm):
+            if args:
+                args = args[0].contiguous(), *args[1:]
+            else:
+                kwargs["input"] = kwargs["input"].contiguous()
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def dual_level() -> Iterator[None]:
     """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
@@ -33,7 +47,7 @@ def dual_level() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-        with _ConstantWithoutGrad(), BagsByParts():
+        with _ConstantWithoutGrad(), BagsByParts(), _GroupNormInRows():
             yield
 
 

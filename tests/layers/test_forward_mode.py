@@ -1,0 +1,35 @@
+"""The dual level in which tangents are computed, where torch's own forward mode falls short."""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import nn
+
+import metakern
+from metakern.layers.forward_mode import dual_level
+from metakern.testing import budget, inputs
+
+
+def test_group_norm_of_channels_last() -> None:
+    x, tangent, weight = inputs.normal(3, 8, 5, 5, seed=1), inputs.normal(3, 8, 5, 5, seed=2), inputs.normal(8, seed=3)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for call in (F.group_norm, torch.group_norm):
+            for named in (False, True):
+                with dual_level():
+                    dual = forward_ad.make_dual(*(value.to(memory_format=layout) for value in (x, tangent)))
+                    out = call(num_groups=4, weight=weight, input=dual) if named else call(dual, 4, weight)
+                    found.append(forward_ad.unpack_dual(out).tangent)
+    for other in found[1:]:
+        budget.assert_within(other, found[0], 10.0)
+
+
+def test_logit_tangents_of_a_channels_last_network() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).double()
+    batch, meta_batch = ((inputs.normal(n, 3, 6, 6, seed=n), inputs.labels(n, classes=4, seed=n + 1)) for n in (6, 4))
+    plain = metakern.logit_tangents(model, batch, meta_batch)
+    turned = metakern.logit_tangents(model.to(memory_format=torch.channels_last), batch, meta_batch)
+    budget.assert_within(turned.tangents, plain.tangents, 100.0)
