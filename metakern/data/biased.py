@@ -25,13 +25,19 @@ def biased(
     Classes are counted by true labels. Of a source whose own labels are noisy the meta set gets the true ones.
     `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
     Raises: ValueError when a class has no more than meta_per_class examples or noise meets labels that are noisy
-    already; for a shape that is not one of SHAPES; as those and `noise_matrix`.
+    already; for hierarchical noise on a source without groups; for a shape that is not one of SHAPES; as those and
+    `noise_matrix`.
     """
     classes = len(source.class_names)
     generator = torch.Generator().manual_seed(seed)
     truth = source.train.targets if source.clean_targets is None else source.clean_targets
     if noise is not None and source.clean_targets is not None:
         raise ValueError(f"biased: the labels of {source.name} are noisy already; noise must be None, got {noise!r}")
+    if noise == "hierarchical" and source.groups is None:
+        raise ValueError(
+            f"biased: hierarchical noise stays within groups of classes, and {source.name} has none; cifar100 has, and "
+            "so has --data csv:FILE with --group COLUMN"
+        )
     if shape not in SHAPES:
         raise ValueError(f"biased: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     available = torch.bincount(truth, minlength=classes)
@@ -54,7 +60,8 @@ def biased(
     train_rows, meta_rows = torch.cat(train), torch.cat(meta)
     chosen, held, corruption = source.train.take(train_rows), source.train.take(meta_rows), None
     if noise is not None:
-        targets, corruption = corrupt(chosen.targets, noise_matrix(noise, classes, rate, generator), generator)
+        matrix = noise_matrix(noise, classes, rate, generator, groups=source.groups)
+        targets, corruption = corrupt(chosen.targets, matrix, generator)
         chosen = Examples(chosen.inputs, targets, chosen.ids)
     tail = "" if shape == "exponential" else f" ({shape})"
     parts = [f"imbalance {factor:g}{tail}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from metakern.data.cifar10 import cifar10
+from metakern.data.cifar100 import cifar100
 from metakern.data.csv_file import csv_file
 from metakern.data.digits import digits
 from metakern.data.examples import Source
@@ -22,6 +23,7 @@ _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "mnist-4v9": lambda root: mnist(root, (4, 9)),
     "mnist": lambda root: mnist(root),
     "cifar10": cifar10,
+    "cifar100": cifar100,
     "credit-fraud": credit_fraud,
     "credit-default": credit_default,
     "haberman": haberman,
@@ -52,21 +54,27 @@ def short_name(name: str) -> str:
 
 
 def load(
-    name: str, data_dir: str | Path | None = None, *, encode: Encode | None = None, label: str | None = None
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    encode: Encode | None = None,
+    label: str | None = None,
+    group: str | None = None,
 ) -> Source:
     """The data set called `name`, read from `data_dir` or, without it, from the folder METAKERN_DATA names.
 
     `encode` turns the texts of a set of texts into tokens[n, t] int64; without it, their words or characters do.
     Data of one's own are called "images:DIR", see `image_folder`, or "csv:FILE", see `csv_file`, whose column of
-    classes is `label`.
-    Raises: ValueError listing the names when there is no such set, or for `encode` or `label` when the set takes none;
-    DataNotFound when its files are missing.
+    classes is `label` and that of groups of classes `group`.
+    Raises: ValueError listing the names when there is no such set, or for `encode`, `label` or `group` when the set
+    takes none; DataNotFound when its files are missing.
     """
     kind, _, path = name.partition(":")
     if kind == "csv":
-        return csv_file(path, label, encode)
-    if label is not None:
-        raise ValueError(f"--label names a column of --data csv:FILE, got {name!r}")
+        return csv_file(path, label, encode, group)
+    for option, column in (("--label", label), ("--group", group)):
+        if column is not None:
+            raise ValueError(f"{option} names a column of --data csv:FILE, got {name!r}")
     if name in _TEXTS:
         return _TEXTS[name](find_data_dir(data_dir), encode)
     if encode is not None:

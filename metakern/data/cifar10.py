@@ -13,6 +13,7 @@ from metakern.data.folder import find_file
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _RECORD = 1 + 3 * 32 * 32
+_MEAN, _DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def _from_binary(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +35,12 @@ def _from_jpeg(path: Path, test: bool) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _examples(images: np.ndarray, labels: np.ndarray) -> Examples:
-    mean, deviation = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+def normalised_images(
+    images: np.ndarray, labels: np.ndarray, mean: tuple[float, ...], deviation: tuple[float, ...]
+) -> Examples:
+    """images[n, 3, h, w] uint8 -> float32, each channel of the pixels in 0..1 less `mean`, over `deviation`."""
     inputs = torch.from_numpy(images.copy()).float().div_(255)
-    inputs.sub_(mean.view(3, 1, 1)).div_(deviation.view(3, 1, 1))
+    inputs.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(deviation).view(3, 1, 1))
     return Examples(inputs, torch.from_numpy(labels.astype(np.int64)), torch.arange(len(labels)))
 
 
@@ -62,4 +65,5 @@ def cifar10(root: Path | None) -> Source:
         test = _from_binary([path.with_name("test_batch.bin")])
     else:
         train, test = _from_jpeg(path, test=False), _from_jpeg(path, test=True)
-    return Source("cifar10", _examples(*train), _examples(*test), CLASS_NAMES)
+    training, testing = (normalised_images(*part, _MEAN, _DEVIATION) for part in (train, test))
+    return Source("cifar10", training, testing, CLASS_NAMES)

@@ -18,8 +18,8 @@ from metakern.data.text import Encode, by_frequency, characters, words
 LENGTH = 64  # tokens of a text that are read
 
 
-def csv_file(names: str, label: str | None, encode: Encode | None = None) -> Source:
-    """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes.
+def csv_file(names: str, label: str | None, encode: Encode | None = None, group: str | None = None) -> Source:
+    """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes, `group` the group of each class.
 
     Columns of numbers are standardised by the training rows; an empty cell counts as the mean. A column "text", or a
     single column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the
@@ -35,19 +35,35 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None) -> Sou
     head = list(rows[0])
     if label is None:
         raise ValueError(f"csv: --label must name the column of the classes, one of {', '.join(head)}")
-    if label not in head:
-        raise ValueError(f"csv: --label {label!r} is no column of {paths[0]}; there are {', '.join(head)}")
+    for option, column in (("--label", label), ("--group", group)):
+        if column is not None and column not in head:
+            raise ValueError(f"csv: {option} {column!r} is no column of {paths[0]}; there are {', '.join(head)}")
     for k, row in enumerate(rows):
         if not row[label].strip():
             raise ValueError(f"csv: row {k + 1} has no {label!r}")
     targets, class_names = numbered([row[label].strip() for row in rows])
-    columns = [name for name in head if name not in (label, "split")]
+    groups = None if group is None else _groups(rows, label, group, class_names)
+    columns = [name for name in head if name not in (label, group, "split")]
     text = _text_column(rows, columns)
     train, test = _division(rows, targets, len(class_names), len(tables[0]) if len(tables) == 2 else None)
     texts = None if text is None else [row[text] for row in rows]
     inputs = _numbers(rows, columns, train, encode) if texts is None else _tokens(texts, train, encode)
     training, testing = (Examples(inputs[part], targets[part], part) for part in (train, test))
-    return Source(paths[0].stem, training, testing, class_names, readable=texts)
+    return Source(paths[0].stem, training, testing, class_names, readable=texts, groups=groups)
+
+
+def _groups(rows: list[dict[str, str]], label: str, group: str, class_names: tuple[str, ...]) -> Tensor:
+    """The group of each class, [C] int64, in the order of the groups' names.
+
+    Raises: ValueError when the rows of a class name several groups.
+    """
+    of_class: dict[str, str] = {}
+    for row in rows:
+        name, own = row[label].strip(), row[group].strip()
+        if of_class.setdefault(name, own) != own:
+            raise ValueError(f"csv: the class {name!r} is in two groups of {group!r}: {of_class[name]!r} and {own!r}")
+    order = sorted(set(of_class.values()))
+    return torch.tensor([order.index(of_class[name]) for name in class_names])
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

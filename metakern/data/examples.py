@@ -43,6 +43,7 @@ class Source:
 
     Where the published training labels are themselves noisy and the true ones are known, those are `clean_targets`[n].
     `readable[id]` is what a person reads of the training example with that id, where the inputs say nothing: its text.
+    `groups`[C] int64 is the group of each class, where the classes have some: of a fish, that it is an animal.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Source:
     class_names: tuple[str, ...]
     clean_targets: Tensor | None = None
     readable: Sequence[str] | None = None
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)

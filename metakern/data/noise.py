@@ -92,7 +92,7 @@ def corrupt(targets: Tensor, matrix: Tensor, generator: torch.Generator) -> Nois
     return Noisy(drawn, matrix)
 
 
-# By the names of the command line; hierarchical noise needs groups and is called directly.
+# By the names of the command line; hierarchical noise is the one that needs groups.
 _KINDS: dict[str, Callable[[int, float, torch.Generator], Tensor]] = {
     "uniform": lambda classes, rate, generator: uniform_matrix(classes, rate),
     "symmetric": lambda classes, rate, generator: symmetric_matrix(classes, rate),
@@ -101,16 +101,26 @@ _KINDS: dict[str, Callable[[int, float, torch.Generator], Tensor]] = {
     "background": background_matrix,
 }
 
-NOISE_KINDS = tuple(_KINDS)
+NOISE_KINDS = (*_KINDS, "hierarchical")
 
 
-def noise_matrix(kind: str, classes: int, rate: float, generator: torch.Generator) -> Tensor:
-    """The corruption matrix called `kind`, [C, C] float64.
+def noise_matrix(
+    kind: str, classes: int, rate: float, generator: torch.Generator, *, groups: Tensor | None = None
+) -> Tensor:
+    """The corruption matrix called `kind`, [C, C] float64; groups[C] int64 for hierarchical noise, else not read.
 
-    Raises: ValueError listing the kinds for another name, or when rate is not in [0, 1].
+    Raises: ValueError listing the kinds for another name, when rate is not in [0, 1], or for hierarchical noise without
+    groups or with groups of one class each, which it would leave as they are.
     """
-    if kind not in _KINDS:
+    if kind not in NOISE_KINDS:
         raise ValueError(f"unknown noise {kind!r}; there are: {', '.join(NOISE_KINDS)}")
     if not 0 <= rate <= 1:
         raise ValueError(f"noise rate must be in [0, 1], got {rate}")
+    if kind == "hierarchical":
+        if groups is None or len(groups) != classes:
+            found = "none" if groups is None else f"groups of {len(groups)} classes"
+            raise ValueError(f"hierarchical noise stays in groups of classes; it needs groups[{classes}], got {found}")
+        if len(groups.unique()) == classes:
+            raise ValueError(f"hierarchical noise stays in groups of classes; each of {classes} is alone in its group")
+        return hierarchical_matrix(groups, rate)
     return _KINDS[kind](classes, rate, generator)

@@ -47,7 +47,7 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
         notes.append(_suggestions(task, found, wrong))
         if folds and not has_cleanlab():
             notes.append(NO_CLEANLAB)
-    source = load(config.data, config.data_dir, label=config.label)
+    source = load(config.data, config.data_dir, label=config.label, group=config.group)
     write_table(found, task, source, folder / "audit.csv")
     write_page(found, task, source, detections, notes, folder / "audit.html", top=top)
     record = {

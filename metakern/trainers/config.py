@@ -25,6 +25,7 @@ class TrainConfig:
     method: str
     data: str = _option("digits-4v9", "data set: see 'metakern list', or images:DIR, or csv:FILE")
     label: str | None = _option(None, "--data csv:FILE: the column of the classes")
+    group: str | None = _option(None, "--data csv:FILE: the column of their groups, for --noise hierarchical")
     data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
     majority: float | None = _option(None, "sets of two classes: share of the larger one in training (default: 0.995)")
     imbalance: float = _option(1.0, "sets of more classes: largest class to smallest")
@@ -76,6 +77,11 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 known = ", ".join(choice for choice in allowed if choice)
                 raise ValueError(f"--{name.replace('_', '-')} must be one of {known}, got {getattr(self, name)!r}")
+        if self.noise not in (None, *NOISE_KINDS):
+            raise ValueError(f"--noise must be one of {', '.join(NOISE_KINDS)}, got {self.noise!r}")
+        if not (0 < self.noise_rate <= 1 if self.noise else self.noise_rate == 0):
+            wanted = f"--noise {self.noise} takes a share above 0, at most 1" if self.noise else "needs a kind, --noise"
+            raise ValueError(f"--noise-rate {self.noise_rate:g}: {wanted}")
         for name, shares in (("warmup", [self.warmup]), ("drops", self.drop_shares)):
             if not all(0 <= share <= 1 for share in shares):
                 raise ValueError(f"--{name} takes shares of the run, from 0 to 1, got {getattr(self, name)}")

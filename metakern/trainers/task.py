@@ -18,7 +18,7 @@ def make_source(config: TrainConfig) -> Source:
     """
     folder = folder_of(config.model)
     encode = None if folder is None else tokenizer(folder)
-    return load(config.data, config.data_dir, encode=encode, label=config.label)
+    return load(config.data, config.data_dir, encode=encode, label=config.label, group=config.group)
 
 
 def make_task(config: TrainConfig, source: Source | None = None) -> Task:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from metakern.data import Examples, Source, biased, load
+from metakern.data import NOISE_KINDS, Examples, Source, biased, load
 from metakern.data.long_tail import long_tail_counts, step_counts
 
 
@@ -9,7 +9,7 @@ def made_up(per_class: int = 60, classes: int = 4) -> Source:
     targets = torch.arange(classes).repeat(per_class)
     train = Examples(torch.randn(len(targets), 2), targets, torch.arange(len(targets)))
     test = Examples(torch.randn(4, 2), torch.arange(4) % classes, torch.arange(4))
-    return Source("made-up", train, test, tuple("abcdefgh"[:classes]))
+    return Source("made-up", train, test, tuple("abcdefgh"[:classes]), groups=torch.arange(classes) // 2)
 
 
 def test_long_tail_is_the_papers_cifar10():
@@ -88,3 +88,22 @@ def test_the_corruption_matrix_is_kept():
     moved = task.train.targets != task.clean_targets
     # A wrong label is the one class that the matrix sends its true class to.
     assert torch.equal(task.train.targets[moved], off[task.clean_targets[moved]].argmax(1))
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_every_kind_keeps_the_matrix_and_the_truth(kind):
+    task = biased(made_up(), noise=kind, rate=0.4)
+    assert torch.equal(task.clean_targets, task.train.ids % 4)
+    assert task.corruption is not None
+    assert task.corruption.shape == (4, 4)
+    seen = task.corruption[task.clean_targets, task.train.targets]
+    assert (seen > 0).all()
+    assert not torch.equal(task.train.targets, task.clean_targets)
+    assert torch.equal(task.meta.targets, task.meta.ids % 4)
+
+
+def test_hierarchical_noise_stays_in_the_group():
+    task = biased(made_up(), noise="hierarchical", rate=0.4)
+    assert torch.equal(task.train.targets // 2, task.clean_targets // 2)
+    with pytest.raises(ValueError, match="digits has none; cifar100 has"):
+        biased(load("digits"), noise="hierarchical", rate=0.4)

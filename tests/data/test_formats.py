@@ -27,6 +27,42 @@ def test_cifar10_binary_batches(tmp_path):
     assert float(source.test.inputs[-1, 0, 0, 0]) == pytest.approx(red, rel=1e-5)
 
 
+def write_cifar100(folder, coarse_of=lambda fine: fine % 2) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, each in (("train", 8), ("test", 2)):
+        records = rng.integers(0, 256, (4 * each, 3074), dtype=np.uint8)
+        records[:, 1] = np.arange(4 * each) % 4
+        records[:, 0] = [coarse_of(fine) for fine in records[:, 1]]
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    (folder / "fine_label_names.txt").write_text("apple\naquarium_fish\nbaby\nbear\n")
+
+
+@pytest.mark.parametrize("folder", ["cifar-100-binary", "cifar100/cifar-100-binary", "cifar100"])
+def test_cifar100_binary(tmp_path, folder):
+    write_cifar100(tmp_path / folder)
+    source = load("cifar100", tmp_path)
+    assert source.class_names == ("apple", "aquarium_fish", "baby", "bear")
+    assert source.train.inputs.shape == (32, 3, 32, 32)
+    assert source.test.counts(4).tolist() == [2] * 4
+    assert source.groups is not None
+    assert source.groups.tolist() == [0, 1, 0, 1]
+    raw = np.frombuffer((tmp_path / folder / "test.bin").read_bytes(), np.uint8)
+    assert float(source.test.inputs[0, 0, 0, 0]) == pytest.approx((raw[2] / 255 - 0.5071) / 0.2673, rel=1e-4)
+
+
+def test_cifar100_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataNotFound, match=r"CIFAR-100: 'train\.bin' not found"):
+        load("cifar100", tmp_path)
+    rng = np.random.default_rng(0)
+    write_cifar100(tmp_path / "mixed" / "cifar100", coarse_of=lambda fine: rng.integers(2))
+    with pytest.raises(ValueError, match="each of the 4 fine labels must come with one coarse label"):
+        load("cifar100", tmp_path / "mixed")
+    (tmp_path / "mixed" / "cifar100" / "train.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match="expected records of 3074 bytes, got 3 bytes"):
+        load("cifar100", tmp_path / "mixed")
+
+
 def test_cifar10_archive_of_jpegs(tmp_path):
     import io
 

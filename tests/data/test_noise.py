@@ -3,6 +3,8 @@ import torch
 
 from metakern.data.noise import NOISE_KINDS, corrupt, flip_matrix, hierarchical_matrix, noise_matrix
 
+GROUPS = torch.tensor([0, 0, 1, 1, 1])
+
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -11,7 +13,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("kind", NOISE_KINDS)
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
 def test_rows_are_distributions(kind, rate):
-    matrix = noise_matrix(kind, 5, rate, generator())
+    matrix = noise_matrix(kind, 5, rate, generator(), groups=GROUPS)
     assert (matrix >= 0).all()
     torch.testing.assert_close(matrix.sum(1), torch.ones(5, dtype=torch.float64))
     if rate == 0:
@@ -40,12 +42,15 @@ def test_hierarchical_stays_in_the_group():
     assert matrix[0].tolist() == pytest.approx([0.7, 0.15, 0.15, 0, 0, 0])
     assert matrix[3].tolist() == pytest.approx([0, 0, 0, 0.7, 0.3, 0])
     assert matrix[5].tolist() == [0, 0, 0, 0, 0, 1]
+    assert torch.equal(
+        noise_matrix("hierarchical", 5, 0.3, generator(), groups=GROUPS), hierarchical_matrix(GROUPS, 0.3)
+    )
 
 
 @pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_drawn_labels_follow_the_matrix(kind):
     targets = torch.arange(4).repeat(20000)
-    matrix = noise_matrix(kind, 4, 0.3, generator())
+    matrix = noise_matrix(kind, 4, 0.3, generator(), groups=GROUPS[1:])
     noisy = corrupt(targets, matrix, generator())
     seen = torch.zeros(4, 4, dtype=torch.float64).index_put_(
         (targets, noisy.targets), torch.ones(len(targets), dtype=torch.float64), accumulate=True
@@ -68,11 +73,17 @@ def test_seeded_and_pure():
 
 def test_refusals():
     with pytest.raises(
-        ValueError, match="unknown noise 'pink'; there are: uniform, symmetric, flip, flip2, background"
+        ValueError, match="unknown noise 'pink'; there are: uniform, symmetric, flip, flip2, background, hierarchical"
     ):
         noise_matrix("pink", 4, 0.1, generator())
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\], got 1.5"):
         noise_matrix("uniform", 4, 1.5, generator())
+    with pytest.raises(ValueError, match=r"it needs groups\[4\], got none"):
+        noise_matrix("hierarchical", 4, 0.1, generator())
+    with pytest.raises(ValueError, match=r"it needs groups\[4\], got groups of 5 classes"):
+        noise_matrix("hierarchical", 4, 0.1, generator(), groups=GROUPS)
+    with pytest.raises(ValueError, match="each of 4 is alone in its group"):
+        noise_matrix("hierarchical", 4, 0.1, generator(), groups=torch.arange(4))
     with pytest.raises(ValueError, match="partners must be 1 to 1 for 2 classes, got 2"):
         flip_matrix(2, 0.1, generator(), partners=2)
     with pytest.raises(ValueError, match="must be square"):

@@ -70,6 +70,35 @@ def test_texts(tmp_path):
     assert (source.train.inputs != 0).sum(1).unique().tolist() == [6]
 
 
+def grouped(n: int = 60) -> list[str]:
+    kinds = ("cat", "animal"), ("dog", "animal"), ("car", "machine")
+    return ["a,kind,realm", *(f"{k},{kinds[k % 3][0]},{kinds[k % 3][1]}" for k in range(n))]
+
+
+def test_groups_of_classes(tmp_path):
+    data = write(tmp_path / "own.csv", grouped())
+    source = load(data, label="kind", group="realm")
+    assert source.class_names == ("car", "cat", "dog")
+    assert source.groups is not None
+    assert source.groups.tolist() == [1, 0, 0]
+    assert source.train.inputs.shape == (48, 1)
+    config = TrainConfig("uniform", data=data, label="kind", group="realm", noise="hierarchical", noise_rate=0.5)
+    task = make_task(config)
+    wrong = task.train.targets != task.clean_targets
+    assert set(task.clean_targets[wrong].tolist()) == set(task.train.targets[wrong].tolist()) == {1, 2}
+    assert task.corruption is not None
+    assert task.corruption.tolist() == [[1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]]
+
+
+def test_groups_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"--group 'b' is no column of .*; there are a, kind, realm"):
+        load(write(tmp_path / "own.csv", grouped()), label="kind", group="b")
+    with pytest.raises(ValueError, match="the class 'cat' is in two groups of 'realm': 'animal' and 'machine'"):
+        load(write(tmp_path / "two.csv", [*grouped(), "1,cat,machine"]), label="kind", group="realm")
+    with pytest.raises(ValueError, match="--group names a column of --data csv:FILE, got 'digits'"):
+        load("digits", group="kind")
+
+
 @pytest.mark.parametrize(
     ("lines", "label", "message"),
     [

@@ -36,3 +36,17 @@ def test_options_have_the_fields_types():
 def test_refusals_name_the_option(name, value):
     with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
         TrainConfig("l2rw", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"noise": "pink", "noise_rate": 0.1}, "--noise must be one of uniform, .*hierarchical, got 'pink'"),
+        ({"noise": "flip"}, "--noise-rate 0: --noise flip takes a share above 0"),
+        ({"noise": "flip", "noise_rate": 1.5}, "--noise-rate 1.5: --noise flip takes a share above 0"),
+        ({"noise_rate": 0.4}, "--noise-rate 0.4: needs a kind, --noise"),
+    ],
+)
+def test_noise_without_a_rate_or_a_rate_without_noise(given, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig("l2rw", **given)

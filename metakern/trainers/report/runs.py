@@ -62,7 +62,9 @@ def write_report(
     records = [_read(folder) for folder in folders]
     try:
         config = records[0].config
-        source = load(config["data"], data_dir or config["data_dir"], label=config.get("label"))
+        source = load(
+            config["data"], data_dir or config["data_dir"], label=config.get("label"), group=config.get("group")
+        )
     except DataNotFound:
         source = None
     first = records[0].config

@@ -1,0 +1,68 @@
+"""CIFAR-100, from the published binary version: 100 classes in 20 groups of five."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metakern.data.cifar10 import normalised_images
+from metakern.data.examples import Source
+from metakern.data.folder import find_file
+
+_RECORD = 2 + 3 * 32 * 32
+_MEAN, _DEVIATION = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+def _records(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """images[n, 3, 32, 32] uint8, fine labels[n], coarse labels[n].
+
+    Raises: ValueError when the file is not made of whole records.
+    """
+    raw = np.frombuffer(path.read_bytes(), np.uint8)
+    if not len(raw) or len(raw) % _RECORD:
+        raise ValueError(f"{path.name}: expected records of {_RECORD} bytes, got {len(raw)} bytes")
+    records = raw.reshape(-1, _RECORD)
+    return records[:, 2:].reshape(-1, 3, 32, 32), records[:, 1], records[:, 0]
+
+
+def _groups(path: Path, fine: np.ndarray, coarse: np.ndarray, classes: int) -> Tensor:
+    """The coarse label of each class, [C] int64.
+
+    Raises: ValueError when a class has several, or no example.
+    """
+    pairs = np.unique(np.stack([fine, coarse], 1), axis=0)
+    if pairs[:, 0].tolist() != list(range(classes)):
+        raise ValueError(f"{path.name}: each of the {classes} fine labels must come with one coarse label")
+    return torch.from_numpy(pairs[:, 1].astype(np.int64))
+
+
+def cifar100(root: Path | None) -> Source:
+    """Images [n, 3, 32, 32] float32, normalised by the channel means and deviations that are in common use.
+
+    Reads the published `train.bin`, `test.bin` and `fine_label_names.txt`; the groups of the classes are the coarse
+    labels.
+    Raises: DataNotFound when one is missing, ValueError when a file is not of that form.
+    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+    """
+
+    def file(name: str) -> Path:
+        return find_file(
+            root,
+            ("cifar-100-binary", "cifar100/cifar-100-binary", "cifar100"),
+            (name,),
+            data="CIFAR-100",
+            form="the binary version: train.bin and test.bin, 3074 bytes an image, and fine_label_names.txt",
+            published="https://www.cs.toronto.edu/~kriz/cifar.html",
+        )
+
+    path = file("train.bin")
+    names = tuple(file("fine_label_names.txt").read_text(encoding="utf-8").split())
+    images, fine, coarse = _records(path)
+    test_images, test_fine, _ = _records(file("test.bin"))
+    training, testing = (
+        normalised_images(*part, _MEAN, _DEVIATION) for part in ((images, fine), (test_images, test_fine))
+    )
+    return Source("cifar100", training, testing, names, groups=_groups(path, fine, coarse, len(names)))
