@@ -8,9 +8,9 @@ needed. With S the examples whose number has bit b, and its complement, for ever
 the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs); then this engine refuses.
 The same is then asked of the forward pass (`capture.poison`), which also sees couplings that sleep in this batch.
 
-The verdict is kept per model and structure, so later steps do not pay. Where a pass may put examples into another
-order by data (sorting, routing), or takes other rows than the one that was proved (spans of other lengths), the axes
-are checked again in that very step, at the price of two or three more backward passes.
+The verdict is kept per model and structure, so later steps do not pay. Where a pass has other sizes or other Python
+numbers than any before it, whether rows line up is checked once more for these (`capture.order`); where it may pick
+rows by data (sorting, routing), in every step. Either costs two or three more backward passes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from metakern.capture.graph import Fingerprint, output_gradients
 from metakern.capture.host import host_may_wait
-from metakern.capture.record import Trace
+from metakern.capture.order import require_linear, require_order
+from metakern.capture.record import Pick, Trace
 from metakern.capture.refusal import EngineUnavailable
 
 
@@ -66,15 +67,23 @@ class _Kind(NamedTuple):
     fold: str  # "none", "inner", "outer", or "mixed" when both factors exceed 1
 
 
-class _Verdict(NamedTuple):
-    """The kind of axis of every output of every use, and which rows the pass took that it was proved on."""
+class _Proved(NamedTuple):
+    """The axes of every output of every use; whether a pass of this form may still pick rows by data."""
 
-    kinds: list[list[_Kind]]
-    rows: int
+    axes: list[list[ExampleAxis]]
+    moves: bool
 
 
-# model -> structure of its pass -> what was proved, or the reason for a refusal
-_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Hashable, _Verdict | str]] = WeakKeyDictionary()
+class _Known(NamedTuple):
+    """Of one model: the kinds of axes by structure, the axes by structure, sizes and numbers; or why it is refused."""
+
+    kinds: dict[Hashable, list[list[_Kind]] | str]
+    axes: dict[Hashable, _Proved | str]
+
+
+_KNOWN: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
+_MOST = 4096
+"""Sizes and numbers that are remembered of one model."""
 
 
 def example_axes(
@@ -87,27 +96,69 @@ def example_axes(
     """
     if trace.examples == 1:
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
-    structure = (
-        fingerprint.operations,
-        context,
-        tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses),
-    )
-    known = _KNOWN.setdefault(model, {})
-    verdict = known.get(structure)
-    if isinstance(verdict, str):
-        raise EngineUnavailable(verdict)
-    axes = None if verdict is None else _sized_all(verdict.kinds, trace)
-    moved = trace.reorders or (verdict is not None and verdict.rows != fingerprint.rows)
-    if not host_may_wait() and (axes is None or moved):
+    known = _KNOWN.get(model)
+    if known is None:
+        known = _KNOWN[model] = _Known({}, {})
+    form = (fingerprint, context, trace.numbers, trace.examples, _sizes(trace))
+    found = known.axes.get(form)
+    if isinstance(found, str):
+        raise EngineUnavailable(found)
+    if (found is None or found.moves) and not host_may_wait():
         raise EngineUnavailable(
             "whose rows are whose has to be looked up in every pass of this model, which a CUDA graph cannot; take "
             "the step without capturing it"
         )
+    if found is not None:
+        if found.moves:
+            require_order(trace, found.axes)
+        return found.axes
+    return _found_out(trace, known, form, (fingerprint.operations, context), poisoned)
+
+
+def _sizes(trace: Trace) -> Hashable:
+    return tuple([(use.call.name, use.output_shapes) for use in trace.uses])
+
+
+def _found_out(
+    trace: Trace, known: _Known, form: Hashable, structure: Hashable, poisoned: Poisoned
+) -> list[list[ExampleAxis]]:
+    """The axes of a form that was not met before: of a known structure at other sizes, or proved."""
+    structure = (structure, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
+    kinds = known.kinds.get(structure)
+    if isinstance(kinds, str):
+        raise EngineUnavailable(kinds)
+    axes = None if kinds is None else _sized_all(kinds, trace)
+    proved = axes is None
     if axes is None:
-        axes = _prove(trace, known, structure, fingerprint.rows, poisoned)
-    if moved:
-        _require_order(trace, axes)
+        axes = _prove(trace, known.kinds, structure, poisoned)
+    moves = trace.reorders or any(_may_move_examples(trace, pick) for pick in trace.picks)
+    try:
+        if moves or not proved:
+            require_order(trace, axes)
+    except EngineUnavailable as refusal:
+        if not moves:
+            known.axes[form] = str(refusal)
+        raise
+    if structure in known.kinds:
+        if len(known.axes) >= _MOST:
+            known.axes.clear()
+        known.axes[form] = _Proved(axes, moves)
     return axes
+
+
+def _may_move_examples(trace: Trace, pick: Pick) -> bool:
+    """Can the examples lie along the dimensions by which a call picks? The same NaN as in the proof tells."""
+    n = trace.examples
+    dims = [dim for dim in pick.dims if pick.shape[dim] and pick.shape[dim] % n == 0]
+    if not dims or pick.edge is None:
+        return bool(dims)
+    left = list(candidates(pick.shape, n))
+    for inside in _sets(n, trace.losses.device):
+        cotangent = torch.ones_like(trace.losses).masked_fill_(inside, torch.nan)
+        (grad,) = torch.autograd.grad(trace.losses, [pick.edge], cotangent, retain_graph=True, allow_unused=True)
+        if grad is not None:
+            left = [axis for axis in left if _stays_inside(grad, axis, inside)]
+    return not left or any(axis.dim in dims for axis in left)
 
 
 def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxis]] | None:
@@ -122,13 +173,14 @@ def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxi
 
 
 def _prove(
-    trace: Trace, known: dict[Hashable, Any], structure: Hashable, rows: int, poisoned: Poisoned
+    trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
 ) -> list[list[ExampleAxis]]:
     """The axes that survive every set S; refuses where none does. Kept unless more than one survives."""
     n = trace.examples
     fitting = [[list(candidates(shape, n)) for shape in use.output_shapes] for use in trace.uses]
     plain = output_gradients(trace, retain_graph=True)
     if all(bool(torch.isfinite(b).all()) for line in plain for b in line if b is not None):
+        require_linear(trace, plain)
         for inside in _sets(n, trace.losses.device):
             cotangent = torch.ones_like(trace.losses).masked_fill_(inside, torch.nan)
             for line, grads in zip(fitting, output_gradients(trace, cotangent, retain_graph=True)):
@@ -137,9 +189,11 @@ def _prove(
                         line[k] = [axis for axis in line[k] if _stays_inside(grad, axis, inside)]
         _require_axes(trace, plain, fitting, known, structure)
         _require_no_forward_path(trace, fitting, known, structure, poisoned)
-        if all(len(found) == 1 for line in fitting for found in line):
-            kinds = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
-            known[structure] = _Verdict(kinds, rows)
+        alive = any(
+            bool(b.any()) for line in plain for b in line if b is not None
+        )  # where all is zero nothing is shown
+        if alive and all(len(found) == 1 for line in fitting for found in line):
+            known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
 
 
@@ -187,34 +241,6 @@ def _require_no_forward_path(
             )
         known[structure] = reason
         raise EngineUnavailable(reason)
-
-
-def _require_order(trace: Trace, axes: list[list[ExampleAxis]]) -> None:
-    """Raise unless every row of this very pass belongs to one example, its own: scaled losses must scale B alike.
-
-    The scales are powers of two, which round nothing, so a row into which another example mixes shows as soon as its
-    share is no longer lost in the rounding. Each pass tells apart what differs in one digit of the example's number.
-    """
-    plain = output_gradients(trace, retain_graph=True)
-    numbers, left = torch.arange(trace.examples, device=trace.losses.device), trace.examples
-    base = 4 if any(b is not None and b.dtype == torch.float16 for line in plain for b in line) else 32
-    while left > 1:
-        scales = torch.exp2((numbers % base).to(trace.losses.dtype))
-        scaled = output_gradients(trace, scales, retain_graph=True)
-        for use, line, before, after in zip(trace.uses, axes, plain, scaled):
-            for axis, b, c in zip(line, before, after):
-                if b is not None and c is not None and b.numel() and not _scales(b, c, axis, scales):
-                    raise EngineUnavailable(
-                        f"rows of {use.name} are picked or ordered by data, and do not line up with the losses of this "
-                        "batch; engine='jvp' is exact"
-                    )
-        numbers, left = numbers // base, -(-left // base)
-
-
-def _scales(plain: Tensor, scaled: Tensor, axis: ExampleAxis, scales: Tensor) -> bool:
-    """Is every row scaled as its own example's loss? Sums may be taken in another order, hence the few roundings."""
-    unscaled = scaled / axis.spread(scales, plain.shape).to(plain.dtype)
-    return bool(((unscaled - plain).abs() <= 8 * torch.finfo(plain.dtype).eps * plain.abs().max()).all())
 
 
 def candidates(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:

@@ -28,6 +28,13 @@ _DETERMINISTIC = frozenset(
     "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous".split()
 )
 
+# Neither the rows they take nor the sizes of what they make are among their numbers.
+_ROW_BY_ROW = frozenset(
+    "linear matmul __matmul__ __rmatmul__ bmm mm mv addmm embedding relu relu_ gelu silu elu leaky_relu tanh sigmoid "
+    "dropout alpha_dropout softplus exp log sqrt rsqrt neg __neg__ sin cos abs square float double half bfloat16 "
+    "contiguous clone detach".split()
+)
+
 # Views and casts: of a tensor that is the same in every pass they make one that is too.
 _STATIC = frozenset("unsqueeze view reshape expand flatten to long int contiguous".split())
 
@@ -51,6 +58,7 @@ class Function(NamedTuple):
     in_place: bool
     may_reorder: bool  # by the position of its arguments
     may_pick: bool  # by the type of its arguments
+    numbered: bool  # by Python numbers among its arguments
     static: bool  # of static tensors and plain numbers it makes a tensor that is the same in every pass
 
 
@@ -76,6 +84,7 @@ def _looked_up(func: Callable[..., Any]) -> Function:
         name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")),
         name in REORDERING,
         name not in REORDERING and name not in KEEPS_ROWS,
+        name not in KEEPS_ROWS and name not in _ROW_BY_ROW,
         name in _STATIC,
     )
 

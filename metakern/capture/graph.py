@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,28 +11,12 @@ from torch import Tensor
 from metakern.capture.record import Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 
-# What a node does to rows, beside its name: which of them it takes, and along which dimension.
-_CHOICES = {
-    "SelectBackward0": ("_saved_dim", "_saved_index"),
-    "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
-    "SplitBackward0": ("_saved_dim", "_saved_split_size"),
-    "SplitWithSizesBackward0": ("_saved_dim", "_saved_split_sizes"),
-    "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
-    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
-    "PermuteBackward0": ("_saved_dims",),
-    "UnbindBackward0": ("_saved_dim",),
-    "StackBackward0": ("_saved_dim",),
-    "CatBackward0": ("_saved_dim",),
-    "MeanBackward1": ("_saved_dim",),
-    "SumBackward1": ("_saved_dim",),
-}
-
 
 class Fingerprint(NamedTuple):
-    """Of a pass: which operations it is made of, and which rows they take, as far as numbers in Python decide that."""
+    """Of a pass: which operations it is made of, and in which order they take one another's outputs."""
 
     operations: int
-    rows: int
+    order: int
 
 
 def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
@@ -45,16 +29,13 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     """
     known = {edge.node: k for k, use in enumerate(trace.uses) for edge in use.edges}
     stack = [trace.losses.grad_fn, *(node for use in trace.uses for node in use.upstream)]
-    seen, met, rows = set(known), [], []
+    seen, met, order = set(known), [], []
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = node.name()
-        met.append(name)
-        if name in _CHOICES:
-            rows.append(_choices(node, name, trace.examples))
+        met.append(node.name())
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
             raise EngineUnavailable(
@@ -64,14 +45,8 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
             )
         for following, output in node.next_functions:
             stack.append(following)
-            rows.append((known.get(following), output))
-    return Fingerprint(hash(tuple(met)), hash(tuple(rows)))
-
-
-def _choices(node: Any, name: str, examples: int) -> tuple[Any, ...]:
-    """The numbers that a node was made with; the size of the batch is no choice."""
-    found = (getattr(node, attribute) for attribute in _CHOICES[name])
-    return tuple("n" if number == examples else number for number in found)
+            order.append((known.get(following), output))
+    return Fingerprint(hash(tuple(met)), hash(tuple(order)))
 
 
 def output_gradients(

@@ -19,7 +19,9 @@ from metakern.capture.state import PassState
 from metakern.capture.trace import Tracer
 
 # They leave out one side, entry by entry; the other side may be taken in the next batch.
-_SELECTIONS = frozenset("where masked_fill masked_fill_ fmax fmin".split())
+_SELECTIONS = frozenset("where masked_fill masked_fill_ fmax fmin nan_to_num nan_to_num_".split())
+_WITHOUT_NAN = {"nansum": torch.sum, "nanmean": torch.mean}
+_LABELLED = frozenset(("cross_entropy", "nll_loss"))  # what is ignored now may have a label in the next batch
 
 
 class _Poisoner(Tracer):
@@ -31,10 +33,16 @@ class _Poisoner(Tracer):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = super().__torch_function__(func, types, args, kwargs)
-        if getattr(func, "__name__", "") in _SELECTIONS and isinstance(output, Tensor):
+        name = getattr(func, "__name__", "")
+        if name in _SELECTIONS and isinstance(output, Tensor):
             for candidate in (*args, *(kwargs or {}).values()):
                 if isinstance(candidate, Tensor) and candidate.is_floating_point():
                     output.data.masked_fill_(candidate.detach().isnan(), torch.nan)
+        elif name in _WITHOUT_NAN:
+            output.data.masked_fill_(_WITHOUT_NAN[name](*args, **(kwargs or {})).detach().isnan(), torch.nan)
+        elif name in _LABELLED and args:
+            missing = args[0].detach().isnan().any(1 if args[0].dim() > 1 else 0)
+            output.data.masked_fill_(missing if missing.shape == output.shape else missing.any(), torch.nan)
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ of a weight, a normalised weight, a slice of positional embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,14 @@ class Use(NamedTuple):
         return self.call.name
 
 
+class Pick(NamedTuple):
+    """A call that picks entries of an activation by data along `dims`; harmless unless these hold the examples."""
+
+    edge: GradientEdge | None  # of the activation; None where it is only written into
+    shape: torch.Size
+    dims: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Trace:
     """One traced forward pass: its per-example losses and every use of a trainable parameter."""
@@ -74,10 +82,12 @@ class Trace:
     derivations: tuple[Call, ...]
     couplings: tuple[str, ...] = ()  # reasons why examples are known to interact in this pass
     reorders: bool = False  # rows are picked by data, so that the order of examples may differ from pass to pass
+    picks: tuple[Pick, ...] = ()  # where entries are picked by data along other dimensions than the first
+    numbers: int = 0  # fingerprint of the Python numbers that calls on activations were made with
 
     def released(self) -> Trace:
         """Without the uses and derivations, and so without what they keep."""
-        return Trace(self.losses.detach(), (), (), self.couplings, self.reorders)
+        return replace(self, losses=self.losses.detach(), uses=(), derivations=())
 
     @property
     def examples(self) -> int:

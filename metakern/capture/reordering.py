@@ -6,7 +6,7 @@ is known that it does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,43 +39,46 @@ KEEPS_ROWS = _ENTRY_BY_ENTRY | _LOSSES
 """Names of functions whose whole numbers, truth values and sparse matrices pick no rows."""
 
 REORDERING = _ANYWHERE | _BY_INDEX | _OVER.keys() | _ALONG.keys()
-"""Names of the functions that `may_reorder` has to look at."""
+"""Names of the functions that `picked_dims` has to look at."""
 
 
-def may_reorder(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_static: Callable[[Tensor], bool]) -> bool:
-    """Can this call move activations between rows in a way that differs from batch to batch?
+def picked_dims(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_static: Callable[[Tensor], bool]
+) -> Sequence[int] | None:
+    """Dimensions but the first along which this call picks by data; None if it may pick along the first.
 
-    `is_static` tells index tensors that are the same in every pass.
+    `is_static` tells index tensors that are the same in every pass. Indices that are Python numbers are noted with
+    the other numbers of a call.
     """
-    if name in _ANYWHERE:
-        return _is_activation(args)
+    rank = args[0].dim() if args and isinstance(args[0], Tensor) else 0
+    if name in _ANYWHERE or rank == 0:
+        return None
     if name in _BY_INDEX:
-        return _is_activation(args) and not all(is_static(t) for t in _leading_indices(args[1]))
+        first, rest = _index_tensors(args[1])
+        if not all(map(is_static, first)):
+            return None
+        return () if all(map(is_static, rest)) else range(1, rank)
     if name in _OVER:
         position, keyword = _OVER[name]
         dims = args[position] if len(args) > position else kwargs.get(keyword, 0)
         dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-        return _is_activation(args) and any(dim % args[0].dim() == 0 for dim in dims)
-    if name in _ALONG:
-        dim = args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim", -1)
-        return _is_activation(args) and not (isinstance(dim, int) and dim % args[0].dim() != 0)
-    return False
+        return None if any(dim % rank == 0 for dim in dims) else ()
+    dim = args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim", -1)
+    return (dim % rank,) if isinstance(dim, int) and dim % rank != 0 else None
 
 
 def picks_rows(tensors: list[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
     """Do activations come together with something that is no number to calculate with, and not the same every time?"""
-    return any(t.requires_grad for t in tensors) and any(_picks(t) and not is_static(t) for t in tensors)
+    return any(_picks(t) and not is_static(t) for t in tensors)
 
 
 def _picks(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _is_activation(args: tuple[Any, ...]) -> bool:
-    return bool(args) and isinstance(args[0], Tensor) and args[0].requires_grad
-
-
-def _leading_indices(index: Any) -> list[Tensor]:
-    """Tensors that index the first dimension (a mask may cover it too)."""
-    first = index[0] if isinstance(index, tuple) and index else index
-    return [first] if isinstance(first, Tensor) else []
+def _index_tensors(index: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that may index the first dimension (a mask may cover it too), and those that index any other."""
+    parts = index if isinstance(index, tuple) else (index,)
+    found = [[t for t in (part if isinstance(part, list) else [part]) if isinstance(t, Tensor)] for part in parts]
+    leading = 1 if parts and parts[0] is not None and parts[0] is not Ellipsis else len(found)
+    return [t for part in found[:leading] for t in part], [t for part in found[leading:] for t in part]

@@ -9,7 +9,7 @@ scripted module) is found afterwards by `capture.graph.require_complete`, which 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import Function, function_of
 from metakern.capture.module_call import PARAMETER, ModuleCall
+from metakern.capture.numbers import numbers_of
 from metakern.capture.outputs import separated, tensors_in
 from metakern.capture.random_state import RandomState, same_state, torch_random_state
-from metakern.capture.record import ArgPath, Call, Trace, Use
+from metakern.capture.record import ArgPath, Call, Pick, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.reordering import may_reorder, picks_rows
+from metakern.capture.reordering import picked_dims, picks_rows
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 
@@ -69,10 +70,13 @@ class Tracer(TorchFunctionMode):
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
         self._static: dict[int, Tensor] = {}  # constants that are the same in every pass
         self.reorders = False
+        self._picks, self._numbers = list[Pick](), list[Hashable]()
         self.paused = False  # inside a registered module, whose call is noted as a whole
 
     def trace(self, losses: Tensor) -> Trace:
-        return Trace(losses, tuple(self.uses), tuple(self.derivations), tuple(self.couplings), self.reorders)
+        calls = tuple(self.uses), tuple(self.derivations)
+        numbers = hash(tuple(self._numbers))
+        return Trace(losses, *calls, tuple(self.couplings), self.reorders, tuple(self._picks), numbers)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -106,8 +110,8 @@ class Tracer(TorchFunctionMode):
                 return output
             if _is_in_place(function, kwargs) and args:
                 self._constant.pop(id(args[0]), None)  # data was written into it
-                self._static.pop(id(args[0]), None)
-            self._note_order(function, args, kwargs)
+                self._static.clear()
+            self._note_order(function, args, kwargs, data)
             return output
         if not torch.is_grad_enabled():
             output = func(*args, **kwargs)
@@ -115,7 +119,7 @@ class Tracer(TorchFunctionMode):
                 self._mark_constant(output)
             return output
         if data:
-            self._note_order(function, args, kwargs)
+            self._note_order(function, args, kwargs, data)
             return self._use(func, function, args, kwargs, tuple(parametric), data)
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
@@ -225,17 +229,27 @@ class Tracer(TorchFunctionMode):
     def _mark_static(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """`arange(n)` and its views hold the same numbers in every pass; a tensor made of a list need not."""
         whole = function.name == "arange" and len(args) == 1 and not {"start", "step"} & kwargs.keys()
-        if whole or (function.static and args and self._is_static(args[0])):
+        if whole or (self._static and function.static and args and self._is_static(args[0])):
             self._static[id(output)] = output
+            self._numbers.append(numbers_of(args, kwargs))
+        elif self._static and _is_in_place(function, kwargs):
+            self._static.clear()  # which of them share memory with what was written need not be known
 
     def _is_static(self, tensor: Any) -> bool:
         return id(tensor) in self._static
 
-    def _note_order(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.reorders or (args and id(args[0]) in self._parametric and function.may_reorder):
-            return  # rows of a parameter belong to nobody
+    def _note_order(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], data: Any) -> None:
+        if self.reorders or not any([t.requires_grad for t in data]):
+            return
+        if function.numbered:
+            self._numbers.append(numbers_of(args, kwargs))
         if function.may_reorder:
-            self.reorders = may_reorder(function.name, args, kwargs, self._is_static)
+            if id(args[0]) not in self._parametric:  # rows of a parameter belong to nobody
+                dims = picked_dims(function.name, args, kwargs, self._is_static)
+                self.reorders = dims is None
+                if dims:
+                    edge = get_gradient_edge(args[0]) if args[0].requires_grad else None
+                    self._picks.append(Pick(edge, args[0].shape, tuple(dims)))
         elif function.may_pick:
             tensors = [t for _, _, t in _tensors(args, kwargs) if id(t) not in self._parametric]
             self.reorders = picks_rows(tensors, self._is_static)

@@ -1,0 +1,71 @@
+"""What losses scaled by powers of two show: whose rows are whose in this very pass, and that gradients scale along.
+
+Powers of two round nothing, so output gradients B have to scale exactly, up to sums taken in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.capture.graph import output_gradients
+from metakern.capture.record import Trace
+from metakern.capture.refusal import EngineUnavailable
+
+Grads = Sequence[Sequence[Tensor | None]]
+
+
+def require_order(trace: Trace, axes: Sequence[Sequence[Any]]) -> None:
+    """Raise unless every row of this very pass belongs to one example, its own: scaled losses must scale B alike.
+
+    A row into which another example mixes shows as soon as its share is no longer lost in the rounding. Each pass
+    tells apart what differs in one digit of the example's number.
+    """
+    plain = output_gradients(trace, retain_graph=True)
+    numbers, left = torch.arange(trace.examples, device=trace.losses.device), trace.examples
+    base = 4 if _in_float16(plain) else 32
+    while left > 1:
+        scales = torch.exp2(-(numbers % base).to(trace.losses.dtype))  # downwards: float16 has no room above
+        scaled = output_gradients(trace, scales, retain_graph=True)
+        for use, line, before, after in zip(trace.uses, axes, plain, scaled):
+            for axis, b, c in zip(line, before, after):
+                if b is None or c is None or _same(b, c / axis.spread(scales, b.shape).to(b.dtype)):
+                    continue
+                raise EngineUnavailable(
+                    f"rows of {use.name} are picked or ordered by data, and do not line up with the losses of this "
+                    "batch; engine='jvp' is exact"
+                )
+        numbers, left = numbers // base, -(-left // base)
+
+
+def require_linear(trace: Trace, plain: Grads) -> None:
+    """Raise unless the output gradients of losses scaled alike, by much, are those of the losses, scaled.
+
+    What clips, normalises or disturbs gradients on their way back is no derivative of the losses, and dots and weighted
+    gradient would be of different things.
+    """
+    scale = 1 / 16 if _in_float16(plain) else 2.0**24
+    scaled = output_gradients(trace, torch.full_like(trace.losses, scale), retain_graph=True)
+    for use, before, after in zip(trace.uses, plain, scaled):
+        for b, c in zip(before, after):
+            if b is not None and c is not None and not _same(b, c / scale):
+                raise NotImplementedError(
+                    f"the gradient of the output of {use.name} does not scale with the losses: a hook, or the backward "
+                    "of a custom autograd.Function, clips it, normalises it or adds to it, so there is no gradient per "
+                    "example; do that to the gradient of the parameters after the step instead"
+                )
+
+
+def _in_float16(grads: Grads) -> bool:
+    return any(b is not None and b.dtype == torch.float16 for line in grads for b in line)
+
+
+def _same(b: Tensor, unscaled: Tensor) -> bool:
+    """Equal up to a few roundings, since sums may be taken in another order."""
+    if not b.numel():
+        return True
+    number = torch.finfo(b.dtype)
+    return bool(((unscaled - b).abs() <= 8 * number.eps * b.abs().max() + number.tiny).all())
