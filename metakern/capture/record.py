@@ -87,7 +87,7 @@ class Trace:
 
     def released(self) -> Trace:
         """Without the uses and derivations, and so without what they keep."""
-        return replace(self, losses=self.losses.detach(), uses=(), derivations=())
+        return replace(self, losses=self.losses.detach(), uses=(), derivations=(), picks=())
 
     @property
     def examples(self) -> int:
