@@ -18,19 +18,19 @@ from metakern.methods.weighted_step import weighted_step
 MakeSampler = Callable[[int, int], Any]
 
 
-def resampled(task: Task, make: MakeSampler, seed: int) -> Task:
+def resampled(task: Task, make: MakeSampler, seed: int, *, copies_only: bool = False) -> Task:
     """The task with its training examples as the sampler leaves them; inputs[n, ...] are flattened for it and back.
 
     An example that is an exact copy of a training example has its id and true label; a synthetic one has the id -1 and
-    the label it was made for.
-    Raises: NotApplicable for inputs that are no numbers, and, naming the sampler, where a class is too small for it.
+    the label it was made for. `copies_only`: the sampler looks at labels alone, so inputs may be tokens or nodes.
+    Raises: NotApplicable for other samplers on inputs that are no numbers, and, naming the sampler, where a class is too small for it.
     """
     inputs, targets = task.train.inputs, task.train.targets
-    if not inputs.is_floating_point():
+    if not copies_only and not inputs.is_floating_point():
         raise NotApplicable(f"re-sampling needs inputs that are numbers to mix; {task.name} has {inputs.dtype} tokens")
     smallest = int(torch.bincount(targets)[targets.unique()].min())
     sampler = make(smallest, seed)
-    flat = inputs.flatten(1).cpu().numpy()
+    flat = inputs.reshape(len(inputs), -1).cpu().numpy()
     try:
         chosen, labels = sampler.fit_resample(flat, targets.cpu().numpy())
     except ValueError as error:
@@ -118,12 +118,13 @@ def _smote_enn(smallest: int, seed: int) -> Any:
 
 
 def _method(name: str, summary: str, source: str, make: MakeSampler) -> Method:
+    copies_only = make in (_over, _under)
     return Method(
         name,
         summary,
         source,
         always(weighted_step()),
-        training_set=lambda task, seed: resampled(task, make, seed),
+        training_set=lambda task, seed: resampled(task, make, seed, copies_only=copies_only),
     )
 
 

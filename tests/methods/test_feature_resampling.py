@@ -65,6 +65,15 @@ def test_tokens_are_refused(task):
         find("smote").training_set(replace(task, train=tokens), 0)
 
 
+@pytest.mark.parametrize(("name", "size"), [("oversample", 100), ("undersample", 20)])
+def test_copies_of_tokens_and_nodes(task, name, size):
+    for inputs in (torch.arange(600).view(120, 5), torch.arange(120)):
+        tokens = replace(task, train=replace(task.train, inputs=inputs))
+        changed = find(name).training_set(tokens, 0).train
+        assert changed.counts(2).tolist() == [size, size]
+        assert torch.equal(changed.inputs, inputs[changed.ids - 1000])
+
+
 def test_a_class_of_one_is_refused_with_the_samplers_name(task):
     one = task.train.take(torch.cat([torch.tensor([0]), (task.train.targets == 1).nonzero().squeeze(1)]))
     with pytest.raises(ValueError, match="SMOTE on made-up: "):
