@@ -34,6 +34,7 @@ from metakern.methods.random_weights import RANDOM
 from metakern.methods.resample import RESAMPLE
 from metakern.methods.self_paced import SELF_PACED, SELF_PACED_LINEAR
 from metakern.methods.self_training import SELF_TRAINING
+from metakern.methods.settings import with_settings
 from metakern.methods.sharpness import MIXUP, SAM, SAM_A, SIMPLIFYING
 from metakern.methods.soft_class_aware_meta_weight_net import CMW_NET_SL
 from metakern.methods.uniform import UNIFORM
@@ -108,12 +109,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def find(name: str) -> Method:
+def find(name: str, settings: str = "") -> Method:
     """The method called `name`, one of METHODS or "metabalance-INNER-OUTER" with names of samplers.
 
-    Raises: ValueError listing the names when there is no such method.
+    `settings`, as in "rule=floor", are those that it shall have instead of its own.
+    Raises: ValueError listing the names when there is no such method; as `with_settings`.
     """
     method = METHODS.get(name) or find_pools(name)
     if method is None:
         raise ValueError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
-    return method
+    return with_settings(method, settings)

@@ -6,16 +6,36 @@ weight net sees beside the loss. Its meta set is a balanced part of the training
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
+from metakern.methods.settings import require_counts, require_shares
 from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 from metakern.methods.weighted_step import weighted_step
 
-PLAIN_SHARE = 0.8  # of the run; epochs 0 to 159 of 200
+
+@dataclass(frozen=True)
+class ClassAwareSettings:
+    """What CMW-Net's code for imbalance sets.
+
+    groups: of classes, by k-means. hidden: width of the weight net, lr and weight_decay of its Adam. plain_share: of
+    the run in plain steps, epochs 0 to 159 of 200. every: steps of the model for one of the weight net.
+    """
+
+    groups: int = 3
+    hidden: int = 100
+    lr: float = 1e-4
+    weight_decay: float = 1e-5
+    plain_share: float = 0.8
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        require_counts(groups=self.groups, hidden=self.hidden, every=self.every)
+        require_shares(plain_share=self.plain_share)
 
 
 def class_groups(counts: Tensor, *, groups: int = 3) -> Tensor:
@@ -55,22 +75,25 @@ def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class CMWNetStep:
-    """Plain steps for four fifths of the run, then steps of the weight net on a balanced part of the training set."""
+    """Plain steps for most of the run, then steps of the weight net on a balanced part of the training set."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, settings: ClassAwareSettings) -> None:
         device = device_of(setup.model)
-        self.groups = class_groups(setup.task.train.counts(setup.classes)).to(device)
-        weight_net = seeded(lambda: ClassAwareWeightNet(int(self.groups.max()) + 1), setup.seed, device)
-        optimizer = torch.optim.Adam(weight_net.parameters(), 1e-4, amsgrad=True, weight_decay=1e-5)
-        self._setup, self._plain = setup, weighted_step()
-        self._step = WeightNetStep(weight_net, optimizer, normalise="detached_sum")
+        self.groups = class_groups(setup.task.train.counts(setup.classes), groups=settings.groups).to(device)
+        groups = int(self.groups.max()) + 1
+        weight_net = seeded(lambda: ClassAwareWeightNet(groups, settings.hidden), setup.seed, device)
+        optimizer = torch.optim.Adam(
+            weight_net.parameters(), settings.lr, amsgrad=True, weight_decay=settings.weight_decay
+        )
+        self._setup, self._settings, self._plain = setup, settings, weighted_step()
+        self._step = WeightNetStep(weight_net, optimizer, normalise="detached_sum", every=settings.every)
         self._generator = torch.Generator().manual_seed(setup.seed + 6)
         self._subset = balanced_rows(setup.task.train.targets, self._generator)
 
     def __call__(
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
-        if setting.progress < PLAIN_SHARE:
+        if setting.progress < self._settings.plain_share:
             return self._plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
         own = self._meta_batch(setting.step)
         return self._step(model, batch, own, optimizer=optimizer, setting=setting, features=self.groups[batch[1]])
@@ -100,10 +123,17 @@ class CMWNetStep:
         self._subset = state["subset"]
 
 
-CMW_NET = Method(
-    "cmw-net",
-    "a weight net with an output for each group of classes of like size; no clean data needed",
-    "Shu et al., TPAMI 2023",
-    CMWNetStep,
-    handles="both",
-)
+def cmw_net(settings: ClassAwareSettings) -> Method:
+    """CMW-Net with the given settings."""
+    return Method(
+        "cmw-net",
+        "a weight net with an output for each group of classes of like size; no clean data needed",
+        "Shu et al., TPAMI 2023",
+        lambda setup: CMWNetStep(setup, settings),
+        handles="both",
+        settings=settings,
+        rebuilt=cmw_net,
+    )
+
+
+CMW_NET = cmw_net(ClassAwareSettings())

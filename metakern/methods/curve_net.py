@@ -6,6 +6,7 @@ run each example keeps the last weight it had.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,29 +16,54 @@ from torch import Tensor, nn
 
 from metakern.methods.loss_curves import Phase, class_centred, probe
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
-from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, virtual_rule
+from metakern.methods.settings import require_counts, require_shares
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 
-LEARNING_SHARE = 0.4  # of the run; epochs 0 to 79 of 200
-FIRST_EPOCH = 5  # of the probing run that a curve holds
+
+@dataclass(frozen=True)
+class CurveSettings:
+    """What CurveNet's code sets.
+
+    probing: epochs of the probing run for one of the run, 300 for 200. first_epoch: of the probing run that a curve
+    holds. learning_share: of the run in which the weight net learns, epochs 0 to 79 of 200. label_times: how often the
+    embedding of the label counts, twice in the code. least_weight: what every weight has beside its sigmoid. lr,
+    weight_decay: of the weight net's Adam. every: steps of the model for one of the weight net.
+    """
+
+    probing: float = 1.5
+    first_epoch: int = 5
+    learning_share: float = 0.4
+    label_times: int = 2
+    least_weight: float = 0.02
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        require_counts(label_times=self.label_times, every=self.every)
+        require_shares(learning_share=self.learning_share, least_weight=self.least_weight)
+        if self.first_epoch < 0 or not self.probing > 0:
+            raise ValueError(f"first_epoch must be 0 or more, probing above 0, got {self.first_epoch}, {self.probing}")
 
 
 class CurveNet(nn.Module):
-    """losses[n, 1] (not used), curves[n, T], labels[n] -> weights[n, 1] in 0.02..1.02.
+    """losses[n, 1] (not used), curves[n, T], labels[n] -> weights[n, 1], `least_weight` to 1 more.
 
     Curve: T - 128 - 128 - 64 with ReLUs; plus an embedding [C, 64] of the label, times `label_times`; then
-    64 - 128 - 64 - 1; w = sigmoid + 0.02. The last bias begins at 4.5, so that all weights begin near 1.
+    64 - 128 - 64 - 1; w = sigmoid + least_weight. The last bias begins at 4.5, so that all weights begin near 1.
     Source: Jiang et al., "Delving into Sample Loss Curve to Embrace Noisy and Imbalanced Data", AAAI 2022; its code.
     """
 
-    def __init__(self, curve_length: int, classes: int, *, label_times: int = 2) -> None:
+    def __init__(self, curve_length: int, classes: int, *, label_times: int = 2, least_weight: float = 0.02) -> None:
         super().__init__()
-        self.labels, self.label_times = nn.Embedding(classes, 64), label_times
+        self.labels, self.label_times, self.least_weight = nn.Embedding(classes, 64), label_times, least_weight
         self.curve = nn.Sequential(*_relu_layers(curve_length, 128, 128, 64))
         self.weigh = nn.Sequential(*_relu_layers(64, 128, 64), nn.Linear(64, 1))
         nn.init.constant_(self.weigh[-1].bias, 4.5)  # type: ignore[arg-type]
 
     def forward(self, losses: Tensor, curves: Tensor, labels: Tensor) -> Tensor:
-        return torch.sigmoid(self.weigh(self.curve(curves) + self.label_times * self.labels(labels))) + 0.02
+        seen = self.curve(curves) + self.label_times * self.labels(labels)
+        return torch.sigmoid(self.weigh(seen)) + self.least_weight
 
 
 def _relu_layers(*widths: int) -> list[nn.Module]:
@@ -59,28 +85,29 @@ def probing_phases(epochs: int, batch_size: int) -> list[Phase]:
 class CurveNetStep:
     """Weights from the net for the first part of the run, then each example's last one."""
 
-    def __init__(self, setup: Setup) -> None:
-        epochs = max(FIRST_EPOCH + 1, round(1.5 * setup.steps / setup.steps_per_epoch))
-        self._setup, self._phases = setup, probing_phases(epochs, setup.batch_size)
+    def __init__(self, setup: Setup, settings: CurveSettings) -> None:
+        first = settings.first_epoch
+        epochs = max(first + 1, round(settings.probing * setup.steps / setup.steps_per_epoch))
+        self._setup, self._settings, self._phases = setup, settings, probing_phases(epochs, setup.batch_size)
         device = device_of(setup.model)
-        weight_net = seeded(lambda: CurveNet(epochs - FIRST_EPOCH, setup.classes), setup.seed, device)
-        optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, weight_decay=1e-4)
-        self._step = WeightNetStep(weight_net, optimizer, normalise="mean")
-        self.curves = torch.zeros(len(setup.task.train), epochs - FIRST_EPOCH, device=device)
+        options = {"label_times": settings.label_times, "least_weight": settings.least_weight}
+        weight_net = seeded(lambda: CurveNet(epochs - first, setup.classes, **options), setup.seed, device)
+        optimizer = torch.optim.Adam(weight_net.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        self._step = WeightNetStep(weight_net, optimizer, normalise="mean", virtual="own", every=settings.every)
+        self.curves = torch.zeros(len(setup.task.train), epochs - first, device=device)
         self.memory = torch.full((len(setup.task.train),), torch.nan, device=device)
 
     def prepare(self) -> None:
-        """The probing stage: class-centred curves of the epochs from `FIRST_EPOCH` on."""
-        curves = probe(self._setup, self._phases)[:, FIRST_EPOCH:]
+        """The probing stage: class-centred curves of the epochs from the first that counts."""
+        curves = probe(self._setup, self._phases)[:, self._settings.first_epoch :]
         self.curves = class_centred(curves, self._setup.task.train.targets, self._setup.classes)
 
     def __call__(
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         features = self.curves[setting.indices], batch[1]
-        if setting.progress >= LEARNING_SHARE:
+        if setting.progress >= self._settings.learning_share:
             return self._remembered(model, batch, features, optimizer, setting)
-        self._step.virtual = virtual_rule(optimizer)
         outcome = self._step(model, batch, meta_batch, optimizer=optimizer, setting=setting, features=features)
         self.memory[setting.indices] = outcome.weights.to(self.memory) * len(outcome.weights)
         return outcome
@@ -129,13 +156,20 @@ class CurveNetStep:
         self.curves, self.memory = state["curves"].to(self.curves), state["memory"].to(self.memory)
 
 
-CURVE_NET = Method(
-    "curve-net",
-    "a weight net on the loss curve of a probing run and the label",
-    "Jiang et al., AAAI 2022",
-    CurveNetStep,
-    batch_size=128,
-    meta_batch_size=128,
-    needs_meta=True,
-    handles="both",
-)
+def curve_net(settings: CurveSettings) -> Method:
+    """CurveNet with the given settings."""
+    return Method(
+        "curve-net",
+        "a weight net on the loss curve of a probing run and the label",
+        "Jiang et al., AAAI 2022",
+        lambda setup: CurveNetStep(setup, settings),
+        batch_size=128,
+        meta_batch_size=128,
+        needs_meta=True,
+        handles="both",
+        settings=settings,
+        rebuilt=curve_net,
+    )
+
+
+CURVE_NET = curve_net(CurveSettings())

@@ -7,6 +7,7 @@ net -> step. All of it is `metakern.mlc_step`; what is here is the settings of t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import metakern
 from metakern.methods.features import features, kept_features, last_linear
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, Step
+from metakern.methods.settings import require_counts, require_shares
 from metakern.methods.weight_net_step import device_of, seeded, virtual_rule
 from metakern.step.label_net import LabelNet
 
@@ -26,13 +28,18 @@ class CorrectionSettings:
     gold_share: how much of each gold batch trains the model beside the corrected examples; the rest is the meta batch.
     fused: the step of the model is the virtual one; otherwise the label net steps first and its new labels count.
     skip: the label net may keep the given label, by a share of its own. every: steps of the model for one of the
-    label net.
+    label net. lr: of the label net's Adam.
     """
 
     gold_share: float = 0.5
     fused: bool = True
     skip: bool = False
     every: int = 1
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        require_counts(every=self.every)
+        require_shares(gold_share=self.gold_share)
 
 
 def label_net(classes: int, features: int, *, skip: bool = False) -> LabelNet:
@@ -55,7 +62,7 @@ class CorrectionStep:
         self.label_net = seeded(
             lambda: label_net(setup.classes, width, skip=settings.skip), setup.seed, device_of(setup.model)
         )
-        self._optimizer = torch.optim.Adam(self.label_net.parameters(), 3e-4, amsgrad=True)
+        self._optimizer = torch.optim.Adam(self.label_net.parameters(), settings.lr, amsgrad=True)
         self._carry: dict[nn.Parameter, Tensor] | None = None
 
     def __call__(
@@ -138,6 +145,8 @@ def _method(name: str, summary: str, settings: CorrectionSettings) -> Method:
         needs_meta=True,
         handles="noise",
         meta_batch_size=32,
+        settings=settings,
+        rebuilt=partial(_method, name, summary),
     )
 
 

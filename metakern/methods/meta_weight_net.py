@@ -6,10 +6,14 @@ step. All of it is `metakern.mwnet_step`; what is here is the paper's weight net
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from metakern.methods.method import Method, Setup, Step
+from metakern.methods.settings import require_counts
 from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 
 
@@ -27,32 +31,78 @@ class WeightNet(nn.Module):
         return self.layers(losses)
 
 
-def begin_for_noise(setup: Setup) -> Step:
-    """The code for noisy labels: weighted mean, losses enter the weight net as constants, Adam 1e-3, decay 1e-4."""
-    weight_net = seeded(WeightNet, setup.seed, device_of(setup.model))
-    optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, weight_decay=1e-4)
-    return WeightNetStep(weight_net, optimizer, normalise="mean", detach_losses=True)
+@dataclass(frozen=True)
+class WeightNetSettings:
+    """What MW-Net's two codes set; the defaults are those of the code for noisy labels.
+
+    normalise, detach_losses: of `metakern.mwnet_step`. hidden: width of the weight net. optimizer: of the weight net,
+    "adam" or "nesterov" with momentum 0.9, with learning rate lr and weight_decay. every: steps of the model for one of
+    the weight net. own_virtual_step: the virtual step is that of the run's optimizer, not plain SGD.
+    """
+
+    normalise: str = "mean"
+    detach_losses: bool = True
+    hidden: int = 100
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    every: int = 1
+    own_virtual_step: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adam", "nesterov"):
+            raise ValueError(f"the optimizer of the weight net must be adam or nesterov, got {self.optimizer!r}")
+        require_counts(hidden=self.hidden, every=self.every)
+
+    def optimizer_of(self, weight_net: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the weight net."""
+        parameters, lr, weight_decay = weight_net.parameters(), self.lr, self.weight_decay
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
 
-def begin_for_imbalance(setup: Setup) -> Step:
-    """The code for imbalance: weights normalised to sum 1, everything differentiated, Nesterov SGD 1e-5, decay 5e-4."""
-    weight_net = seeded(WeightNet, setup.seed, device_of(setup.model))
-    optimizer = torch.optim.SGD(weight_net.parameters(), 1e-5, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return WeightNetStep(weight_net, optimizer, normalise="sum", detach_losses=False)
+NOISE_CODE = WeightNetSettings()
+IMBALANCE_CODE = WeightNetSettings(
+    normalise="sum", detach_losses=False, optimizer="nesterov", lr=1e-5, weight_decay=5e-4
+)
 
 
-MW_NET = Method(
+def mw_net(name: str, summary: str, handles: str, settings: WeightNetSettings) -> Method:
+    """MW-Net with the given settings, under a name."""
+
+    def begin(setup: Setup) -> Step:
+        weight_net = seeded(lambda: WeightNet(settings.hidden), setup.seed, device_of(setup.model))
+        return WeightNetStep(
+            weight_net,
+            settings.optimizer_of(weight_net),
+            normalise=settings.normalise,
+            detach_losses=settings.detach_losses,
+            virtual="own" if settings.own_virtual_step else "sgd",
+            every=settings.every,
+        )
+
+    return Method(
+        name,
+        summary,
+        "Shu et al., NeurIPS 2019",
+        begin,
+        needs_meta=True,
+        handles=handles,
+        settings=settings,
+        rebuilt=partial(mw_net, name, summary, handles),
+    )
+
+
+MW_NET = mw_net(
     "mw-net",
     "a small network from loss to weight, learned on a clean set; the settings of its code for noisy labels",
-    "Shu et al., NeurIPS 2019",
-    begin_for_noise,
-    needs_meta=True,
-    handles="noise",
+    "noise",
+    NOISE_CODE,
 )
-MW_NET_IMBALANCE = Method(
+MW_NET_IMBALANCE = mw_net(
     "mw-net-imbalance",
     "the same with the settings of its code for class imbalance",
-    "Shu et al., NeurIPS 2019",
-    begin_for_imbalance,
-    needs_meta=True,
+    "imbalance",
+    IMBALANCE_CODE,
 )

@@ -7,6 +7,7 @@ added up -> step. What is here is which examples the inner and the outer batches
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +17,20 @@ import metakern
 from metakern.data import Examples, Task
 from metakern.methods.feature_resampling import RESAMPLING_METHODS
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, Step, TrainingSet, as_given
+from metakern.methods.settings import require_counts
 
 SAMPLERS: dict[str, TrainingSet] = {
     "raw": as_given,
     **{method.name: method.training_set for method in RESAMPLING_METHODS},
 }
-INNER_BATCH, OUTER_BATCH = 24, 16
 
 
 @dataclass(frozen=True)
 class BalanceSettings:
     """What the paper's code for tables sets: the pools of inner and outer batches, names of SAMPLERS, and the rest.
 
-    `order` 2 is the paper's gradient, 1 the code's; see `metakern.metabalance_step`.
+    `order` 2 is the paper's gradient, 1 the code's; `hessian`, how order 2 is had; see `metakern.metabalance_step`.
+    inner_batch, outer_batch: examples of a pair.
     """
 
     inner: str = "raw"
@@ -36,6 +38,15 @@ class BalanceSettings:
     order: int = 2
     inner_lr: float = 0.01
     leak: float = 0.01
+    hessian: str = "double_backward"
+    inner_batch: int = 24
+    outer_batch: int = 16
+
+    def __post_init__(self) -> None:
+        for pool in (self.inner, self.outer):
+            if pool not in SAMPLERS:
+                raise ValueError(f"the pools of metabalance are {', '.join(SAMPLERS)}; got {pool!r}")
+        require_counts(inner_batch=self.inner_batch, outer_batch=self.outer_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +80,7 @@ class Stream:
 
 
 class BalanceStep:
-    """A step on the mean gradient of its pairs: the batch in pieces of 24, each with 16 examples of the outer pool."""
+    """A step on the mean gradient of its pairs: the batch in pieces, each with some examples of the outer pool."""
 
     def __init__(self, setup: Setup, settings: BalanceSettings) -> None:
         given = setup.task.given if isinstance(setup.task, InnerTask) else setup.task
@@ -87,10 +98,11 @@ class BalanceStep:
         Source: Bansal et al., "MetaBalance", 2021, algorithm 1.
         """
         inputs, targets = batch
-        inner = list(zip(inputs.split(INNER_BATCH), targets.split(INNER_BATCH), strict=True))
+        size = self._settings.inner_batch
+        inner = list(zip(inputs.split(size), targets.split(size), strict=True))
         losses, outer_losses = [], []
         for k, pair in enumerate(inner):
-            rows = self._stream.take(OUTER_BATCH).to(targets.device)
+            rows = self._stream.take(self._settings.outer_batch).to(targets.device)
             result = metakern.metabalance_step(
                 model,
                 pair,
@@ -98,6 +110,7 @@ class BalanceStep:
                 inner_lr=self._settings.inner_lr,
                 order=self._settings.order,
                 leak=self._settings.leak,
+                hessian=self._settings.hessian,
                 scale=1 / len(inner),
                 accumulate=k > 0,
                 optimizer=optimizer if k == len(inner) - 1 else None,
@@ -137,8 +150,10 @@ def metabalance(name: str, summary: str, settings: BalanceSettings) -> Method:
         "Bansal et al., 2021",
         begin,
         steps=1000,
-        batch_size=81 * INNER_BATCH,
+        batch_size=81 * settings.inner_batch,
         training_set=as_given if settings.inner == "raw" else inner_task(settings.inner),
+        settings=settings,
+        rebuilt=partial(metabalance, name, summary),
     )
 
 

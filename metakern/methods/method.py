@@ -162,7 +162,8 @@ class Method:
     """A training method with the settings its paper's code uses.
 
     `meta_batch_size` None hands the whole meta set to every step; otherwise `meta_sampler` draws that many from it.
-    `training_set` may re-sample the training examples before the run; `fit` replaces the loop.
+    `training_set` may re-sample the training examples before the run; `fit` replaces the loop. `settings` is a
+    dataclass of what else the paper sets, and `rebuilt(settings)` the method with other ones.
     """
 
     name: str
@@ -178,3 +179,5 @@ class Method:
     meta_sampler: Sampler = shuffled
     training_set: TrainingSet = as_given
     fit: Fit | None = None
+    settings: Any = None
+    rebuilt: Callable[[Any], Method] | None = None

@@ -6,6 +6,8 @@ curve, the penultimate features of the step's own forward pass and the label as 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,31 @@ from torch import Tensor, nn
 from metakern.methods.features import kept_features, last_linear
 from metakern.methods.loss_curves import Phase, class_centred, example_losses, probe
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
-from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, virtual_rule
+from metakern.methods.settings import require_counts
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 
-PROBING_EPOCHS = 10
+
+@dataclass(frozen=True)
+class MLRNetSettings:
+    """What the paper of MLRNet gives, and for what it does not give: lr, weight_decay and eps of the weight net's Adam.
+
+    probing_epochs: of stage 1, at most the epochs of the run. width: D. embedding: width of the label's.
+    own_virtual_step: the virtual step is that of the run's optimizer, not plain SGD as in the paper's equations. every:
+    steps of the model for one of the weight net.
+    """
+
+    probing_epochs: int = 10
+    width: int = 128
+    embedding: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    # The classifier's learning rate, 1e-5 in the paper, scales the meta-gradient: Adam's usual 1e-8 would drown it.
+    eps: float = 1e-12
+    own_virtual_step: bool = False
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        require_counts(probing_epochs=self.probing_epochs, width=self.width, embedding=self.embedding, every=self.every)
 
 
 def _tanh_layers(inputs: int, width: int, layers: int) -> nn.Sequential:
@@ -53,15 +77,20 @@ class MLRNetStep:
     The virtual step is plain SGD at the run's learning rate, as in the paper's equations, or that of its optimizer.
     """
 
-    def __init__(self, setup: Setup, own_virtual_step: bool = False) -> None:
-        epochs = max(1, min(PROBING_EPOCHS, setup.steps // setup.steps_per_epoch))
+    def __init__(self, setup: Setup, settings: MLRNetSettings) -> None:
+        epochs = max(1, min(settings.probing_epochs, setup.steps // setup.steps_per_epoch))
         self._setup, self._epochs = setup, epochs
-        features = last_linear(setup.model).in_features
-        weight_net = seeded(lambda: MLRNet(epochs + 1, features, setup.classes), setup.seed, device_of(setup.model))
-        # The classifier's learning rate, 1e-5 in the paper, scales the meta-gradient: Adam's usual 1e-8 would drown it.
-        optimizer = torch.optim.Adam(weight_net.parameters(), 1e-3, eps=1e-12, weight_decay=1e-4)
-        self._step = WeightNetStep(weight_net, optimizer, normalise="mean")
-        self._own_virtual_step = own_virtual_step
+        sizes = epochs + 1, last_linear(setup.model).in_features, setup.classes
+        weight_net = seeded(
+            lambda: MLRNet(*sizes, width=settings.width, embedding=settings.embedding),
+            setup.seed,
+            device_of(setup.model),
+        )
+        optimizer = torch.optim.Adam(
+            weight_net.parameters(), settings.lr, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+        virtual = "own" if settings.own_virtual_step else "sgd"
+        self._step = WeightNetStep(weight_net, optimizer, normalise="mean", virtual=virtual, every=settings.every)
         self.curves = torch.zeros(len(setup.task.train), epochs + 1, device=device_of(setup.model))
 
     def prepare(self) -> None:
@@ -75,8 +104,6 @@ class MLRNetStep:
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         curves, labels = self.curves[setting.indices], batch[1]
-        if self._own_virtual_step:
-            self._step.virtual = virtual_rule(optimizer)
         with kept_features(model) as kept:
             return self._step(
                 model,
@@ -95,25 +122,25 @@ class MLRNetStep:
         self.curves = state["curves"].to(self.curves)
 
 
-_SOURCE = "Yu and Li, Applied Sciences 2024"
+def mlrnet(name: str, summary: str, settings: MLRNetSettings) -> Method:
+    """MLRNet with the given settings, under a name."""
+    return Method(
+        name,
+        summary,
+        "Yu and Li, Applied Sciences 2024",
+        lambda setup: MLRNetStep(setup, settings),
+        batch_size=30,
+        meta_batch_size=30,
+        needs_meta=True,
+        handles="both",
+        settings=settings,
+        rebuilt=partial(mlrnet, name, summary),
+    )
 
-MLRNET = Method(
-    "mlrnet",
-    "a weight net on loss curves, the classifier's features and the label",
-    _SOURCE,
-    MLRNetStep,
-    batch_size=30,
-    meta_batch_size=30,
-    needs_meta=True,
-    handles="both",
-)
-MLRNET_OWN_STEP = Method(
+
+MLRNET = mlrnet("mlrnet", "a weight net on loss curves, the classifier's features and the label", MLRNetSettings())
+MLRNET_OWN_STEP = mlrnet(
     "mlrnet-own-step",
     "the same with the virtual step of the run's own optimizer, such as the paper's Adam, instead of plain SGD",
-    _SOURCE,
-    lambda setup: MLRNetStep(setup, own_virtual_step=True),
-    batch_size=30,
-    meta_batch_size=30,
-    needs_meta=True,
-    handles="both",
+    MLRNetSettings(own_virtual_step=True),
 )

@@ -7,6 +7,7 @@ step is `metakern.mlc_step`.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,31 @@ from metakern.methods.features import kept_logits
 from metakern.methods.loss_curves import example_losses
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup
 from metakern.methods.plain_training import predict
+from metakern.methods.settings import require_counts, require_shares
 from metakern.methods.weight_net_step import device_of, seeded
 from metakern.methods.weighted_step import weighted_step
 
-WARM_UP = 1 / 30  # of the run; 10 of 300 epochs
-EVERY = 10  # steps from one update of the weight net to the next
-TEACHER_DECAY = 0.997
-META_PER_CLASS = 100
+
+@dataclass(frozen=True)
+class SoftSettings:
+    """What CMW-Net's code for noisy labels sets.
+
+    groups: of classes, by k-means. hidden: width of the weight net, lr of its Adam. warm_up: share of the run in plain
+    steps, 10 of 300 epochs. every: steps of the model for one of the weight net. teacher_decay: of the slow copy, a
+    step. meta_per_class: examples of low loss in the meta set, of a class, at most.
+    """
+
+    groups: int = 3
+    hidden: int = 100
+    lr: float = 1e-4
+    warm_up: float = 1 / 30
+    every: int = 10
+    teacher_decay: float = 0.997
+    meta_per_class: int = 100
+
+    def __post_init__(self) -> None:
+        require_counts(groups=self.groups, hidden=self.hidden, every=self.every, meta_per_class=self.meta_per_class)
+        require_shares(warm_up=self.warm_up, teacher_decay=self.teacher_decay)
 
 
 class Mixed(NamedTuple):
@@ -75,17 +94,18 @@ class SoftLabels(nn.Module):
 
 
 class SoftStep:
-    """A plain warm-up; then steps on mixed examples and soft labels, every tenth of them with the weight net."""
+    """A plain warm-up; then steps on mixed examples and soft labels, one of `every` with the weight net."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, settings: SoftSettings) -> None:
         if not setup.task.train.inputs.is_floating_point():
             raise NotApplicable("cmw-net-sl mixes inputs, which tokens cannot be; cmw-net takes them")
         device = device_of(setup.model)
-        self._setup, self._plain = setup, weighted_step()
-        self._groups = class_groups(setup.task.train.counts(setup.classes)).to(device)
+        self._setup, self._settings, self._plain = setup, settings, weighted_step()
+        self._groups = class_groups(setup.task.train.counts(setup.classes), groups=settings.groups).to(device)
         groups = int(self._groups.max()) + 1
-        self._labels = SoftLabels(seeded(lambda: ClassAwareWeightNet(groups), setup.seed, device))  # type: ignore[arg-type]
-        self._optimizer = torch.optim.Adam(self._labels.parameters(), 1e-4)
+        net = seeded(lambda: ClassAwareWeightNet(groups, settings.hidden), setup.seed, device)
+        self._labels = SoftLabels(net)  # type: ignore[arg-type]
+        self._optimizer = torch.optim.Adam(self._labels.parameters(), settings.lr)
         self._teacher = copy.deepcopy(setup.model)
         self._generator = torch.Generator().manual_seed(setup.seed + 6)
         self._trusted = torch.arange(len(setup.task.train))
@@ -95,10 +115,10 @@ class SoftStep:
     ) -> Outcome:
         if setting.step % self._setup.steps_per_epoch == 0:
             self._trusted = self._most_trusted(model)
-        if setting.progress < WARM_UP:
+        if setting.progress < self._settings.warm_up:
             outcome = self._plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
         else:
-            outcome = self._soft(model, batch, optimizer, setting.step % EVERY == 0)
+            outcome = self._soft(model, batch, optimizer, setting.step % self._settings.every == 0)
         self._follow(model)
         return outcome
 
@@ -140,12 +160,12 @@ class SoftStep:
         return Outcome(own.squeeze(1).to(losses) / len(own), losses.detach(), meta_loss)
 
     def _most_trusted(self, model: nn.Module) -> Tensor:
-        """Of every class equally many training examples, those of the lowest loss; at most 100 of a class."""
+        """Of every class equally many training examples, those of the lowest loss; at most half of the smallest."""
         train = self._setup.task.train
         order = example_losses(model, train).cpu().argsort(stable=True)
         ranked = train.targets.cpu()[order]
         classes, counts = ranked.unique(return_counts=True)
-        each = max(1, min(META_PER_CLASS, int(counts.min()) // 2))
+        each = max(1, min(self._settings.meta_per_class, int(counts.min()) // 2))
         return torch.cat([order[ranked == c][:each] for c in classes])
 
     def _meta_batch(self) -> Batch:
@@ -160,7 +180,7 @@ class SoftStep:
     def _follow(self, model: nn.Module) -> None:
         """teacher <- decay teacher + (1 - decay) model; buffers are the model's."""
         for slow, fast in zip(self._teacher.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast, 1 - TEACHER_DECAY)
+            slow.lerp_(fast, 1 - self._settings.teacher_decay)
         for slow, fast in zip(self._teacher.buffers(), model.buffers(), strict=True):
             slow.copy_(fast)
 
@@ -181,11 +201,18 @@ class SoftStep:
         self._trusted = state["trusted"]
 
 
-CMW_NET_SL = Method(
-    "cmw-net-sl",
-    "the weight says how far the label is believed and how far a slow copy of the model; mixup; for images and tables",
-    "Shu et al., TPAMI 2023",
-    SoftStep,
-    batch_size=128,
-    handles="both",
-)
+def cmw_net_sl(settings: SoftSettings) -> Method:
+    """CMW-Net-SL with the given settings."""
+    return Method(
+        "cmw-net-sl",
+        "the weight says how far the label is believed and how far a slow copy of the model; mixup; images and tables",
+        "Shu et al., TPAMI 2023",
+        lambda setup: SoftStep(setup, settings),
+        batch_size=128,
+        handles="both",
+        settings=settings,
+        rebuilt=cmw_net_sl,
+    )
+
+
+CMW_NET_SL = cmw_net_sl(SoftSettings())

@@ -18,7 +18,8 @@ class WeightNetStep:
     """A step whose weights come from `weight_net(losses[n, 1], *features)`, learned on the meta batch.
 
     `normalise`, `detach_losses` and `virtual` are those of `metakern.mwnet_step`, and so are the `features` of a call;
-    the virtual step has the learning rate of the run's optimizer.
+    virtual "own" is the rule of the run's optimizer, whose learning rate the virtual step has. The weight net learns in
+    one of `every` steps.
     """
 
     weight_net: nn.Module
@@ -26,6 +27,7 @@ class WeightNetStep:
     normalise: str = "mean"
     detach_losses: bool = True
     virtual: str = "sgd"
+    every: int = 1
 
     def __call__(
         self,
@@ -47,7 +49,8 @@ class WeightNetStep:
             features=features,
             normalise=self.normalise,
             detach_losses=self.detach_losses,
-            virtual=self.virtual,
+            virtual=virtual_rule(optimizer) if self.virtual == "own" else self.virtual,
+            update_weight_net=setting.step % self.every == 0,
             optimizer=optimizer,
             engine=setting.engine,
         )

@@ -112,7 +112,7 @@ def _seeds(text: str) -> list[int]:
 
 def _train(options: argparse.Namespace) -> None:
     config = from_options(options)
-    find(config.method)
+    find(config.method, config.set)
     run = train(config, options.out or Path("runs") / config.name())
     print(_summary([run]))
     print(f"report: {write_report([run.folder], run.folder / 'report.html', data_dir=config.data_dir)}")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from metakern.data import Source
 from metakern.methods import find
 from metakern.methods.method import NotApplicable
+from metakern.methods.settings import parse, settings_for
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.loop import train
 from metakern.trainers.run_folder import finished
@@ -36,12 +37,15 @@ def grid(
 ) -> list[TrainConfig]:
     """Every combination; seeds vary slowest, so an interrupted comparison has whole tables of the first seeds.
 
-    Raises: ValueError for methods that are not known.
+    Settings of methods, `base.set`, go to those methods that have them.
+    Raises: ValueError for methods that are not known, and for a setting that none of them has.
     """
-    for method in methods:
-        find(method)
+    own = {method: settings_for(find(method), base.set) for method in methods}
+    for name in parse(base.set):
+        if not any(name in parse(text) for text in own.values()):
+            raise ValueError(f"--set: none of {', '.join(methods)} has a setting {name!r}")
     return [
-        replace(base, method=method, majority=majority, seed=seed)
+        replace(base, method=method, set=own[method], majority=majority, seed=seed)
         for seed in seeds
         for majority in majorities
         for method in methods

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ class TrainConfig:
     """One run. The defaults are the settings of the code published with L2RW (Ren et al., ICML 2018)."""
 
     method: str
+    set: str = _option("", "settings of the method, as in rule=floor,weight_decay=5e-4: see its page")
     data: str = _option("digits-4v9", "data set: see 'metakern list', or images:DIR, or csv:FILE")
     label: str | None = _option(None, "--data csv:FILE: the column of the classes")
     group: str | None = _option(None, "--data csv:FILE: the column of their groups, for --noise hierarchical")
@@ -103,7 +105,8 @@ class TrainConfig:
         parts += [f"{shape}imbalance{self.imbalance:g}"] if self.imbalance != 1 else []
         parts += [f"{self.noise}{self.noise_rate:g}"] if self.noise is not None else []
         parts += [] if self.model is None else [Path(self.model).name.replace(":", "-")]
-        return "-".join([*parts, self.method, str(self.seed)])
+        parts += [self.method, *([re.sub(r"[^\w.=-]+", "-", self.set)] if self.set else [])]
+        return "-".join([*parts, str(self.seed)])
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: not where the data lies, nor threads, checkpoints and curves."""

@@ -57,7 +57,7 @@ def train(config: TrainConfig, folder: Path, *, task: Task | None = None, progre
     in `folder` goes on from its last checkpoint, with the results it would have had.
     Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data.
     """
-    method = find(config.method)
+    method = find(config.method, config.set)
     torch.set_num_threads(config.threads)
     task, validation = make_task(config) if task is None else task, None
     if config.early_stopping is not None:

@@ -33,7 +33,7 @@ def step_time(config: TrainConfig, task: Task, *, pairs: int = 25) -> StepTime:
     Interleaving makes whatever else the machine does hit both alike; the first three pairs are not counted.
     """
     torch.set_num_threads(config.threads)
-    method = find(config.method)
+    method = find(config.method, config.set)
     setting = Setting(task.train.counts(len(task.class_names)), torch.Generator().manual_seed(0), config.engine)
     sides = []
     for side in (find("uniform"), method):

@@ -9,7 +9,7 @@ from torch import nn
 from metakern.data import Examples, Task
 from metakern.methods import Setting, find
 from metakern.methods.class_aware_meta_weight_net import ClassAwareWeightNet, balanced_rows, class_groups
-from metakern.methods.soft_class_aware_meta_weight_net import EVERY, TEACHER_DECAY, SoftLabels, mixed
+from metakern.methods.soft_class_aware_meta_weight_net import SoftLabels, SoftSettings, mixed
 
 
 @pytest.fixture
@@ -83,12 +83,13 @@ def test_the_soft_variant_learns_every_tenth_step_and_has_a_slow_teacher(model, 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     batch = given.task.train.inputs[:12], given.task.train.targets[:12]
     changed = []
-    for k in (0, EVERY, EVERY + 1):
+    decay = SoftSettings().teacher_decay
+    for k in (0, 10, 11):
         net = copy.deepcopy(step._labels.state_dict())
         slow, fast = step._teacher[0].weight.clone(), None
         outcome = step(model, batch, batch, optimizer=optimizer, setting=setting_of(k))
         fast = model[0].weight.detach()
-        torch.testing.assert_close(step._teacher[0].weight, TEACHER_DECAY * slow + (1 - TEACHER_DECAY) * fast)
+        torch.testing.assert_close(step._teacher[0].weight, decay * slow + (1 - decay) * fast)
         changed.append(any(not torch.equal(value, net[name]) for name, value in step._labels.state_dict().items()))
         assert (outcome.meta_loss is not None) == changed[-1]
         assert ((outcome.weights >= 0) & (outcome.weights <= 1 / 12)).all()

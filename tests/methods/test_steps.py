@@ -105,7 +105,7 @@ def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatc
         seen.update(keywords, batch=batch, meta_batch=meta_batch)
         return SimpleNamespace(weights=torch.ones(12) / 12, losses=torch.ones(12), meta_loss=torch.tensor(0.5))
 
-    monkeypatch.setattr(metakern, "l2rw_step", stub, raising=False)
+    monkeypatch.setattr(metakern, "reweight_step", stub, raising=False)
     outcome = take("l2rw", model, batches, setup)
     assert seen["batch"] is batches[0]
     assert seen["meta_batch"] is batches[1]
@@ -114,7 +114,7 @@ def test_l2rw_hands_over_the_optimizer_and_the_engine(model, batches, monkeypatc
     assert float(outcome.meta_loss) == 0.5
 
 
-@pytest.mark.skipif(not hasattr(metakern, "l2rw_step"), reason="metakern.l2rw_step is not there")
+@pytest.mark.skipif(not hasattr(metakern, "reweight_step"), reason="metakern.l2rw_step is not there")
 def test_l2rw_weights_by_hand(model, batches, setup):
     (inputs, targets), (meta_inputs, meta_targets) = batches
     parameters = list(model.parameters())

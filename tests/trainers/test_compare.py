@@ -18,6 +18,18 @@ def test_grid_refuses_unknown_methods(quick):
         grid(quick, ["uniform", "no-such"], [0.9], [0])
 
 
+def test_settings_go_to_the_methods_that_have_them(quick, tmp_path):
+    base = replace(quick, set="every=2,rule=floor")
+    configs = grid(base, ["uniform", "l2rw", "mw-net"], [0.9], [0])
+    assert [config.set for config in configs] == ["", "rule=floor", "every=2"]
+    folders = [cell(tmp_path, config).folder.name for config in configs]
+    assert folders[1] == f"{quick.data}-0.9-l2rw-rule=floor-0"
+    with pytest.raises(ValueError, match="none of uniform, l2rw has a setting 'every'"):
+        grid(base, ["uniform", "l2rw"], [0.9], [0])
+    run = train(replace(configs[1], steps=2), tmp_path / "run", progress=False)
+    assert (run.folder / "result.json").is_file()
+
+
 def test_interrupted_comparison_gives_the_same_table(quick, tmp_path):
     configs = grid(quick, ["uniform", "resample"], [0.9], [0, 1])
     whole = run_missing(tmp_path / "whole", configs, jobs=2, progress=False)
