@@ -23,7 +23,8 @@ def resampled(task: Task, make: MakeSampler, seed: int, *, copies_only: bool = F
 
     An example that is an exact copy of a training example has its id and true label; a synthetic one has the id -1 and
     the label it was made for. `copies_only`: the sampler looks at labels alone, so inputs may be tokens or nodes.
-    Raises: NotApplicable for other samplers on inputs that are no numbers, and, naming the sampler, where a class is too small for it.
+    Raises: NotApplicable for other samplers on inputs that are no numbers, and, naming the sampler, where a class is
+    too small for it.
     """
     inputs, targets = task.train.inputs, task.train.targets
     if not copies_only and not inputs.is_floating_point():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,9 @@ class TranslationStep:
     """Class-balanced plain steps; after `plain` of the run examples of rare classes are replaced by made ones.
 
     An example of class k is replaced with chance 1 - n_k / n_max, where the result convinces the guide: P(k) >= gamma.
-    The guide is a network trained plainly for `plain` of the run's steps.
+    The guide is a network trained plainly for `plain` of the run's steps. Lengths are the paper's, for pictures from 0
+    to 1: those of another range are moved that many times as far. Where no made example was kept in the whole run a
+    warning says so: it was a run of `resample`.
     """
 
     setup: Setup
@@ -69,6 +72,8 @@ class TranslationStep:
         if not inputs.is_floating_point():
             raise NotApplicable(f"m2m needs inputs that are numbers; {self.setup.task.name} has {inputs.dtype} tokens")
         self._limits = float(inputs.min()), float(inputs.max())
+        self._unit = self._limits[1] - self._limits[0] if inputs.ndim == 4 else 1.0
+        self._made = self._kept = 0
         self._by_class = [(self.setup.task.train.targets == c).nonzero().squeeze(1) for c in range(self.setup.classes)]
         self.guide = self.setup.model
 
@@ -82,6 +87,12 @@ class TranslationStep:
         inputs, targets = batch
         if setting.progress >= self.plain:
             inputs = self.translated(model, inputs, targets, setting)
+            if setting.step + 1 == setting.steps and self._made and not self._kept:
+                warnings.warn(
+                    f"m2m: the guide took none of the {self._made:,} examples made in this run for the class it was to "
+                    "be, so none was used and this was class-balanced sampling",
+                    stacklevel=2,
+                )
         losses = F.cross_entropy(model(inputs), targets, reduction="none")
         optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
@@ -102,20 +113,28 @@ class TranslationStep:
         drawn = torch.randn(start.shape, generator=generator).to(start)
         unit = drawn / drawn.flatten(1).norm(dim=1).view(-1, *[1] * (drawn.ndim - 1))
         made = descend(
-            start + self.noise * unit, seeds.to(targets.device), targets[chosen], self.guide, model, self._limits
+            start + self.noise * self._unit * unit,
+            seeds.to(targets.device),
+            targets[chosen],
+            self.guide,
+            model,
+            self._limits,
+            size=0.1 * self._unit,
         )
         with torch.no_grad():
             sure = self.guide(made).softmax(1).gather(1, targets[chosen].unsqueeze(1)).squeeze(1) >= self.gamma
         lucky = torch.rand(len(chosen), generator=generator) < chances.gather(1, seeds.unsqueeze(1)).squeeze(1)
         kept = (sure.cpu() & lucky).nonzero().squeeze(1)
+        self._made, self._kept = self._made + len(made), self._kept + len(kept)
         return inputs.index_copy(0, chosen[kept].to(inputs.device), made[kept.to(made.device)])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"guide": self.guide.state_dict()}
+        return {"guide": self.guide.state_dict(), "made": self._made, "kept": self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.guide = train_plainly(self.setup, self.setup.task.train, steps=0).eval().requires_grad_(False)
         self.guide.load_state_dict(state["guide"])
+        self._made, self._kept = state["made"], state["kept"]
 
 
 M2M = Method(

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from metakern.data import Examples, Task
-from metakern.methods import Setting, find
+from metakern.methods import Setting, find, major_to_minor
 from metakern.methods.major_to_minor import TranslationStep, descend, seed_chances
 
 
@@ -55,6 +57,47 @@ def test_only_rare_examples_are_replaced_and_they_convince(task, setup):
     other.load_state_dict(step.state_dict())
     assert torch.equal(other.guide.weight, step.guide.weight)
     assert model.weight.requires_grad
+
+
+@pytest.fixture
+def far(task) -> Task:
+    """The classes so far apart that no example gets across."""
+    inputs = task.train.inputs + 50 * task.train.targets.unsqueeze(1)
+    return replace(task, train=replace(task.train, inputs=inputs))
+
+
+def last_step(step: TranslationStep, model: nn.Module, task: Task) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    setting = Setting(task.train.counts(2), torch.Generator().manual_seed(0), step=99, steps=100)
+    batch = task.train.inputs[:40], task.train.targets[:40]
+    step(model, batch, batch, optimizer=optimizer, setting=setting)
+
+
+def test_a_run_that_kept_no_made_example_says_so(far, setup):
+    model = nn.Linear(2, 2)
+    step = TranslationStep(setup(model, task=far, steps=50, lr=0.1))
+    step.prepare()
+    with pytest.warns(UserWarning, match=r"m2m: the guide took none of the \d+ examples"):
+        last_step(step, model, far)
+    # Of a run that goes on from a checkpoint the whole counts.
+    other = TranslationStep(setup(model, task=far))
+    other.load_state_dict({**step.state_dict(), "kept": 1})
+    last_step(other, model, far)
+
+
+@pytest.mark.filterwarnings("ignore:m2m")
+def test_lengths_are_for_pictures_from_0_to_1(task, setup, monkeypatch):
+    """Normalised pictures are moved as far as the same pictures in 0..1; a standardised table as it is."""
+    moved = []
+    monkeypatch.setattr(major_to_minor, "descend", lambda start, *rest, size, **_: moved.append(size) or start)
+    pictures = replace(task.train, inputs=task.train.inputs.view(220, 1, 1, 2))
+    wide = replace(pictures, inputs=4 * (pictures.inputs - pictures.inputs.min()) / pictures.inputs.max() - 2)
+    wide.inputs.clamp_(-2, 2)[0] = 2
+    for train, model in ((task.train, nn.Linear(2, 2)), (wide, nn.Sequential(nn.Flatten(), nn.Linear(2, 2)))):
+        given = replace(task, train=train)
+        step = TranslationStep(setup(model, task=given))
+        last_step(step, model, given)
+    assert moved == pytest.approx([0.1, 0.4])
 
 
 def test_tokens_are_refused(task, setup):
