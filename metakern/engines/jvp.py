@@ -1,14 +1,14 @@
 """Forward mode: dots_n = d/dr l_n(theta + r V), one dual pass through the whole model.
 
-Exact also where examples interact (batch statistics, graphs, contrastive losses). It costs an extra forward with
-tangents, and fused attention is replaced by its plain form for that pass, since it has no forward mode.
+Exact also where examples interact (batch statistics, graphs, contrastive losses). It costs the two products of a layer
+that make its tangents, and fused attention is replaced by its plain form for that pass, since it has no forward mode.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metakern.capture.host import host_may_wait
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import PassState
 from metakern.engines.group import mean_over_group
 from metakern.engines.packing import PackingByParts
 from metakern.engines.problem import Answer, Problem
+from metakern.engines.products import Products, ReusedProducts
 from metakern.engines.repetition import require_repetition
 from metakern.engines.substitution import substituted
 from metakern.engines.weighted_backward import weighted_backward
@@ -37,12 +39,11 @@ def solve(problem: Problem) -> Answer:
     """
     start = PassState(problem.model)
     # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
-    with first_pass(problem.model):
+    with first_pass(problem) as products:
         losses = problem.batch_losses()
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
-    with start.replayed():  # the dual pass draws the dropout masks of the pass it belongs to
-        dots = loss_tangents(problem, direction, losses.detach())
+    dots = loss_tangents(problem, direction, start, losses.detach(), products)
     return Answer(dots, losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights))
 
 
@@ -61,15 +62,16 @@ class _Hooks(TorchFunctionMode):
 
 
 @contextmanager
-def first_pass(model: nn.Module) -> Iterator[None]:
-    """The pass that a dual pass repeats, in operations that have a forward mode.
+def first_pass(problem: Problem) -> Iterator[Products]:
+    """The pass that a dual pass repeats, in operations that have a forward mode; its products, which memory="two_pass"
+    does not keep.
 
     Raises: EngineUnavailable where hooks may change gradients on their way back, of which forward mode knows nothing.
     """
-    hooks = _Hooks()
-    with sdpa_kernel(SDPBackend.MATH), hooks:
-        yield
-    hooked = next((name for name, module in model.named_modules() if _has_backward_hooks(module)), None)
+    hooks, products = _Hooks(), Products()
+    with sdpa_kernel(SDPBackend.MATH), hooks, products if problem.memory == "reuse" else nullcontext():
+        yield products
+    hooked = next((name for name, module in problem.model.named_modules() if _has_backward_hooks(module)), None)
     if hooks.seen or hooked is not None:
         where = "a tensor" if hooked is None else f"module '{hooked}'" if hooked else "the model"
         raise EngineUnavailable(
@@ -82,11 +84,26 @@ def _has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def loss_tangents(problem: Problem, direction: dict[str, Tensor], values: Tensor) -> Tensor:
-    """d/dr l_n(theta + r V), [n]; the parameters are not touched. `values` are the losses of the pass it belongs to.
+def loss_tangents(
+    problem: Problem, direction: dict[str, Tensor], start: PassState, values: Tensor, products: Products
+) -> Tensor:
+    """d/dr l_n(theta + r V), [n]; the parameters are not touched. `start`, `values` and `products` are of the first
+    pass: what it started from, so that dropout masks are the same, its losses, and what it multiplied.
 
     Raises: EngineUnavailable: an operation has no forward mode, or this pass is not a repetition of the first.
     """
+    reused = ReusedProducts(products)
+    with start.replayed():
+        tangents = _dual_pass(problem, direction, values, reused)
+    if host_may_wait() and not reused.agreed():
+        with start.replayed():
+            tangents = _dual_pass(problem, direction, values, nullcontext())
+    return tangents
+
+
+def _dual_pass(
+    problem: Problem, direction: dict[str, Tensor], values: Tensor, reused: AbstractContextManager[Any]
+) -> Tensor:
     try:
         with ExitStack() as stack:
             for context in (dual_level(), sdpa_kernel(SDPBackend.MATH), PackingByParts()):
@@ -98,7 +115,8 @@ def loss_tangents(problem: Problem, direction: dict[str, Tensor], values: Tensor
             for name, v in direction.items():
                 duals[id(problem.chosen[name])] = forward_ad.make_dual(problem.chosen[name].detach(), v)
             stack.enter_context(substituted(problem.model, duals))
-            losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
+            with reused:
+                losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
             found = forward_ad.unpack_dual(losses)
             require_repetition(found.primal.detach(), values)
             return torch.zeros_like(values) if found.tangent is None else found.tangent.detach().clone()

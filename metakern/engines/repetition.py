@@ -9,14 +9,19 @@ from metakern.capture.host import host_may_wait
 from metakern.capture.refusal import EngineUnavailable
 
 
+def agree(again: Tensor, values: Tensor) -> Tensor:
+    """Where the numbers of two passes over one batch differ by no more than rounding, [...]."""
+    share = {torch.float64: 1e-8, torch.float32: 1e-3}.get(values.dtype, 0.1)
+    if torch.is_autocast_enabled(values.device.type):
+        share = 0.1
+    return ~((again - values).abs() > share * (1 + values.abs()))
+
+
 def require_repetition(again: Tensor, values: Tensor) -> None:
     """Raise where two passes over one batch differ by more than rounding: the dots would not be of the first."""
     if not host_may_wait():
         return
-    share = {torch.float64: 1e-8, torch.float32: 1e-3}.get(values.dtype, 0.1)
-    if torch.is_autocast_enabled(values.device.type):
-        share = 0.1
-    if again.shape != values.shape or bool(((again - values).abs() > share * (1 + values.abs())).any()):
+    if again.shape != values.shape or not agree(again, values).all():
         raise EngineUnavailable(
             "two forward passes over the same batch do not agree, so the model draws from a random generator that is "
             "not torch's, Python's or NumPy's global one, nor an attribute of a module, or it keeps something between "

@@ -69,13 +69,12 @@ class _Dual(GraphPass):
 
     def __init__(self, problem: Problem) -> None:
         self._start = PassState(problem.model)
-        with jvp.first_pass(problem.model):  # the form that the dual pass takes, with the same dropout masks
+        with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
             losses = problem.batch_losses()
         super().__init__(problem, losses)
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
-        with self._start.replayed():
-            return jvp.loss_tangents(self._problem, dict(direction), self.losses)
+        return jvp.loss_tangents(self._problem, dict(direction), self._start, self.losses, self._products)
 
 
 class _Differentiated(GraphPass):

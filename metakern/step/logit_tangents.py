@@ -34,14 +34,13 @@ class LogitPass:
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
         self._start = PassState(problem.model)
-        with jvp.first_pass(problem.model):  # the form that the dual pass takes, with the same dropout masks
+        with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)
 
     def tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
         """dz/dtheta . V, [n, C], with the random numbers and running statistics of the first pass."""
-        with self._start.replayed():
-            return jvp.loss_tangents(self._problem, dict(direction), self.logits.detach())
+        return jvp.loss_tangents(self._problem, dict(direction), self._start, self.logits.detach(), self._products)
 
 
 def batch_logits(model: nn.Module, batch: Any) -> Tensor:

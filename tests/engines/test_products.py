@@ -1,0 +1,146 @@
+"""Products that the dual pass takes from the pass that it repeats: the same dots, for two products of three."""
+
+import itertools
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import metakern
+from metakern.engines import jvp
+from metakern.testing import budget, inputs
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.judge import Snapshot, judge_step
+
+
+def convolutions(depth: int = 4, in_place: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [
+        (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, groups=2), nn.ReLU(inplace=in_place))
+        for _ in range(depth)
+    ]
+    return nn.Sequential(*(layer for block in blocks for layer in block), nn.Flatten(), nn.Linear(4 * 36, 3)).double()
+
+
+def setup_of(model: nn.Module, *shape: int) -> Setup:
+    return Setup(model, *inputs.pair(5, 3, *shape, classes=3), interacting=True)
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_whole_steps_are_exact(in_place: bool, memory: str) -> None:
+    judge_step(metakern.l2rw_step, setup_of(convolutions(in_place=in_place), 4, 6, 6), engine="jvp", memory=memory)
+
+
+@pytest.mark.parametrize("params", ["1.*", "*.bias", "*.weight"])
+def test_dots_over_some_parameters_are_exact(params: str) -> None:
+    setup = setup_of(convolutions(), 4, 6, 6)
+    names = [name for name, _ in setup.model.named_parameters() if fnmatchcase(name, params)]
+    truth = setup.oracle(names=names)
+    found = metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, engine="jvp", params=params)
+    budget.assert_dots(found.dots, truth)
+
+
+@pytest.mark.parametrize("one", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_every_kind(one: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    dimensions = int(one.__name__[-2])
+    layers = (one(2, 3, 2), nn.Tanh(), one(3, 2, 2, bias=False), nn.Flatten(), nn.LazyLinear(3))
+    model = nn.Sequential(*layers).double()
+    model(torch.zeros(1, 2, *(4,) * dimensions, dtype=torch.float64))
+    judge_step(metakern.l2rw_step, setup_of(model, 2, *(4,) * dimensions), engine="jvp")
+
+
+def operations(model: nn.Module, memory: str) -> int:
+    batch, meta_batch = inputs.pair(32, 4, 4, 6, 6, classes=3)
+    with FlopCounterMode(display=False) as counter:
+        metakern.l2rw_step(model, batch, meta_batch, engine="jvp", memory=memory)
+    return counter.get_total_flops()
+
+
+def test_two_products_of_three() -> None:
+    """A plain step has three products a layer: forward, output gradient, weight gradient. See docs/performance.md."""
+    model = convolutions()
+    batch, _ = inputs.pair(32, 4, 4, 6, 6, classes=3)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    plain = counter.get_total_flops()
+    assert operations(model, "reuse") < (5 + 3 * 4 / 32) / 3 * plain * 1.05
+    assert operations(model, "two_pass") > (6 + 3 * 4 / 32) / 3 * plain * 0.95
+
+
+class Between(nn.Module):
+    """Two linear layers after a batch normalisation, with something between them."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.first, self.second = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.function, self.calls = function, 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first, self.norm(x)))
+
+
+def test_products_of_other_inputs_are_not_taken() -> None:
+    """With the products of the first pass the losses would be those of the first pass, whatever was between."""
+    calls = itertools.count(1)
+
+    def between(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x * next(calls))
+
+    model = Between(between)
+    before = Snapshot.of(model)
+    with pytest.raises(NotImplementedError, match="two forward passes over the same batch do not agree"):
+        metakern.l2rw_step(model, *inputs.pair(5, 3, 4, classes=3), engine="jvp")
+    before.assert_unchanged(model)
+
+
+def mapped(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.vmap(layer)(x)
+
+
+def overwritten(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x).mul_(2).tanh_()
+
+
+def without_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = layer(x).abs().mean()
+    return layer(x) / scale
+
+
+def run_again(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def by_keyword(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(weight=layer.weight, bias=layer.bias, input=x)
+
+
+@pytest.mark.parametrize("function", [mapped, overwritten, without_gradient, run_again, by_keyword])
+def test_products_that_are_not_kept(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    judge_step(metakern.l2rw_step, setup_of(Between(function), 4), engine="jvp")
+
+
+def test_checkpointed_products_are_let_go() -> None:
+    noted = []
+
+    def between(layer: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    first_pass = jvp.Products.__torch_function__
+    model = Between(between)
+    batch, meta_batch = inputs.pair(5, 3, 4, classes=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            jvp.Products, "__torch_function__", lambda self, *given: noted.append(self) or first_pass(self, *given)
+        )
+        metakern.l2rw_step(model, batch, meta_batch, engine="jvp")
+    assert {len(products.found) for products in noted} == {1}  # the second layer's alone
