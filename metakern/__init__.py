@@ -28,6 +28,7 @@ from metakern.explain import explain as explain
 from metakern.layers import LayerRule as LayerRule
 from metakern.layers import register_layer as register_layer
 from metakern.step import CapturedStep as CapturedStep
+from metakern.step import CompiledStep as CompiledStep
 from metakern.step import CorrectionResult as CorrectionResult
 from metakern.step import Dots as Dots
 from metakern.step import LogitTangents as LogitTangents
@@ -35,6 +36,7 @@ from metakern.step import MetaBalanceResult as MetaBalanceResult
 from metakern.step import MetaStepResult as MetaStepResult
 from metakern.step import StepResult as StepResult
 from metakern.step import capture_step as capture_step
+from metakern.step import compile_step as compile_step
 from metakern.step import grad_dots as grad_dots
 from metakern.step import l2rw_step as l2rw_step
 from metakern.step import logit_tangents as logit_tangents

@@ -9,18 +9,18 @@ Everything is in the graph: both forward and backward passes, dots, weights, wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.state import unchanged_buffers
+from metakern.step.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
 
@@ -34,26 +34,18 @@ class CapturedStep:
     def __init__(
         self,
         replay: Callable[[], None],
-        batches: tuple[Sequence[Any], TreeSpec],
+        batches: OwnBatches,
         gradient: Mapping[nn.Parameter, Tensor],
         result: StepResult,
     ) -> None:
-        self._replay, self._gradient, self._result = replay, dict(gradient), result
-        self._leaves, self._spec = batches
+        self._replay, self._batches, self._gradient, self._result = replay, batches, dict(gradient), result
 
     def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
         """One step on new batches; `.grad` holds the weighted gradient until the next one.
 
         Raises: ValueError when a batch differs from the captured one by more than the values of its tensors.
         """
-        leaves, spec = tree_flatten((batch, meta_batch))
-        if spec != self._spec:
-            raise ValueError(f"batch and meta_batch must be built as the captured ones, {self._spec}; got {spec}")
-        for place, (own, given) in enumerate(zip(self._leaves, leaves, strict=True)):
-            _require_alike(own, given, place)
-        for own, given in zip(self._leaves, leaves, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given, non_blocking=True)
+        self._batches.take(batch, meta_batch)
         self._replay()
         for parameter, grad in self._gradient.items():  # zero_grad may have taken it away
             parameter.grad = grad
@@ -92,15 +84,13 @@ def capture_step(
         The others: as `reweight_step`.
     """
     trainable = trainable_parameters(model)
-    leaves, spec = tree_flatten((batch, meta_batch))
-    _require_cuda(trainable, leaves)
-    own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    batches = tree_unflatten(own, spec)
+    batches = OwnBatches(batch, meta_batch)
+    _require_cuda(trainable, batches.leaves)
 
     def step(optimizer: torch.optim.Optimizer | None = None) -> StepResult:
         return reweight_step(
             model,
-            *batches,
+            *batches.built(),
             rule=rule,
             loss_fn=loss_fn,
             engine=engine,
@@ -110,7 +100,7 @@ def capture_step(
         )
 
     graph = torch.cuda.CUDAGraph()
-    with _gradients_as_before(trainable):
+    with gradients_as_before(trainable):
         _warm_up(model, step)
         with _optimizer_as_before(optimizer):
             try:
@@ -119,7 +109,7 @@ def capture_step(
             except RuntimeError as error:
                 raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
         gradient = {p: p.grad for p in trainable.values() if p.grad is not None}
-    return CapturedStep(graph.replay, (own, spec), gradient, result)
+    return CapturedStep(graph.replay, batches, gradient, result)
 
 
 def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
@@ -136,7 +126,7 @@ def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
 
 
 @contextmanager
-def _gradients_as_before(trainable: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def gradients_as_before(trainable: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Nothing has run in a capture, so what it leaves in `.grad` is not a gradient yet."""
     before = [(p, p.grad) for p in trainable.values()]
     try:
@@ -169,7 +159,7 @@ def _tensors(state: Mapping[Any, Mapping[str, Any]]) -> set[int]:
     return {id(value) for entries in state.values() for value in entries.values() if isinstance(value, Tensor)}
 
 
-def _require_cuda(trainable: Mapping[str, nn.Parameter], leaves: Sequence[Any]) -> None:
+def _require_cuda(trainable: Mapping[str, nn.Parameter], leaves: list[Any]) -> None:
     for name, p in trainable.items():
         if not p.is_cuda:
             raise ValueError(
@@ -178,18 +168,3 @@ def _require_cuda(trainable: Mapping[str, nn.Parameter], leaves: Sequence[Any]) 
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and not leaf.is_cuda:
             raise ValueError(f"batch and meta_batch: tensor {place} is on {leaf.device}; put it on the model's device")
-
-
-def _require_alike(own: Any, given: Any, place: int) -> None:
-    if isinstance(own, Tensor):
-        if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
-            raise ValueError(
-                f"batch and meta_batch: the step was captured with {_described(own)} in place {place}, "
-                f"got {_described(given)}; capture another step for it"
-            )
-    elif own != given:
-        raise ValueError(f"batch and meta_batch: {own!r} was captured in place {place}, got {given!r}")
-
-
-def _described(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from metakern.capture.host import host_may_wait
 from metakern.capture.record import Call, Record
@@ -32,8 +33,8 @@ def weighted_gradients(
 
 
 def _kept(weights: Tensor) -> Tensor | None:
-    """Rows of non-zero weight. On a GPU finding them would make the host wait."""
-    if weights.is_cuda or not host_may_wait():
+    """Rows of non-zero weight. On a GPU finding them would make the host wait, in a traced step fix their number."""
+    if weights.is_cuda or not host_may_wait() or get_proxy_mode() is not None:
         return None
     kept = weights.nonzero().squeeze(1)
     return None if kept.numel() == weights.numel() else kept

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import metakern
 from metakern import weighted_grad
 from metakern.capture import examples, losses, random_state
 from metakern.step import captured, finite
 from metakern.step.captured import CapturedStep
+from metakern.step.own_batches import OwnBatches
 from metakern.testing import budget, inputs, models
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
@@ -71,22 +71,21 @@ def test_refuses_a_model_that_is_not_on_a_gpu() -> None:
 
 def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
     """A captured step whose replay runs the step itself, into the memory of the first."""
-    leaves, spec = tree_flatten(batches())
-    own = [leaf.clone() for leaf in leaves]
-    result = metakern.l2rw_step(model, *tree_unflatten(own, spec))
+    own = OwnBatches(*batches())
+    result = metakern.l2rw_step(model, *own.built())
     gradient = {p: p.grad for p in model.parameters() if p.grad is not None}
     calls: list[int] = []
 
     def replay() -> None:
         calls.append(1)
-        new = metakern.l2rw_step(model, *tree_unflatten(own, spec))
+        new = metakern.l2rw_step(model, *own.built())
         for p, grad in gradient.items():
             assert p.grad is not None
             grad.copy_(p.grad)
         for old, value in zip(result[:4], new[:4], strict=True):
             old.copy_(value)
 
-    return CapturedStep(replay, (own, spec), gradient, result), calls
+    return CapturedStep(replay, own, gradient, result), calls
 
 
 def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:

@@ -1,0 +1,154 @@
+"""A whole re-weighted step as one compiled program: what torch.compile does to a plain step, done to this one.
+
+    step = compile_step(model, batch, meta_batch, optimizer=optimizer)
+    for batch, meta_batch in loader:
+        result = step(batch, meta_batch)
+
+The step is traced down to torch's own operators (both passes, dots, weights, weighted gradient) and given to inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction
+from metakern.capture.parameters import trainable_parameters
+from metakern.capture.random_state import random_state, restore_random_state, same_state
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.step.captured import gradients_as_before
+from metakern.step.hand_over import hand_over, require_optimizer
+from metakern.step.own_batches import OwnBatches
+from metakern.step.program import Backend, Program, traced
+from metakern.step.result import StepResult
+from metakern.step.reweight import reweight_step
+
+
+class CompiledStep:
+    """The step that `compile_step` compiled; call it with batches of the shapes and dtypes it was compiled with."""
+
+    def __init__(
+        self,
+        program: Program,
+        batches: OwnBatches,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        uncompiled: Callable[[bool], StepResult],
+    ) -> None:
+        self._program, self._batches, self._model, self._optimizer = program, batches, model, optimizer
+        self._uncompiled, self._known, self._trainable = uncompiled, _state(model), trainable_parameters(model)
+
+    def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
+        """One step on new batches, as `reweight_step` takes it.
+
+        Where this batch takes another branch of the model's code than the compiled one (a loss that is not finite among
+        them), the step is taken uncompiled.
+
+        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or the
+            model has changed by more than the values of its parameters and buffers; else as `reweight_step`.
+        """
+        if _state(self._model) != self._known:
+            raise ValueError(
+                "model: its parameters, buffers, training flags or attributes are not those that the step was compiled "
+                "with; compile another step"
+            )
+        self._batches.take(batch, meta_batch)
+        found = self._program(self._batches.tensors)
+        if found is None:
+            return self._uncompiled(accumulate)
+        weights, dots, losses, meta_loss, *grads = found
+        hand_over(self._trainable, dict(zip(self._trainable, grads, strict=True)), self._optimizer, accumulate)
+        return StepResult(weights, dots, losses, meta_loss, "ghost")
+
+
+def compile_step(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    rule: str | Callable[[Tensor], Tensor] = "clip_normalise",
+    loss_fn: LossFunction | None = None,
+    params: Any = None,
+    dot_precision: str = "same",
+    backend: str | Backend = "inductor",
+) -> CompiledStep:
+    """Compile `reweight_step` into one program; parameters, gradients, buffers and random state stay as they are.
+
+    weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
+
+    The model is given uncompiled. Shapes are those of the batches given here, autocast is as around this call, and the
+    optimizer steps uncompiled. Rounding differs from the uncompiled step, as it does between a compiled plain step and
+    an uncompiled one. Takes some tens of seconds.
+
+    Args:
+        batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
+        backend: as for `torch.compile`.
+        The others: as for `reweight_step`.
+    Returns: `CompiledStep`, called as `step(batch, meta_batch) -> StepResult`.
+    Raises:
+        NotImplementedError: the pass draws random numbers, writes buffers or attributes, reads numbers from tensors or
+            takes rows by value; or ghost is not exact for the model. `reweight_step` serves all of these.
+        The others: as `reweight_step`.
+    """
+    trainable = trainable_parameters(model)
+    require_optimizer(optimizer, trainable)
+    compiler = torch._dynamo.lookup_backend(backend)
+    batches = OwnBatches(batch, meta_batch)
+    settings = dict(rule=rule, loss_fn=loss_fn, engine="ghost", params=params, dot_precision=dot_precision)
+
+    def uncompiled(accumulate: bool) -> StepResult:
+        return reweight_step(model, *batches.built(), optimizer=optimizer, accumulate=accumulate, **settings)
+
+    def step(*tensors: Tensor) -> list[Tensor]:
+        weights, dots, losses, meta_loss, _ = reweight_step(model, *batches.built(list(tensors)), **settings)
+        return [weights, dots, losses, meta_loss, *(p.grad for p in trainable.values() if p.grad is not None)]
+
+    with gradients_as_before(trainable):
+        _require_no_trace_left(model, lambda: step(*batches.tensors))
+        with unchanged_on_error(model):
+            program = traced(step, batches.tensors, compiler)
+    return CompiledStep(program, batches, model, optimizer, uncompiled)
+
+
+def _require_no_trace_left(model: nn.Module, step: Callable[[], object]) -> None:
+    """One step that does not count, for what is proved once per model; refuse what a program would do once only."""
+    before, known, buffers = random_state(), _state(model), [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with unchanged_buffers(model):
+            step()
+            written = [b for b, value in buffers if not _same(b, value)]
+        drawn = not same_state(before, random_state())
+    finally:
+        restore_random_state(before)
+    if drawn:
+        raise EngineUnavailable(
+            "the pass draws random numbers (dropout?), which a compiled step does not draw again where it must; use "
+            "reweight_step, or set the model's dropout to 0"
+        )
+    if written or _state(model) != known:
+        raise EngineUnavailable("the forward pass writes buffers or attributes of the model; use reweight_step")
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+def _state(model: nn.Module) -> list[Hashable]:
+    """What a program takes for granted: which tensors there are, their layout, training flags, plain attributes."""
+    return [entry for module in model.modules() for entry in _entries(module)]
+
+
+def _entries(module: nn.Module) -> Iterator[Hashable]:
+    yield type(module), len(module._forward_hooks), len(module._forward_pre_hooks)
+    for name, value in vars(module).items():
+        if type(value) in (bool, int, float, str, type(None)):
+            yield name, value
+    for named in (module._parameters, module._buffers):
+        for name, tensor in named.items():
+            if tensor is not None:
+                yield name, id(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.requires_grad

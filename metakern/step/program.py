@@ -1,0 +1,132 @@
+"""A step as a program of torch's operators: traced once, compiled, and not used where a batch takes another way.
+
+Values that the host reads while it is traced (is this loss finite? which branch?) decide what the program is. Each of
+them comes out of every run again; a run in which one is another says so, and its results are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metakern.capture.refusal import EngineUnavailable
+
+Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
+
+_EXPORTS = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
+_READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
+
+
+class Program:
+    """A compiled function of tensors; parameters and whatever else it meets are read anew in every run."""
+
+    def __init__(self, graph: fx.GraphModule, tensors: Sequence[Tensor], backend: Backend) -> None:
+        self._constants = _constants_as_inputs(graph)
+        with torch.no_grad():
+            self._run = backend(graph, [*tensors, *self._constants])
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """The function's results, or None if a value that decides what the program is differs from the traced one."""
+        with torch.no_grad():
+            *results, as_traced = self._run(*tensors, *self._constants)
+        return results if bool(as_traced) else None
+
+
+def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], backend: Backend) -> Program:
+    """`function(*tensors)` as a program, compiled by a backend of torch.compile.
+
+    Raises: NotImplementedError where the function reads numbers from tensors, or makes tensors whose size they decide.
+    """
+
+    def recorded(*given: Tensor) -> list[Tensor]:
+        reads = _Reads()
+        with _NoExports(), reads:
+            results = function(*given)
+            return [*results, reads.as_traced(given[0].device)]
+
+    return Program(make_fx(recorded)(*tensors), tensors, backend)
+
+
+class _Reads(TorchDispatchMode):
+    """Gives the host the truth values and integers that it reads, and keeps where they came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: list[tuple[Tensor, int | bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _READ:
+            return self._value(args[0])
+        if func is _EQUAL:
+            return args[0].shape == args[1].shape and bool(self._value((args[0] == args[1]).all()))
+        if torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args):
+            raise EngineUnavailable(
+                f"{func.name()} makes a tensor whose size depends on values, which a compiled step cannot; use "
+                "reweight_step"
+            )
+        if torch.Tag.data_dependent_output in func.tags:
+            raise EngineUnavailable(f"{func.name()} reads numbers from a tensor; use reweight_step")
+        return func(*args, **(kwargs or {}))
+
+    def _value(self, tensor: Tensor) -> int | bool:
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise EngineUnavailable(
+                "the step reads a floating point number from a tensor (item(), float()); keep it a tensor, or use "
+                "reweight_step"
+            )
+        with disable_proxy_modes_tracing():
+            value = tensor.item()
+        self._read.append((tensor, value))
+        return value
+
+    def as_traced(self, device: torch.device) -> Tensor:
+        """Is every value in this run what it was when the program was traced? [] of bool."""
+        same = torch.ones((), dtype=torch.bool, device=device)
+        for tensor, value in self._read:
+            same = same & (tensor == value).all().to(device)
+        return same
+
+
+def _by_numbers(func: Any, args: Any) -> bool:
+    """Indexing by integers gives a size that the index has; by truth values one that they decide."""
+    return func is torch.ops.aten.index.Tensor and not any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
+
+
+class _NoExports(TorchFunctionMode):
+    """Numbers that leave torch would be constants of the program without a word."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _EXPORTS:
+            raise EngineUnavailable(
+                f"the step takes numbers out of torch (Tensor.{func.__name__}), which a compiled step would not do "
+                "again; use reweight_step"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _constants_as_inputs(graph: fx.GraphModule) -> list[Tensor]:
+    """Tensors that the graph holds become inputs after the others, so that they are read when it runs."""
+    found: dict[str, fx.Node] = {}
+    constants: list[Tensor] = []
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        if node.target not in found:
+            with graph.graph.inserting_after(places[-1]):
+                places.append(graph.graph.placeholder(f"held_{len(constants)}"))
+            constants.append(getattr(graph, node.target))
+            found[node.target] = places[-1]
+            places[-1].meta = dict(node.meta)
+        node.replace_all_uses_with(found[node.target])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return constants
