@@ -22,7 +22,8 @@ def biased(
 ) -> Task:
     """`meta_per_class` clean examples of each class as the meta set; the rest imbalanced by `factor`, then noisy.
 
-    Classes are counted by true labels. Of a source whose own labels are noisy the meta set gets the true ones.
+    A source that has a meta set of its own keeps it, and nothing is taken out. Classes are counted by true labels. Of a
+    source whose own labels are noisy the meta set gets the true ones.
     `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
     Raises: ValueError when a class has no more than meta_per_class examples or noise meets labels that are noisy
     already; for hierarchical noise on a source without groups; for a shape that is not one of SHAPES; as those and
@@ -41,12 +42,13 @@ def biased(
     if shape not in SHAPES:
         raise ValueError(f"biased: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     available = torch.bincount(truth, minlength=classes)
-    if meta_per_class < 1 or int(available.min()) <= meta_per_class:
+    taken = 0 if source.meta is not None else meta_per_class
+    if meta_per_class < 1 or int(available.min()) <= taken:
         raise ValueError(
             f"biased: meta_per_class must be at least 1 and below the smallest class's {int(available.min())} "
             f"examples, got {meta_per_class}"
         )
-    counts = available - meta_per_class
+    counts = available - taken
     if size is not None:
         counts = counts.clamp(max=max(size // classes, 1))
     if factor != 1:
@@ -55,8 +57,8 @@ def biased(
     for target, count in enumerate(counts.tolist()):
         rows = (truth == target).nonzero().squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        meta.append(rows[:meta_per_class])
-        train.append(rows[meta_per_class : meta_per_class + count])
+        meta.append(rows[:taken])
+        train.append(rows[taken : taken + count])
     train_rows, meta_rows = torch.cat(train), torch.cat(meta)
     chosen, held, corruption = source.train.take(train_rows), source.train.take(meta_rows), None
     if noise is not None:
@@ -66,5 +68,5 @@ def biased(
     tail = "" if shape == "exponential" else f" ({shape})"
     parts = [f"imbalance {factor:g}{tail}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
     name = ", ".join([source.name, *filter(None, parts)])
-    clean_meta = Examples(held.inputs, truth[meta_rows], held.ids)
+    clean_meta = Examples(held.inputs, truth[meta_rows], held.ids) if source.meta is None else source.meta
     return Task(name, chosen, clean_meta, source.test, source.class_names, truth[train_rows], corruption)

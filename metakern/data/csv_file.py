@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metakern.data.examples import Examples, Source
+from metakern.data.examples import Examples, Origin, Source
 from metakern.data.folder import DataNotFound
 from metakern.data.labels import numbered
-from metakern.data.split import standardised, stratified
+from metakern.data.split import require_every_class, standardised, stratified
 from metakern.data.text import Encode, by_frequency, characters, words
 
 LENGTH = 64  # tokens of a text that are read
@@ -23,8 +23,9 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
 
     Columns of numbers are standardised by the training rows; an empty cell counts as the mean. A column "text", or a
     single column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the
-    other columns are left out then. The test set is TESTFILE, or the rows whose column "split" says test, or a fifth of
-    each class, the same in every run. Ids are row numbers, from 0 below the head, over both files.
+    other columns are left out then. The column "split" may say train, test or, of rows whose label is certain, meta.
+    The test set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
+    are row numbers, from 0 below the head, over both files.
     Raises: ValueError for columns that are missing or cannot be read, DataNotFound for a missing file.
     """
     paths = [Path(name).expanduser() for name in names.split(",")]
@@ -45,11 +46,27 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
     groups = None if group is None else _groups(rows, label, group, class_names)
     columns = [name for name in head if name not in (label, group, "split")]
     text = _text_column(rows, columns)
-    train, test = _division(rows, targets, len(class_names), len(tables[0]) if len(tables) == 2 else None)
-    texts = None if text is None else [row[text] for row in rows]
-    inputs = _numbers(rows, columns, train, encode) if texts is None else _tokens(texts, train, encode)
-    training, testing = (Examples(inputs[part], targets[part], part) for part in (train, test))
-    return Source(paths[0].stem, training, testing, class_names, readable=texts, groups=groups)
+    parts = _division(rows, targets, len(class_names), len(tables[0]) if len(tables) == 2 else None)
+    train, _, meta = parts
+    if len(meta):
+        require_every_class(meta, targets, class_names)
+    shown = [_shown(row, columns) if text is None else row[text] for row in rows]
+    inputs = _numbers(rows, columns, train, encode) if text is None else _tokens(shown, train, encode)
+    training, testing, clean = (Examples(inputs[part], targets[part], part) for part in parts)
+    return Source(
+        paths[0].stem,
+        training,
+        testing,
+        class_names,
+        readable=shown,
+        groups=groups,
+        meta=clean if len(meta) else None,
+        origins=[Origin(str(path), k + 1) for path, own in zip(paths, tables, strict=True) for k in range(len(own))],
+    )
+
+
+def _shown(row: dict[str, str], columns: list[str]) -> str:
+    return ", ".join(f"{name} {row[name].strip()}" for name in columns)
 
 
 def _groups(rows: list[dict[str, str]], label: str, group: str, class_names: tuple[str, ...]) -> Tensor:
@@ -82,25 +99,30 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _division(
-    rows: list[dict[str, str]], targets: Tensor, classes: int, first_of_test: int | None
-) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on and to test on.
+    rows: list[dict[str, str]], targets: Tensor, classes: int, test_file_from: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers to train on, to test on, and those whose labels are certain, if any.
 
     Raises: ValueError when a part would be empty, or for another word in "split".
     """
-    if first_of_test is not None:
-        return torch.arange(first_of_test), torch.arange(first_of_test, len(rows))
-    if "split" not in rows[0]:
-        train, test = stratified(targets, classes)
-    else:
-        given = [row["split"].strip() for row in rows]
-        if set(given) != {"train", "test"}:
-            raise ValueError(f"csv: the column 'split' must hold train and test, got {sorted(set(given))}")
-        where = torch.tensor([word == "test" for word in given])
-        train, test = (~where).nonzero().squeeze(1), where.nonzero().squeeze(1)
+    of_file = range(len(rows) if test_file_from is None else test_file_from)
+    said = [rows[k]["split"].strip() for k in of_file] if "split" in rows[0] else ["train"] * len(of_file)
+    if "train" not in said or not set(said) <= {"train", "test", "meta"}:
+        raise ValueError(
+            f"csv: the column 'split' must hold train, and may hold test and meta, got {sorted(set(said))}"
+        )
+    train, test, meta = (
+        torch.tensor([k for k, own in enumerate(said) if own == word], dtype=torch.int64)
+        for word in ("train", "test", "meta")
+    )
+    if test_file_from is not None:
+        test = torch.cat([test, torch.arange(test_file_from, len(rows))])
+    elif not len(test):
+        kept, held = stratified(targets[train], classes)
+        train, test = train[kept], train[held]
     if not len(test):
         raise ValueError("csv: no class has the five rows of which one is tested on; add rows, or a test file")
-    return train, test
+    return train, test, meta
 
 
 def _number(cell: str) -> float:

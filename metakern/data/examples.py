@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +38,20 @@ class Examples:
         return torch.bincount(self.targets, minlength=classes)
 
 
+class Origin(NamedTuple):
+    """Where an example of the user's own data stands: its file, and in a table its row, 1 the first below the head."""
+
+    file: str
+    row: int | None = None
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set as it is published: its own training and test examples, before any bias is made.
 
     Where the published training labels are themselves noisy and the true ones are known, those are `clean_targets`[n].
     `readable[id]` is what a person reads of the training example with that id, where the inputs say nothing: its text.
+    `meta` are the examples whose labels the user vouches for, apart from `train`; `origins[id]` is where each stands.
     `groups`[C] int64 is the group of each class, where the classes have some: of a fish, that it is an animal.
     """
 
@@ -53,6 +62,8 @@ class Source:
     clean_targets: Tensor | None = None
     readable: Sequence[str] | None = None
     groups: Tensor | None = None
+    meta: Examples | None = None
+    origins: Sequence[Origin] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metakern.data.examples import Examples, Source
+from metakern.data.examples import Examples, Origin, Source
 from metakern.data.folder import DataNotFound
 from metakern.data.labels import numbered
-from metakern.data.split import stratified
+from metakern.data.split import require_every_class, stratified
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 SIDE = 64
 
 
 def image_folder(folder: str) -> Source:
-    """FOLDER/CLASS/image, or FOLDER/train/CLASS/image and FOLDER/test/CLASS/image; images [n, c, h, w] float32.
+    """FOLDER/CLASS/image, or FOLDER/train/CLASS/image beside test or meta; images [n, c, h, w] float32.
 
-    Without train and test a fifth of each class is the test set, the same in every run. One channel where every image
+    FOLDER/meta has images whose class is certain. Without FOLDER/test a fifth of each class is the test set, the same
+    in every run. One channel where every image
     is grey, else three; images of several sizes are scaled to a shorter side of 64 and cut to 64 x 64 in the middle.
     Each channel has mean 0 and deviation 1 over the training images. Ids are places in the sorted list of files.
     Raises: DataNotFound for a missing folder, ValueError where there are no images or the test set has other classes,
@@ -30,27 +31,42 @@ def image_folder(folder: str) -> Source:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataNotFound(f"images: there is no folder {str(root)!r}")
-    divided = (root / "train").is_dir() and (root / "test").is_dir()
-    files = _files(root / "train") if divided else _files(root)
-    trained = len(files)
-    known = {path.parent.name for path in files}
-    if divided:
-        files += _files(root / "test")
-    if not files or not trained:
-        raise ValueError(f"images: {root} has no folders of images, which end in {', '.join(ENDINGS)}")
-    unknown = {path.parent.name for path in files} - known
-    if unknown:
-        raise ValueError(f"images: {root / 'test'} has classes that train has not: {', '.join(sorted(unknown))}")
+    files, (train, test, meta) = _parts(root)
     targets, class_names = numbered([path.parent.name for path in files])
-    if divided:
-        train, test = torch.arange(trained), torch.arange(trained, len(files))
-    else:
-        train, test = stratified(targets, len(class_names))
+    if not len(test):
+        train, test = stratified(targets[train], len(class_names))
     if not len(test):
         raise ValueError(f"images: no image of {root} is left to test on; a class needs five, or make a folder test")
+    if len(meta):
+        require_every_class(meta, targets, class_names)
     inputs = _normalised(_pixels(files), train)
-    training, testing = (Examples(inputs[part], targets[part], part) for part in (train, test))
-    return Source(root.name, training, testing, class_names)
+    training, testing, clean = (Examples(inputs[part], targets[part], part) for part in (train, test, meta))
+    return Source(
+        root.name,
+        training,
+        testing,
+        class_names,
+        meta=clean if len(meta) else None,
+        origins=[Origin(str(path)) for path in files],
+    )
+
+
+def _parts(root: Path) -> tuple[list[Path], list[Tensor]]:
+    """The files, and the numbers of those to train on, to test on, and whose class is certain.
+
+    Raises: ValueError where there is none to train on, or another part has classes that these have not.
+    """
+    divided = (root / "train").is_dir() and any((root / part).is_dir() for part in ("test", "meta"))
+    parts = [_files(root / part) for part in ("train", "test", "meta")] if divided else [_files(root), [], []]
+    if not parts[0]:
+        raise ValueError(f"images: {root} has no folders of images, which end in {', '.join(ENDINGS)}")
+    known = {path.parent.name for path in parts[0]}
+    for name, files in zip(("test", "meta"), parts[1:], strict=True):
+        unknown = {path.parent.name for path in files} - known
+        if unknown:
+            raise ValueError(f"images: {root / name} has classes that train has not: {', '.join(sorted(unknown))}")
+    numbers = torch.arange(sum(map(len, parts)))
+    return [path for files in parts for path in files], list(numbers.split([len(files) for files in parts]))
 
 
 def _files(root: Path) -> list[Path]:

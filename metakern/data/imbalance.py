@@ -20,8 +20,8 @@ def binary_imbalance(
     """A two-class task in which class 1 has the share `majority` of `size` training examples.
 
     The meta set, `meta_per_class` of each class, is taken out of those `size` examples, so no method sees more data
-    than another; the test set is the source's own. Where the source is too small the size shrinks, and the minority
-    keeps one training example at least: `Task.class_shares` has the shares that came out.
+    than another, or it is the source's own; the test set is the source's own. Where the source is too small the size
+    shrinks, and the minority keeps one training example at least: `Task.class_shares` has the shares that came out.
     Raises: ValueError when the source is not binary, majority is not in [0.5, 1), or a class has too few examples.
     Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, section 4.1.
     """
@@ -30,24 +30,25 @@ def binary_imbalance(
     if not 0.5 <= majority < 1:
         raise ValueError(f"binary_imbalance: majority must be in [0.5, 1), got {majority}")
     available = source.train.counts(2)
-    if meta_per_class < 1 or int(available.min()) <= meta_per_class:
+    taken = 0 if source.meta is not None else meta_per_class
+    if meta_per_class < 1 or int(available.min()) <= taken:
         raise ValueError(
             f"binary_imbalance: meta_per_class must be at least 1 and below the smaller class's "
             f"{int(available.min())} examples, got {meta_per_class}"
         )
-    counts = _binary_counts(available, majority, size, meta_per_class)
+    counts = _binary_counts(available, majority, size, taken)
     generator = torch.Generator().manual_seed(seed)
     meta, train = [], []
     for target, count in enumerate(counts):
         rows = (source.train.targets == target).nonzero().squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator)][:count]
-        meta.append(rows[:meta_per_class])
-        train.append(rows[meta_per_class:])
+        meta.append(rows[:taken])
+        train.append(rows[taken:])
     chosen = source.train.take(torch.cat(train))
     return Task(
         f"{source.name} at majority {majority:g}",
         chosen,
-        source.train.take(torch.cat(meta)),
+        source.train.take(torch.cat(meta)) if source.meta is None else source.meta,
         source.test,
         source.class_names,
         chosen.targets.clone(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,17 @@ def stratified(targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         test.append(rows[:cut])
         train.append(rows[cut:])
     return torch.cat(train), torch.cat(test)
+
+
+def require_every_class(meta: Tensor, targets: Tensor, class_names: Sequence[str]) -> None:
+    """The clean rows `meta`[m] of targets[n] must have an example of each class.
+
+    Raises: ValueError naming the classes that are missing.
+    """
+    present = set(targets[meta].tolist())
+    missing = [name for k, name in enumerate(class_names) if k not in present]
+    if missing:
+        raise ValueError(f"the examples marked as meta must have each class; there is none of: {', '.join(missing)}")
 
 
 def standardised(values: Tensor, train: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metakern.data import Task, load
+from metakern.data import Task
 from metakern.trainers.audit import Audit, audit
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.detection import (
@@ -19,8 +19,8 @@ from metakern.trainers.detection import (
     held_out_probabilities,
 )
 from metakern.trainers.leaderboard import aligned
-from metakern.trainers.loop import make_task
 from metakern.trainers.report.audit import write_page, write_table
+from metakern.trainers.task import make_source, make_task
 
 NO_CLEANLAB = "cleanlab: left out, it is not installed; try: pip install 'metakern[audit]'"
 
@@ -36,7 +36,8 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
         raise ValueError(f"--top must be at least 1, got {top}")
     if folds < 0 or folds == 1:
         raise ValueError(f"--folds must be 0 (no cleanlab) or at least 2, got {folds}")
-    task = make_task(config)
+    source = make_source(config)
+    task = make_task(config, source)
     found = audit(config, task, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     wrong = (task.train.targets != task.clean_targets).cpu().numpy()
@@ -47,7 +48,6 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
         notes.append(_suggestions(task, found, wrong))
         if folds and not has_cleanlab():
             notes.append(NO_CLEANLAB)
-    source = load(config.data, config.data_dir, label=config.label, group=config.group)
     write_table(found, task, source, folder / "audit.csv")
     write_page(found, task, source, detections, notes, folder / "audit.html", top=top)
     record = {

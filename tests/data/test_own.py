@@ -39,6 +39,20 @@ def test_numbers(tmp_path):
     torch.testing.assert_close(source.test.inputs[:, 0], (a[source.test.ids] - a[train].mean()) / a[train].std())
 
 
+@pytest.mark.parametrize("majority", [None, 0.7])
+def test_rows_whose_label_is_certain_are_the_meta_set(tmp_path, majority):
+    lines = ["a,kind,split", *(f"{k},{k % 2},{'meta' if k < 6 else 'train'}" for k in range(60))]
+    data = write(tmp_path / "own.csv", lines)
+    source = load(data, label="kind")
+    assert source.meta is not None
+    assert source.meta.ids.tolist() == list(range(6))
+    assert (len(source.train), len(source.test)) == (44, 10)
+    task = make_task(TrainConfig("l2rw", data=data, label="kind", majority=majority, meta_per_class=20))
+    assert task.meta.ids.tolist() == list(range(6))
+    assert len(task.train) == (44 if majority is None else 31)
+    assert not {*task.meta.ids.tolist()} & {*task.train.ids.tolist(), *task.test.ids.tolist()}
+
+
 def test_missing_cells_are_the_mean(tmp_path):
     lines = ["a,kind", *(f"{'' if k == 3 else k},{k % 3}" for k in range(30))]
     source = load(write(tmp_path / "own.csv", lines), label="kind")
@@ -57,6 +71,8 @@ def test_split_column_and_test_file(tmp_path):
     source = load(f"{train},{test.removeprefix('csv:')}", label="kind")
     assert source.train.ids.tolist() == list(range(12))
     assert source.test.ids.tolist() == list(range(12, 24))
+    assert source.origins[11] == (str(tmp_path / "train.csv"), 12)
+    assert source.origins[12] == (str(tmp_path / "test.csv"), 1)
 
 
 def test_texts(tmp_path):
@@ -108,7 +124,17 @@ def test_groups_that_cannot_be_read(tmp_path):
         (["a,kind", "1,x", "2,y,z"], "kind", "row 2 of .* has not 2 cells"),
         (["a,kind", "1,x", "2,x"], "kind", "two classes at least, got \\['x'\\]"),
         (["a,b,kind", "1,red,x", "2,blue,y"], "kind", "columns that hold no numbers: b; write them as numbers"),
-        (["a,kind,split", "1,x,train", "2,y,dev"], "kind", "must hold train and test, got \\['dev', 'train'\\]"),
+        (
+            ["a,kind,split", "1,x,train", "2,y,dev"],
+            "kind",
+            "must hold train, and may hold test and meta, got \\['dev', 'train'\\]",
+        ),
+        (["a,kind,split", "1,x,test", "2,y,test"], "kind", "must hold train, and may hold"),
+        (
+            ["a,kind,split", *(f"{k},{k % 2},train" for k in range(12)), "1,0,meta"],
+            "kind",
+            "marked as meta must have each class; there is none of: 1",
+        ),
         (["a,kind", "1,x", "2,y"], "kind", "no class has the five rows"),
         (["a,kind"], "kind", "has no rows"),
     ],
@@ -159,6 +185,11 @@ def test_images_with_a_test_folder_and_several_sizes(tmp_path):
     source = load(f"images:{tmp_path}")
     assert source.train.inputs.shape == (6, 1, 64, 64)
     assert source.test.inputs.shape == (4, 1, 64, 64)
+    for name in ("a", "b"):
+        paint(tmp_path / "meta" / name / "sure.png", 0, size=(70, 90), mode="L")
+    source = load(f"images:{tmp_path}")
+    assert [Path(source.origins[k].file).name for k in source.meta.ids.tolist()] == ["sure.png"] * 2
+    assert source.train.inputs.shape == (6, 1, 64, 64)
     paint(tmp_path / "test" / "c" / "0.png", 0)
     with pytest.raises(ValueError, match="classes that train has not: c"):
         load(f"images:{tmp_path}")

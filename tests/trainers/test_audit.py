@@ -1,5 +1,6 @@
 import csv
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,58 @@ def test_command_finds_planted_errors(noisy, tmp_path, capsys, monkeypatch):
     assert page.count("<img") == 12
     assert "Wrong labels found" in page
     assert (tmp_path / "audit.json").is_file()
+
+
+def audited(folder: Path, *data: str) -> tuple[list[dict[str, str]], str]:
+    """The rows of audit.csv and the page of an audit from the command line."""
+    options = ["--steps", "60", "--lr", "0.05", "--batch-size", "20", "--threads", "1", "--out", str(folder)]
+    assert main(["audit", "--data", *data, *options]) == 0
+    with (folder / "audit.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file)), (folder / "audit.html").read_text(encoding="utf-8")
+
+
+def test_own_table(tmp_path, capsys):
+    lines = [
+        "dose,kind,split",
+        *(f"{(k % 2) + k / 1000},{'ab'[k % 2]},{'meta' if k < 8 else 'train'}" for k in range(80)),
+    ]
+    lines[40] = lines[40].replace("b", "a")  # the fortieth row below the head
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    rows, page = audited(tmp_path / "out", f"csv:{tmp_path / 'own.csv'}", "--label", "kind")
+    assert (rows[0]["row"], rows[0]["given_label"], rows[0]["suggested_label"]) == ("40", "a", "b")
+    assert rows[0]["cells"] == "dose 1.039"
+    assert "dose 1.039" in page
+    assert {row["file"] for row in rows} == {str(tmp_path / "own.csv")}
+
+
+def test_own_texts(tmp_path):
+    lines = ["text,kind", *(f'"{("good fine", "bad poor")[k % 2]}, text {k}\nand more",{k % 2}' for k in range(60))]
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    rows, _ = audited(tmp_path / "out", f"csv:{tmp_path / 'own.csv'}", "--label", "kind")
+    assert len(rows) == 48 - 10
+    for row in rows:
+        # A record of the user's file, however many lines it has.
+        assert (
+            row["text"]
+            == f"{('good fine', 'bad poor')[(int(row['row']) - 1) % 2]}, text {int(row['row']) - 1}\nand more"
+        )
+
+
+def test_own_pictures(tmp_path):
+    from PIL import Image
+
+    for k in range(20):
+        for name, shade in (("dark", 20), ("light", 220)):
+            path = tmp_path / "photos" / ("light" if (name, k) == ("dark", 3) else name) / f"{name}{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), shade + k % 5).save(path)
+    rows, page = audited(tmp_path / "out", f"images:{tmp_path / 'photos'}", "--top", "5")
+    assert "row" not in rows[0]
+    for row in rows:
+        assert Path(row["file"]).parent.name == row["given_label"]
+        assert Path(row["file"]).is_file()
+    assert page.count("<img") == 5
+    assert Path(rows[0]["file"]).name in page
 
 
 def test_audit_of_clean_labels_judges_nothing(quick, tmp_path):

@@ -31,14 +31,21 @@ def _rows(found: Audit, task: Task, order: np.ndarray) -> list[list[str]]:
 
 
 def write_table(found: Audit, task: Task, source: Source, path: Path) -> Path:
-    """Write all training examples as CSV, the most harmful first, with their text where there is one."""
+    """Write all training examples as CSV, the most harmful first, with file, row, and text or cells where there are."""
     order = found.harmful_first()
     rows = _rows(found, task, order)
     head: list[str] = list(COLUMNS)
+    ids = [int(task.train.ids[row]) for row in order.tolist()]
+    if source.origins is not None:
+        in_tables = source.origins[0].row is not None
+        head += ["file", "row"] if in_tables else ["file"]
+        for example, line in zip(ids, rows, strict=True):
+            file, number = source.origins[example]
+            line += [file, str(number)] if in_tables else [file]
     if source.readable is not None:
-        head.append("text")
-        for row, line in zip(order.tolist(), rows, strict=True):
-            line.append(source.readable[int(task.train.ids[row])])
+        head.append("cells" if task.train.inputs.is_floating_point() else "text")
+        for example, line in zip(ids, rows, strict=True):
+            line.append(source.readable[example])
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])
     return path
@@ -91,15 +98,24 @@ def _examples(found: Audit, task: Task, source: Source, order: np.ndarray) -> st
     rows = _rows(found, task, order)
     if source.readable is None and task.train.inputs.ndim == 4:
         pictures = [
-            picture(_pixels(task.train, row), f"{line[2]}" + (f" → {line[3]}" if line[3] != line[2] else ""))
+            picture(_pixels(task.train, row), _labels(line) + _place(source, int(line[1])))
             for row, line in zip(order.tolist(), rows, strict=True)
         ]
         return f'<div class="gallery">{"".join(pictures)}</div>'
-    shown = [["id", "given", "suggested", "value", "example"]]
+    shown = [["id" if source.origins is None else "row", "given", "suggested", "value", "example"]]
     for row, line in zip(order.tolist(), rows, strict=True):
         example = source.readable[int(line[1])] if source.readable is not None else _numbers(task.train, row)
-        shown.append([line[1], line[2], line[3] if line[3] != line[2] else "", f"{float(line[5]):.3g}", example])
+        where = line[1] if source.origins is None else str(source.origins[int(line[1])].row)
+        shown.append([where, line[2], line[3] if line[3] != line[2] else "", f"{float(line[5]):.3g}", example])
     return f'<div class="reading">{table(shown)}</div>'
+
+
+def _labels(line: list[str]) -> str:
+    return line[2] + (f" → {line[3]}" if line[3] != line[2] else "")
+
+
+def _place(source: Source, example: int) -> str:
+    return "" if source.origins is None else f" · {Path(source.origins[example].file).name}"
 
 
 def _pixels(examples: Examples, row: int) -> np.ndarray:
