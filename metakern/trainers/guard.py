@@ -13,24 +13,24 @@ from metakern.methods.method import Batch
 NAME = "failed_batch.pt"
 
 
-def require_finite(outcome: Outcome, step: int) -> None:
+def require_finite(outcome: Outcome) -> None:
     """Raise ValueError when a loss or a weight of `outcome` is not finite."""
     for what, values in (("loss", outcome.losses), ("weight", outcome.weights)):
         broken = int((~torch.isfinite(values)).sum())
         if broken:
             raise ValueError(
-                f"step {step}: the {what} of {broken} of {len(values)} examples is not finite; "
-                f"a smaller --lr usually helps; the batch is in {NAME}"
+                f"the {what} of {broken} of {len(values)} examples is not finite; a smaller --lr usually helps"
             )
 
 
 def save_failure(
     folder: Path, error: Exception, step: int, rows: Tensor, batch: Batch, meta_batch: Batch, model: nn.Module
-) -> None:
-    """Write failed_batch.pt: the step, the rows of the batch in the training set, both batches, and the model.
+) -> Path:
+    """Write failed_batch.pt: the step, the rows of the batch in the training set, both batches, and the model; its path.
 
     The model is as the failed step left it: untouched where the step raised itself.
     """
+    path = folder / NAME
     torch.save(
         {
             "error": str(error),
@@ -40,5 +40,6 @@ def save_failure(
             "meta_batch": meta_batch,
             "model": model.state_dict(),
         },
-        folder / NAME,
+        path,
     )
+    return path

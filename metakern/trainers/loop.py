@@ -33,7 +33,7 @@ from metakern.trainers.metrics import MetricsFile
 from metakern.trainers.networks import network_for
 from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
 from metakern.trainers.run_folder import finish, start
-from metakern.trainers.task import hold_out, make_task, on_device, task_on_device
+from metakern.trainers.task import hold_out, make_task, on_device, task_on_device, usable_device
 from metakern.trainers.tensorboard import Board
 from metakern.trainers.weighting import save_weighting
 
@@ -83,7 +83,7 @@ class _Loop:
     def __init__(
         self, config: TrainConfig, method: Method, task: Task, validation: Examples | None, folder: Path, progress: bool
     ) -> None:
-        device = torch.device(config.device)
+        device = usable_device(config.device)
         self.config, self.method, self.folder, self.progress = config, method, folder, progress
         self.task = task_on_device(task, device)
         self.validation = None if validation is None else on_device(validation, device)
@@ -173,9 +173,11 @@ class _Loop:
         try:
             with self._precision():
                 outcome = self.take(self.model, batch, meta_batch, optimizer=self.optimizer, setting=setting)
-            require_finite(outcome, self.step + 1)
+            require_finite(outcome)
         except Exception as error:
-            save_failure(self.folder, error, self.step + 1, rows, batch, meta_batch, self.model)
+            path = save_failure(self.folder, error, self.step + 1, rows, batch, meta_batch, self.model)
+            if isinstance(error, ValueError):
+                raise ValueError(f"step {self.step + 1}: {error}; the batch is in {path}") from error
             raise
         self.ledger.add(self.step, rows, outcome.weights)
         self.metrics.add(outcome)

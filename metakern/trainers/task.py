@@ -74,6 +74,17 @@ def hold_out(task: Task, share: float, seed: int) -> tuple[Task, Examples]:
     return smaller, task.train.take(validation)
 
 
+def usable_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises: ValueError when there is none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def on_device(examples: Examples, device: torch.device) -> Examples:
     """The same examples with inputs and targets on `device`."""
     return Examples(examples.inputs.to(device), examples.targets.to(device), examples.ids)

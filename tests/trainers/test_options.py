@@ -153,7 +153,7 @@ def test_a_failed_step_leaves_its_batch(quick, tmp_path, monkeypatch):
         return step
 
     monkeypatch.setitem(METHODS, "failing", replace(find("uniform"), name="failing", begin=begin))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"step 4: .* not finite; the batch is in .*failed_batch\.pt"):
         train(replace(quick, method="failing"), tmp_path, progress=False)
     stored = torch.load(tmp_path / "failed_batch.pt", weights_only=True)
     assert (stored["step"], stored["error"]) == (4, "the losses of examples [2] are not finite")
@@ -162,3 +162,9 @@ def test_a_failed_step_leaves_its_batch(quick, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "failing", find("uniform"))
     train(replace(quick, method="failing"), tmp_path, progress=False)
     assert not (tmp_path / "failed_batch.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["abacus", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_there(quick, tmp_path, name):
+    with pytest.raises(ValueError, match=f"--device {name} cannot be used here: "):
+        train(replace(quick, device=name), tmp_path, progress=False)
