@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from metakern.trainers import compare
+from metakern.trainers import compare, loop
 from metakern.trainers.compare import Cell, cell, grid, run_missing
 from metakern.trainers.leaderboard import as_text, leaderboard, save
 from metakern.trainers.loop import train
@@ -43,6 +43,32 @@ def test_interrupted_comparison_gives_the_same_table(quick, tmp_path):
     assert [repr(table) for table in tables] == [repr(tables[0])] * 2
     first = (tmp_path / "parts" / "cells" / configs[0].data).parent
     assert len(list(first.iterdir())) == 4
+
+
+def test_killed_in_the_middle_of_a_run_gives_the_same_table(quick, tmp_path, monkeypatch):
+    base = replace(quick, checkpoint_seconds=0.0)
+    configs = grid(base, ["uniform", "mw-net"], [0.9], [0, 1])
+    whole = run_missing(tmp_path / "whole", configs, progress=False)
+    original, steps = loop.require_finite, []
+
+    def killed_at_the_third_step_of_the_third_run(*arguments):
+        steps.append(None)
+        if len(steps) == 15:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "require_finite", killed_at_the_third_step_of_the_third_run)
+        with pytest.raises(KeyboardInterrupt):
+            run_missing(tmp_path / "killed", configs, progress=False)
+    before = [cell(tmp_path / "killed", config) for config in configs]
+    assert [entry.result is not None for entry in before] == [True, True, False, False]
+    assert (before[2].folder / "checkpoint.pt").is_file()
+    resumed = run_missing(tmp_path / "killed", configs, progress=False)
+    tables = [[entry._replace(seconds=0, cost=0) for entry in leaderboard(cells)] for cells in (whole, resumed)]
+    assert repr(tables[0]) == repr(tables[1])
+    for first, second in zip(whole, resumed, strict=True):
+        assert (first.folder / "weights.csv").read_bytes() == (second.folder / "weights.csv").read_bytes()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
