@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,9 +43,23 @@ def unsupported(*operands: Tensor) -> str | None:
     needed = (8, 9) if first.dtype is EIGHT_BITS else (8, 0)
     if first.is_cuda and torch.cuda.get_device_capability(first.device) < needed:
         return f"needs compute capability {needed[0]}.{needed[1]}"
-    if first.dim() == 3 and first.shape[0] * first.shape[1] >= 2**31:
-        return "counts rows in 32 bits"
+    if first.dim() == 3 and first.shape[0] * first.shape[1] > MAX_ROWS:
+        return f"counts rows in 32 bits, up to {MAX_ROWS}"
     return None
+
+
+MAX_ROWS = 2**31 - 2**16
+"""Less than the largest number, so that the end of the last tile is still one."""
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's GPU; those of an H200 under the interpreter."""
+    return _multiprocessors(tensor.device) if tensor.is_cuda else 132
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -52,4 +67,5 @@ def precision(dtype: torch.dtype) -> str:
     for its rounding."""
     if dtype is not torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # `allow_tf32` raises where the user has set this newer name of it
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

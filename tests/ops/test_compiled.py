@@ -30,21 +30,10 @@ pytestmark = pytest.mark.compiled
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-POINTERS = {
-    "A": "x",
-    "B": "x",
-    "V": "x",
-    "A_meta": "x",
-    "B_meta": "x",
-    "partial": "fp32",
-    "kept": "i32",
-}
-
-
 KERNELS = {
-    "direction_dots": direction.direction_dots_kernel,
-    "pair_dots": pairs.pair_dots_kernel,
-    "weighted_grad": weighted.weighted_grad_kernel,
+    "direction_dots": (direction.direction_dots_kernel, direction.direction_dots_bulk_kernel),
+    "pair_dots": (pairs.pair_dots_kernel,),
+    "weighted_grad": (weighted.weighted_grad_kernel, weighted.weighted_grad_bulk_kernel),
 }
 ELEMENTS = {
     "bf16": (2, "ieee"),
@@ -55,60 +44,76 @@ ELEMENTS = {
 }
 
 
+# the copy engine came with 9.0
+FIRST = {direction.direction_dots_bulk_kernel: 90, weighted.weighted_grad_bulk_kernel: 90}
+
+
 def every_tile() -> list[Any]:
-    """Every tile of the committed table, on the device that it was measured on, or on all."""
+    """Every tile of the committed table in every kernel, on the device that it was measured on, or on all."""
     return [
-        pytest.param(KERNELS[operator], tile, element, precision, capability, id="-".join(name))
+        pytest.param(kernel, tile, element, precision, capability, id="-".join(name))
         for device, operators in table().items()
         for capability in (SHARED_KIB if device == "any" else [int(device.removeprefix("sm"))])
         for operator, sizes in operators.items()
         for element, (size, precision) in ELEMENTS.items()
         if str(size) in sizes and (element, capability) != ("fp8e4nv", 80)
         for shapes, tile in tiles(operator, size, device).items()
-        if (name := (operator, shapes, element, str(capability), device))
+        for kernel in KERNELS[operator]
+        if capability >= FIRST.get(kernel, 80)
+        if (name := (kernel.__name__.removesuffix("_kernel"), shapes, element, str(capability), device))
     ]
 
 
+def argument_types(kernel: Any, tile: Tile, element: str) -> dict[str, str]:
+    """The types of pointers and descriptors; what is left are 32-bit numbers."""
+    after = "bf16" if element == "fp8e4nv" else element  # of the operand that is not multiplied by tensor cores
+    types = {name: f"*{element}" for name in ("A", "V", "A_meta", "B_meta", "out")}
+    types |= {"B": f"*{after}", "partial": "*fp32", "kept": "*i32", "kept_weights": "*fp32", "count": "*i32"}
+    if kernel is direction.direction_dots_bulk_kernel:
+        blocks = {"A": (element, tile.m, tile.k), "V": (element, tile.n, tile.k), "B": (after, tile.m, tile.n)}
+    elif kernel is weighted.weighted_grad_bulk_kernel:
+        blocks = {"A": (element, 1, tile.k, tile.n), "B": (element, 1, tile.k, tile.m)}
+    else:
+        blocks = {}
+    return types | {name: f"tensordesc<{dtype}{list(block)}>" for name, (dtype, *block) in blocks.items()}
+
+
 def compiled(kernel: Any, tile: Tile, element: str, precision: str, capability: int, tmp_path: Path) -> dict[str, Any]:
-    """Compile for one architecture; registers, stack, local memory accesses and shared memory of the machine code."""
+    """Compile for one architecture: registers, stack, local memory accesses and shared memory of the machine code,
+    and what the assembler warns of."""
     element = "fp32" if element == "tf32" else element
-    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "PRECISION": precision, "UPCAST": False}
-    constants |= {"BIAS": True} if "BIAS" in kernel.arg_names else {}
+    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": 8, "PRECISION": precision, "UPCAST": False}
+    constants |= {"OUTPUTS_FIRST": True}
     # the last stride of a contiguous operand is 1, which the launcher makes a constant
-    last = (
-        "stride_ai",
-        "stride_vi",
-        "stride_bo",
-        "stride_ai_meta",
-        "stride_bo_meta",
-    )
-    constants |= {name: 1 for name in kernel.arg_names if name in last}
-    types = {**POINTERS, "kept_weights": "fp32", "count": "i32", "out": element, "shift": element}
-    if element == "fp8e4nv":
-        types["B"] = "bf16"
+    constants |= dict.fromkeys(("stride_ai", "stride_vi", "stride_bo", "stride_ai_meta", "stride_bo_meta"), 1)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = argument_types(kernel, tile, element)
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = "*" + types[name].replace("x", element) if name in types else "i32"
-        if name not in ("t", "splits", "rows", "s"):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if name not in ("t", "splits", "rows", "s", "blocks") and "tensordesc" not in signature[name]:
             aligned[(position,)] = [["tt.divisibility", 16]]
+    aligned = {place: value for place, value in aligned.items() if kernel.arg_names[place[0]] not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
+    cubin, ptx = tmp_path / "kernel.cubin", tmp_path / "kernel.ptx"
     cubin.write_bytes(binary.asm["cubin"])
+    ptx.write_text(binary.asm["ptx"])
     usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", cubin], text=True, stderr=subprocess.STDOUT)
     code = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None
+    assembler = [TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell"), "-v", f"-arch=sm_{capability}"]
+    assembler[-1] += "a" if capability >= 90 else ""
+    command = [*assembler, ptx, "-o", os.devnull]
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
         "local accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shared": binary.metadata.shared,
         "ptx": binary.asm["ptx"],
+        "warnings": subprocess.run(command, text=True, capture_output=True, check=True).stderr,
     }
 
 
@@ -121,3 +126,6 @@ def test_no_spills_and_tensor_cores(
     assert (code["stack"], code["local accesses"]) == (0, 0)
     assert code["shared"] <= SHARED_KIB[capability] * 1024
     assert MATRIX_INSTRUCTION[capability] in code["ptx"]
+    assert kernel not in FIRST or "cp.async.bulk.tensor" in code["ptx"]
+    # products that wait for one another leave the tensor cores idle
+    assert "serialized" not in code["warnings"]

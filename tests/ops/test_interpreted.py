@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from metakern.ops.select import OPERATORS
 from metakern.testing.budget import assert_within
 from tests.ops.cases import CASES
 from tests.ops.test_operators import LAYOUTS, assert_exact, each, far_apart, same
+
+pytest.importorskip("triton")
+
+from metakern.ops import blocks
+from metakern.ops.direction_dots import triton as direction
+from metakern.ops.weighted_grad import triton as weighted
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -34,6 +41,44 @@ def test_weighted_grad_splits_rows_and_skips_those_of_weight_zero() -> None:
     A[w == 0], B[w == 0] = float("inf"), float("nan")
     assert all(part.isfinite().all() for part in OPERATORS["weighted_grad"](A, B, w, True, impl="triton"))
     assert same(OPERATORS["weighted_grad"](A, B, 0 * w, True, impl="triton"), (torch.zeros(7, 9), torch.zeros(7)))
+
+
+ALIGNED = ((7, 1, 32, 16), (1, 5, 8, 8), (3, 130, 72, 16), (2, 40, 16, 72), (40, 45, 16, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", ALIGNED, ids=str)
+def test_blocks_fetched_by_the_copy_engine(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    for name, module in (("direction_dots", direction), ("weighted_grad", weighted)):
+        arguments = CASES[name].arguments(sizes, dtype)
+        assert module.copied_in_bulk(*(a for a in arguments if isinstance(a, Tensor) and a.dim() > 1))
+        assert_exact(name, sizes, arguments, "triton")
+
+
+def test_what_the_copy_engine_cannot_fetch_goes_through_pointers() -> None:
+    x = torch.zeros(4, 6, 8)
+    assert blocks.copied_in_bulk(x, x[:, 0], x[1:], x[..., :4], x[:1], x.select(1, 0))
+    assert not blocks.copied_in_bulk(x[..., 1:5])  # starts 4 bytes off
+    assert not blocks.copied_in_bulk(torch.zeros(4, 6, 7))  # rows of 28 bytes
+    assert not blocks.copied_in_bulk(x.mT)
+    assert not blocks.copied_in_bulk(x[0].expand(4, 6, 8))
+    assert not blocks.copied_in_bulk(torch.zeros(48).as_strided((2, 3, 4), (20, 8, 1)))
+    assert not blocks.copied_in_bulk(x, None)
+    strides = [
+        described.strides for described in (blocks.described(x[:1], 1, 2, 8), blocks.described(x[:, :1], 1, 2, 8))
+    ]
+    assert strides == [[8, 8, 1], [48, 48, 1]]
+
+
+def test_rows_without_a_copy() -> None:
+    x = torch.arange(24.0).view(2, 3, 4)
+    for some in (x, x[:1], x[:, 1:2], x[..., :2]):
+        rows = blocks.rows_of(some)
+        assert rows is not None
+        assert torch.equal(rows, some.flatten(0, 1))
+        assert rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert blocks.rows_of(x[:, :2]) is None
+    assert blocks.rows_of(x.transpose(0, 1)) is None
 
 
 @pytest.mark.parametrize("name", NAMES)

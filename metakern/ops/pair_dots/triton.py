@@ -21,6 +21,8 @@ def _gram(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """X X'^T for M rows and N meta rows that start at the given addresses."""
+    # a loop that might not run is compiled with a wait after every product
+    tl.assume(width > 0)
     gram = tl.zeros((M, N), tl.float32)
     for start in range(0, width, K):
         k = start + tl.arange(0, K)

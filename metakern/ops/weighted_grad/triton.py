@@ -1,7 +1,7 @@
 """weighted_grad in Triton: the weight is applied to B as it is loaded, and rows of weight zero are never loaded.
 
-Which rows are kept is listed on the device, so the host never waits and the kernels fit into a CUDA graph. Where the
-output has too few tiles to fill the chip, the rows are split, and the parts are added in a fixed order.
+Which examples are kept is listed on the device, so the host never waits and the kernels fit into a CUDA graph. Where
+the output has too few tiles to fill the chip, the rows are split, and the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metakern.ops.blocks import copied_in_bulk, described, grouped
 from metakern.ops.tiles import tile_for
-from metakern.ops.triton_backend import interpreting, precision
+from metakern.ops.triton_backend import interpreting, multiprocessors, precision
 
-PROGRAMS = 264
-"""Wanted at least: two for each multiprocessor of the largest chips."""
 MAX_SPLITS = 32
-LIST_BLOCK = 1024
+GROUP = 8
+SUMS = (32, 128)
+"""Rows and columns of B that a program of the bias holds at a time."""
+WELL_FILLED = 0.6
+"""Share of a block's rows that must be an example's own, lest the copy engine fetch padding. Not measured."""
 
 
 @triton.jit
@@ -36,72 +39,180 @@ def kept_rows_kernel(w, kept, kept_weights, count, n, stride, BLOCK: tl.constexp
 
 
 @triton.jit
-def weighted_grad_kernel(
-    A, B, kept, kept_weights, count, out, shift, t, i, o, splits,
-    stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BIAS: tl.constexpr,
+def weighted_grad_bulk_kernel(
+    A, B, kept, kept_weights, count, out, blocks, i, o, splits,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[split, o, i] = sum over the split's kept rows of w B A^T, and shift[split, o] that of w B."""
-    output = tl.program_id(0) * M + tl.arange(0, M)
-    column = tl.program_id(1) * N + tl.arange(0, N)
-    split = tl.program_id(2)
+    """out[split, o, i] = sum over the split's blocks of w B A^T; A and B as descriptors of [n, t, .].
+
+    A kept example is cut into `blocks` blocks of K positions; those past its end read as zero.
+    """
+    down, across = grouped(tl.program_id(0), tl.cdiv(o, M), tl.cdiv(i, N), GROUP)
+    split = tl.program_id(1)
+    steps = tl.load(count) * blocks
+    share = tl.cdiv(steps, splits)
+    first = split * share
+    last = tl.minimum(steps, first + share)
+    total = tl.zeros((M, N), tl.float32)
+    if first < last:
+        # a loop that might not run is compiled with a wait after every product
+        tl.assume(first < last)
+        for step in range(first, last):
+            example = tl.load(kept + step // blocks)
+            weight = tl.load(kept_weights + step // blocks)
+            position = step % blocks * K
+            b = B.load([example, position, down * M]).reshape(K, M).T
+            a = A.load([example, position, across * N]).reshape(K, N)
+            scaled = (b.to(tl.float32) * weight).to(a.dtype)
+            total = tl.dot(scaled, a, total, input_precision=PRECISION)
+    output, column = down * M + tl.arange(0, M), across * N + tl.arange(0, N)
+    place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(output < o)[:, None] & (column < i)[None, :])
+
+
+@triton.jit
+def weighted_grad_kernel(
+    A, B, kept, kept_weights, count, out, t, i, o, splits,
+    stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same through pointers, over rows instead of blocks: any strides, short examples, older chips."""
+    down, across = grouped(tl.program_id(0), tl.cdiv(o, M), tl.cdiv(i, N), GROUP)
+    output, column = down * M + tl.arange(0, M), across * N + tl.arange(0, N)
+    split = tl.program_id(1)
     rows = tl.load(count) * t
     share = tl.cdiv(tl.cdiv(rows, K), splits) * K
-    last = tl.minimum(rows, (split + 1) * share)
+    first = split * share
+    last = tl.minimum(rows, first + share)
     # masked rather than clamped: the compiler must see that neighbours are adjacent in memory
     b_column, b_inside = B + output.to(tl.int64) * stride_bo, (output < o)[:, None]
     a_column, a_inside = A + column.to(tl.int64) * stride_ai, (column < i)[None, :]
     total = tl.zeros((M, N), tl.float32)
-    sums = tl.zeros((M,), tl.float32)
-    for start in range(split * share, last, K):
-        row = start + tl.arange(0, K)
+    if first < last:
+        tl.assume(first < last)
+        for start in range(first, last, K):
+            row = start + tl.arange(0, K)
+            inside = row < last
+            example = tl.load(kept + row // t, mask=inside, other=0).to(tl.int64)
+            weight = tl.load(kept_weights + row // t, mask=inside, other=0.0)
+            position = (row % t).to(tl.int64)
+            b_row = example * stride_bn + position * stride_bt
+            a_row = example * stride_an + position * stride_at
+            b = tl.load(b_column[:, None] + b_row[None, :], mask=b_inside & inside[None, :], other=0.0)
+            a = tl.load(a_column[None, :] + a_row[:, None], mask=a_inside & inside[:, None], other=0.0)
+            scaled = b.to(tl.float32) * weight[None, :]
+            if UPCAST:
+                a = a.to(tl.float32)
+            total = tl.dot(scaled.to(a.dtype), a, total, input_precision=PRECISION)
+    place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=b_inside & a_inside)
+
+
+@triton.jit
+def kept_sums_kernel(
+    B, kept, kept_weights, count, out, t, o, splits, stride_bn, stride_bt, stride_bo,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[split, o] = sum over the split's kept rows of w B."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    rows = tl.load(count) * t
+    share = tl.cdiv(tl.cdiv(rows, ROWS), splits) * ROWS
+    last = tl.minimum(rows, (split + 1) * share)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(split * share, last, ROWS):
+        row = start + tl.arange(0, ROWS)
         inside = row < last
         example = tl.load(kept + row // t, mask=inside, other=0).to(tl.int64)
         weight = tl.load(kept_weights + row // t, mask=inside, other=0.0)
-        position = (row % t).to(tl.int64)
-        b_row = example * stride_bn + position * stride_bt
-        a_row = example * stride_an + position * stride_at
-        b = tl.load(b_column[:, None] + b_row[None, :], mask=b_inside & inside[None, :], other=0.0)
-        a = tl.load(a_column[None, :] + a_row[:, None], mask=a_inside & inside[:, None], other=0.0)
-        scaled = b.to(tl.float32) * weight[None, :]
-        if BIAS:  # noqa: SIM102 - known when compiled, the other is not
-            if tl.program_id(1) == 0:
-                sums += tl.sum(scaled, axis=1)
-        if UPCAST:
-            a = a.to(tl.float32)
-        total = tl.dot(scaled.to(a.dtype), a, total, input_precision=PRECISION)
-    place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=b_inside & a_inside)
-    if BIAS:  # noqa: SIM102
-        if tl.program_id(1) == 0:
-            tl.store(shift + split.to(tl.int64) * o + output, sums.to(shift.dtype.element_ty), mask=output < o)
+        place = (example * stride_bn + (row % t).to(tl.int64) * stride_bt)[:, None]
+        mask = inside[:, None] & (column < o)[None, :]
+        b = tl.load(B + place + (column.to(tl.int64) * stride_bo)[None, :], mask=mask, other=0.0)
+        total += b.to(tl.float32) * weight[:, None]
+    tl.store(out + split.to(tl.int64) * o + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < o)
+
+
+@triton.jit
+def add_parts_kernel(parts, out, size, count, BLOCK: tl.constexpr):
+    """out[k] = sum over the parts, in order, of parts[., k]; rounded once."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    source = parts + place
+    for _ in range(count):
+        total += tl.load(source, mask=place < size, other=0.0)
+        source += size
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
 
 
 def weighted_grad(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
     n, t, i = A.shape
     o = B.shape[2]
-    if 0 in (n, t, o) or (i == 0 and not bias):
+    if 0 in (n, t, o):
         return A.new_zeros(o, i), A.new_zeros(o if bias else 0)
     kept = torch.empty(n, dtype=torch.int32, device=A.device)
     count = torch.empty((), dtype=torch.int32, device=A.device)
-    kept_weights = torch.empty(n, dtype=torch.float32, device=A.device)
-    kept_rows_kernel[(1,)](w, kept, kept_weights, count, n, w.stride(0), BLOCK=LIST_BLOCK, num_warps=4)
+    weights = torch.empty(n, dtype=torch.float32, device=A.device)
+    block = min(4096, max(128, triton.next_power_of_2(n)))
+    kept_rows_kernel[(1,)](w, kept, weights, count, n, w.stride(0), BLOCK=block, num_warps=4 if block < 2048 else 16)
+    listed = kept, weights, count
+    return _matrix(A, B, listed), _sums(B, listed) if bias else A.new_empty(0)
+
+
+def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """sum_nt w_n B_nt A_nt^T over the listed examples."""
+    n, t, i = A.shape
+    o = B.shape[2]
+    if i == 0:
+        return A.new_empty(o, i)
     tile = tile_for("weighted_grad", A, o, i)  # m is outputs, n is inputs, k is rows
-    tiles = (triton.cdiv(o, tile.m), max(1, triton.cdiv(i, tile.n)))  # without inputs there still is a bias
-    splits = row_splits(tiles[0] * tiles[1], triton.cdiv(n * t, tile.k))
-    # parts are rounded once, after they are added
-    dtype = A.dtype if splits == 1 else torch.float32
-    out = torch.empty(splits, o, i, dtype=dtype, device=A.device)
-    shift = torch.empty(splits, o if bias else 0, dtype=dtype, device=A.device)
-    weighted_grad_kernel[(*tiles, splits)](
-        A, B, kept, kept_weights, count, out, shift, t, i, o, splits, *A.stride(), *B.stride(),
-        M=tile.m, N=tile.n, K=tile.k, PRECISION=precision(A.dtype), UPCAST=interpreting, BIAS=bias,
-        num_warps=tile.warps, num_stages=tile.stages,
+    tiles = triton.cdiv(o, tile.m) * triton.cdiv(i, tile.n)
+    splits = row_splits(tiles, triton.cdiv(n * t, tile.k), 2 * multiprocessors(A))
+    out, parts = _outputs(A, splits, (o, i))
+    options = dict(
+        M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
-    return (out[0], shift[0]) if splits == 1 else (out.sum(0).to(A.dtype), shift.sum(0).to(A.dtype))
+    blocks = triton.cdiv(t, tile.k)
+    if t >= WELL_FILLED * blocks * tile.k and copied_in_bulk(A, B):
+        weighted_grad_bulk_kernel[(tiles, splits)](
+            *(described(A, 1, tile.k, tile.n), described(B, 1, tile.k, tile.m)),
+            *(*listed, parts, blocks, i, o, splits),
+            **options,
+        )
+    else:
+        weighted_grad_kernel[(tiles, splits)](
+            A, B, *listed, parts, t, i, o, splits, *A.stride(), *B.stride(), UPCAST=interpreting, **options
+        )
+    return _added(parts, out)
 
 
-def row_splits(tiles: int, steps: int) -> int:
-    """Into how many parts the rows are split: enough programs for the chip, some steps of work left in each."""
-    return max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, tiles), steps // 4))
+def _sums(B: Tensor, listed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """sum_nt w_n B_nt over the listed examples."""
+    n, t, o = B.shape
+    rows, columns = SUMS
+    tiles = triton.cdiv(o, columns)
+    splits = row_splits(tiles, triton.cdiv(n * t, rows), 2 * multiprocessors(B))
+    out, parts = _outputs(B, splits, (o,))
+    kept_sums_kernel[(tiles, splits)](B, *listed, parts, t, o, splits, *B.stride(), ROWS=rows, COLUMNS=columns)
+    return _added(parts, out)
+
+
+def _outputs(like: Tensor, splits: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The result, and where the parts of it go: one part is the result itself; several are rounded when added."""
+    out = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if splits == 1:
+        return out, out
+    return out, torch.empty(splits, *shape, dtype=torch.float32, device=like.device)
+
+
+def _added(parts: Tensor, out: Tensor) -> Tensor:
+    if parts is not out:
+        block = 1024
+        add_parts_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), parts.shape[0], BLOCK=block)
+    return out
+
+
+def row_splits(tiles: int, steps: int, programs: int) -> int:
+    """Into how many parts the rows are split: as many as still run side by side, some steps of work left in each."""
+    return max(1, min(MAX_SPLITS, programs // tiles, steps // 4))
