@@ -26,7 +26,7 @@ def require_finite(outcome: Outcome) -> None:
 def save_failure(
     folder: Path, error: Exception, step: int, rows: Tensor, batch: Batch, meta_batch: Batch, model: nn.Module
 ) -> Path:
-    """Write failed_batch.pt: the step, the rows of the batch in the training set, both batches, and the model; its path.
+    """Write failed_batch.pt: the step, the rows of the batch in the training set, both batches and the model.
 
     The model is as the failed step left it: untouched where the step raised itself.
     """

@@ -109,4 +109,4 @@ def test_a_result_from_before_an_option_existed_still_counts(quick, tmp_path):
     del result["identity"]["noise"]
     path.write_text(json.dumps(result))
     assert finished(tmp_path, quick) is not None
-    assert finished(tmp_path, replace(quick, noise="uniform")) is None
+    assert finished(tmp_path, replace(quick, noise="uniform", noise_rate=0.2)) is None

@@ -81,15 +81,27 @@ def test_killed_at_any_point(quick, tmp_path, monkeypatch, dropout, method, func
     assert not (tmp_path / "killed" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("method", ["cmw-net", "cmw-net-sl", "curve-net", "mlrnet"])
-def test_what_a_method_has_learned_goes_on(quick, tmp_path, monkeypatch, dropout, method):
-    config = replace(quick, method=method, checkpoint_seconds=0.0, steps=24, meta_batch_size=4)
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("cmw-net", "plain_share=0.2,every=2"),
+        ("cmw-net-sl", "warm_up=0.1,every=2"),
+        ("curve-net", "first_epoch=1,learning_share=0.7"),
+        ("mlrnet-own-step", "every=2"),
+        ("mlc-skip", "every=3"),
+        ("metabalance", "inner=oversample,outer=smote,inner_batch=8"),
+        ("l2rw", "preconditioned=true,balanced_meta=true"),
+    ],
+)
+@pytest.mark.parametrize("call", [2, 6])
+def test_what_a_method_has_learned_goes_on(quick, tmp_path, monkeypatch, dropout, method, settings, call):
+    own = {"momentum": 0.9, "optimizer": "adam" if method == "l2rw" else "nesterov", "meta_batch_size": 4}
+    config = replace(quick, method=method, set=settings, checkpoint_seconds=0.0, steps=8, meta_per_class=8, **own)
     whole = train(config, tmp_path / "whole", progress=False)
-    for call in (1, 10, 9):  # in the first step, and in ones where learned weights are used
-        with monkeypatch.context() as patch:
-            killed_at(patch, "require_finite", call)
-            with pytest.raises(Killed):
-                train(config, tmp_path / "killed", progress=False)
+    with monkeypatch.context() as patch:
+        killed_at(patch, "require_finite", call)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "killed", progress=False)
     same(whole, train(config, tmp_path / "killed", progress=False))
 
 
