@@ -1,7 +1,9 @@
-"""What a dual pass need not compute again: the products of inputs and weights, known from the pass that it repeats.
+"""What a dual pass need not compute again: the costly values of the pass that it repeats.
 
 The output of a linear layer or convolution is dual: Y + r dY with dY = dA W^T + A dW^T + db. The first pass has made
-Y, and mostly keeps it for its backward pass, so that the dual pass is left with two products of the three.
+Y, and mostly keeps it for its backward pass, so that the dual pass is left with two products of the three. Of batch
+normalisation it knows the statistics, and its derivative in the input is symmetric: one call of the backward kernel
+makes the tangent.
 """
 
 from __future__ import annotations
@@ -20,45 +22,53 @@ from metakern.engines.repetition import agree
 _PRODUCTS = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 )
-_OPERANDS = ("input", "weight", "bias")
+_ARGUMENTS = dict.fromkeys(_PRODUCTS, ("input", "weight", "bias")) | {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+}
+_BATCH_STATISTICS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+
 SAMPLED = 67
 """One number in so many of a large input is compared with that of the first pass; every example's loss is anyway."""
 LARGE = 1 << 14
 
 
-class _Product(NamedTuple):
+class _Call(NamedTuple):
     function: Callable[..., Tensor]
     input: Tensor
-    output: Tensor
-    versions: tuple[int, int]
+    known: tuple[Tensor, ...]  # a product's output; of a batch normalisation mean and 1 / deviation of each channel
+    versions: tuple[int, ...]
 
     @property
-    def intact(self) -> bool:
-        """Nothing was written into them since."""
-        return self.versions == (self.input._version, self.output._version)
+    def usable(self) -> bool:
+        """Something is known, and nothing was written into it since."""
+        return bool(self.known) and self.versions == _versions(self.input, *self.known)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 class Products(TorchFunctionMode):
-    """While active, notes the products of a pass, in order."""
+    """While active, notes the products and normalisations of a pass, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[_Product] = []
+        self.found: list[_Call] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
+        if func in _ARGUMENTS:
             x = args[0] if args else (kwargs or {})["input"]
-            if _is_noted(x) and _is_noted(output):
-                x, y = x.detach(), output.detach()
-                self.found.append(_Product(func, x, y, (x._version, y._version)))
+            if _is_noted(x):
+                x, known = x.detach(), (output.detach(),) if func in _PRODUCTS else _statistics(output)
+                self.found.append(_Call(func, x, known, _versions(x, *known)))
         return output
 
 
 class ReusedProducts(TorchFunctionMode):
-    """While active, a pass takes the values of its products from those of the first, as long as they are the same."""
+    """While active, a pass takes the values of those calls from the first pass, where their inputs are the same."""
 
     def __init__(self, products: Products) -> None:
         super().__init__()
@@ -66,39 +76,80 @@ class ReusedProducts(TorchFunctionMode):
         self._agreed: list[Tensor] = []
 
     def agreed(self) -> bool:
-        """Were the inputs of all products those of the first pass?"""
+        """Were all inputs those of the first pass?"""
         return not self._agreed or bool(torch.stack(self._agreed).all())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS:
+        if func not in _ARGUMENTS:
             return func(*args, **kwargs)
-        given = dict(zip(_OPERANDS, args, strict=False)) | {k: v for k, v in kwargs.items() if k in _OPERANDS}
-        known = next(self._left, None) if _is_noted(given["input"]) else None
-        if known is None:
+        given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
+        first = next(self._left, None) if _is_noted(given["input"]) else None
+        if first is None:
             return func(*args, **kwargs)
-        x, w, b = (_dual(given.get(name)) for name in _OPERANDS)
-        if func is not known.function or x.primal.shape != known.input.shape:
+        x, w, b = (_dual(given.get(name)) for name in ("input", "weight", "bias"))
+        if func is not first.function or x.primal.shape != first.input.shape:
             self._left = iter(())  # another sequence of calls
             return func(*args, **kwargs)
-        if not known.intact or x.primal.dtype != known.input.dtype or (x.tangent is None and w.tangent is None):
+        if not first.usable or x.primal.dtype != first.input.dtype or (x.tangent is None and w.tangent is None):
             return func(*args, **kwargs)
-        settings = {k: v for k, v in kwargs.items() if k not in _OPERANDS}
-
-        def product(left: Tensor, right: Tensor, shift: Tensor | None) -> Tensor:
-            return func(left, right, shift, *args[len(_OPERANDS) :], **settings)
-
-        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-            self._agreed.append(agree(_sample(x.primal), _sample(known.input)).all())
-            if x.tangent is None:
-                tangent = product(x.primal, w.tangent, b.tangent)
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False), torch._C.DisableTorchFunction():
+            self._agreed.append(agree(_sample(x.primal), _sample(first.input)).all())
+            if func in _PRODUCTS:
+                settings = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS[func]}
+                output = first.known[0]
+                tangent = _product(func, x, w, b, args[len(_ARGUMENTS[func]) :], settings)
             else:
-                tangent = product(x.tangent, w.primal, b.tangent)
-                if w.tangent is not None:
-                    tangent = tangent + product(x.primal, w.tangent, None)
-        return forward_ad.make_dual(known.output, tangent)
+                output = func(**(given | {"input": x.primal, "weight": w.primal, "bias": b.primal}))
+                tangent = _normalised(x, w, b, first.known, given.get("eps", 1e-5))
+        return forward_ad.make_dual(output, tangent)
+
+
+class _Dual(NamedTuple):
+    primal: Any
+    tangent: Any
+
+
+def _dual(tensor: Any) -> _Dual:
+    if not isinstance(tensor, Tensor):
+        return _Dual(tensor, None)
+    primal, tangent = forward_ad.unpack_dual(tensor)
+    return _Dual(primal, None if tangent is None or tangent._is_zerotensor() else tangent)
+
+
+def _product(
+    function: Callable[..., Tensor], x: _Dual, w: _Dual, b: _Dual, rest: tuple[Any, ...], settings: dict[str, Any]
+) -> Tensor:
+    """dA W^T + A dW^T + db, for a convolution likewise."""
+    if x.tangent is None:
+        return function(x.primal, w.tangent, b.tangent, *rest, **settings)
+    tangent = function(x.tangent, w.primal, b.tangent, *rest, **settings)
+    return tangent if w.tangent is None else tangent + function(x.primal, w.tangent, None, *rest, **settings)
+
+
+def _normalised(x: _Dual, w: _Dual, b: _Dual, statistics: tuple[Tensor, ...], eps: float) -> Tensor:
+    """w s (dA - mean(dA) - A~ mean(A~ dA)) + dw A~ + db with A~ = s (A - mean(A)), s = 1 / sqrt(var(A) + eps)."""
+    mean, scale = statistics
+    columns = (1, -1, *(1,) * (x.primal.dim() - 2))
+    slope = torch.zeros_like(mean) if w.tangent is None else scale * w.tangent
+    shift = -mean * slope if b.tangent is None else b.tangent - mean * slope
+    tangent = torch.addcmul(shift.view(columns), x.primal, slope.view(columns))
+    if x.tangent is None:
+        return tangent
+    through_input, _, _ = torch.ops.aten.native_batch_norm_backward(
+        x.tangent, x.primal, w.primal, None, None, mean, scale, True, eps, (True, False, False)
+    )
+    return tangent.add_(through_input)
+
+
+def _statistics(output: Tensor) -> tuple[Tensor, ...]:
+    """Mean and 1 / deviation of each channel, where a batch normalisation took and kept them."""
+    node: Any = output.grad_fn
+    if node is None or node.name() not in _BATCH_STATISTICS or not node._saved_training:
+        return ()
+    return node._saved_result1, node._saved_result2
 
 
 def _is_noted(tensor: Tensor) -> bool:
@@ -113,18 +164,6 @@ def _is_noted(tensor: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     )
-
-
-class _Dual(NamedTuple):
-    primal: Any
-    tangent: Any
-
-
-def _dual(tensor: Any) -> _Dual:
-    if not isinstance(tensor, Tensor):
-        return _Dual(tensor, None)
-    primal, tangent = forward_ad.unpack_dual(tensor)
-    return _Dual(primal, None if tangent is None or tangent._is_zerotensor() else tangent)
 
 
 def _sample(tensor: Tensor) -> Tensor:

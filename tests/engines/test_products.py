@@ -37,6 +37,25 @@ def test_whole_steps_are_exact(in_place: bool, memory: str) -> None:
     judge_step(metakern.l2rw_step, setup_of(convolutions(in_place=in_place), 4, 6, 6), engine="jvp", memory=memory)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_batch_normalisation_of_vectors(first: bool, affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4, affine=affine, track_running_stats=affine)
+    layers = (norm, nn.Linear(4, 3)) if first else (nn.Linear(4, 4), norm, nn.Tanh(), nn.Linear(4, 3))
+    judge_step(metakern.l2rw_step, setup_of(nn.Sequential(*layers).double(), 4), engine="jvp")
+
+
+def test_other_batch_normalisations() -> None:
+    """One that is overwritten, one that is frozen, and one in eval mode."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    torch.manual_seed(0)
+    model = nn.Sequential(*model, nn.Tanh(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    model[4].requires_grad_(False)
+    model[7].eval()
+    judge_step(metakern.l2rw_step, setup_of(model, 4), engine="jvp")
+
+
 @pytest.mark.parametrize("params", ["1.*", "*.bias", "*.weight"])
 def test_dots_over_some_parameters_are_exact(params: str) -> None:
     setup = setup_of(convolutions(), 4, 6, 6)
@@ -143,4 +162,4 @@ def test_checkpointed_products_are_let_go() -> None:
             jvp.Products, "__torch_function__", lambda self, *given: noted.append(self) or first_pass(self, *given)
         )
         metakern.l2rw_step(model, batch, meta_batch, engine="jvp")
-    assert {len(products.found) for products in noted} == {1}  # the second layer's alone
+    assert {len(products.found) for products in noted} == {2}  # the normalisation and the last layer
