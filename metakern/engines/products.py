@@ -104,7 +104,7 @@ class ReusedProducts(TorchFunctionMode):
             else:
                 output = func(**(given | {"input": x.primal, "weight": w.primal, "bias": b.primal}))
                 tangent = _normalised(x, w, b, first.known, given.get("eps", 1e-5))
-        return forward_ad.make_dual(output, tangent)
+        return forward_ad.make_dual(output, tangent.to(output.dtype))
 
 
 class _Dual(NamedTuple):

@@ -163,3 +163,18 @@ def test_checkpointed_products_are_let_go() -> None:
         )
         metakern.l2rw_step(model, batch, meta_batch, engine="jvp")
     assert {len(products.found) for products in noted} == {2}  # the normalisation and the last layer
+
+
+def test_normalisation_in_more_precision() -> None:
+    """As under autocast on a GPU: activations in bfloat16, the parameters of the normalisation in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 3)).bfloat16()
+    model[1].float()
+    batch, meta_batch = inputs.pair(6, 3, 3, 6, 6, classes=3, dtype=torch.bfloat16)
+    reused, repeated = (
+        metakern.grad_dots(model, batch, meta_batch, engine="jvp", memory=memory).dots.double()
+        for memory in ("reuse", "two_pass")
+    )
+    gradients = [p.norm() for p in torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), model.parameters())]
+    scale = float(torch.stack(gradients).double().square().sum())
+    budget.assert_within(reused, repeated, 6 * scale, dtype=torch.bfloat16, terms=8 * 16)
