@@ -81,6 +81,7 @@ CPU_CASES = [
     Case("mlp-1024-32", models.mlp, (1024,), 1024, 32, prototype=0.88),
     Case("conv-64-16", models.conv_net, (3, 32, 32), 64, 16, prototype=1.53),
     Case("conv-128-10", models.conv_net, (3, 32, 32), 128, 10, prototype=1.35),
+    Case("conv-bn-64-16", partial(models.conv_net, normalised=True), (3, 32, 32), 64, 16, interacting=True),
     Case("transformer-32-8", models.Transformer, **TRANSFORMER, n=32, m=8, prototype=1.45),
     Case("transformer-64-4", models.Transformer, **TRANSFORMER, n=64, m=4, prototype=1.26),
     Case("sdpa-32-8", lambda: models.Transformer(fused=True), **TRANSFORMER, n=32, m=8, fused=True, prototype=1.6),

@@ -19,6 +19,7 @@ TITLES = {
     "mlp-256-16": "MLP 4 x 1024, 256 / 16",
     "conv-128-10": "conv net 32x32, 128 / 10",
     "conv-64-16": "conv net 32x32, 64 / 16",
+    "conv-bn-64-16": "conv net 32x32 with BatchNorm, 64 / 16",
     "sdpa-64-4": "transformer, fused attention, 64 / 4",
     "sdpa-32-8": "transformer, fused attention, 32 / 8",
     "transformer-64-4": "transformer, composed attention, 64 / 4",
@@ -112,10 +113,11 @@ def floors(runs: dict[str, dict[str, Row]]) -> str:
     for case in (case for case in TITLES if case in runs):
         row = runs[case]["metakern"]
         sizes = dict(part.split("=") for part in row["shapes"].split())
-        pairs = case.startswith("mlp")
-        floor = ((2 if pairs else 3) + float(row["kept"])) / 3 + int(sizes["m"]) / int(sizes["n"])
+        form = "forward mode" if row["engine"] == "jvp" else "pairs" if case.startswith("mlp") else "direction"
+        passes = {"forward mode": 5, "pairs": 2 + float(row["kept"]), "direction": 3 + float(row["kept"])}[form]
+        floor = passes / 3 + int(sizes["m"]) / int(sizes["n"])
         figures = [floor, *(float(row[key]) for key in ("flop_ratio", "ratio_p20", "ratio_p80", "ratio"))]
-        form, (least, counted, low, high, time) = "pairs" if pairs else "direction", (f"{f:.2f}" for f in figures)
+        least, counted, low, high, time = (f"{f:.2f}" for f in figures)
         lines.append(f"| {TITLES[case]} | {form} | {least} | {counted} | {low} - {high} | {time} |")
     return "\n".join(lines)
 

@@ -27,13 +27,14 @@ def mlp(width: int = 1024, depth: int = 4, classes: int = 10) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, classes))
 
 
-def conv_net(width: int = 64, depth: int = 5, classes: int = 10) -> nn.Sequential:
+def conv_net(width: int = 64, depth: int = 5, classes: int = 10, normalised: bool = False) -> nn.Sequential:
     """`depth` 3x3 convolutions of `width` channels with ReLU, two of them followed by a pool, global mean, linear
-    head.
+    head; `normalised` with BatchNorm before every ReLU.
     """
     layers: list[nn.Module] = []
     for index in range(depth):
-        layers += [nn.Conv2d(3 if index == 0 else width, width, 3, padding=1), nn.ReLU()]
+        norm = [nn.BatchNorm2d(width)] if normalised else []
+        layers += [nn.Conv2d(3 if index == 0 else width, width, 3, padding=1), *norm, nn.ReLU()]
         if index in (1, 3):
             layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
