@@ -12,7 +12,7 @@ def test_step(case: Case, collected: dict[str, list[Row]], seconds: float, provi
     """No time is asserted; that metakern's numbers are right is."""
     rows = compare(case, seconds=seconds, only=providers)
     collected["steps"].extend(rows)
-    _require_ours(rows)
+    _require_ours(case, rows)
 
 
 @pytest.mark.parametrize("case", SCALING, ids=lambda case: case.name)
@@ -20,9 +20,11 @@ def test_scaling(case: Case, collected: dict[str, list[Row]], seconds: float) ->
     """The same step as one size grows; at a fifth of the time each."""
     rows = compare(case, seconds=seconds / 5, only=["double_backward (short)", "metakern", "metakern two_pass"])
     collected["scaling"].extend(rows)
-    _require_ours(rows)
+    _require_ours(case, rows)
 
 
-def _require_ours(rows: list[Row]) -> None:
-    failed = [row for row in rows if row.provider.startswith("metakern") and not row.measured]
+def _require_ours(case: Case, rows: list[Row]) -> None:
+    """metakern answers every case; only parts of a batch whose examples interact are not the same problem."""
+    ours = [row for row in rows if row.provider.startswith("metakern")]
+    failed = [row for row in ours if not row.measured and not (case.interacting and "micro_batch" in row.provider)]
     assert not failed, "; ".join(f"{row.provider}: {row.status}" for row in failed)
