@@ -28,7 +28,7 @@ class Attributes:
         self._kept = []
         for module in model.modules():
             attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
-            found = [_content(value) for value in attributes.values() if type(value) not in _PLAIN]
+            found = [content_of(value) for value in attributes.values() if type(value) not in _PLAIN]
             contents = [put_back for put_back in found if put_back is not None]
             self._kept.append(_Kept(module, attributes, contents))
 
@@ -44,7 +44,7 @@ class Attributes:
                 put_back()
 
 
-def _content(value: Any) -> Callable[[], None] | None:
+def content_of(value: Any) -> Callable[[], None] | None:
     """A function that puts back what `value` holds now; None for what cannot change or is not looked into."""
     kind = type(value)
     if kind not in _KINDS:
@@ -79,8 +79,14 @@ def _collection(value: Any) -> Callable[[], None]:
 
 
 def _update(value: Any, copy: Any) -> None:
-    value.clear()
-    value.update(copy)
+    same = value == copy if isinstance(value, set) else _same_items(value, copy)
+    if not same:
+        value.clear()
+        value.update(copy)
+
+
+def _same_items(value: dict[Any, Any], copy: dict[Any, Any]) -> bool:
+    return value.keys() == copy.keys() and all(value[key] is item for key, item in copy.items())
 
 
 def _numpy_generator(value: Any) -> Callable[[], None] | None:

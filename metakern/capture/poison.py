@@ -37,12 +37,12 @@ class _Poisoner(Tracer):
         if name in _SELECTIONS and isinstance(output, Tensor):
             for candidate in (*args, *(kwargs or {}).values()):
                 if isinstance(candidate, Tensor) and candidate.is_floating_point():
-                    output.data.masked_fill_(candidate.detach().isnan(), torch.nan)
+                    _fill(output, candidate.detach().isnan())
         elif name in _WITHOUT_NAN:
-            output.data.masked_fill_(_WITHOUT_NAN[name](*args, **(kwargs or {})).detach().isnan(), torch.nan)
+            _fill(output, _WITHOUT_NAN[name](*args, **(kwargs or {})).detach().isnan())
         elif name in _LABELLED and args:
             missing = args[0].detach().isnan().any(1 if args[0].dim() > 1 else 0)
-            output.data.masked_fill_(missing if missing.shape == output.shape else missing.any(), torch.nan)
+            _fill(output, missing if missing.shape == output.shape else missing.any())
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
@@ -53,7 +53,13 @@ class _Poisoner(Tracer):
             differentiable = [t for t in tensors_in(output) if t.requires_grad]
             for tensor, axis in zip(differentiable, self._axes[before]):
                 if axis is not None:
-                    tensor.data.masked_fill_(axis.spread(self._inside, tensor.shape), torch.nan)
+                    _fill(tensor, axis.spread(self._inside, tensor.shape))
+
+
+def _fill(tensor: Tensor, where: Tensor) -> None:
+    """NaN into a tensor of this pass: not a write that is undone after it."""
+    with torch._C.DisableTorchFunction():
+        tensor.data.masked_fill_(where, torch.nan)
 
 
 def poisoned_losses(
@@ -65,7 +71,7 @@ def poisoned_losses(
     inside: Tensor,
 ) -> Tensor:
     """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
-    with PassState(model).replayed():
+    with PassState(model, loss_fn).replayed():
         constants = [t for t in (*model.buffers(), *model.parameters()) if not t.requires_grad]
         with _Poisoner(trainable.values(), constants, axes, inside):
-            return evaluate_losses(model, batch, loss_fn, "batch").detach()
+            return evaluate_losses(model, batch, loss_fn, "batch").detach().clone()

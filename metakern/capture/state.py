@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from metakern.capture.attributes import Attributes
-from metakern.capture.parameter_writes import unchanged_parameters
 from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.surroundings import Surroundings
+from metakern.capture.writes import nothing_written
 
 
 class _Buffer(NamedTuple):
@@ -57,21 +58,24 @@ class Buffers:
 class PassState:
     """What a forward pass starts from: the same pass can be run once more from it, and that run does not count."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Any = None) -> None:
         self._model, self._buffers, self._attributes = model, Buffers(model), Attributes(model)
-        self._random = random_state()
+        self._loss_fn, self._surroundings, self._random = loss_fn, Surroundings(model, loss_fn), random_state()
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside the block all is as it was then, random numbers included; afterwards as it was before the block."""
         now, after = Attributes(self._model), random_state()
+        around = Surroundings(self._model, self._loss_fn)
         self._attributes.restore()
+        self._surroundings.restore()
         restore_random_state(self._random)
         try:
-            with self._buffers.replayed(), unchanged_parameters(self._model):
+            with self._buffers.replayed(), nothing_written(self._model):
                 yield
         finally:
             now.restore()
+            around.restore()
             restore_random_state(after)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
 
 from torch import nn
 
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Start
+from metakern.capture.surroundings import Surroundings
 from metakern.engines import double_backward, ghost, jvp
 from metakern.engines.problem import Answer, Problem
 
@@ -16,6 +19,9 @@ ENGINES: dict[str, Callable[[Problem], Answer]] = {
     "jvp": jvp.solve,
     "double_backward": double_backward.solve,
 }
+
+_SERVED: WeakSet[nn.Module] = WeakSet()
+"""Models whose last step was ghost's: it will most likely serve the next one, and no way back need be kept."""
 
 
 def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
@@ -32,7 +38,8 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
     if normalises_over_batch(problem.model):
         return jvp.solve(problem), "jvp"
     try:
-        return ghost.solve(problem), "ghost"
+        with ghost_first(problem):
+            return ghost.solve(problem), "ghost"
     except EngineUnavailable as refusal:
         start.restore()
         try:
@@ -42,6 +49,21 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
                 f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the price). "
                 f"ghost: {refusal}. jvp: {second}"
             ) from second
+
+
+@contextmanager
+def ghost_first(problem: Problem) -> Iterator[None]:
+    """Where ghost refuses, what it moved on outside the model goes back for the next engine."""
+    model = problem.model
+    around = None if model in _SERVED else Surroundings(model, problem.loss_fn)
+    try:
+        yield
+        _SERVED.add(model)
+    except EngineUnavailable:
+        _SERVED.discard(model)
+        if around is not None:
+            around.restore()
+        raise
 
 
 def normalises_over_batch(model: nn.Module) -> bool:

@@ -37,7 +37,7 @@ def solve(problem: Problem) -> Answer:
     Raises:
         EngineUnavailable: an operation of the model has no forward mode.
     """
-    start = PassState(problem.model)
+    start = PassState(problem.model, problem.loss_fn)
     # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
     with first_pass(problem) as products:
         losses = problem.batch_losses()

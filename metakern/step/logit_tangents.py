@@ -33,7 +33,7 @@ class LogitPass:
 
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
-        self._start = PassState(problem.model)
+        self._start = PassState(problem.model, problem.loss_fn)
         with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)

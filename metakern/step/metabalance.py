@@ -108,7 +108,7 @@ class _Inner:
 
     def __init__(self, problem: Problem, differentiable: bool) -> None:
         self._problem = problem
-        self._start = PassState(problem.model)
+        self._start = PassState(problem.model, problem.loss_fn)
         with ExitStack() as stack:
             if differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
