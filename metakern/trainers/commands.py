@@ -14,7 +14,7 @@ from metakern.methods import METHODS, find
 from metakern.methods.pages import page_of
 from metakern.trainers import train
 from metakern.trainers.audit_command import run_audit
-from metakern.trainers.compare import grid, run_missing
+from metakern.trainers.compare import chosen, grid, run_missing
 from metakern.trainers.config import add_options, from_options
 from metakern.trainers.demo import demo_config
 from metakern.trainers.episode_config import LEARNERS, EpisodeConfig
@@ -38,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=_train)
 
     many = commands.add_parser("compare", help="run methods x majority shares x seeds and write a leaderboard")
-    many.add_argument("--methods", type=_words, default=list(METHODS), metavar="A,B", help="default: all")
+    many.add_argument(
+        "--methods",
+        type=_words,
+        default=list(METHODS),
+        metavar="A,B",
+        help="default: all; noise or imbalance: those for it",
+    )
     many.add_argument("--majority", dest="majorities", type=_shares, default=[None], metavar="P,Q", help="shares")
     many.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="A-B", help="seeds, as 0-4 or 0,2,5")
     many.add_argument("--jobs", type=int, default=1, metavar="X", help="runs at a time (default: 1)")
@@ -129,8 +135,9 @@ def _summary(runs: Sequence[Run], step_times: dict[str, str] | None = None) -> s
 
 
 def _compare(options: argparse.Namespace) -> None:
-    base = from_options(options, method=options.methods[0], majority=options.majorities[0], seed=0)
-    configs = grid(base, options.methods, options.majorities, options.seeds)
+    methods = chosen(options.methods)
+    base = from_options(options, method=methods[0], majority=options.majorities[0], seed=0)
+    configs = grid(base, methods, options.majorities, options.seeds)
     cells = run_missing(options.out, configs, jobs=options.jobs)
     entries = leaderboard(cells)
     save(entries, options.out / "leaderboard.csv")

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metakern.data import Source
-from metakern.methods import find
+from metakern.methods import METHODS, find
 from metakern.methods.method import NotApplicable
 from metakern.methods.settings import parse, settings_for
 from metakern.trainers.config import TrainConfig
@@ -30,6 +30,22 @@ class Cell:
     config: TrainConfig
     folder: Path
     result: dict[str, Any] | None
+
+
+def chosen(words: Sequence[str]) -> list[str]:
+    """The methods that `words` name, each once; "noise" and "imbalance" stand for all that are for it, or for neither.
+
+    Raises: ValueError for a word that is neither of them nor a method, and without words.
+    """
+    names: list[str] = []
+    for word in words:
+        if word in ("noise", "imbalance"):
+            names += [method.name for method in METHODS.values() if method.handles in (word, "both", "none")]
+        else:
+            names.append(find(word).name)
+    if not names:
+        raise ValueError("--methods names no method")
+    return list(dict.fromkeys(names))
 
 
 def grid(

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from metakern.methods import METHODS
 from metakern.trainers import compare, loop
-from metakern.trainers.compare import Cell, cell, grid, run_missing
+from metakern.trainers.compare import Cell, cell, chosen, grid, run_missing
 from metakern.trainers.leaderboard import as_text, leaderboard, save
 from metakern.trainers.loop import train
 from metakern.trainers.report import write_comparison
@@ -43,6 +44,20 @@ def test_interrupted_comparison_gives_the_same_table(quick, tmp_path):
     assert [repr(table) for table in tables] == [repr(tables[0])] * 2
     first = (tmp_path / "parts" / "cells" / configs[0].data).parent
     assert len(list(first.iterdir())) == 4
+
+
+def test_methods_by_what_they_are_for():
+    noise, imbalance = chosen(["noise"]), chosen(["imbalance"])
+    assert {"uniform", "l2rw", "mw-net", "reed-hard"} <= set(noise)
+    assert {"uniform", "l2rw", "mw-net-imbalance", "smote"} <= set(imbalance)
+    assert not {"smote", "mw-net-imbalance"} & set(noise)
+    assert chosen(["noise", "imbalance", "uniform"]) == list(dict.fromkeys(noise + imbalance))
+    assert {*noise, *imbalance} == set(METHODS)
+    assert chosen(["smote", "metabalance-smote-undersample"]) == ["smote", "metabalance-smote-undersample"]
+    with pytest.raises(ValueError, match="unknown method 'nois'"):
+        chosen(["nois"])
+    with pytest.raises(ValueError, match="--methods names no method"):
+        chosen([])
 
 
 def test_killed_in_the_middle_of_a_run_gives_the_same_table(quick, tmp_path, monkeypatch):
