@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _direction(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
     return ((A @ V.T) * B).sum((1, 2))
 
 
-def _embedding(indices: Tensor, V: Tensor, B: Tensor, padding_idx: int) -> Tensor:
+def _embedding(indices: Tensor, V: Tensor, B: Tensor) -> Tensor:
     return (F.embedding(indices, V) * B).sum((1, 2))
 
 
@@ -55,8 +56,9 @@ def _row(X: Tensor, Y: Tensor) -> Tensor:
     return (X * Y).sum(1)
 
 
-def _weighted(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
-    return (B * w.to(B.dtype).view(-1, 1, 1)).flatten(0, 1).T @ A.flatten(0, 1)
+def _weighted(A: Tensor, B: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    scaled = (B * w.to(B.dtype).view(-1, 1, 1)).flatten(0, 1)
+    return scaled.T @ A.flatten(0, 1), scaled.sum(0)
 
 
 def _normals(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], Arguments]:
@@ -87,7 +89,6 @@ OPERATORS = [
             labels(64, 64, classes=1000, seed=1),
             normal(1000, 256, seed=2, dtype=dtype),
             normal(64, 64, 256, seed=3, dtype=dtype),
-            -1,
         ),
     ),
     OperatorCase(
@@ -101,7 +102,7 @@ OPERATORS = [
     OperatorCase(
         "weighted_grad",
         "n=64 t=64 i=256 o=1024 kept=0.4",
-        ops.weighted_grad,
+        partial(ops.weighted_grad, bias=True),
         _weighted,
         lambda dtype: (*_normals((64, 64, 256), (64, 64, 1024))(dtype), _mostly_zero(64)),
     ),

@@ -143,6 +143,22 @@ def test_meta_steps_and_operators_are_checked() -> None:
     run(["-c", ONE_OF_EACH])
 
 
+OPERATORS = """
+import torch
+from benchmarks.operators import OPERATORS, judge, ways
+
+torch.set_num_threads(1)
+for operator in OPERATORS:
+    shares, made = judge(operator), ways(operator)
+    for way in ("composition", "metakern"):
+        assert shares(made[way]()()).green, (operator.name, way)
+"""
+
+
+def test_every_operator_agrees_with_its_composition() -> None:
+    run(["-c", OPERATORS])
+
+
 FLOPS = """
 from dataclasses import replace
 import torch
