@@ -28,24 +28,31 @@ _ARGUMENTS = dict.fromkeys(_PRODUCTS, ("input", "weight", "bias")) | {
 _BATCH_STATISTICS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 SAMPLED = 67
-"""One number in so many of a large input is compared with that of the first pass; every example's loss is anyway."""
+"""One number in so many of a large operand is compared with that of the first pass; every example's loss is anyway."""
 LARGE = 1 << 14
 
 
 class _Call(NamedTuple):
     function: Callable[..., Tensor]
-    input: Tensor
+    operands: tuple[Tensor | None, ...]  # input, weight, bias
     known: tuple[Tensor, ...]  # a product's output; of a batch normalisation mean and 1 / deviation of each channel
     versions: tuple[int, ...]
 
     @property
     def usable(self) -> bool:
         """Something is known, and nothing was written into it since."""
-        return bool(self.known) and self.versions == _versions(self.input, *self.known)
+        return bool(self.known) and self.versions == _versions(*self.operands, *self.known)
+
+    def met_again(self, function: Callable[..., Tensor], operands: tuple[Any, ...]) -> bool:
+        """Is it the same call, as far as kinds, shapes and dtypes tell?"""
+        return function is self.function and all(
+            one is other if one is None or other is None else one.shape == other.shape and one.dtype == other.dtype
+            for one, other in zip(self.operands, operands, strict=True)
+        )
 
 
-def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors)
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors if tensor is not None)
 
 
 class Products(TorchFunctionMode):
@@ -60,15 +67,16 @@ class Products(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in _ARGUMENTS:
-            x = args[0] if args else (kwargs or {})["input"]
-            if _is_noted(x):
-                x, known = x.detach(), (output.detach(),) if func in _PRODUCTS else _statistics(output)
-                self.found.append(_Call(func, x, known, _versions(x, *known)))
+            operands = _operands(func, args, kwargs or {})
+            if _is_noted(operands[0]):
+                operands = tuple(None if t is None else t.detach() for t in operands)
+                known = (output.detach(),) if func in _PRODUCTS else _statistics(output)
+                self.found.append(_Call(func, operands, known, _versions(*operands, *known)))
         return output
 
 
 class ReusedProducts(TorchFunctionMode):
-    """While active, a pass takes the values of those calls from the first pass, where their inputs are the same."""
+    """While active, a pass takes the values of those calls from the first pass, where their operands are the same."""
 
     def __init__(self, products: Products) -> None:
         super().__init__()
@@ -76,7 +84,7 @@ class ReusedProducts(TorchFunctionMode):
         self._agreed: list[Tensor] = []
 
     def agreed(self) -> bool:
-        """Were all inputs those of the first pass?"""
+        """Were all operands those of the first pass?"""
         return not self._agreed or bool(torch.stack(self._agreed).all())
 
     def __torch_function__(
@@ -85,23 +93,24 @@ class ReusedProducts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _ARGUMENTS:
             return func(*args, **kwargs)
-        given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
-        first = next(self._left, None) if _is_noted(given["input"]) else None
+        operands = _operands(func, args, kwargs)
+        first = next(self._left, None) if _is_noted(operands[0]) else None
         if first is None:
             return func(*args, **kwargs)
-        x, w, b = (_dual(given.get(name)) for name in ("input", "weight", "bias"))
-        if func is not first.function or x.primal.shape != first.input.shape:
+        x, w, b = (_dual(operand) for operand in operands)
+        if not first.met_again(func, (x.primal, w.primal, b.primal)):
             self._left = iter(())  # another sequence of calls
             return func(*args, **kwargs)
-        if not first.usable or x.primal.dtype != first.input.dtype or (x.tangent is None and w.tangent is None):
+        if not first.usable or (x.tangent is None and w.tangent is None):
             return func(*args, **kwargs)
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False), torch._C.DisableTorchFunction():
-            self._agreed.append(agree(_sample(x.primal), _sample(first.input)).all())
+            self._agreed += _agreements(first.operands, (x.primal, w.primal, b.primal))
             if func in _PRODUCTS:
                 settings = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS[func]}
                 output = first.known[0]
                 tangent = _product(func, x, w, b, args[len(_ARGUMENTS[func]) :], settings)
             else:
+                given = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
                 output = func(**(given | {"input": x.primal, "weight": w.primal, "bias": b.primal}))
                 tangent = _normalised(x, w, b, first.known, given.get("eps", 1e-5))
         return forward_ad.make_dual(output, tangent.to(output.dtype))
@@ -164,6 +173,25 @@ def _is_noted(tensor: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     )
+
+
+def _operands(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Input, weight and bias."""
+    given = dict(zip(_ARGUMENTS[function], args, strict=False)) | kwargs
+    return given["input"], given.get("weight"), given.get("bias")
+
+
+def _agreements(first: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Per operand that is not the very same memory, whether its numbers are the same, [] of bool."""
+    return [
+        agree(_sample(one), _sample(other)).all()
+        for one, other in zip(again, first, strict=True)
+        if one is not None and other is not None and _place(one) != _place(other)
+    ]
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
 
 
 def _sample(tensor: Tensor) -> Tensor:

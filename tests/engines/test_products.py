@@ -107,12 +107,14 @@ class Between(nn.Module):
         return self.second(self.function(self.first, self.norm(x)))
 
 
-def test_products_of_other_inputs_are_not_taken() -> None:
+@pytest.mark.parametrize("of", ["input", "weight", "bias"])
+def test_products_of_other_operands_are_not_taken(of: str) -> None:
     """With the products of the first pass the losses would be those of the first pass, whatever was between."""
     calls = itertools.count(1)
 
     def between(layer: nn.Module, x: Tensor) -> Tensor:
-        return layer(x * next(calls))
+        operands = {"input": x, "weight": layer.weight, "bias": layer.bias}
+        return F.linear(**(operands | {of: operands[of] * next(calls)}))
 
     model = Between(between)
     before = Snapshot.of(model)
