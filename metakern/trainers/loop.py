@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from metakern.data import Examples, Task
 from metakern.methods import Method, Setting, find
-from metakern.methods.method import Batch, Explained, Fit, Prepared, Stateful
+from metakern.methods.method import Batch, Explained, Fit, NotApplicable, Prepared, Stateful
 from metakern.trainers.batches import make_batches, make_setup
 from metakern.trainers.checkpoint import (
     drop_checkpoint,
@@ -174,6 +174,8 @@ class _Loop:
             with self._precision():
                 outcome = self.take(self.model, batch, meta_batch, optimizer=self.optimizer, setting=setting)
             require_finite(outcome)
+        except NotApplicable:
+            raise
         except Exception as error:
             path = save_failure(self.folder, error, self.step + 1, rows, batch, meta_batch, self.model)
             if isinstance(error, ValueError):
