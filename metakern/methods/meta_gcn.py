@@ -1,11 +1,12 @@
 """Meta-GCN: learning to reweight the training nodes of a graph by a small balanced graph of validation nodes.
 
 As a composition: the meta pass on the induced sub-graph -> dots of the node losses by forward mode -> clip and
-normalise -> weighted gradient -> step. All of it is `metakern.l2rw_step`.
+normalise -> weighted gradient -> step. All of it is `metakern.reweight_step`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import metakern
 from metakern.data import NodeTask
 from metakern.data.sampling import class_balanced
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup, Step
+from metakern.methods.weight_net_step import virtual_rule
+from metakern.step.direction import preconditioned
 
 
 def node_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -24,42 +27,67 @@ def node_losses(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(nodes, induced), targets, reduction="none")
 
 
-def step(
-    model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
-) -> Outcome:
-    """w_n = max(<grad l_n, grad L_meta>, 0) / (sum + [sum == 0]), L_meta on the sub-graph of the meta nodes.
+@dataclass(frozen=True)
+class NodeSettings:
+    """The defaults are the paper's.
 
-    Source: Mohammadizadeh et al., "Meta-GCN", 2024, algorithm 1.
+    induced: the meta nodes are a graph of their own; if not, their neighbours in the whole graph count too.
+    preconditioned: the dots run along the step of the run's optimizer, as in the notebook, whose optimizer is Adam.
     """
-    result = metakern.l2rw_step(
-        model,
-        (*batch, False),
-        (*meta_batch, True),
-        loss_fn=node_losses,
-        optimizer=optimizer,
-        # Nodes with neighbours in common interact: "auto" would find that out by a proof, and take forward mode.
-        engine="jvp" if setting.engine == "auto" else setting.engine,
-    )
-    return Outcome(result.weights, result.losses, result.meta_loss)
+
+    induced: bool = True
+    preconditioned: bool = False
 
 
-def begin(setup: Setup) -> Step:
-    """Raises: NotApplicable for a task that is no graph."""
-    if not isinstance(setup.task, NodeTask):
-        raise NotApplicable(
-            f"meta-gcn trains on the nodes of a graph, as in --data cora; for {setup.task.name} take l2rw"
+def node_step(settings: NodeSettings) -> Step:
+    """The step of Meta-GCN; it keeps nothing between calls."""
+
+    def step(
+        model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
+    ) -> Outcome:
+        """w_n = max(<grad l_n, grad L_meta>, 0) / (sum + [sum == 0]), L_meta on the sub-graph of the meta nodes.
+
+        Source: Mohammadizadeh et al., "Meta-GCN", 2024, algorithm 1.
+        """
+        result = metakern.reweight_step(
+            model,
+            (*batch, False),
+            (*meta_batch, settings.induced),
+            direction=preconditioned(model, optimizer, virtual_rule(optimizer)) if settings.preconditioned else None,
+            loss_fn=node_losses,
+            optimizer=optimizer,
+            # Nodes with neighbours in common interact: "auto" would find that out by a proof, and take forward mode.
+            engine="jvp" if setting.engine == "auto" else setting.engine,
         )
+        return Outcome(result.weights, result.losses, result.meta_loss)
+
     return step
 
 
-META_GCN = Method(
-    "meta-gcn",
-    "l2rw for the nodes of a graph, whose meta nodes are a graph of their own",
-    "Mohammadizadeh et al., 2024",
-    begin,
-    steps=1000,
-    batch_size=200,
-    needs_meta=True,
-    meta_batch_size=70,
-    meta_sampler=class_balanced,
-)
+def meta_gcn(settings: NodeSettings) -> Method:
+    """Meta-GCN with the given settings."""
+
+    def begin(setup: Setup) -> Step:
+        """Raises: NotApplicable for a task that is no graph."""
+        if not isinstance(setup.task, NodeTask):
+            raise NotApplicable(
+                f"meta-gcn trains on the nodes of a graph, as in --data cora; for {setup.task.name} take l2rw"
+            )
+        return node_step(settings)
+
+    return Method(
+        "meta-gcn",
+        "l2rw for the nodes of a graph, whose meta nodes are a graph of their own",
+        "Mohammadizadeh et al., 2024",
+        begin,
+        steps=1000,
+        batch_size=200,
+        needs_meta=True,
+        meta_batch_size=70,
+        meta_sampler=class_balanced,
+        settings=settings,
+        rebuilt=meta_gcn,
+    )
+
+
+META_GCN = meta_gcn(NodeSettings())

@@ -1,12 +1,14 @@
 """Meta-GCN: one weight per node, against double differentiation through the virtual step."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from metakern.methods import Setting, find
-from metakern.methods.meta_gcn import step
+from metakern.methods.meta_gcn import NodeSettings, node_step
 from metakern.testing import budget, oracle
 
 
@@ -50,6 +52,7 @@ def test_weights_of_a_step(model):
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     setting = Setting(torch.tensor([2, 3]), torch.Generator())
+    step = node_step(NodeSettings())
     outcome = step(model, (nodes, targets), (meta_nodes, meta_targets), optimizer=optimizer, setting=setting)
     expected = oracle.clip_normalise(dots)
     assert 0 < int((expected > 0).sum()) < 5, "a case with both kinds of weights"
@@ -61,3 +64,20 @@ def test_weights_of_a_step(model):
 def test_other_data_are_refused(setup):
     with pytest.raises(ValueError, match=r"meta-gcn trains on the nodes of a graph.*take l2rw"):
         find("meta-gcn").begin(setup(nn.Linear(6, 2)))
+
+
+def test_the_notebooks_direction_and_the_whole_graph(model):
+    batch = torch.tensor([0, 1, 2, 5]), torch.tensor([0, 1, 0, 1])
+    meta_batch = torch.tensor([3, 4, 8]), torch.tensor([0, 1, 0])
+    setting = Setting(torch.tensor([2, 2]), torch.Generator())
+    found = []
+    for settings in (NodeSettings(), NodeSettings(preconditioned=True), NodeSettings(induced=False)):
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(own.parameters(), 0.01)
+        step = node_step(settings)
+        found.append([step(own, batch, meta_batch, optimizer=optimizer, setting=setting) for _ in range(3)])
+    plain, notebook, whole = found
+    # Adam's moments are empty at first: its direction is then that of the gradient.
+    budget.assert_within(notebook[0].weights, plain[0].weights, 1.0, terms=1000)
+    assert not torch.allclose(notebook[2].weights, plain[2].weights)
+    assert whole[0].meta_loss != plain[0].meta_loss

@@ -91,8 +91,7 @@ def test_params_restrict_the_inner_step(hessian: str) -> None:
         close(p.grad, found[key], key, 1.0 if hessian == "double_backward" else 1e5)
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch-norm"])
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("name", "order"), [*((name, 2) for name in MODELS), ("mlp", 1), ("batch-norm", 1)])
 def test_fifty_steps_over_two_pairs(name: str, order: int) -> None:
     """Gradients of two pairs of batches are averaged before each step of the optimizer."""
     model, *_ = make(name)

@@ -165,7 +165,7 @@ def test_k_steps(name: str) -> None:
     compare(name, steps=7, every=3, virtual="momentum", fused=True)
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch-norm"])
+@pytest.mark.parametrize("name", MODELS)
 def test_fifty_steps(name: str) -> None:
     compare(name, steps=50, virtual="momentum", fused=True, skip=True)
     compare(name, steps=50, skip=True)

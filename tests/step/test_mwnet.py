@@ -159,8 +159,13 @@ def test_virtual_optimizers(name: str, kind: str) -> None:
     trajectory(name, kind, steps=3)
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch-norm"])
-@pytest.mark.parametrize("kind", ["sgd", "nesterov", "adam"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "sgd") for name in MODELS),
+        *((name, kind) for name in ("mlp", "batch-norm") for kind in ("nesterov", "adam")),
+    ],
+)
 def test_fifty_steps(name: str, kind: str) -> None:
     trajectory(name, kind, steps=50, detach_losses=False)
 
