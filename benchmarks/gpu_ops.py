@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import ops
+from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.select import OPERATORS
 from metakern.testing.budget import unit, verdict
 
@@ -77,6 +78,11 @@ def matrices(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor
     )
 
 
+def eight_bits(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    A, V, B = matrices(s, torch.bfloat16, device)
+    return A.to(dtype), V.to(dtype), B
+
+
 def with_half_kept(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     A, _, B = matrices(s, dtype, device)
     return A, B, (torch.arange(s["n"], device=device) % 2).float()
@@ -106,6 +112,10 @@ def _two_rows(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tenso
 
 def _multiply_and_sum(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
     return ((A.flatten(0, 1) @ V.t()).view_as(B) * B).sum((1, 2))
+
+
+def _in_bfloat16(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
+    return _multiply_and_sum(A.to(B.dtype), V.to(B.dtype), B)
 
 
 def _full_product(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
@@ -142,6 +152,10 @@ def op_cases(small: bool) -> Iterator[OpCase]:
                 "matrix >= 0.75, speedup >= 1.25" if dtype is bf16 else "",
             )
         yield OpCase(
+            *("direction_dots", sizes, EIGHT_BITS, eight_bits, "to bfloat16, matmul, multiply, sum", _in_bfloat16),
+            sizes["t"] * width * width,
+        )
+        yield OpCase(
             *("weighted_grad", sizes, bf16, with_half_kept, "matmul over all rows", _full_product),
             sizes["n"] * sizes["t"],
             "speedup >= 1.6",
@@ -155,7 +169,7 @@ def op_cases(small: bool) -> Iterator[OpCase]:
     yield OpCase(
         "pair_dots", pairs, bf16, paired_matrices, "two matmuls, multiply, sum", _grams, pairs["s"] * pairs["i"]
     )
-    tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=50000, o=1024)
+    tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=250000, o=1024)
     norm = dict(n=4, t=8, i=24) if small else dict(n=128, t=512, i=1024)
     wide = dict(n=2, t=8, i=40) if small else dict(n=16, t=1024, i=4096)
     rows = dict(n=4, k=100) if small else dict(n=16384, k=4096)
@@ -186,15 +200,19 @@ def bytes_of(case: OpCase, arguments: tuple[Any, ...], outputs: tuple[Tensor, ..
 
 
 def microseconds(call: Callable[[], Any], device: str, rounds: int = ROUNDS) -> list[float]:
-    """Sorted times of single calls, on a GPU each with a cache that holds none of its operands."""
+    """Sorted times of single calls, on a GPU each with a cache that holds none of its operands.
+
+    What empties the cache reads, since lines that were written would be on their way to memory while the call runs; and
+    it takes longer than the host needs to issue a call, so that the device never waits for the host.
+    """
     for _ in range(3):
         call()
     if device == "cpu":
         return sorted(_elapsed(call) for _ in range(rounds))
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    flush = torch.ones(2**28, device=device)
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in marks:
-        flush.zero_()
+        flush.sum()
         start.record()
         call()
         end.record()
@@ -211,7 +229,7 @@ def _elapsed(call: Callable[[], Any]) -> float:
 @cache
 def copy_ceiling(device: str) -> float:
     """Gigabytes a second, read and written, of a large copy."""
-    source = torch.zeros(2**18 if device == "cpu" else 2**30, dtype=torch.int8, device=device)
+    source = _normal(2**16 if device == "cpu" else 2**28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(microseconds(lambda: target.copy_(source), device)) / 1e3
 
@@ -221,35 +239,72 @@ def matrix_ceiling(dtype: torch.dtype, device: str) -> float:
     """10^12 operations a second of a large product of the library, as PyTorch is set."""
     width = 64 if device == "cpu" else 8192
     a, b = (_normal(width, width, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
-    return 2 * width**3 / statistics.median(microseconds(lambda: a @ b, device)) / 1e6
+    if dtype is EIGHT_BITS:
+        scale = torch.ones((), device=device)
+        times = microseconds(lambda: torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16), device)
+    else:
+        times = microseconds(lambda: a @ b, device)
+    return 2 * width**3 / statistics.median(times) / 1e6
 
 
-def measure_op(case: OpCase, device: str) -> list[OpRow]:
-    """A row for every implementation that supports the case."""
+def measure_op(case: OpCase, device: str) -> Iterator[OpRow]:
+    """A row for every implementation: its figures, or why there are none."""
     operator = OPERATORS[case.operator]
     arguments = case.arguments(case.sizes, case.dtype, device)
-    public = getattr(ops, case.operator)
-    sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-    blank = OpRow(case.operator, sizes, str(case.dtype).removeprefix("torch."), "", "measured", target=case.target)
+    blank = row_of(case, "measured")
     truth, scale = _truth(case, arguments)
     with torch.no_grad():
         base = statistics.median(microseconds(lambda: case.compose(*arguments), device))
-        rows = []
         for impl, reason in operator.reasons(*arguments).items():
+            row = replace(blank, impl=impl)
             if reason is not None:
-                rows.append(replace(blank, impl=impl, status=f"not measured: {reason}"))
+                yield replace(row, status=f"not measured: {reason}")
                 continue
-            outputs = _parts(public(*arguments, impl=impl))
-            used = max(
-                verdict(impl, got, want, unit(case.dtype, case.terms) * size).share
-                for got, want, size in zip(outputs, truth, scale, strict=True)
-            )
-            if not used <= 1:
-                rows.append(replace(blank, impl=impl, status="not measured: over the error budget", budget_used=used))
-                continue
-            times = microseconds(lambda impl=impl: public(*arguments, impl=impl), device)
-            rows.append(_figures(case, replace(blank, impl=impl, budget_used=used), times, base, arguments, outputs))
-    return rows
+            try:
+                yield _measured(case, row, base, arguments, truth, scale)
+            except Exception as error:  # a compiler's errors have no base class of their own
+                yield replace(row, status=f"not measured: {described(error)}")
+                if broken(device):  # whatever follows in this process would fail as well
+                    raise
+
+
+def row_of(case: OpCase, status: str) -> OpRow:
+    """A row of the case without figures."""
+    sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
+    return OpRow(case.operator, sizes, str(case.dtype).removeprefix("torch."), "", status, target=case.target)
+
+
+def described(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def broken(device: str) -> bool:
+    """Whether the GPU takes no more work from this process, as after an access outside of its memory."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _measured(
+    case: OpCase, row: OpRow, base: float, arguments: tuple[Any, ...], truth: tuple[Tensor, ...],
+    scale: tuple[Tensor, ...],
+) -> OpRow:  # fmt: skip
+    public = getattr(ops, case.operator)
+    outputs = _parts(public(*arguments, impl=row.impl))
+    precise = torch.bfloat16 if case.dtype is EIGHT_BITS else case.dtype  # that of B
+    used = max(
+        verdict(row.impl, got, want, unit(precise, case.terms) * size).share
+        for got, want, size in zip(outputs, truth, scale, strict=True)
+    )
+    row = replace(row, budget_used=used)
+    if not used <= 1:
+        return replace(row, status="not measured: over the error budget")
+    times = microseconds(lambda: public(*arguments, impl=row.impl), outputs[0].device.type)
+    return _figures(case, row, times, base, arguments, outputs)
 
 
 def _figures(
@@ -294,27 +349,6 @@ def _truth(case: OpCase, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...]
 
 def _parts(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def measure_ops(device: str, minutes: float, only: str = "") -> list[OpRow]:
-    """All cases that the time allows; one that fails or comes too late gets a row that says so."""
-    deadline = time.perf_counter() + 60 * minutes
-    rows: list[OpRow] = []
-    for case in op_cases(small=device == "cpu"):
-        if only not in case.operator:
-            continue
-        sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-        missing = OpRow(case.operator, sizes, str(case.dtype).removeprefix("torch."), "all", "", target=case.target)
-        if time.perf_counter() > deadline:
-            rows.append(replace(missing, status="not measured: out of time"))
-            continue
-        try:
-            found = measure_op(case, device)
-        except RuntimeError as error:
-            found = [replace(missing, status=f"not measured: {str(error).splitlines()[0][:160]}")]
-        rows += found
-        print("\n".join(map(line, found)), flush=True)
-    return rows
 
 
 def line(row: OpRow) -> str:

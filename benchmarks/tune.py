@@ -6,8 +6,10 @@ of device in metakern/ops/tiles.json. `pytest -m compiled tests/ops` then checks
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from itertools import product
 
@@ -24,35 +26,63 @@ DTYPES = {1: EIGHT_BITS, 2: torch.bfloat16, 4: torch.float32}
 ARGUMENTS = {"direction_dots": matrices, "pair_dots": paired_matrices, "weighted_grad": with_half_kept}
 
 
-def candidates(element_size: int) -> list[tiles.Tile]:
-    """Blocks that tensor cores can fill; deeper ones for narrower elements."""
-    depths = {1: (64, 128), 2: (32, 64), 4: (32,)}[element_size]
-    sides = (32, 64, 128, 256) if element_size < 4 else (32, 64, 128)
+BLOCKS = {
+    "large": ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)),
+    "small": ((64, 32), (64, 64), (128, 32), (64, 128)),
+}
+DEPTHS = {1: 128, 2: 64, 4: 32}
+MINUTES = 7.0
+WRONG = 0.05
+"""Distance from the reference, as a share of its length, that no rounding explains."""
+
+
+def candidates(element_size: int, shapes: str) -> list[tiles.Tile]:
+    """Blocks that tensor cores can fill, deeper ones for narrower elements: few enough to compile while one waits."""
     return [
-        tiles.Tile(m, n, k, warps, stages)
-        for m, n, k, warps, stages in product(sides[1:], sides, depths, (4, 8), (3, 4))
-        if 64 * 32 <= m * n <= 128 * 256 and (warps == 8) == (m * n >= 128 * 128)
+        tiles.Tile(m, n, DEPTHS[element_size], 8 if m * n >= 128 * 128 else 4, stages)
+        for (m, n), stages in product(BLOCKS[shapes], (3, 4))
     ]
 
 
 def fastest(
-    operator: str, element_size: int, shapes: str, choices: list[tiles.Tile], device: str = "cuda"
-) -> tuple[tiles.Tile, float]:
-    """The best candidate and its median in microseconds; one that does not fit the chip is passed over."""
+    operator: str,
+    element_size: int,
+    shapes: str,
+    choices: list[tiles.Tile],
+    device: str = "cuda",
+    deadline: float = math.inf,
+) -> tuple[tiles.Tile, float] | None:
+    """The best candidate and its median in microseconds; one that is wrong or does not fit the chip is passed over.
+
+    None if there is none, or no time.
+    """
     like = ARGUMENTS[operator](SHAPES[shapes], DTYPES[max(2, element_size)], device)
     arguments = tuple(x.to(EIGHT_BITS) for x in like[:2]) + like[2:] if element_size == 1 else like
     public: Callable[..., object] = getattr(ops, operator)
+    want = _first(public(*arguments, impl="reference"))
     found: list[tuple[float, tiles.Tile]] = []
     for tile in choices:
+        if time.perf_counter() > deadline:
+            print(f"{operator} {element_size} {shapes} {tile}: out of time", file=sys.stderr)
+            continue
         with tiles.instead(tile):
             try:
+                got = _first(public(*arguments, impl="triton"))
+                if not (got - want).norm() <= WRONG * want.norm():
+                    raise ArithmeticError("not the reference's result")
                 times = microseconds(lambda: public(*arguments, impl="triton"), device, rounds=10)
             except Exception as error:  # Triton has no base class of its own for what the chip refuses
                 print(f"{operator} {element_size} {shapes} {tile}: {type(error).__name__}", file=sys.stderr)
                 continue
         found.append((statistics.median(times), tile))
+    if not found:
+        return None
     best, tile = min(found)
     return tile, best
+
+
+def _first(result: object) -> torch.Tensor:
+    return (result[0] if isinstance(result, tuple) else result).double()  # pyright: ignore
 
 
 def written(table: dict[str, dict[str, dict[str, dict[str, dict[str, object]]]]]) -> str:
@@ -67,21 +97,28 @@ def written(table: dict[str, dict[str, dict[str, dict[str, dict[str, object]]]]]
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    deadline = time.perf_counter() + 60 * parser.parse_args().minutes
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune measures on a GPU, and there is none here")
-    table = {name: dict(operators) for name, operators in tiles.table().items()}
-    kind = tiles.kind_of(torch.device("cuda"))
-    entries: dict[str, dict[str, dict[str, dict[str, object]]]] = {}
+    measure(tiles.kind_of(torch.device("cuda"))[0], deadline)
+
+
+def measure(kind: str, deadline: float, device: str = "cuda") -> None:
+    """Fill the entry of this kind of device, operator by operator; what was not measured keeps the unmeasured tile."""
+    table = json.loads(tiles.PATH.read_text())
+    entries = table.setdefault(kind, {})
     for operator, sizes in table["any"].items():
-        entries[operator] = {}
         for size, classes in sizes.items():
-            entries[operator][size] = {}
+            own = entries.setdefault(operator, {}).setdefault(size, dict(classes))
             for shapes in classes:
-                tile, best = fastest(operator, int(size), shapes, candidates(int(size)))
-                print(f"{kind} {operator} {size} {shapes}: {tile}, {best:.1f} us", flush=True)
-                entries[operator][size][shapes] = {"tile": list(tile), "microseconds": round(best, 1)}
-    tiles.PATH.write_text(written({**table, kind: entries}))
+                found = fastest(operator, int(size), shapes, candidates(int(size), shapes), device, deadline)
+                if found is not None:
+                    tile, best = found
+                    print(f"{kind} {operator} {size} {shapes}: {tile}, {best:.1f} us", flush=True)
+                    own[shapes] = {"tile": list(tile), "microseconds": round(best, 1)}
+            tiles.PATH.write_text(written(table))
 
 
 if __name__ == "__main__":

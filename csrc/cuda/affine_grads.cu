@@ -3,8 +3,18 @@
 namespace metakern::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kPositions = 32;  // positions of an example that one block sums
+constexpr int kThreads = 256;     // of a block that shares a row
+constexpr int kWarps = 4;         // of a block whose warps have rows of their own
+constexpr int kWidest = 4096;     // elements of a row
+constexpr int64_t kBlocks = 512;  // blocks that fill a large chip a few times
+
+// Positions of an example that one block sums: more, so that fewer sums are written and read again, while blocks
+// remain.
+int64_t positions(int64_t n, int64_t t) {
+  int64_t length = 32;
+  while (length < 256 && n * ((t + 2 * length - 1) / (2 * length)) >= kBlocks) length *= 2;
+  return length;
+}
 
 template <typename T>
 struct Rows {
@@ -25,15 +35,18 @@ __device__ Sum row_sum(Sum value) {
 
 // A warp, or the block where rows are too wide for one, holds a row in registers: its statistics and its products come
 // from one reading. Every thread keeps the sums of its own columns; the warps' are added in order at the end.
+// Several blocks to a multiprocessor, so that some read while others add.
 template <typename T, int kWidth, int kPacks, bool kWholeBlock>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kWholeBlock ? kThreads : 32 * kWarps, sizeof(T) == 8 ? 1
+                                                                        : kWholeBlock  ? 2
+                                                                                       : 3)
     affine_grads_kernel(Rows<T> rows, accumulator_t<T>* __restrict__ scale, accumulator_t<T>* __restrict__ shift,
-                        accumulator_t<T> eps, bool centred, int64_t chunks) {
+                        accumulator_t<T> eps, bool centred, int64_t chunks, int64_t length) {
   using Sum = accumulator_t<T>;
   using Wide = Pack<T, kWidth>;
   constexpr int kGroup = kWholeBlock ? kThreads : 32;
-  const int64_t example = blockIdx.x / chunks, first = blockIdx.x % chunks * kPositions, width = rows.width;
-  const int64_t last = min(rows.t, first + kPositions);
+  const int64_t example = blockIdx.x / chunks, first = blockIdx.x % chunks * length, width = rows.width;
+  const int64_t last = min(rows.t, first + length);
   const int lane = threadIdx.x % kGroup, warp = threadIdx.x / kGroup, warps = blockDim.x / kGroup;
   Sum products[kPacks][kWidth] = {}, sums[kPacks][kWidth] = {};
   for (int64_t position = first + warp; position < last; position += warps) {
@@ -128,30 +141,34 @@ __global__ void add_columns_kernel(const Sum* __restrict__ partial, Sum* __restr
 
 template <typename T, int kWidth>
 cudaError_t launch(Rows<T> rows, accumulator_t<T>* scale, accumulator_t<T>* shift, int64_t n, double eps, bool centred,
-                   int64_t chunks, cudaStream_t stream) {
-  constexpr int kPacks = kWidth == 1 ? 16 : sizeof(T) == 8 ? 8 : 4;  // 4096 columns and more to a block
-  if (rows.width > int64_t{kThreads} * kWidth * kPacks) return cudaErrorInvalidValue;
+                   int64_t chunks, int64_t length, cudaStream_t stream) {
+  constexpr int kPacks = kWidth == 1 ? 16 : sizeof(T) == 8 ? 8 : 4;
+  constexpr int kBlockPacks = kWidest / (kThreads * kWidth);
+  if (rows.width > kWidest) return cudaErrorInvalidValue;
   const auto sum = static_cast<accumulator_t<T>>(eps);
   if (rows.width > 32 * kWidth * kPacks) {
-    affine_grads_kernel<T, kWidth, kPacks, true>
-        <<<n * chunks, kThreads, 0, stream>>>(rows, scale, shift, sum, centred, chunks);
+    affine_grads_kernel<T, kWidth, kBlockPacks, true>
+        <<<grid(n * chunks), kThreads, 0, stream>>>(rows, scale, shift, sum, centred, chunks, length);
   } else {
-    const int warps = static_cast<int>(rows.t < kThreads / 32 ? (rows.t > 0 ? rows.t : 1) : kThreads / 32);
+    const int warps = rows.t < kWarps ? (rows.t > 0 ? static_cast<int>(rows.t) : 1) : kWarps;
     affine_grads_kernel<T, kWidth, kPacks, false>
-        <<<n * chunks, 32 * warps, 0, stream>>>(rows, scale, shift, sum, centred, chunks);
+        <<<grid(n * chunks), 32 * warps, 0, stream>>>(rows, scale, shift, sum, centred, chunks, length);
   }
   return cudaGetLastError();
 }
 
 }  // namespace
 
-int64_t affine_grads_chunks(int64_t t) { return t > kPositions ? (t + kPositions - 1) / kPositions : 1; }
+int64_t affine_grads_chunks(int64_t n, int64_t t) {
+  const int64_t length = positions(n, t);
+  return t > length ? (t + length - 1) / length : 1;
+}
 
 cudaError_t affine_grads(Scalar dtype, const void* X, const void* B, void* workspace, void* scale, void* shift,
                          int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
                          int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, cudaStream_t stream) {
   if (n == 0 || width == 0) return cudaSuccess;
-  const int64_t chunks = affine_grads_chunks(t), columns = n * width;
+  const int64_t chunks = affine_grads_chunks(n, t), columns = n * width;
   return with_scalar(dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     using Sum = accumulator_t<T>;
@@ -167,12 +184,13 @@ cudaError_t affine_grads(Scalar dtype, const void* X, const void* B, void* works
                         : chunks == 1    ? static_cast<Sum*>(shift)
                                          : partial + columns * chunks;
     const auto run = wide ? launch<T, kWide> : launch<T, 1>;
-    const cudaError_t error = run(rows, scales, shifts, n, eps, centred, chunks, stream);
+    const cudaError_t error = run(rows, scales, shifts, n, eps, centred, chunks, positions(n, t), stream);
     if (error != cudaSuccess || chunks == 1) return error;
     const int64_t blocks = (columns + kThreads - 1) / kThreads;
-    add_columns_kernel<<<blocks, kThreads, 0, stream>>>(scales, static_cast<Sum*>(scale), columns, width, chunks);
+    add_columns_kernel<<<grid(blocks), kThreads, 0, stream>>>(scales, static_cast<Sum*>(scale), columns, width, chunks);
     if (shift != nullptr)
-      add_columns_kernel<<<blocks, kThreads, 0, stream>>>(shifts, static_cast<Sum*>(shift), columns, width, chunks);
+      add_columns_kernel<<<grid(blocks), kThreads, 0, stream>>>(shifts, static_cast<Sum*>(shift), columns, width,
+                                                                chunks);
     return cudaGetLastError();
   });
 }

@@ -55,8 +55,9 @@ cudaError_t embedding_dots(Scalar dtype, const int64_t* indices, const void* V, 
                       b_stride_n * sizeof(T) % 16 == 0;
     const auto kernel = wide ? embedding_dots_kernel<T, kWide> : embedding_dots_kernel<T, 1>;
     Sum* partial = static_cast<Sum*>(chunks == 1 ? out : workspace);
-    kernel<<<n * chunks, kThreads, 0, stream>>>(indices, static_cast<const T*>(V), static_cast<const T*>(B), partial, t,
-                                                width, rows, v_stride, b_stride_n, b_stride_t, padding, chunks);
+    kernel<<<grid(n * chunks), kThreads, 0, stream>>>(indices, static_cast<const T*>(V), static_cast<const T*>(B),
+                                                      partial, t, width, rows, v_stride, b_stride_n, b_stride_t,
+                                                      padding, chunks);
     if (chunks > 1) add_chunks(partial, static_cast<Sum*>(out), n, chunks, stream);
     return cudaGetLastError();
   });

@@ -27,8 +27,8 @@ cudaError_t embedding_dots(Scalar dtype, const int64_t* indices, const void* V, 
 
 // scale_ni = sum_t B_nti x^_nti and shift_ni = sum_t B_nti, x^ the normalised row of X: centred by its mean or not,
 // divided by sqrt(mean square + eps). Rows of at most 4096 adjacent elements; scale and shift are contiguous, shift may
-// be null; `workspace` holds 2 * n * width * affine_grads_chunks(t) sums where there are several chunks.
-int64_t affine_grads_chunks(int64_t t);
+// be null; `workspace` holds 2 * n * width * affine_grads_chunks(n, t) sums where there are several chunks.
+int64_t affine_grads_chunks(int64_t n, int64_t t);
 cudaError_t affine_grads(Scalar dtype, const void* X, const void* B, void* workspace, void* scale, void* shift,
                          int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
                          int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, cudaStream_t stream);

@@ -45,8 +45,8 @@ cudaError_t row_dots(Scalar dtype, const void* x, const void* y, void* workspace
     const bool wide = rows_aligned(x, x_stride * sizeof(T)) && rows_aligned(y, y_stride * sizeof(T));
     const auto kernel = wide ? row_dots_kernel<T, kWide> : row_dots_kernel<T, 1>;
     Sum* partial = static_cast<Sum*>(chunks == 1 ? out : workspace);
-    kernel<<<n * chunks, kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<const T*>(y), partial, k,
-                                                x_stride, y_stride, chunks);
+    kernel<<<grid(n * chunks), kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<const T*>(y), partial, k,
+                                                      x_stride, y_stride, chunks);
     if (chunks > 1) add_chunks(partial, static_cast<Sum*>(out), n, chunks, stream);
     return cudaGetLastError();
   });

@@ -28,7 +28,7 @@ static __global__ void add_chunks_kernel(const Sum* __restrict__ partial, Sum* _
 template <typename Sum>
 void add_chunks(const Sum* partial, Sum* out, int64_t n, int64_t chunks, cudaStream_t stream) {
   constexpr int kThreads = 256;
-  add_chunks_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, stream>>>(partial, out, n, chunks);
+  add_chunks_kernel<<<grid((n + kThreads - 1) / kThreads), kThreads, 0, stream>>>(partial, out, n, chunks);
 }
 
 }  // namespace metakern::cuda

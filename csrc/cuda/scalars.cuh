@@ -33,6 +33,9 @@ __device__ Sum block_sum(Sum value) {
   return value;
 }
 
+// Blocks of a grid; too many for one give none, which the launch refuses.
+inline unsigned grid(int64_t blocks) { return blocks > 0x7fffffff ? 0 : static_cast<unsigned>(blocks); }
+
 template <typename T>
 struct Type {
   using type = T;

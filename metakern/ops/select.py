@@ -74,7 +74,11 @@ class Operator:
             with torch.no_grad():
                 return self.run(*arguments, impl=impl)
         self.check(*arguments)
-        return self.choose(*arguments, impl=impl).run(*arguments)
+        chosen, device = self.choose(*arguments, impl=impl), arguments[0].device
+        if device.type != "cuda":
+            return chosen.run(*arguments)
+        with torch.cuda.device(device):  # kernels go to the current device, wherever the tensors are
+            return chosen.run(*arguments)
 
     def choose(self, *arguments: Any, impl: str | None = None) -> Implementation:
         """The implementation that would run.

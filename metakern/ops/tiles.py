@@ -2,8 +2,8 @@
 
 `tiles.json` has one entry per device ("sm90"), operator, bytes of an element and class of shapes, with the median time
 that earned it; `python -m benchmarks.tune` on a GPU measures the candidates and writes the device's entry. Devices
-without one use "any": sizes chosen by what the compiler says of them (registers, shared memory, tensor cores), and not
-measured.
+without one use "any", or "99 KiB" where a program may have no more shared memory than that: sizes chosen by what the
+compiler says of them (registers, shared memory, tensor cores), and not measured.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def table() -> dict[str, Any]:
 
 
 @cache
-def tiles(operator: str, element_size: int, device: str) -> dict[str, Tile]:
-    """Tile by class of shapes, "large" or "small", as measured on this kind of device, or as for any."""
+def tiles(operator: str, element_size: int, device: str, unmeasured: str = "any") -> dict[str, Tile]:
+    """Tile by class of shapes, "large" or "small", as measured on this kind of device, or those of `unmeasured`."""
     entries = {name: kinds.get(operator, {}).get(str(element_size)) for name, kinds in table().items()}
-    found = entries.get(device) or entries["any"]
+    found = entries.get(device) or entries[unmeasured]
     return {shapes: Tile(*entry["tile"]) for shapes, entry in found.items()}
 
 
@@ -66,12 +66,21 @@ def tile_for(operator: str, like: torch.Tensor, rows: int, columns: int) -> Tile
     """The tile for an output of this size: large ones where they are many enough to fill the chip."""
     if _instead:
         return _instead[-1]
-    known = tiles(operator, like.element_size(), kind_of(like.device))
+    known = tiles(operator, like.element_size(), *kind_of(like.device))
     large = known["large"]
     return known.get("small", large) if large.programs(rows, columns) < FEW else large
 
 
 @cache
-def kind_of(device: torch.device) -> str:
-    """ "sm90" and the like; "any" for what has no compute capability, as under the interpreter."""
-    return "any" if device.type != "cuda" else "sm{}{}".format(*torch.cuda.get_device_capability(device))
+def kind_of(device: torch.device) -> tuple[str, str]:
+    """ "sm90" and the like, and the entry that serves it unmeasured; what has no compute capability, as under the
+    interpreter, is "any"."""
+    if device.type != "cuda":
+        return "any", "any"
+    found = torch.cuda.get_device_properties(device)
+    roomy = found.shared_memory_per_block_optin >= ROOMY
+    return f"sm{found.major}{found.minor}", "any" if roomy else "99 KiB"
+
+
+ROOMY = 160 * 1024
+"""Bytes of shared memory that the tiles under "any" may take: chips for data centres have them, others have 99 KiB."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_ops, tune
+from benchmarks import gpu, gpu_ops, tune
 from metakern.ops import tiles
-from metakern.ops.select import OPERATORS
+from metakern.ops.select import OPERATORS, Implementation, always
 
 
 def test_every_operator_is_measured() -> None:
@@ -24,6 +26,47 @@ def test_every_operator_is_measured() -> None:
         assert all(row.bytes and row.flops and row.share_of_copy for row in rows.values() if row.microseconds)
 
 
+def test_a_kernel_that_fails_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise ArithmeticError("out of resources\nshared memory")
+
+    operator = OPERATORS["row_dots"]
+    table = (Implementation("triton", broken, always), *operator.table[1:])
+    monkeypatch.setattr(operator, "table", table)
+    case = next(case for case in gpu_ops.op_cases(small=True) if case.operator == "row_dots")
+    rows = {row.impl: row.status for row in gpu_ops.measure_op(case, "cpu")}
+    assert rows == {"triton": "not measured: ArithmeticError: out of resources", "reference": "measured"}
+
+
+def test_rows_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+
+    def failing(case: gpu_ops.OpCase, device: str, seconds: float) -> Iterator[gpu_ops.OpRow]:
+        yield gpu_ops.row_of(case, f"measured {len(kept)}")
+        raise KeyError("later")
+
+    cases = list(gpu_ops.op_cases(small=True))[:2]
+    monkeypatch.setattr(gpu, "work", lambda small, only: [("ops", case, failing) for case in cases])
+    monkeypatch.setattr(gpu._Keep, "__call__", lambda self, row: kept.append(row.status))
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    gpu.main()
+    failed = "not measured: KeyError: 'later'"
+    assert kept == ["measured 0", failed, "measured 2", failed]
+
+
+def test_what_breaks_the_process_is_left_to_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(program: str, command: list[str]) -> None:
+        raise SystemExit(" ".join(command[1:3] + command[5:]))
+
+    cases = list(gpu_ops.op_cases(small=True))[:3]
+    monkeypatch.setattr(gpu, "work", lambda small, only: [("ops", case, lambda *_: iter(())) for case in cases])
+    monkeypatch.setattr(gpu, "broken", lambda device: True)
+    monkeypatch.setattr("os.execv", stop)
+    monkeypatch.setattr("sys.argv", ["gpu", "--start", "1"])
+    with pytest.raises(SystemExit, match=r"-m benchmarks.gpu --only  --start 2"):
+        gpu.main()
+
+
 def test_full_sizes_are_those_that_have_a_figure_to_reach() -> None:
     reached = {(case.operator, case.sizes.get("i")) for case in gpu_ops.op_cases(small=False) if case.target}
     assert reached >= {("direction_dots", 768), ("direction_dots", 1024), ("direction_dots", 4096)}
@@ -36,8 +79,37 @@ def test_tiles_are_written_as_they_are_committed() -> None:
 
 @pytest.mark.parametrize("element_size", tune.DTYPES)
 def test_a_candidate_takes_the_place_of_the_table(element_size: int) -> None:
-    assert len(set(tune.candidates(element_size))) > 8
-    tile = tune.candidates(element_size)[0]
+    assert len(set(tune.candidates(element_size, "large"))) > 8
+    tile = tune.candidates(element_size, "large")[0]
     with tiles.instead(tile):
         assert tiles.tile_for("direction_dots", torch.ones(1), 5, 5) == tile
     assert tiles.tile_for("direction_dots", torch.ones(1), 5, 5) == tiles.tiles("direction_dots", 4, "any")["small"]
+
+
+def test_tuning_writes_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    best = tiles.Tile(64, 64, 64, 4, 3)
+    path = tmp_path / "tiles.json"
+    path.write_text(tiles.PATH.read_text())
+    monkeypatch.setattr(tiles, "PATH", path)
+    monkeypatch.setattr(tune, "fastest", lambda operator, *_: (best, 1.25) if operator == "pair_dots" else None)
+    tune.measure("sm90", 0.0)
+    table = json.loads(path.read_text())
+    assert table["sm90"]["pair_dots"]["2"]["large"] == {"tile": list(best), "microseconds": 1.2}
+    assert table["sm90"]["weighted_grad"] == table["any"]["weighted_grad"]
+    assert tune.written(table) == path.read_text()
+
+
+def test_a_tile_that_gives_another_result_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dict(n=2, t=2, i=4, o=4)
+    monkeypatch.setitem(tune.SHAPES, "large", sizes)
+    wrong, right = tiles.Tile(1, 1, 1, 1, 1), tiles.Tile(2, 1, 1, 1, 1)
+
+    def run(A: torch.Tensor, V: torch.Tensor, B: torch.Tensor, impl: str) -> torch.Tensor:
+        result = OPERATORS["direction_dots"](A, V, B, impl="reference")
+        return 2 * result if impl == "triton" and tiles._instead[-1] == wrong else result
+
+    monkeypatch.setattr("metakern.ops.direction_dots", run)
+    found = tune.fastest("direction_dots", 4, "large", [wrong, right], "cpu")
+    assert found is not None
+    assert found[0] == right
+    assert tune.fastest("direction_dots", 4, "large", [right], "cpu", deadline=0.0) is None

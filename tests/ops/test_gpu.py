@@ -91,9 +91,9 @@ def test_dot_precision_leaves_the_gradient_alone(precision: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).cuda()
     x, y = torch.randn(16, 64).cuda(), torch.arange(16).cuda() % 4
-    allowed = torch.backends.cuda.matmul.allow_tf32
+    allowed = torch.backends.cuda.matmul.fp32_precision
     result = metakern.l2rw_step(model, (x, y), (x[:3], y[:3]), engine="ghost", dot_precision=precision)
-    assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert torch.backends.cuda.matmul.fp32_precision == allowed
     losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
     want = torch.autograd.grad((result.weights * losses).sum(), list(model.parameters()))
     for p, grad in zip(model.parameters(), want, strict=True):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from metakern import ops
-from metakern.ops.select import OPERATORS
+from metakern.ops import triton_backend
+from metakern.ops.select import OPERATORS, Implementation, always
 from metakern.testing.budget import assert_within
 from metakern.testing.inputs import non_contiguous
 from tests.ops.cases import CASES
@@ -233,3 +236,27 @@ def test_result_does_not_depend_on_the_number_of_threads(name: str) -> None:
     assert same(results[0], results[1])
     assert same(results[0], results[2])
     assert_exact(name, LARGE[name], arguments, None)
+
+
+def test_kernels_go_to_the_device_of_their_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    operator = OPERATORS["clip_normalise"]
+    monkeypatch.setattr(operator, "table", (Implementation("current", lambda dots: entered[-1], always),))
+    there = torch.device("cuda:1")
+    dots = FakeTensor(FakeTensorMode(), torch.empty(3, device="meta"), there)
+    assert operator.run(dots) == there
+    operator.run(torch.ones(3))
+    assert entered == [there]
+
+
+def test_float32_products_ask_for_tf32_by_either_name() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for name, kind in (("ieee", "tf32x3"), ("tf32", "tf32")):
+            matmul.fp32_precision = name
+            assert triton_backend.precision(torch.float32) == kind
+    finally:
+        matmul.fp32_precision = before
+    assert triton_backend.precision(torch.bfloat16) == "ieee"

@@ -40,9 +40,8 @@ def affine_grads(
     if not X.is_cuda:
         getattr(extension.cpu, _CPU_KERNELS[X.dtype])(X.data_ptr(), B.data_ptr(), *outputs, *sizes)
         return G, H
-    chunks = extension.cuda.affine_grads_chunks(t)
+    chunks = extension.cuda.affine_grads_chunks(n, t)
     workspace = torch.empty(2 * n * width * chunks if chunks > 1 else 0, dtype=G.dtype, device=X.device)
     buffers = (X.data_ptr(), B.data_ptr(), workspace.data_ptr(), *outputs)
-    with torch.cuda.device(X.device):
-        extension.cuda.affine_grads(extension.SCALARS[X.dtype], *buffers, *sizes, extension.stream(X))
+    extension.cuda.affine_grads(extension.SCALARS[X.dtype], *buffers, *sizes, extension.stream(X))
     return G, H

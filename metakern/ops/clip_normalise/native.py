@@ -19,8 +19,7 @@ def clip_normalise(dots: Tensor) -> Tensor:
     weights = torch.empty(dots.shape, dtype=dots.dtype, device=dots.device)
     buffers = (dots.data_ptr(), weights.data_ptr(), len(dots), dots.stride(0))
     if dots.is_cuda:
-        with torch.cuda.device(dots.device):
-            extension.cuda.clip_normalise(extension.SCALARS[dots.dtype], *buffers, extension.stream(dots))
+        extension.cuda.clip_normalise(extension.SCALARS[dots.dtype], *buffers, extension.stream(dots))
     elif dots.dtype is torch.float32:
         extension.cpu.clip_normalise_f32(*buffers)
     else:

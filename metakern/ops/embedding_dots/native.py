@@ -42,6 +42,5 @@ def embedding_dots(indices: Tensor, V: Tensor, B: Tensor, padding_idx: int = -1)
     chunks = extension.cuda.embedding_dots_chunks(t)
     workspace = torch.empty(n * chunks if chunks > 1 else 0, dtype=out.dtype, device=B.device)
     buffers = (*operands, workspace.data_ptr(), out.data_ptr())
-    with torch.cuda.device(B.device):
-        extension.cuda.embedding_dots(extension.SCALARS[B.dtype], *buffers, *sizes, extension.stream(B))
+    extension.cuda.embedding_dots(extension.SCALARS[B.dtype], *buffers, *sizes, extension.stream(B))
     return out

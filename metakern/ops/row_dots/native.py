@@ -33,6 +33,5 @@ def row_dots(X: Tensor, Y: Tensor) -> Tensor:
     chunks = extension.cuda.row_dots_chunks(k)
     workspace = torch.empty(n * chunks if chunks > 1 else 0, dtype=out.dtype, device=X.device)
     buffers = (X.data_ptr(), Y.data_ptr(), workspace.data_ptr(), out.data_ptr())
-    with torch.cuda.device(X.device):
-        extension.cuda.row_dots(extension.SCALARS[X.dtype], *buffers, *sizes, extension.stream(X))
+    extension.cuda.row_dots(extension.SCALARS[X.dtype], *buffers, *sizes, extension.stream(X))
     return out
