@@ -9,7 +9,7 @@ from benchmarks.cases import Case, problem_of
 from benchmarks.gate import Gate, Shares
 from benchmarks.measure import count, interleaved
 from benchmarks.peers import PEERS
-from benchmarks.providers import FUSED_PROVIDERS, PROVIDERS, Outcome, Step
+from benchmarks.providers import COMPILED_PROVIDERS, FUSED_PROVIDERS, PROVIDERS, ROUNDED_PROVIDERS, Outcome, Step
 from benchmarks.rows import Row
 
 
@@ -28,7 +28,8 @@ class Subject:
 def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0, only: list[str] | None = None) -> list[Row]:
     """Rows of a whole re-weighted step by everybody, in plain steps."""
     problem = problem_of(case, device)
-    everybody = PROVIDERS | PEERS | (FUSED_PROVIDERS if case.fused else {})
+    usual = PROVIDERS | PEERS | (FUSED_PROVIDERS if case.fused else {})
+    everybody = usual | COMPILED_PROVIDERS | ROUNDED_PROVIDERS if only else usual
     chosen = {name: make for name, make in everybody.items() if not only or name in ("plain", *only)}
     ways = {name: lambda make=make: make(problem) for name, make in chosen.items()}
     subject = Subject(case.name, case.shapes, case.dtype)
@@ -62,7 +63,7 @@ def measured(
             step()  # what is learnt once per model is no part of a step
             outcomes[name], *counted = count(step, device)
             counts[name] = (counted[0], counted[1])
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a kernel's compiler raises errors without a base class of their own
             rows[name] = subject.row(name, _reason(error))
             continue
         shares[name] = judge(outcomes[name])
@@ -74,6 +75,7 @@ def measured(
     for name, timing in interleaved(steps, unit=unit, seconds=seconds, device=device).items():
         weights = outcomes[name].weights
         operations, peak = counts[name]
+        seen = not name.endswith("compiled")  # what inductor fuses, the counters do not see
         rows[name] = subject.row(
             name,
             "measured",
@@ -85,10 +87,10 @@ def measured(
             ratio_p20=timing.ratio_p20,
             ratio_p80=timing.ratio_p80,
             processor_ratio=timing.processor_ratio,
-            gigaflops=operations / 1e9,
-            flop_ratio=operations / counts[unit][0] if counts[unit][0] else None,
-            peak_megabytes=peak / 2**20,
-            peak_ratio=peak / counts[unit][1] if counts[unit][1] else None,
+            gigaflops=operations / 1e9 if seen else None,
+            flop_ratio=operations / counts[unit][0] if seen and counts[unit][0] else None,
+            peak_megabytes=peak / 2**20 if seen else None,
+            peak_ratio=peak / counts[unit][1] if seen and counts[unit][1] else None,
             dots_budget_used=shares[name].dots,
             gradient_budget_used=shares[name].gradient,
         )

@@ -55,13 +55,18 @@ def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def products(precision: str) -> Iterator[None]:
     """PyTorch's own products, and ours, use TF32 inside where that is what is allowed."""
-    if precision != "tf32":
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    newer = matmul, cudnn.conv, cudnn.rnn
+    before = [kind.fp32_precision for kind in newer]
+    if precision != "tf32" or before == 3 * ["tf32"]:
         yield
         return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    # Set by the older names, which set the newer as well; read by the newer, since reading the older raises where the
+    # user has set the newer alone.
     matmul.allow_tf32 = cudnn.allow_tf32 = True
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before[0] == "tf32", before[1:] == ["tf32", "tf32"]
+        for kind, precision_before in zip(newer, before):
+            kind.fp32_precision = precision_before

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import metakern
 from metakern import ops
-from metakern.layers.precision import direction_dots
+from metakern.layers.precision import direction_dots, products
 from metakern.testing.budget import assert_gradient, assert_within
 from metakern.testing.inputs import labels, normal
 from metakern.testing.oracle import oracle
@@ -73,3 +73,24 @@ def test_eight_bit_operands_come_together(operand: str) -> None:
     operands[operand] = operands[operand].to(torch.float8_e4m3fn)
     with pytest.raises(TypeError, match="direction_dots: "):
         ops.direction_dots(**operands)
+
+
+def _tf32() -> tuple[str, ...]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
+@pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
+def test_tf32_is_allowed_inside_and_as_before_afterwards(own: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    unset = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = own
+        before = _tf32()
+        with products("tf32"):
+            assert _tf32() == ("tf32", "tf32", "tf32")
+        assert _tf32() == before
+        with products("same"):
+            assert _tf32() == before
+    finally:
+        matmul.fp32_precision = unset
