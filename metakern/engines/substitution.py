@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
 def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside the block every parameter whose identity is a key is replaced, wherever it is registered."""
+    """Inside the block every parameter whose identity is a key is replaced, wherever it is registered.
+
+    And wherever a forward pass gets it from: a list, a closure, an attribute of something else.
+    """
     swapped = [
         (module._parameters, name, p)
         for module in model.modules()
@@ -20,7 +25,28 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
     try:
         for owner, name, p in swapped:
             owner[name] = replacement[id(p)]  # type: ignore[assignment]
-        yield
+        with _Elsewhere(replacement):
+            yield
     finally:
         for owner, name, p in swapped:
             owner[name] = p
+
+
+class _Elsewhere(TorchFunctionMode):
+    """Replaces parameters among the arguments of calls."""
+
+    def __init__(self, replacement: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._replacement = replacement
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if kwargs:
+            kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
+        return func(*[self._replaced(value) for value in args], **(kwargs or {}))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._replacement.get(id(value), value)
+        if isinstance(value, (list, tuple)) and any(id(item) in self._replacement for item in value):
+            return type(value)([self._replaced(item) for item in value])
+        return value
