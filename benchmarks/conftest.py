@@ -10,12 +10,15 @@ from benchmarks.cases import CPU_CASES
 from benchmarks.compare import table
 from benchmarks.rows import Row, append
 
-ROWS: dict[str, list[Row]] = {"steps": [], "meta-steps": [], "ops": [], "scaling": []}
+ROWS: dict[str, list[Row]] = {}
 UNITS = {
     "steps": "a re-weighted step, in plain steps",
     "meta-steps": "a step of mwnet, mlc and metabalance, in plain steps",
     "ops": "an operator, in its composition of torch calls",
     "scaling": "a re-weighted step, in plain steps, as one size grows",
+    "compiled": "a re-weighted step, in plain steps, compiled and not",
+    "precision": "a re-weighted step, in plain steps, its dots rounded and not",
+    "real": "a re-weighted step of a model that people train, in plain steps",
 }
 
 
@@ -37,6 +40,8 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture
 def collected() -> dict[str, list[Row]]:
     """Rows put here, by suite, are printed and recorded at the end."""
+    for suite in UNITS:
+        ROWS.setdefault(suite, [])
     return ROWS
 
 

@@ -46,7 +46,12 @@ class Gate:
         """Shares of the budgets that an outcome and the `.grad` it left behind use."""
         if outcome.dots is None or outcome.weights is None:
             return Shares(0.0, 0.0)
-        dots = budget.dots_verdict(outcome.dots[self.rows], self.truth, plain=self.plain)
+        found = outcome.dots[self.rows]
+        if outcome.dot_precision == "bf16":  # three operands are rounded, and a product of two of them once more
+            allowed = 4 * budget.unit(torch.bfloat16) * self.truth.example_norms * self.truth.meta_norm
+            dots = budget.verdict("dots", found, self.truth.dots, allowed)
+        else:
+            dots = budget.dots_verdict(found, self.truth, plain=self.plain)
         return Shares(dots.share, self._gradient_share(outcome.weights))
 
     def _gradient_share(self, weights: Tensor) -> float:

@@ -6,7 +6,7 @@ can: the shortest sequence of passes that its method allows. Other people's libr
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,6 +29,7 @@ class Outcome:
     dots: Tensor | None = None
     weights: Tensor | None = None
     engine: str = ""
+    dot_precision: str = "same"  # what the dots were allowed to be rounded to
 
 
 Step = Callable[[], Outcome]
@@ -51,6 +52,36 @@ def ours(problem: Problem, **settings: object) -> Step:
     def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
         result = metakern.l2rw_step(problem.model, problem.batch, problem.meta_batch, **settings)
+        return Outcome(result.dots, result.weights, result.engine)
+
+    return step
+
+
+def ours_rounded(problem: Problem) -> Step:
+    """metakern.l2rw_step, the products behind the dots in bfloat16."""
+    step = ours(problem, dot_precision="bf16")
+    return lambda: replace(step(), dot_precision="bf16")
+
+
+def plain_compiled(problem: Problem) -> Step:
+    """The unit by torch.compile: forward and mean loss as one function, and the backward that comes of it."""
+    mean_loss = torch.compile(lambda x, y: per_example(problem.model(x), y).mean(), dynamic=False)
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        mean_loss(*problem.batch).backward()
+        return Outcome()
+
+    return step
+
+
+def ours_compiled(problem: Problem) -> Step:
+    """metakern.compile_step."""
+    compiled = metakern.compile_step(problem.model, problem.batch, problem.meta_batch)
+
+    def step() -> Outcome:
+        problem.model.zero_grad(set_to_none=True)
+        result = compiled(problem.batch, problem.meta_batch)
         return Outcome(result.dots, result.weights, result.engine)
 
     return step
@@ -198,6 +229,14 @@ PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "metakern two_pass": partial(ours, memory="two_pass"),
     "metakern micro_batch=n/4": ours_by_quarters,
 }
+
+# Inductor takes a minute or more for each, so they have a suite of their own.
+COMPILED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {
+    "plain compiled": plain_compiled,
+    "metakern compiled": ours_compiled,
+}
+
+ROUNDED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {"metakern bf16 dots": ours_rounded}
 
 # What a user of fused attention can do instead, where the peers above stop: switch to its plain form, which can be
 # differentiated twice and forwards.

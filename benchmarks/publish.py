@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import tables
 from benchmarks.plots import THEMES, bars
 from benchmarks.rows import RESULTS
 
@@ -154,7 +155,10 @@ def published(text: str, table: Table, rows: Path = RESULTS / "steps-cpu.csv", t
     return f"{text[:begin]}{START}\n{caption(runs)}\n\n{table(runs)}\n\n{text[end:]}"
 
 
-PAGES: dict[Path, Table] = {README: table, PERFORMANCE: floors_and_memory}
+def pages() -> dict[Path, str]:
+    """The text of each page, made again."""
+    performance = published(PERFORMANCE.read_text(), floors_and_memory)
+    return {README: published(README.read_text(), table), PERFORMANCE: tables.filled(performance)}
 
 
 def plot_files(rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> dict[str, str]:
@@ -169,16 +173,18 @@ def plot_files(rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> di
         for case, title in TITLES.items()
         if case in runs
     }
-    return {f"steps-cpu-{theme}.svg": bars(groups, list(COLUMNS), "plain steps", theme) for theme in THEMES}
+    steps = {f"steps-cpu-{theme}.svg": bars(groups, list(COLUMNS), "plain steps", theme) for theme in THEMES}
+    return steps | tables.plots()
 
 
 def main() -> None:
     argparse.ArgumentParser(description="the tables of README and docs, and the plots, from the rows").parse_args()
-    for page, tabulate in PAGES.items():
-        page.write_text(published(page.read_text(), tabulate))
-    for name, text in plot_files().items():
+    made, plots = pages(), plot_files()
+    for page, text in made.items():
+        page.write_text(text)
+    for name, text in plots.items():
         (RESULTS / name).write_text(text)
-    print("written:", ", ".join(page.name for page in PAGES), "and", ", ".join(plot_files()))
+    print("written:", ", ".join(page.name for page in made), "and", ", ".join(plots))
 
 
 if __name__ == "__main__":

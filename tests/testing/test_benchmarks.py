@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(code: list[str], timeout: int = 120) -> str:
+def run(code: list[str], timeout: int = 600) -> str:
     found = subprocess.run(
         [sys.executable, "-W", "ignore", *code], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -90,11 +90,10 @@ def test_gate_and_rows(tmp_path: Path) -> None:
 
 PUBLISHED = """
 from xml.etree import ElementTree
-from benchmarks.publish import PAGES, RESULTS, plot_files, published
+from benchmarks.publish import RESULTS, pages, plot_files
 
-for page, table in PAGES.items():
-    text = page.read_text()
-    assert published(text, table) == text, f"{page} is not what the rows give: python -m benchmarks.publish"
+for page, text in pages().items():
+    assert page.read_text() == text, f"{page} is not what the rows give: python -m benchmarks.publish"
 for name, plot in plot_files().items():
     assert (RESULTS / name).read_text() == plot, f"{name} is not what the rows give: python -m benchmarks.publish"
     ElementTree.fromstring(plot)

@@ -1,0 +1,69 @@
+"""A whole re-weighted step compiled, with rounded dots, and of models that people train, at sizes for a CPU."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from benchmarks.cases import CPU_CASES, Case, problem_of
+from benchmarks.compare import compare
+from benchmarks.providers import ours, ours_rounded
+from benchmarks.real_cases import real_cases
+from benchmarks.rows import Row
+
+STEPS = {case.name: case for case in CPU_CASES}
+REAL = {case.name: case for case in real_cases(small=False)}
+BERT = "bert-base-32-8"
+
+COMPILED = [STEPS[name] for name in ("lenet-100-10", "mlp-256-16", "sdpa-64-4")]
+ROUNDED = [STEPS[name] for name in ("mlp-256-16", "conv-64-16", "transformer-64-4", "sdpa-64-4")]
+TRAINED = [
+    REAL["resnet-32-gn-128-16"],
+    REAL["resnet-32-bn-128-16"],
+    replace(REAL[BERT], name="bert-base-4-1, 64 tokens", shape=(64,), n=4, m=1),
+]
+
+
+@dataclass(frozen=True)
+class RoundedRow(Row):
+    """With what rounding does to the weights of the step."""
+
+    weight_moved: float | None = None  # half the sum of |w - w exact|: the share of the whole weight of one
+    kept_otherwise: int | None = None  # examples kept by one and dropped by the other
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
+def test_compiled(case: Case, collected: dict[str, list[Row]], seconds: float) -> None:
+    collected["compiled"] += _measured(case, seconds, ["plain compiled", "metakern", "metakern compiled"])
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.name)
+def test_rounded(case: Case, collected: dict[str, list[Row]], seconds: float) -> None:
+    rows = _measured(case, seconds, ["metakern", "metakern bf16 dots"])
+    collected["precision"] += [rounded_row(case, row) for row in rows]
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
+def test_real(case: Case, collected: dict[str, list[Row]], seconds: float) -> None:
+    if "bert" in case.name:
+        pytest.importorskip("transformers")
+    ways = ["double_backward (short)", "double_backward (short, math)", "metakern", "metakern two_pass"]
+    collected["real"] += _measured(case, seconds, ways[:3] if case.interacting else ways)
+
+
+def rounded_row(case: Case, row: Row) -> RoundedRow:
+    if "bf16" not in row.provider:
+        return RoundedRow(**vars(row))
+    problem = problem_of(case)
+    exact, rounded = ours(problem)().weights, ours_rounded(problem)().weights
+    assert exact is not None
+    assert rounded is not None
+    moved = (exact - rounded).abs().sum() / 2
+    return RoundedRow(**vars(row), weight_moved=float(moved), kept_otherwise=int(((exact > 0) != (rounded > 0)).sum()))
+
+
+def _measured(case: Case, seconds: float, ways: list[str]) -> list[Row]:
+    """No time is asserted; that metakern's numbers are right is."""
+    rows = compare(case, seconds=seconds, only=ways)
+    failed = [row for row in rows if row.provider.startswith("metakern") and not row.measured]
+    assert not failed, "; ".join(f"{row.provider}: {row.status}" for row in failed)
+    return rows

@@ -1,0 +1,113 @@
+"""Tables and plots of operators, of growing sizes, and of compiled, rounded and real steps, from the committed rows."""
+
+import csv
+from collections.abc import Callable
+
+from benchmarks.plots import THEMES, bars
+from benchmarks.rows import RESULTS
+
+Row = dict[str, str]
+Runs = dict[str, dict[str, Row]]
+
+
+def runs_of(suite: str, threads: str = "2") -> Runs:
+    """Rows by case and way, of each case's last run of metakern and its unit on a clean tree with so many threads."""
+    path = RESULTS / f"{suite}-cpu.csv"
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["threads"] == threads and row["dirty"] == "no"]
+    found: Runs = {}
+    for row in rows:
+        run = found.setdefault(row["case"], {})
+        if row["provider"] in run or any(row["date"] != other["date"] for other in run.values()):
+            run.clear()  # another, later run begins
+        run[row["provider"]] = row
+    return {case: run for case, run in found.items() if "metakern" in run}
+
+
+def where(runs: Runs) -> str:
+    """With what and when the rows were measured."""
+    rows = [run["metakern"] for run in runs.values()]
+    parts = [", ".join(sorted({row[key] for row in rows})) for key in ("device", "threads", "torch", "commit")]
+    dates = ", ".join(sorted({row["date"][:10] for row in rows}))
+    return f"{parts[0]}, {parts[1]} threads, fp32, torch {parts[2]}, {dates}, commit {parts[3]}."
+
+
+def table(suite: str, ways: dict[str, str], figures: dict[str, str]) -> Callable[[], str]:
+    """A table of `figures` (heading -> column of the rows) of some ways (heading -> provider), one line per case."""
+
+    def made() -> str:
+        runs = runs_of(suite)
+        if not runs:
+            return "Not measured yet."
+        heads = [f"{way} {figure}".strip() for way in ways for figure in figures]
+        lines = [f"| case | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+        for case, run in runs.items():
+            cells = [_cell(run.get(provider), column) for provider in ways.values() for column in figures.values()]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+        return f"Medians on {where(runs)}\n\n" + "\n".join(lines)
+
+    return made
+
+
+def _cell(row: Row | None, column: str) -> str:
+    if row is None:
+        return "-"
+    if row["status"] != "measured":
+        return "stops" if row["status"].startswith("stops") else "not measured"
+    value = row[column]
+    if not value:
+        return "-"
+    low, high = row["ratio_p20"], row["ratio_p80"]
+    return f"{float(value):.2f} ({float(low):.2f} - {float(high):.2f})" if column == "ratio" else f"{float(value):.3g}"
+
+
+STEPS = {"time": "ratio", "operations": "flop_ratio", "memory": "peak_ratio"}
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "ops": table(
+        "ops", {"metakern": "metakern", "compiled": "composition compiled"}, {"time": "ratio", "ms": "milliseconds"}
+    ),
+    "scaling": table("scaling", {"": "metakern", "double backward": "double_backward (short)"}, STEPS),
+    "compiled": table(
+        "compiled",
+        {"plain, compiled": "plain compiled", "metakern": "metakern", "metakern, compiled": "metakern compiled"},
+        {"": "ratio"},
+    ),
+    "precision": table(
+        "precision",
+        {"metakern": "metakern", "bf16": "metakern bf16 dots"},
+        {"time": "ratio", "weight moved": "weight_moved", "kept otherwise": "kept_otherwise"},
+    ),
+    "real": table("real", {"": "metakern", "double backward, short": "double_backward (short)"}, STEPS),
+}
+"""Parts of docs/performance.md by the name in their marks."""
+
+
+def filled(text: str) -> str:
+    """A page with each section made again from its rows."""
+    for name, made in SECTIONS.items():
+        start, end = (f"<!-- {edge} of the rows of {name} -->" for edge in ("start", "end"))
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{made()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+PLOTS = {
+    "ops": (["metakern", "composition compiled"], "torch compositions"),
+    "scaling": (["metakern", "double_backward (short)", "metakern two_pass"], "plain steps"),
+}
+
+
+def plots() -> dict[str, str]:
+    """Name and text of each plot."""
+    made = {}
+    for suite, (ways, unit) in PLOTS.items():
+        groups = {
+            case: {way: float(run[way]["ratio"]) for way in ways if run.get(way, {}).get("ratio")}
+            for case, run in runs_of(suite).items()
+        }
+        if groups:
+            made |= {f"{suite}-cpu-{theme}.svg": bars(groups, ways, unit, theme) for theme in THEMES}
+    return made
