@@ -208,3 +208,10 @@ def test_gradients_that_do_not_scale_with_the_losses(name: str, memory: str) -> 
     batch, meta_batch = inputs.pair(6, 3, 4, classes=3)
     with pytest.raises(NotImplementedError, match="does not scale with the losses"):
         metakern.l2rw_step(Network(hooked), batch, meta_batch, memory=memory)
+
+
+def test_anomaly_detection_does_not_mind_the_proof() -> None:
+    network = Network(lambda hidden, _: hidden)
+    with torch.autograd.set_detect_anomaly(True):
+        assert follow(network, inputs.pair(6, 6, 4, classes=3)[0]) == ["ghost"]
+        assert torch.is_anomaly_enabled()
