@@ -59,7 +59,7 @@ def meta_gradients(problem: Problem, trace: Trace, meta_trace: Trace, candidates
     directed = [p for key, p in _by_identity(problem).items() if key not in pairs]
     edges = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
     found = torch.autograd.grad(loss, [*directed, *edges], allow_unused=True)
-    direction = {id(p): g for p, g in zip(directed, found) if g is not None}
+    direction = {id(p): g.to_dense() if g.is_sparse else g for p, g in zip(directed, found) if g is not None}
     paired = {}
     for (k, j), grad in zip(pairs.values(), found[len(directed) :]):
         if grad is not None:

@@ -21,7 +21,7 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.cut import cut
 from metakern.engines.group import mean_over_group
-from metakern.engines.part import examples_in, part_of, require_count, require_independent, require_same_alone
+from metakern.engines.part import examples_in, part_of, require_count, require_independent, require_same_in_parts
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.recorded import recorded
@@ -58,7 +58,7 @@ def solve(problem: Problem, size: int, along: Along) -> Answer:
     mean_over_group(direction, problem.process_group)
     parts = _Parts(problem, size)
     dots, losses = parts.dots({id(problem.chosen[name]): v for name, v in along(direction).items()})
-    require_same_alone(problem, cut(problem.batch, 2, "batch")[0], "batch")
+    require_same_in_parts(problem, problem.batch, size, "batch")
     return Answer(dots, losses, meta_loss, parts.weighted_gradient)
 
 
@@ -129,5 +129,5 @@ def _meta_gradient(problem: Problem, size: int) -> tuple[Tensor, dict[str, Tenso
         for name, v in gradient.items():
             total[name] = total[name].add(v, alpha=share) if name in total else v * share
     require_independent(problem, cut(problem.meta_batch, max(size, 2), "meta_batch")[0])
-    require_same_alone(problem, cut(problem.meta_batch, 2, "meta_batch")[0], "meta_batch")
+    require_same_in_parts(problem, problem.meta_batch, size, "meta_batch")
     return loss, total

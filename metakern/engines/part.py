@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.random_state import random_state, restore_random_state, same_state
@@ -53,13 +55,25 @@ def require_independent(problem: Problem, batch: Any) -> None:
     restore_random_state(state)
 
 
-def require_same_alone(problem: Problem, two: Any, argument: str) -> None:
-    """Raise where two examples together are not what each is alone, as with a mean over the batch's tokens.
+def require_same_in_parts(problem: Problem, batch: Any, size: int, argument: str) -> None:
+    """Raise where examples together are not what they are in parts, as with a mean over the batch's tokens.
 
     The proof of independence is about gradients: it sees neither a loss divided by a count over the batch nor a buffer
-    that adds up. Where the pass draws random numbers the losses differ anyway, and only buffers are compared.
+    that adds up. Where the pass draws random numbers the losses differ anyway, and only buffers are compared. The first
+    time with as many examples as two parts have, and not fewer than eight; then with two.
     """
-    if examples_in(two) < 2:
+    kind = (problem.context, argument, examples_in(batch), size)
+    seen = _SEEN.setdefault(problem.model, set())
+    together = 2 if kind in seen else max(2 * size, 8)
+    _require_same(problem, cut(batch, together, argument)[0], 1 if kind in seen else size, argument)
+    seen.add(kind)
+
+
+_SEEN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None:
+    if examples_in(some) <= size:
         return
     state, buffers = random_state(), PartBuffers(problem.model)
 
@@ -69,15 +83,15 @@ def require_same_alone(problem: Problem, two: Any, argument: str) -> None:
         require_count(found, batch)
         return found
 
-    together = losses(two)
+    together = losses(some)
     random = not same_state(state, random_state())
-    alone = torch.cat([losses(one) for one in cut(two, 1, argument)])
+    apart = torch.cat([losses(part) for part in cut(some, size, argument)])
     restore_random_state(state)
-    if not random and bool(((together - alone).abs() > _rounding(problem) * (1 + together.abs())).any()):
+    if not random and bool(((together - apart).abs() > _rounding(problem) * (1 + together.abs())).any()):
         raise EngineUnavailable(
-            f"the losses of two examples of {argument} are not those of each alone ({together.tolist()} against "
-            f"{alone.tolist()}), so the loss counts over the batch and a part of it has another; leave out "
-            "micro_batch, or make loss_fn divide by counts of its own example"
+            f"the losses of {len(together)} examples of {argument} together are not those of parts of {size} "
+            f"({together.tolist()[:8]} against {apart.tolist()[:8]}), so the loss counts over the batch and a part of "
+            "it has another; leave out micro_batch, or make loss_fn divide by counts of its own example"
         )
 
 

@@ -47,7 +47,10 @@ class Problem:
         """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward."""
         meta_loss = self.meta_losses().mean()
         found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
-        return meta_loss.detach(), {name: g for name, g in zip(self.chosen, found) if g is not None}
+        # Embeddings with sparse=True have a sparse V, which neither forward mode nor bags take.
+        return meta_loss.detach(), {
+            name: g.to_dense() if g.is_sparse else g for name, g in zip(self.chosen, found) if g is not None
+        }
 
     def require_participation(self, reached: set[int]) -> None:
         """Raise ValueError for a trainable parameter whose identity is not among those the losses depend on."""

@@ -30,7 +30,6 @@ def _padding(call: Call, rows: int) -> int:
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
     call, grad, axis = record.call, record.output_grad, record.axes[0]
     table = tangents[id(call.argument(1, "weight"))]
-    table = table.to_dense() if table.is_sparse else table
     # Where examples do not come first, every row stands alone and is added up afterwards.
     first = examples if axis.leading else grad.numel() // grad.shape[-1]
     rows = ops.embedding_dots(

@@ -204,10 +204,21 @@ def examples_second(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return model(batch[0]).square().sum((0, 2))
 
 
+def by_class(model: nn.Module, batch: Any) -> Tensor:
+    """Classes count alike. Two examples of different ones do not show that."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / torch.bincount(batch[1])[batch[1]]
+
+
+def by_size(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none") * (2.0 if len(batch[1]) > 3 else 1.0)
+
+
 REFUSED: dict[str, tuple[Callable[[], Setup], type[Exception], str]] = {
     "batch-norm": (lambda: setup_of(nn.BatchNorm1d(6)), NotImplementedError, "examples interact.*micro_batch"),
     "contrastive": (lambda: _with(contrastive), NotImplementedError, "examples interact"),
     "count-over-batch": (lambda: _with(over_the_batch), NotImplementedError, "counts over the batch"),
+    "class-counts": (lambda: _with(by_class), NotImplementedError, "counts over the batch"),
+    "size": (lambda: _with(by_size), NotImplementedError, "counts over the batch"),
     "buffer-of-examples": (lambda: setup_of(Counting(examples=True)), NotImplementedError, "buffer '1.seen'"),
     "positions-first": (
         lambda: _with(examples_second, lambda x, y: (inputs.normal(7, 7, 4),)),
