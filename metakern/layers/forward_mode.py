@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from metakern.layers.bag_parts import BagsByParts
+
+_ONE_AT_A_TIME = threading.RLock()
+"""torch has one level of dual numbers in a process, whichever thread is at it."""
 
 
 class _ConstantWithoutGrad(TorchFunctionMode):
@@ -43,7 +47,7 @@ def dual_level() -> Iterator[None]:
     """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
     deprecation warnings that torch raises against itself on first use.
     """
-    with torch.enable_grad(), forward_ad.dual_level():
+    with _ONE_AT_A_TIME, torch.enable_grad(), forward_ad.dual_level():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))

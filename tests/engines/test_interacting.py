@@ -1,6 +1,7 @@
 """Examples that see each other: forward mode is exact, ghost refuses, and running statistics move once."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -258,3 +259,17 @@ def test_weak_coupling_in_float32(strength: float) -> None:
     setup.model.float()
     setup.batch, setup.meta_batch = ((x.float(), y) for x, y in (setup.batch, setup.meta_batch))
     judge_step(metakern.l2rw_step, setup, plain=setup.oracle(dtype=torch.float32))
+
+
+def test_two_threads_step_two_models() -> None:
+    """torch has one level of dual numbers in a process."""
+    setups = [linear_setup(Centred()) for _ in range(2)]
+    truths = [setup.oracle() for setup in setups]
+
+    def steps(setup: Setup) -> list[Tensor]:
+        return [metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, engine="jvp").dots for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for truth, found in zip(truths, pool.map(steps, setups), strict=True):
+            for dots in found:
+                budget.assert_dots(dots, truth)
