@@ -6,6 +6,7 @@ weight net sees beside the loss. Its meta set is a balanced part of the training
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.settings import require_counts, require_shares
-from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, weights_over_losses
 from metakern.methods.weighted_step import weighted_step
 
 
@@ -66,6 +67,15 @@ class ClassAwareWeightNet(nn.Module):
         return self.layers(losses).gather(1, groups.unsqueeze(1))
 
 
+def weights_of_groups(weight_net: nn.Module, groups: Tensor, class_names: Sequence[str]) -> WeightingFunction:
+    """The weights over losses, one curve for each group; groups[C] int64."""
+    features = {}
+    for k in groups.unique():
+        members = (groups == k).nonzero().flatten().tolist()
+        features[", ".join(class_names[c] for c in members)] = (k.unsqueeze(0),)
+    return weights_over_losses(weight_net, features)
+
+
 def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
     """As many rows of every class as the smallest has, drawn without replacement; targets[n] -> rows[k], on the CPU."""
     targets = targets.cpu()
@@ -107,12 +117,7 @@ class CMWNetStep:
         return train.inputs[rows], train.targets[rows]
 
     def weighting_function(self) -> WeightingFunction:
-        names = self._setup.task.class_names
-        features = {}
-        for k in self.groups.unique():
-            members = (self.groups == k).nonzero().flatten().tolist()
-            features[", ".join(names[c] for c in members)] = (k.unsqueeze(0),)
-        return self._step.weighting_function(features)
+        return weights_of_groups(self._step.weight_net, self.groups, self._setup.task.class_names)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._step.state_dict(), "generator": self._generator.get_state(), "subset": self._subset}

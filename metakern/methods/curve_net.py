@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metakern.methods.loss_curves import Phase, class_centred, probe
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.settings import require_counts, require_shares
-from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, weights_over_curves
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,11 @@ class CurveNetStep:
         optimizer.step()
         return Outcome(weights, losses.detach(), None)
 
-    @torch.no_grad()
     def weighting_function(self) -> WeightingFunction:
-        """Over curves that lie evenly above or below the mean of the class; one for each of eight classes at most."""
-        net = self._step.weight_net
-        above = torch.linspace(-2.5, 2.5, 101, device=self.curves.device, dtype=next(net.parameters()).dtype)
-        curves = above.unsqueeze(1).expand(101, self.curves.shape[1])
-        weights = {
-            name: net(curves[:, :1], curves, torch.full((101,), c, device=above.device)).flatten().cpu()
-            for c, name in enumerate(self._setup.task.class_names[:8])
-        }
-        return WeightingFunction("loss above the mean of the class, in every epoch", above.cpu(), weights)
+        """One curve for each of eight classes at most."""
+        names = self._setup.task.class_names[:8]
+        features = {name: (torch.tensor([c], device=self.curves.device),) for c, name in enumerate(names)}
+        return weights_over_curves(self._step.weight_net, self.curves.shape[1], features)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._step.state_dict(), "curves": self.curves, "memory": self.memory}

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.methods.features import kept_features, last_linear
+from metakern.methods.features import features, kept_features, last_linear
 from metakern.methods.loss_curves import Phase, class_centred, example_losses, probe
-from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
+from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.settings import require_counts
-from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
+from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, weights_over_curves
+
+EXAMPLES_DRAWN = 100  # of a class, whose mean features its weighting function is drawn with
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,16 @@ class MLRNetStep:
                 setting=setting,
                 features=lambda model, batch: (curves, kept(model, batch), labels),
             )
+
+    def weighting_function(self) -> WeightingFunction:
+        """One curve for each of eight classes at most, with the mean features of some of its training examples."""
+        train, found = self._setup.task.train, {}
+        for c, name in enumerate(self._setup.task.class_names[:8]):
+            some = (train.targets == c).nonzero().squeeze(1)[:EXAMPLES_DRAWN]
+            if len(some):
+                known = features(self._setup.model, train.inputs[some]).mean(0, keepdim=True)
+                found[name] = (known.to(next(self._step.weight_net.parameters())), train.targets[some[:1]])
+        return weights_over_curves(self._step.weight_net, self.curves.shape[1], found)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._step.state_dict(), "curves": self.curves}

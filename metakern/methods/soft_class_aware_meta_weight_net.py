@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
-from metakern.methods.class_aware_meta_weight_net import ClassAwareWeightNet, class_groups
+from metakern.methods.class_aware_meta_weight_net import ClassAwareWeightNet, class_groups, weights_of_groups
 from metakern.methods.features import kept_logits
 from metakern.methods.loss_curves import example_losses
-from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup
+from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.plain_training import predict
 from metakern.methods.settings import require_counts, require_shares
 from metakern.methods.weight_net_step import device_of, seeded
@@ -183,6 +183,10 @@ class SoftStep:
             slow.lerp_(fast, 1 - self._settings.teacher_decay)
         for slow, fast in zip(self._teacher.buffers(), model.buffers(), strict=True):
             slow.copy_(fast)
+
+    def weighting_function(self) -> WeightingFunction:
+        """How far the given label is believed."""
+        return weights_of_groups(self._labels.weight_net, self._groups, self._setup.task.class_names)
 
     def state_dict(self) -> dict[str, Any]:
         return {

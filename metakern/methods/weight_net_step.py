@@ -56,16 +56,8 @@ class WeightNetStep:
         )
         return Outcome(result.weights, result.losses, result.meta_loss)
 
-    @torch.no_grad()
-    def weighting_function(self, features: Mapping[str, tuple[Tensor, ...]] | None = None) -> WeightingFunction:
-        """The net's weights over losses from 0 to 5; one curve for each of `features`, given for a single example."""
-        losses = torch.linspace(0, 5, 101, device=device_of(self.weight_net)).unsqueeze(1)
-        given = {"weight": ()} if features is None else features
-        weights = {
-            name: self.weight_net(losses, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
-            for name, own in given.items()
-        }
-        return WeightingFunction("loss", losses.flatten().cpu(), weights)
+    def weighting_function(self) -> WeightingFunction:
+        return weights_over_losses(self.weight_net, {"weight": ()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight_net": self.weight_net.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict()}
@@ -73,6 +65,33 @@ class WeightNetStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weight_net.load_state_dict(state["weight_net"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+
+
+@torch.no_grad()
+def weights_over_losses(weight_net: nn.Module, features: Mapping[str, tuple[Tensor, ...]]) -> WeightingFunction:
+    """The net's weights over losses from 0 to 5; one curve for each of `features`, given for a single example."""
+    losses = torch.linspace(0, 5, 101, device=device_of(weight_net)).unsqueeze(1)
+    weights = {
+        name: weight_net(losses, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
+        for name, own in features.items()
+    }
+    return WeightingFunction("loss", losses.flatten().cpu(), weights)
+
+
+@torch.no_grad()
+def weights_over_curves(
+    weight_net: nn.Module, length: int, features: Mapping[str, tuple[Tensor, ...]]
+) -> WeightingFunction:
+    """The weights of a net that sees (losses, curves, *features), over curves evenly above or below the mean of the
+    class; one curve for each of `features`, given for a single example.
+    """
+    above = torch.linspace(-2.5, 2.5, 101, device=device_of(weight_net), dtype=next(weight_net.parameters()).dtype)
+    curves = above.unsqueeze(1).expand(101, length)
+    weights = {
+        name: weight_net(curves[:, :1], curves, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
+        for name, own in features.items()
+    }
+    return WeightingFunction("loss above the mean of the class, in every epoch", above.cpu(), weights)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, device: torch.device | None = None) -> nn.Module:

@@ -18,6 +18,8 @@ from metakern.trainers.weighting import read_weighting
     [
         ("mw-net", "loss", ["weight"]),
         ("cmw-net", "loss", ["4", "9"]),
+        ("cmw-net-sl", "loss", ["4", "9"]),
+        ("mlrnet", "loss above the mean of the class, in every epoch", ["4", "9"]),
         ("curve-net", "loss above the mean of the class, in every epoch", ["4", "9"]),
     ],
 )
