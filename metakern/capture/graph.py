@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
+from metakern.capture.numbers import numbers_of
 from metakern.capture.record import Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 
@@ -36,6 +38,8 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
             continue
         seen.add(node)
         met.append(node.name())
+        if isinstance(node, BackwardCFunction):  # what a custom Function does is not seen, but the numbers it keeps are
+            order.append(numbers_of(tuple(vars(node).values()), {}))
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
             raise EngineUnavailable(

@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 def numbers_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
-    """Whole numbers, words and truth values among the arguments, in nested lists too. Fractions pick no rows."""
+    """Whole numbers, words and truth values among the arguments, in nested lists too. Of fractions only those that are
+    whole: others scale values, and pick no rows.
+    """
     found = [_plain(value) for value in args if not isinstance(value, Tensor)]
     if kwargs:
         found += [(key, _plain(value)) for key, value in kwargs.items() if not isinstance(value, Tensor)]
@@ -24,6 +26,8 @@ def _plain(value: Any) -> Hashable:
     kind = type(value)
     if kind is int:
         return 2 * value + 1  # odd numbers: hash(-1) == hash(-2), and dim=-1 must not be taken for dim=-2
+    if kind is float:
+        return 2 * int(value) + 1 if value.is_integer() else None
     if kind is str or kind is bool:
         return value
     if kind is slice:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -74,9 +75,8 @@ class Tracer(TorchFunctionMode):
         self.paused = False  # inside a registered module, whose call is noted as a whole
 
     def trace(self, losses: Tensor) -> Trace:
-        calls = tuple(self.uses), tuple(self.derivations)
-        numbers = hash(tuple(self._numbers))
-        return Trace(losses, *calls, tuple(self.couplings), self.reorders, tuple(self._picks), numbers)
+        noted = tuple(self.uses), tuple(self.derivations), tuple(self.couplings)
+        return Trace(losses, *noted, self.reorders, tuple(self._picks), hash(tuple(self._numbers)))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -239,8 +239,8 @@ class Tracer(TorchFunctionMode):
         return id(tensor) in self._static
 
     def _note_order(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], data: Any) -> None:
-        if self.reorders or not any([t.requires_grad for t in data]):
-            return
+        if self.reorders or not (any([t.requires_grad for t in data]) or peek_interpreter_stack()):
+            return  # no activation; inside vmap none requires a gradient
         if function.numbered:
             self._numbers.append(numbers_of(args, kwargs))
         if function.may_reorder:

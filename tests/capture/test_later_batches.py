@@ -45,6 +45,23 @@ def follow(network: nn.Module, *batches: Any, losses: Any = None, meta_batch: An
     return engines
 
 
+class Shifted(torch.autograd.Function):
+    """Rows moved by NumPy, out of sight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, shift: int) -> Tensor:
+        ctx.shift = shift
+        return torch.from_numpy(np.roll(hidden.detach().numpy(), shift, 0))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return torch.from_numpy(np.roll(grad.numpy(), -ctx.shift, 0)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+        return tangent.roll(ctx.shift, 0)
+
+
 NUMBERS: dict[str, tuple[Callable[[Tensor, Any], Tensor], Any, Any]] = {
     "softmax": (lambda h, dim: h * h.softmax(dim), -1, -2),
     "cumsum": (lambda h, dim: h.cumsum(dim), 1, 0),
@@ -60,6 +77,9 @@ NUMBERS: dict[str, tuple[Callable[[Tensor, Any], Tensor], Any, Any]] = {
     "repeat_interleave": (lambda h, times: h.repeat_interleave(times, 0)[: len(h)], 1, 2),
     "list": (lambda h, order: h[order], [0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]),
     "array": (lambda h, order: h[order], np.arange(6), np.array([1, 0, 2, 3, 4, 5])),
+    "own function": (lambda h, shift: Shifted.apply(h, shift), 0, 1),
+    "vmap": (lambda h, shift: torch.vmap(lambda c: c.roll(shift), in_dims=1, out_dims=1)(h), 0, 1),
+    "interpolate": (lambda h, scale: F.interpolate(h.t()[None], scale_factor=scale)[0].t()[: len(h)], 1.0, 2.0),
     "shifted": (lambda h, shift: h[torch.arange(len(h)).add_(shift).remainder_(len(h))], 0, 1),
 }
 
