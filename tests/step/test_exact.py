@@ -1,7 +1,12 @@
 """Every layer and structure of the catalogue, by every engine, against the float64 loop over single examples."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import metakern
 from metakern.testing.catalogue import CASES, Case, Setup
@@ -17,7 +22,7 @@ pytestmark = [
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def hold(setup: Setup, owes: Owes, **keywords: str) -> str | None:
+def hold(setup: Setup, owes: Owes, **keywords: Any) -> str | None:
     """Exact, or refused with nothing changed, as `owes` allows; returns the engine that served."""
     before = Snapshot.of(setup.model)
     try:
@@ -91,3 +96,27 @@ def test_float32(case: Case) -> None:
     except NotImplementedError:
         assert case.auto != "exact"
     assert truth.dots.shape == (6,)
+
+
+def on_a_gpu(setup: Setup, dtype: torch.dtype) -> Setup:
+    """The same model and batches there."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to("cuda", dtype) if leaf.is_floating_point() else leaf.cuda()
+
+    batch, meta_batch = tree_map(moved, (setup.batch, setup.meta_batch))
+    return replace(setup, model=setup.model.to("cuda", dtype), batch=batch, meta_batch=meta_batch)
+
+
+@pytest.mark.gpu
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_auto_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    """In float64 by the library's products, in float32 by the kernels of the tensor cores."""
+    setup = on_a_gpu(case.make(6, 3), dtype)
+    if dtype == torch.float64:
+        hold(setup, case.auto)
+    else:
+        hold(setup, case.auto, truth=setup.oracle(), plain=setup.oracle(dtype=dtype))

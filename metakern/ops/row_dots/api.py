@@ -18,7 +18,7 @@ OPERATOR = Operator(
 )
 
 
-SMALL = 1 << 14
+SMALL = 1 << 16
 """Elements below which, on the CPU, finding out what to call costs more than one pass saves over two."""
 
 

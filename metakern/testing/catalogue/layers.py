@@ -40,7 +40,8 @@ class Weighted(nn.Module):
         self.bag, self.scale = bag, nn.Parameter(torch.ones(trained)) if trained else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        fixed = 1 / (1.0 + torch.arange(tokens.shape[1], dtype=self.bag.weight.dtype))
+        table = self.bag.weight
+        fixed = 1 / (1.0 + torch.arange(tokens.shape[1], dtype=table.dtype, device=table.device))
         scale = fixed if self.scale is None else self.scale
         return self.bag(tokens, per_sample_weights=scale.expand(len(tokens), -1).contiguous())
 
@@ -92,7 +93,7 @@ class MaskedEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lengths = 2 + (x[:, 0, :2] > 0).sum(1, keepdim=True)
-        padding = torch.arange(x.shape[1]) >= lengths
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths
         return self.layers(x, src_key_padding_mask=padding).masked_fill(padding.unsqueeze(-1), 0.0)
 
 
