@@ -25,6 +25,7 @@ from metakern.check import CheckReport as CheckReport
 from metakern.check import check as check
 from metakern.explain import Explanation as Explanation
 from metakern.explain import explain as explain
+from metakern.explain import plan as plan
 from metakern.layers import LayerRule as LayerRule
 from metakern.layers import register_layer as register_layer
 from metakern.step import CapturedStep as CapturedStep

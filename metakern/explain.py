@@ -1,4 +1,7 @@
-"""What would run for a model and its batches: per use of a parameter the rule, the form of its dots, and its cost."""
+"""What would run for a model and its batches: per use of a parameter the rule, the form of its dots, and its cost.
+
+`metakern.plan` is another name of `explain`.
+"""
 
 from __future__ import annotations
 
@@ -137,6 +140,9 @@ def explain(
         return Explanation("jvp", str(refusal), ())
     finally:
         restore_random_state(state)
+
+
+plan = explain
 
 
 def _passes(problem: Problem, meta: Trace) -> Passes:

@@ -31,6 +31,10 @@ def test_forms_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert uses[2].form == "direction"
 
 
+def test_plan_is_another_name() -> None:
+    assert metakern.plan is metakern.explain
+
+
 def test_flops_bytes_and_shares() -> None:
     n, width = 32, 64
     model = mlp(width, 1, 10)
