@@ -114,9 +114,9 @@ def _dual_pass(
             duals = {id(p): p.detach() for p in problem.trainable.values()}
             for name, v in direction.items():
                 duals[id(problem.chosen[name])] = forward_ad.make_dual(problem.chosen[name].detach(), v)
+            stack.enter_context(reused)  # beneath the next, so that it meets dual parameters wherever they are held
             stack.enter_context(substituted(problem.model, duals))
-            with reused:
-                losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
+            losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
             found = forward_ad.unpack_dual(losses)
             require_repetition(found.primal.detach(), values)
             return torch.zeros_like(values) if found.tangent is None else found.tangent.detach().clone()

@@ -67,12 +67,15 @@ class Products(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in _ARGUMENTS:
-            operands = _operands(func, args, kwargs or {})
-            if _is_noted(operands[0]):
-                operands = tuple(None if t is None else t.detach() for t in operands)
-                known = (output.detach(),) if func in _PRODUCTS else _statistics(output)
-                self.found.append(_Call(func, operands, known, _versions(*operands, *known)))
+            with torch._C.DisableTorchFunction():
+                self._note(func, _operands(func, args, kwargs or {}), output)
         return output
+
+    def _note(self, func: Callable[..., Any], operands: tuple[Any, ...], output: Tensor) -> None:
+        if _is_noted(operands[0]):
+            operands = tuple(None if t is None else t.detach() for t in operands)
+            known = (output.detach(),) if func in _PRODUCTS else _statistics(output)
+            self.found.append(_Call(func, operands, known, _versions(*operands, *known)))
 
 
 class ReusedProducts(TorchFunctionMode):
@@ -90,20 +93,25 @@ class ReusedProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _ARGUMENTS:
-            return func(*args, **kwargs)
+        found = None
+        if func in _ARGUMENTS:
+            with torch._C.DisableTorchFunction():
+                found = self._reused(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if found is None else found
+
+    def _reused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The dual output, if the first pass met the same call."""
         operands = _operands(func, args, kwargs)
         first = next(self._left, None) if _is_noted(operands[0]) else None
         if first is None:
-            return func(*args, **kwargs)
+            return None
         x, w, b = (_dual(operand) for operand in operands)
         if not first.met_again(func, (x.primal, w.primal, b.primal)):
             self._left = iter(())  # another sequence of calls
-            return func(*args, **kwargs)
+            return None
         if not first.usable or (x.tangent is None and w.tangent is None):
-            return func(*args, **kwargs)
-        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False), torch._C.DisableTorchFunction():
+            return None
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             self._agreed += _agreements(first.operands, (x.primal, w.primal, b.primal))
             if func in _PRODUCTS:
                 settings = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS[func]}

@@ -24,8 +24,9 @@ def _applies(call: Call) -> bool:
 
 
 # Inputs and responses of a chunk stay in a CPU's last-level cache: at 32 MB in all, the library's convolution takes
-# twice as long an example as at 8 MB (docs/measured-facts.md).
-_CHUNK_BYTES = 8 * 2**20
+# twice as long an example as at 8 MB, and responses of 4 MB take memory that is in use already
+# (docs/measured-facts.md).
+_CHUNK_BYTES = 4 * 2**20
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:

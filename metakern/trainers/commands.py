@@ -72,14 +72,17 @@ def parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(command=_report)
 
+    _add_check(commands)
+    commands.add_parser("list", help="the methods and data sets").set_defaults(command=_list)
+    return root
+
+
+def _add_check(commands: Any) -> None:
     checked = commands.add_parser("check", help="is metakern exact for your model? exit status 0 if so, 1 if not")
     checked.add_argument("target", metavar="MODULE:FUNCTION", help="returns (model, batch, meta_batch[, loss_fn])")
     checked.add_argument("--examples", type=int, default=8, metavar="X", help="compared (default: %(default)s)")
     checked.add_argument("--explain", action="store_true", help="which rule and form each layer takes, and its cost")
     checked.set_defaults(command=_check)
-
-    commands.add_parser("list", help="the methods and data sets").set_defaults(command=_list)
-    return root
 
 
 def _add_audit(commands: Any) -> None:

@@ -180,3 +180,11 @@ def test_normalisation_in_more_precision() -> None:
     gradients = [p.norm() for p in torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), model.parameters())]
     scale = float(torch.stack(gradients).double().square().sum())
     budget.assert_within(reused, repeated, 6 * scale, dtype=torch.bfloat16, terms=8 * 16)
+
+
+def test_parameters_held_elsewhere_are_dual_in_products() -> None:
+    model = Between(lambda layer, x: F.linear(x, *held))
+    held = [model.first.weight, model.first.bias]
+    batches = inputs.pair(5, 3, 4, classes=3)
+    dual, truth = (metakern.grad_dots(model, *batches, engine=engine).dots for engine in ("jvp", "double_backward"))
+    budget.assert_within(dual, truth, float(truth.abs().max()), terms=100)
