@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.blocks import copied_in_bulk, described, grouped, rows_of
+from metakern.ops.triton_blocks import copied_in_bulk, described, grouped, rows_of
 from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.tiles import Tile, tile_for
 from metakern.ops.triton_backend import interpreting, precision

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.blocks import copied_in_bulk, described, grouped
+from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 from metakern.ops.tiles import tile_for
 from metakern.ops.triton_backend import interpreting, multiprocessors, precision
 
