@@ -1,6 +1,6 @@
 """What the Triton kernels share: the order of their programs, and blocks that the bulk copy engine of a GPU fetches.
 
-From compute capability 9.0 on a *descriptor* tells the copy engine where a tensor lies, and a program asks for whole
+On compute capabilities 9 and 10 a *descriptor* tells the copy engine where a tensor lies, and a program asks for whole
 blocks by their place: no addresses in registers (90 of them for a tile of 128 x 128 instead of 250), no masks, and what
 lies outside reads as zero. Operands that do not lie as it wants are read through pointers, as on older chips.
 """
@@ -17,6 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from metakern.ops.triton_backend import interpreting
 
+CAPABILITIES = (9, 10)
+"""Major compute capabilities that these kernels pass the checks of compiled code for; 12 has the engine as well."""
 ALIGNMENT = 16
 """Bytes that the start of a tensor and the steps between its rows must be multiples of."""
 
@@ -48,7 +50,7 @@ def _copied_in_bulk(x: Tensor) -> bool:
     if interpreting:  # which has no descriptors of bfloat16
         ready = x.dtype in (torch.float32, torch.float16)
     else:
-        ready = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        ready = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in CAPABILITIES
     steps = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(stride > 0 and stride * x.element_size() % ALIGNMENT == 0 for _, stride in steps)
     nested = all(outer % inner == 0 for (_, outer), (_, inner) in itertools.pairwise(steps))

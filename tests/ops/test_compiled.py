@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from metakern.ops.direction_dots import triton as direction  # noqa: E402
 from metakern.ops.pair_dots import triton as pairs  # noqa: E402
 from metakern.ops.tiles import Tile, table, tiles  # noqa: E402
+from metakern.ops.triton_blocks import CAPABILITIES  # noqa: E402
 from metakern.ops.weighted_grad import triton as weighted  # noqa: E402
 
 pytestmark = pytest.mark.compiled
@@ -44,8 +45,7 @@ ELEMENTS = {
 }
 
 
-# the copy engine came with 9.0
-FIRST = {direction.direction_dots_bulk_kernel: 90, weighted.weighted_grad_bulk_kernel: 90}
+IN_BULK = (direction.direction_dots_bulk_kernel, weighted.weighted_grad_bulk_kernel)
 
 
 UNMEASURED = {"any": (80, 90, 100), "99 KiB": (86, 89, 120)}
@@ -62,7 +62,7 @@ def every_tile() -> list[Any]:
         if str(size) in sizes and (element != "fp8e4nv" or capability >= 89)
         for shapes, tile in tiles(operator, size, device).items()
         for kernel in KERNELS[operator]
-        if capability >= FIRST.get(kernel, 80)
+        if kernel not in IN_BULK or capability // 10 in CAPABILITIES
         if (name := (kernel.__name__.removesuffix("_kernel"), shapes, element, str(capability), device))
     ]
 
@@ -129,6 +129,6 @@ def test_no_spills_and_tensor_cores(
     assert (code["stack"], code["local accesses"]) == (0, 0)
     assert code["shared"] <= SHARED_KIB[capability] * 1024
     assert MATRIX_INSTRUCTION.get(capability, "mma.sync") in code["ptx"]
-    assert kernel not in FIRST or "cp.async.bulk.tensor" in code["ptx"]
+    assert kernel not in IN_BULK or "cp.async.bulk.tensor" in code["ptx"]
     # products that wait for one another leave the tensor cores idle
     assert "serialized" not in code["warnings"]

@@ -13,7 +13,7 @@ from tests.ops.test_operators import LAYOUTS, assert_exact, each, far_apart, sam
 
 pytest.importorskip("triton")
 
-from metakern.ops import blocks
+from metakern.ops import triton_blocks as blocks
 from metakern.ops.direction_dots import triton as direction
 from metakern.ops.weighted_grad import triton as weighted
 

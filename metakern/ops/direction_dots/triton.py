@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.triton_blocks import copied_in_bulk, described, grouped, rows_of
 from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.tiles import Tile, tile_for
 from metakern.ops.triton_backend import interpreting, precision
+from metakern.ops.triton_blocks import copied_in_bulk, described, grouped, rows_of
 
 GROUP = 8
 """Tiles of rows that are worked on together. For n t = 16384, i = o = 4096 in bfloat16 on 132 multiprocessors the rows

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 from metakern.ops.tiles import tile_for
 from metakern.ops.triton_backend import interpreting, multiprocessors, precision
+from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 
 MAX_SPLITS = 32
 GROUP = 8
