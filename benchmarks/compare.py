@@ -1,131 +1,83 @@
-"""One case, all ways: check, count, time; rows come out."""
+"""`python -m benchmarks.compare REF`: steps of this tree beside those of another commit, in plain steps.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+The other commit's package is checked out into a temporary worktree, with the compiled module of this tree. Processes of
+the two take turns, since where a process has its memory moves short steps by a tenth and more; each times the cases of
+this tree's benchmarks.
+"""
 
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MEASURE = """
+import json, sys
 import torch
-
-from benchmarks.cases import Case, problem_of
-from benchmarks.gate import Gate, Shares
-from benchmarks.measure import count, interleaved
-from benchmarks.peers import PEERS
-from benchmarks.providers import COMPILED_PROVIDERS, FUSED_PROVIDERS, PROVIDERS, ROUNDED_PROVIDERS, Outcome, Step
-from benchmarks.rows import Row
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured, as its rows name it."""
-
-    case: str
-    shapes: str
-    dtype: torch.dtype
-
-    def row(self, provider: str, status: str, **figures: object) -> Row:
-        return Row(self.case, self.shapes, str(self.dtype).removeprefix("torch."), provider, status, **figures)
+from benchmarks.cases import CPU_CASES, problem_of
+from benchmarks.measure import interleaved
+from benchmarks.providers import ours, plain
+torch.set_num_threads(int(sys.argv[2]))
+problem = problem_of(next(case for case in CPU_CASES if case.name == sys.argv[1]))
+steps = {"plain": plain(problem), "metakern": ours(problem)}
+for step in steps.values():
+    step()
+print(json.dumps(interleaved(steps, unit="plain", seconds=float(sys.argv[3]), device="cpu")["metakern"].ratio))
+"""
 
 
-def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0, only: list[str] | None = None) -> list[Row]:
-    """Rows of a whole re-weighted step by everybody, in plain steps."""
-    problem = problem_of(case, device)
-    usual = PROVIDERS | PEERS | (FUSED_PROVIDERS if case.fused else {})
-    everybody = usual | COMPILED_PROVIDERS | ROUNDED_PROVIDERS if only else usual
-    chosen = {name: make for name, make in everybody.items() if not only or name in ("plain", *only)}
-    ways = {name: lambda make=make: make(problem) for name, make in chosen.items()}
-    subject = Subject(case.name, case.shapes, case.dtype)
-    try:
-        return measured(subject, ways, Gate(problem).judge, unit="plain", device=device, seconds=seconds)
-    finally:
-        problem.model.zero_grad(set_to_none=True)
-
-
-def measured(
-    subject: Subject,
-    ways: dict[str, Callable[[], Step]],
-    judge: Callable[[Outcome], Shares],
-    *,
-    unit: str,
-    device: str = "cpu",
-    seconds: float = 10.0,
-) -> list[Row]:
-    """Rows of all ways to do one thing, relative to `unit`, which is the first of them.
-
-    A way that stops, is not installed or fails its check gets a row that says so, and no time.
-    """
-    steps: dict[str, Step] = {}
-    shares: dict[str, Shares] = {}
-    outcomes: dict[str, Outcome] = {}
-    counts: dict[str, tuple[int, int]] = {}
-    rows: dict[str, Row] = {}
-    for name, prepare in ways.items():
+@contextmanager
+def checked_out(ref: str) -> Iterator[Path]:
+    """A folder that holds the package `metakern` of a commit, with this tree's compiled module."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, ref], cwd=ROOT, check=True)
         try:
-            step = prepare()
-            step()  # what is learnt once per model is no part of a step
-            outcomes[name], *counted = count(step, device)
-            counts[name] = (counted[0], counted[1])
-        except Exception as error:  # a kernel's compiler raises errors without a base class of their own
-            rows[name] = subject.row(name, _reason(error))
-            continue
-        shares[name] = judge(outcomes[name])
-        if shares[name].green:
-            steps[name] = step
-        else:
-            used = f"dots {shares[name].dots:.3g}, gradient {shares[name].gradient:.3g}"
-            rows[name] = subject.row(name, f"over the error budget, in budgets: {used}")
-    for name, timing in interleaved(steps, unit=unit, seconds=seconds, device=device).items():
-        weights = outcomes[name].weights
-        operations, peak = counts[name]
-        seen = not name.endswith("compiled")  # what inductor fuses, the counters do not see
-        rows[name] = subject.row(
-            name,
-            "measured",
-            engine=outcomes[name].engine,
-            kept=None if weights is None else float((weights > 0).double().mean()),
-            rounds=timing.rounds,
-            milliseconds=timing.milliseconds,
-            ratio=timing.ratio,
-            ratio_p20=timing.ratio_p20,
-            ratio_p80=timing.ratio_p80,
-            processor_ratio=timing.processor_ratio,
-            gigaflops=operations / 1e9 if seen else None,
-            flop_ratio=operations / counts[unit][0] if seen and counts[unit][0] else None,
-            peak_megabytes=peak / 2**20 if seen else None,
-            peak_ratio=peak / counts[unit][1] if seen and counts[unit][1] else None,
-            dots_budget_used=shares[name].dots,
-            gradient_budget_used=shares[name].gradient,
-        )
-    return [rows[name] for name in ways]
+            for module in (ROOT / "metakern").glob("_C*.so"):
+                shutil.copy(module, tree / "metakern")
+            package = Path(folder) / "package"
+            package.mkdir()
+            (package / "metakern").symlink_to(tree / "metakern")
+            yield package
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"not installed: {error.name}"
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    return reason if reason.startswith("not run") else f"stops: {reason}"
+def plain_steps(package: Path, case: str, threads: int, seconds: float) -> float:
+    """Median plain steps that a step of `package` takes, in a process of its own."""
+    path = os.pathsep.join(map(str, (package, ROOT)))
+    command = [sys.executable, "-P", "-c", MEASURE, case, str(threads), str(seconds)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{case} by {package}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(rows: list[Row], prototypes: dict[str, float | None] | None = None) -> str:
-    """Ratios to the unit, with spread, operations and memory; one block per case."""
-    heads = ("units", "spread", "cpu", "ms", "flops", "peak", "kept")
-    widths = (9, 18, 8, 9, 8, 8, 7)
-    lines = [f"{'case':<34}{'way':<36}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
-    previous = ""
-    for row in rows:
-        label = row.case if row.case != previous else ""
-        previous = row.case
-        start = f"{label:<34}{row.provider:<36}"
-        if not row.measured:
-            lines.append(f"{start}  {row.status}")
-            continue
-        cells = (
-            f"{row.ratio:.2f}",
-            f"{row.ratio_p20:.2f} - {row.ratio_p80:.2f}",
-            f"{row.processor_ratio:.2f}",
-            f"{row.milliseconds:.1f}",
-            *("" if value is None else f"{value:.2f}" for value in (row.flop_ratio, row.peak_ratio, row.kept)),
-        )
-        lines.append(start + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-        prototype = (prototypes or {}).get(row.case)
-        if row.provider == "metakern" and prototype:
-            lines[-1] += f"   to beat {prototype:.2f}"
-    return "\n".join(lines)
+def main() -> None:
+    parser = argparse.ArgumentParser(description="steps of this tree beside those of another commit, in plain steps")
+    parser.add_argument("ref", metavar="REF", help="a commit, branch or tag")
+    parser.add_argument("--cases", default="mlp-256-16,conv-64-16,transformer-32-8,lenet-100-10", metavar="A,B")
+    parser.add_argument("--rounds", type=int, default=3, metavar="X", help="processes of each (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of each process (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, metavar="X", help="default: %(default)s")
+    given = parser.parse_args()
+    print(f"{'case':20}{given.ref[:16]:>22}{'this tree':>22}    medians (least - most) of {given.rounds} processes")
+    with checked_out(given.ref) as other:
+        for case in given.cases.split(","):
+            turns = [
+                [plain_steps(package, case, given.threads, given.seconds) for package in (other, ROOT)]
+                for _ in range(given.rounds)
+            ]
+            cells = [f"{statistics.median(of):.2f} ({min(of):.2f} - {max(of):.2f})" for of in zip(*turns, strict=True)]
+            print(f"{case:20}{cells[0]:>22}{cells[1]:>22}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.cases import CPU_CASES
-from benchmarks.compare import table
 from benchmarks.rows import Row, append
+from benchmarks.ways import table
 
 ROWS: dict[str, list[Row]] = {}
 UNITS = {

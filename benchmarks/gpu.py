@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CPU_CASES, Case
-from benchmarks.compare import Subject, compare, table
 from benchmarks.gpu_ops import OpCase, broken, described, line, measure_op, op_cases, row_of
 from benchmarks.real_cases import real_cases
 from benchmarks.rows import RESULTS, append
+from benchmarks.ways import Subject, compare, table
 
 MINUTES = 7.0
 SHARE_OF_OPERATORS = 0.3

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks.cases import META_CASES, Case, problem_of
-from benchmarks.compare import Subject, measured
 from benchmarks.meta_steps import META_STEPS, MetaGate, MetaStep, ways
 from benchmarks.rows import Row
+from benchmarks.ways import Subject, measured
 
 
 @pytest.mark.parametrize("case", META_CASES, ids=lambda case: case.name)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.compare import Subject, measured
 from benchmarks.operators import OPERATORS, OperatorCase, judge, ways
 from benchmarks.rows import Row
+from benchmarks.ways import Subject, measured
 
 
 @pytest.mark.parametrize("case", OPERATORS, ids=lambda case: case.name)

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.cases import CPU_CASES, SCALING, Case
-from benchmarks.compare import compare
 from benchmarks.rows import Row
+from benchmarks.ways import compare
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)

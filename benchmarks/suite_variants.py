@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from benchmarks.cases import CPU_CASES, Case, problem_of
-from benchmarks.compare import compare
 from benchmarks.providers import ours, ours_rounded
 from benchmarks.real_cases import real_cases
 from benchmarks.rows import Row
+from benchmarks.ways import compare
 
 STEPS = {case.name: case for case in CPU_CASES}
 REAL = {case.name: case for case in real_cases(small=False)}

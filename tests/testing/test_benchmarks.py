@@ -29,9 +29,17 @@ def test_dry_run_of_the_gpu_command() -> None:
         assert provider in rows, printed
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no history to compare with")
+def test_this_tree_beside_a_commit() -> None:
+    settings = "--cases lenet-100-10 --rounds 1 --seconds 0.1 --threads 1".split()
+    printed = run(["-m", "benchmarks.compare", "HEAD", *settings])
+    assert printed.splitlines()[-1].startswith("lenet-100-10"), printed
+
+
 REAL_CASES = """
 import torch
-from benchmarks.compare import compare
+from benchmarks.ways import compare
 from benchmarks.real_cases import real_cases
 
 torch.set_num_threads(1)
@@ -190,7 +198,7 @@ from dataclasses import replace
 import sys
 import torch
 from benchmarks.cases import CPU_CASES
-from benchmarks.compare import compare
+from benchmarks.ways import compare
 from benchmarks.peers import PEERS
 from metakern.testing import models
 
