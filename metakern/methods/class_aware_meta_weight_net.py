@@ -71,7 +71,7 @@ def weights_of_groups(weight_net: nn.Module, groups: Tensor, class_names: Sequen
     """The weights over losses, one curve for each group; groups[C] int64."""
     features = {}
     for k in groups.unique():
-        members = (groups == k).nonzero().flatten().tolist()
+        members: list[int] = (groups == k).nonzero().flatten().tolist()
         features[", ".join(class_names[c] for c in members)] = (k.unsqueeze(0),)
     return weights_over_losses(weight_net, features)
 
