@@ -190,10 +190,8 @@ def _prove(
                         line[k] = [axis for axis in line[k] if _stays_inside(grad, axis, inside)]
         _require_axes(trace, plain, fitting, known, structure)
         _require_no_forward_path(trace, fitting, known, structure, poisoned)
-        alive = any(
-            bool(b.any()) for line in plain for b in line if b is not None
-        )  # where all is zero nothing is shown
-        if alive and all(len(found) == 1 for line in fitting for found in line):
+        shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
+        if shown and all(len(found) == 1 for line in fitting for found in line):
             known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
 
