@@ -10,18 +10,17 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.layers.bag_parts import BagsByParts
+from metakern.layers.forms import twice_differentiable
 
 
 def solve(problem: Problem) -> Answer:
     """Dots by double backward, the weighted gradient by a plain one."""
-    with sdpa_kernel(SDPBackend.MATH), BagsByParts():
+    with twice_differentiable():
         losses = problem.batch_losses()
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)

@@ -22,7 +22,6 @@ from metakern.capture.losses import evaluate_losses
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import PassState
 from metakern.engines.group import mean_over_group
-from metakern.engines.packing import PackingByParts
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.products import Products, ReusedProducts
 from metakern.engines.repetition import require_repetition
@@ -106,9 +105,8 @@ def _dual_pass(
 ) -> Tensor:
     try:
         with ExitStack() as stack:
-            for context in (dual_level(), sdpa_kernel(SDPBackend.MATH), PackingByParts()):
+            for context in (dual_level(), sdpa_kernel(SDPBackend.MATH), _without_fused_encoder()):
                 stack.enter_context(context)
-            stack.enter_context(_without_fused_encoder())
             if any(isinstance(module, nn.LSTM) for module in problem.model.modules()):
                 stack.enter_context(_without_fused_lstm())
             duals = {id(p): p.detach() for p in problem.trainable.values()}

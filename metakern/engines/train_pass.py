@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import PassState, unchanged_on_error
@@ -19,7 +18,7 @@ from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Names, recorded
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.layers.bag_parts import BagsByParts
+from metakern.layers.forms import twice_differentiable
 
 
 class TrainPass(Protocol):
@@ -81,7 +80,7 @@ class _Differentiated(GraphPass):
     """Dots by differentiating the gradient once more."""
 
     def __init__(self, problem: Problem) -> None:
-        with sdpa_kernel(SDPBackend.MATH), BagsByParts():
+        with twice_differentiable():
             losses = problem.batch_losses()
         super().__init__(problem, losses)
 

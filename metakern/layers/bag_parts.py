@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
-class BagsByParts(TorchFunctionMode):
-    """Inside the block torch.nn.functional.embedding_bag is made of operations that differentiate in any mode."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return (_bags if func is F.embedding_bag else func)(*args, **(kwargs or {}))
-
-
-def _bags(
+def bags(
     input: Tensor,
     weight: Tensor,
     offsets: Tensor | None = None,

@@ -4,42 +4,44 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from metakern.layers.bag_parts import BagsByParts
+from metakern.layers.forms import TWICE_DIFFERENTIABLE, Forms
+from metakern.layers.packing_parts import packed, padded
 
 _ONE_AT_A_TIME = threading.RLock()
 """torch has one level of dual numbers in a process, whichever thread is at it."""
 
 
-class _ConstantWithoutGrad(TorchFunctionMode):
+def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch's forward mode of group normalisation takes rows of memory in order, and fails for channels_last."""
+    return lambda input, *args, **kwargs: group_norm(input.contiguous(), *args, **kwargs)
+
+
+_FORMS = {
+    **TWICE_DIFFERENTIABLE,
+    F.group_norm: _in_rows(F.group_norm),
+    torch.group_norm: _in_rows(torch.group_norm),
+    torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
+    torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]
+}
+
+
+class _ForwardMode(Forms):
     """What runs under `torch.no_grad()` is a constant to a backward pass; torch's forward mode differentiates it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
         with forward_ad._set_fwd_grad_enabled(False):
-            return func(*args, **(kwargs or {}))
-
-
-class _GroupNormInRows(TorchFunctionMode):
-    """torch's forward mode of group normalisation takes rows of memory in order, and fails for channels_last."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (F.group_norm, torch.group_norm):
-            if args:
-                args = args[0].contiguous(), *args[1:]
-            else:
-                kwargs["input"] = kwargs["input"].contiguous()
-        return func(*args, **kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def dual_level() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-        with _ConstantWithoutGrad(), BagsByParts(), _GroupNormInRows():
+        with _ForwardMode(_FORMS):
             yield
 
 

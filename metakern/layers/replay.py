@@ -19,7 +19,7 @@ from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.trace import tensors_in
-from metakern.layers.bag_parts import BagsByParts
+from metakern.layers.forms import twice_differentiable
 from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
 
@@ -84,7 +84,7 @@ def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> li
     def leaf(parameter: Tensor) -> Tensor:
         return leaves.setdefault(id(parameter), parameter.detach().requires_grad_())
 
-    with torch.enable_grad(), BagsByParts(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), twice_differentiable():
         outputs = with_parameters(call, leaf)
         kept = [o for o in outputs if o.requires_grad]
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in kept]

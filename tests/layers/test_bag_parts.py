@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
-from metakern.layers.bag_parts import BagsByParts
+from metakern.layers.forms import twice_differentiable
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
@@ -34,7 +34,7 @@ def test_same_values_and_gradient(mode: str, keywords: dict[str, Any]) -> None:
         pytest.skip("torch weights sums only")
     weight = inputs.normal(5, 4, seed=1).requires_grad_()
     given = F.embedding_bag(**keywords, weight=weight, mode=mode)
-    with BagsByParts():
+    with twice_differentiable():
         found = F.embedding_bag(**keywords, weight=weight, mode=mode)
     budget.assert_within(found, given, 10.0)
     cotangent = inputs.normal(*given.shape, seed=3)

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
-class PackingByParts(TorchFunctionMode):
-    """Inside the block sequences are packed and padded by slices and concatenation, position by position."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "_pack_padded_sequence":
-            return _packed(*args, **(kwargs or {}))
-        if name == "_pad_packed_sequence":
-            return _padded(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _packed(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+def packed(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """[t, n, ...] with descending lengths -> the rows of position 0, of position 1, and so on; and their numbers."""
     by_position = input.transpose(0, 1) if batch_first else input
     held = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
     return torch.cat([by_position[t, :rows] for t, rows in enumerate(held)]), torch.tensor(held)
 
 
-def _padded(
+def padded(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
     """The way back: [t, n, ...], `padding_value` where a sequence has ended, and the lengths [n]."""

@@ -1,0 +1,33 @@
+"""Functions in another form: the same values, made of operations that differentiate in more ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from metakern.layers.bag_parts import bags
+
+TWICE_DIFFERENTIABLE: Mapping[Callable[..., Any], Callable[..., Any]] = {F.embedding_bag: bags}
+
+
+class Forms(TorchFunctionMode):
+    """Inside the block the functions that are keys are computed by the functions that are their values."""
+
+    def __init__(self, forms: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._forms = forms
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return self._forms.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside the block attention and bags take forms that have second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), Forms(TWICE_DIFFERENTIABLE):
+        yield
