@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.members import modules_of
+
 _OWN = frozenset(vars(nn.Module()))
 _PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 
@@ -26,7 +28,7 @@ class Attributes:
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = []
-        for module in model.modules():
+        for module in modules_of(model):
             attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
             found = [content_of(value) for value in attributes.values() if type(value) not in _PLAIN]
             contents = [put_back for put_back in found if put_back is not None]

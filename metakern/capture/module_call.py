@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from metakern.capture.members import modules_of
 from metakern.capture.random_state import random_state
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def registered_modules_as_wholes(model: nn.Module, tracer: Tracer) -> Iterator[N
 
     handles = []
     try:
-        for module in model.modules():
+        for module in modules_of(model):
             if isinstance(module, tuple(REGISTERED)):
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after, with_kwargs=True))

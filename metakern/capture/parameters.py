@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.members import modules_of, name_of
+
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Qualified name -> parameter, for every parameter that requires a gradient; a tied one once.
@@ -70,8 +72,9 @@ def require_servable(model: Any) -> None:
             f"{type(model).__name__} is not supported: pass model.module"
             + ("" if isinstance(model, nn.DataParallel) else " together with process_group=")
         )
-    for name, module in model.named_modules():
+    for module in modules_of(model):
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            name = name_of(model, module)
             where = f"module '{name}'" if name else "model"
             raise NotImplementedError(
                 f"{where} is compiled; its calls cannot be traced: pass the original (model._orig_mod, or the module "
@@ -79,10 +82,10 @@ def require_servable(model: Any) -> None:
             )
         if getattr(module, "scale_grad_by_freq", False):
             raise NotImplementedError(
-                f"module '{name}' has scale_grad_by_freq=True, which divides its gradient by counts over the batch, so "
-                "no example has a gradient of its own; set it to False"
+                f"module '{name_of(model, module)}' has scale_grad_by_freq=True, which divides its gradient by counts "
+                "over the batch, so no example has a gradient of its own; set it to False"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(
-                f"module '{name}' is a ScriptModule; its calls cannot be traced: pass the original"
+                f"module '{name_of(model, module)}' is a ScriptModule; its calls cannot be traced: pass the original"
             )

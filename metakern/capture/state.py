@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metakern.capture.attributes import Attributes
+from metakern.capture.members import modules_of, parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.writes import nothing_written
@@ -28,7 +29,7 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._kept = [
             _Buffer(module, name, buffer, buffer._version, buffer.detach().clone())
-            for module in model.modules()
+            for module in modules_of(model)
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
@@ -84,7 +85,7 @@ class Start:
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers, self._attributes, self._random = Buffers(model), Attributes(model), random_state()
-        self._grads = [(p, p.grad) for p in model.parameters()]
+        self._grads = [(p, p.grad) for p in parameters_of(model)]
 
     def restore(self) -> None:
         self._buffers.restore()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.attributes import content_of
+from metakern.capture.members import modules_of
 
 _DEPTH = 4
 _LARGEST_LIST = 4096
@@ -36,7 +37,7 @@ class Surroundings:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        self._seen: dict[int, Any] = {id(module): module for module in model.modules()}
+        self._seen: dict[int, Any] = {id(module): module for module in modules_of(model)}
         self._put_back: list[Callable[[], None]] = []
         for function in (loss_fn, *_own_functions(model)):
             self._visit(function, _DEPTH)
@@ -65,7 +66,7 @@ class Surroundings:
         elif isinstance(value, (torch.Generator, random.Random)) or type(value).__module__.startswith("numpy.random"):
             self._keep(value)
         elif isinstance(value, nn.Module):
-            for module in value.modules():
+            for module in modules_of(value):
                 if module is value or id(module) not in self._seen:
                     self._seen[id(module)] = module
                     self._visit(vars(module), 3)
@@ -103,7 +104,7 @@ class Surroundings:
 
 def _own_functions(model: nn.Module) -> Iterator[Any]:
     """Functions that a forward pass may call: its classes' own, those held as attributes, and hooks."""
-    for module in model.modules():
+    for module in modules_of(model):
         if not type(module).__module__.startswith("torch."):
             yield type(module).forward
         yield from module._forward_hooks.values()

@@ -14,6 +14,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import function_of
+from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
 
 
@@ -23,7 +24,7 @@ class _Writes(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._parameters: dict[int, list[nn.Parameter]] = {}
-        for p in model.parameters():
+        for p in parameters_of(model):
             self._parameters.setdefault(_place(p), []).append(p)
         self._kept: dict[int, list[Callable[[], None]]] = {}
 

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 from torch import nn
 
+from metakern.capture.members import modules_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Start
 from metakern.capture.surroundings import Surroundings
@@ -70,5 +71,5 @@ def normalises_over_batch(model: nn.Module) -> bool:
     """Known without a pass: batch statistics make examples interact, so tracing would be in vain."""
     return any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-        for module in model.modules()
+        for module in modules_of(model)
     )

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.capture.host import host_may_wait
 from metakern.capture.losses import evaluate_losses
+from metakern.capture.members import modules_of, name_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import PassState
 from metakern.engines.group import mean_over_group
@@ -70,9 +71,10 @@ def first_pass(problem: Problem) -> Iterator[Products]:
     hooks, products = _Hooks(), Products()
     with sdpa_kernel(SDPBackend.MATH), hooks, products if problem.memory == "reuse" else nullcontext():
         yield products
-    hooked = next((name for name, module in problem.model.named_modules() if _has_backward_hooks(module)), None)
+    hooked = next((module for module in modules_of(problem.model) if _has_backward_hooks(module)), None)
     if hooks.seen or hooked is not None:
-        where = "a tensor" if hooked is None else f"module '{hooked}'" if hooked else "the model"
+        name = None if hooked is None else name_of(problem.model, hooked)
+        where = "a tensor" if name is None else f"module '{name}'" if name else "the model"
         raise EngineUnavailable(
             f"{where} has a backward hook, which may change gradients; forward mode would not see that: remove it, or "
             "use engine='double_backward'"
@@ -107,7 +109,7 @@ def _dual_pass(
         with ExitStack() as stack:
             for context in (dual_level(), sdpa_kernel(SDPBackend.MATH), _without_fused_encoder()):
                 stack.enter_context(context)
-            if any(isinstance(module, nn.LSTM) for module in problem.model.modules()):
+            if any(isinstance(module, nn.LSTM) for module in modules_of(problem.model)):
                 stack.enter_context(_without_fused_lstm())
             duals = {id(p): p.detach() for p in problem.trainable.values()}
             for name, v in direction.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, per_example_losses
+from metakern.capture.members import modules_of
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
 from metakern.capture.state import unchanged_buffers
 from metakern.layers.precision import require_precision
@@ -33,7 +34,7 @@ class Problem:
     def context(self) -> Hashable:
         """What may couple examples beside the traced calls: the loss, and the mode of every module."""
         loss = getattr(self.loss_fn, "__code__", None) or type(self.loss_fn)
-        return loss, tuple(module.training for module in self.model.modules())
+        return loss, tuple(module.training for module in modules_of(self.model))
 
     def batch_losses(self) -> Tensor:
         return per_example_losses(self.model, self.batch, self.loss_fn, "batch")

@@ -8,7 +8,7 @@ makes the tangent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from metakern.capture.host import host_may_wait
 from metakern.engines.repetition import agree
 
 _PRODUCTS = frozenset(
@@ -84,11 +85,12 @@ class ReusedProducts(TorchFunctionMode):
     def __init__(self, products: Products) -> None:
         super().__init__()
         self._left = iter(products.found)
-        self._agreed: list[Tensor] = []
+        self._compared: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
 
     def agreed(self) -> bool:
-        """Were all operands those of the first pass?"""
-        return not self._agreed or bool(torch.stack(self._agreed).all())
+        """Were all operands those of the first pass? All are compared at once, or small layers would cost launches."""
+        again_and_first = (zip(*pairs) for pairs in self._compared.values())
+        return all(bool(agree(torch.cat(again), torch.cat(first)).all()) for again, first in again_and_first)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,7 +114,8 @@ class ReusedProducts(TorchFunctionMode):
         if not first.usable or (x.tangent is None and w.tangent is None):
             return None
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-            self._agreed += _agreements(first.operands, (x.primal, w.primal, b.primal))
+            if host_may_wait():
+                self._compare(first.operands, (x.primal, w.primal, b.primal))
             if func in _PRODUCTS:
                 settings = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS[func]}
                 output = first.known[0]
@@ -122,6 +125,12 @@ class ReusedProducts(TorchFunctionMode):
                 output = func(**(given | {"input": x.primal, "weight": w.primal, "bias": b.primal}))
                 tangent = _normalised(x, w, b, first.known, given.get("eps", 1e-5))
         return forward_ad.make_dual(output, tangent.to(output.dtype))
+
+    def _compare(self, first: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> None:
+        """Note what is to be compared: operands that are not the very same memory."""
+        for one, other in zip(again, first, strict=True):
+            if one is not None and other is not None and _place(one) != _place(other):
+                self._compared.setdefault((one.device, one.dtype), []).append((_sample(one), _sample(other)))
 
 
 class _Dual(NamedTuple):
@@ -189,24 +198,15 @@ def _operands(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: di
     return given["input"], given.get("weight"), given.get("bias")
 
 
-def _agreements(first: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """Per operand that is not the very same memory, whether its numbers are the same, [] of bool."""
-    return [
-        agree(_sample(one), _sample(other)).all()
-        for one, other in zip(again, first, strict=True)
-        if one is not None and other is not None and _place(one) != _place(other)
-    ]
-
-
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Every `SAMPLED`-th number, in the order of memory where that is without gaps; all where they are few."""
+    """A copy of every `SAMPLED`-th number, in order of memory where that is without gaps; of all where they are few."""
     if tensor.numel() < LARGE:
-        return tensor
+        return tensor.flatten().clone()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     if tensor.numel() != extent:
-        return tensor.flatten()[::SAMPLED]
-    return tensor.as_strided((-(-extent // SAMPLED),), (SAMPLED,))
+        return tensor.flatten()[::SAMPLED].clone()
+    return tensor.as_strided((-(-extent // SAMPLED),), (SAMPLED,)).clone()

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from metakern.capture.members import modules_of
+
 
 @contextmanager
 def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator[None]:
@@ -18,7 +20,7 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
     """
     swapped = [
         (module._parameters, name, p)
-        for module in model.modules()
+        for module in modules_of(model)
         for name, p in module._parameters.items()
         if p is not None and id(p) in replacement
     ]

@@ -1,0 +1,37 @@
+"""The modules, parameters and buffers of a model, each once and in the order in which `nn.Module` lists them.
+
+A step walks the model a dozen times, and `nn.Module`'s own walk goes through as many generators as modules are nested.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """The model and everything registered below it."""
+    found: dict[int, nn.Module] = {}
+    ahead: list[nn.Module | None] = [model]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            ahead += reversed(module._modules.values())
+    return list(found.values())
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters, trainable or not; a tied one once."""
+    entries = (p for module in modules_of(model) for p in module._parameters.values() if p is not None)
+    return list({id(p): p for p in entries}.values())
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """Buffers; a shared one once."""
+    entries = (b for module in modules_of(model) for b in module._buffers.values() if b is not None)
+    return list({id(b): b for b in entries}.values())
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The qualified name of a module of the model, "" for the model itself."""
+    return next(name for name, module in model.named_modules() if module is wanted)
