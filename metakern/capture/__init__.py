@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.members import buffers_of, parameters_of
+from metakern.capture.members import constants_of
 from metakern.capture.module_call import registered_modules_as_wholes
 from metakern.capture.record import Record as Record
 from metakern.capture.record import Trace as Trace
@@ -24,9 +24,7 @@ def trace_batch(
     argument: str,
 ) -> Trace:
     """Forward pass of one batch, with every use of a trainable parameter noted."""
-    constants = [b for b in buffers_of(model) if not b.requires_grad]
-    constants += [p for p in parameters_of(model) if not p.requires_grad]
-    tracer = Tracer(trainable.values(), constants)
+    tracer = Tracer(trainable.values(), constants_of(model))
     with registered_modules_as_wholes(model, tracer), tracer:
         losses = per_example_losses(model, batch, loss_fn, argument)
     return tracer.trace(losses)

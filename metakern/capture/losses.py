@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.capture.host import host_may_wait
+from metakern.capture.host import finite_sum, host_may_wait
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -156,7 +156,7 @@ def _validate(losses: Any, argument: str) -> None:
             f"{argument}: the losses do not depend on any trainable parameter (all frozen, or computed under "
             "torch.no_grad or inference_mode)"
         )
-    if host_may_wait() and not torch.isfinite(losses.detach().sum()):
+    if host_may_wait() and not finite_sum(losses):
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"{argument}: the losses of examples {bad[:10]} are not finite; nothing was changed")

@@ -26,10 +26,10 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     return list({id(p): p for p in entries}.values())
 
 
-def buffers_of(model: nn.Module) -> list[Tensor]:
-    """Buffers; a shared one once."""
-    entries = (b for module in modules_of(model) for b in module._buffers.values() if b is not None)
-    return list({id(b): b for b in entries}.values())
+def constants_of(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers without a gradient."""
+    kinds = (tensors for module in modules_of(model) for tensors in (module._parameters, module._buffers))
+    return [t for tensors in kinds for t in tensors.values() if t is not None and not t.requires_grad]
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:

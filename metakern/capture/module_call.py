@@ -44,6 +44,9 @@ class ModuleCall:
 @contextmanager
 def registered_modules_as_wholes(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Inside the block `tracer` notes the calls of registered modules, and nothing within them."""
+    if not REGISTERED:
+        yield
+        return
     opened: list[tuple[ModuleCall, Any] | None] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:

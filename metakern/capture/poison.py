@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, evaluate_losses
-from metakern.capture.members import buffers_of, parameters_of
+from metakern.capture.members import constants_of
 from metakern.capture.outputs import tensors_in
 from metakern.capture.record import Call
 from metakern.capture.state import PassState
@@ -73,6 +73,6 @@ def poisoned_losses(
 ) -> Tensor:
     """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
     with PassState(model, loss_fn).replayed():
-        constants = [t for t in (*buffers_of(model), *parameters_of(model)) if not t.requires_grad]
+        constants = constants_of(model)
         with _Poisoner(trainable.values(), constants, axes, inside):
             return evaluate_losses(model, batch, loss_fn, "batch").detach().clone()

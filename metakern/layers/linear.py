@@ -54,7 +54,8 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 def bias_dots(b: Tensor, direction: Tensor) -> Tensor:
     """sum_t B_nt . v, [n]."""
     flat = b.reshape(-1, b.shape[-1])
-    return torch.mv(flat, direction.to(b.dtype)).view(b.shape[:2]).sum(1)
+    rows = torch.mv(flat, direction.to(b.dtype))
+    return rows if b.shape[1] == 1 else rows.view(b.shape[:2]).sum(1)
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:

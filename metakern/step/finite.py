@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.capture.host import host_may_wait
+from metakern.capture.host import finite_sum, host_may_wait
 from metakern.engines.problem import Problem
 
 
 def require_finite(dots: Tensor, problem: Problem) -> None:
     """Dots must be finite; float16 may overflow and is left to a GradScaler, which then skips the step."""
-    if not host_may_wait() or torch.isfinite(dots.sum()) or _uses_float16(problem):
+    if not host_may_wait() or finite_sum(dots) or _uses_float16(problem):
         return
     bad = (~torch.isfinite(dots)).nonzero().flatten().tolist()
     if bad:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.host import finite_sum
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import jvp, pose
@@ -95,7 +96,7 @@ def _require_logits(logits: Any) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2:
         got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"batch: expected logits of shape [n, C] from the model, got {got}; pass logits_fn")
-    if not torch.isfinite(logits.detach().sum()):
+    if not finite_sum(logits):
         bad = (~torch.isfinite(logits.detach()).all(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"batch: the logits of examples {bad[:10]} are not finite; nothing was changed")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.host import finite_sum
 from metakern.step.meta_network import ask
 
 NORMALISATIONS = ("sum", "detached_sum", "mean", "none")
@@ -49,7 +50,7 @@ class Weighting:
         if not isinstance(output, Tensor) or tuple(output.shape) not in ((n,), (n, 1)):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"weight_net must return one weight per example, shape ({n},) or ({n}, 1); got {got}")
-        if not torch.isfinite(output.detach().sum()):
+        if not finite_sum(output):
             raise ValueError("weight_net returned weights that are not finite; nothing was changed")
         return output.reshape(n)
 
