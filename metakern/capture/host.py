@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,4 +13,5 @@ def host_may_wait() -> bool:
 
 def finite_sum(values: Tensor) -> bool:
     """Is the sum of the values finite? Then all of them are; not the other way round. The host waits for it."""
-    return math.isfinite(values.detach().sum().item())
+    total = values.detach().sum()
+    return bool(total - total == 0)
