@@ -9,11 +9,11 @@ from torch import nn
 
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import constants_of
-from metakern.capture.module_call import registered_modules_as_wholes
 from metakern.capture.record import Record as Record
 from metakern.capture.record import Trace as Trace
 from metakern.capture.refusal import EngineUnavailable as EngineUnavailable
 from metakern.capture.trace import Tracer
+from metakern.capture.whole_modules import registered_modules_as_wholes
 
 
 def trace_batch(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metakern.capture.module_call import REGISTERED, ModuleCall
+from metakern.capture.module_call import ModuleCall
 from metakern.capture.record import Call
 from metakern.capture.trace import ADDITIONS
+from metakern.capture.whole_modules import REGISTERED
 from metakern.layers import addition, bag, convolution, embedding, generic, linear, norm
 from metakern.layers.rule import LayerRule
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.capture import module_call
+from metakern.capture import whole_modules
 from metakern.layers import generic, linear, table
 from metakern.testing import inputs
 from metakern.testing.catalogue.case import Setup
@@ -19,13 +19,13 @@ from metakern.testing.judge import judge_step
 def registry() -> Iterator[None]:
     """What a test registers is forgotten after it."""
     functions, modules = dict(table._BY_FUNCTION), dict(table._BY_MODULE)
-    registered = set(module_call.REGISTERED)
+    registered = set(whole_modules.REGISTERED)
     yield
     for known, before in ((table._BY_FUNCTION, functions), (table._BY_MODULE, modules)):
         known.clear()
         known.update(before)
-    module_call.REGISTERED.clear()
-    module_call.REGISTERED.update(registered)
+    whole_modules.REGISTERED.clear()
+    whole_modules.REGISTERED.update(registered)
 
 
 class Cube(torch.autograd.Function):
