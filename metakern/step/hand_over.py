@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+K = TypeVar("K", bound=Hashable)
 
 
 def require_optimizer(optimizer: torch.optim.Optimizer | None, trainable: Mapping[str, nn.Parameter]) -> None:
@@ -26,10 +29,25 @@ def hand_over(
     accumulate: bool,
 ) -> None:
     """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer."""
+    own = separate(gradient, trainable)
     for name, p in trainable.items():
-        if accumulate and p.grad is not None:
-            p.grad = p.grad + gradient[name]
-        else:
-            p.grad = gradient[name]
+        p.grad = p.grad + own[name] if accumulate and p.grad is not None else own[name]
     if optimizer is not None:
         optimizer.step()
+
+
+def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:
+    """Every gradient in memory of its own, laid out as its parameter, as a backward pass would leave it.
+
+    The gradients of a + b in a and b are one tensor, which clipping in place would scale twice; that of a.sum() is one
+    number spread out; and fused optimizers take the memory of gradient and parameter entry by entry.
+    """
+    places: set[int] = set()
+    found = {}
+    for name, grad in gradient.items():
+        if grad.layout is torch.strided:
+            if grad.stride() != parameters[name].stride() or grad.data_ptr() in places:
+                grad = torch.empty_like(parameters[name], requires_grad=False).copy_(grad)
+            places.add(grad.data_ptr())
+        found[name] = grad
+    return found

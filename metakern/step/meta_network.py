@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.state import unchanged_on_error
 from metakern.engines.problem import Problem
+from metakern.step.hand_over import separate
 
 
 def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_argument: str) -> None:
@@ -100,9 +101,10 @@ def step_meta_network(
     network: nn.Module, optimizer: torch.optim.Optimizer | None, gradient: dict[nn.Parameter, Tensor]
 ) -> None:
     """Replace `.grad` of every trainable parameter, and step the optimizer if there is one."""
+    own = separate(gradient, {p: p for p in gradient})
     for p in network.parameters():
         if p.requires_grad:
-            p.grad = gradient.get(p)
+            p.grad = own.get(p)
     if optimizer is not None:
         optimizer.step()
 

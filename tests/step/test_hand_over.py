@@ -62,6 +62,36 @@ def test_gradients_own_their_memory() -> None:
     assert torch.equal(first.dots, dots)
 
 
+class Sum(nn.Module):
+    """Parameters that meet one another before they meet data: gradients of both are one tensor, or one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.shift, self.offset, self.scale = (
+            nn.Parameter(torch.randn(*shape).double()) for shape in ((4, 3), (3,), (3,), (5,))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight * self.scale.sum()) + (self.shift + self.offset)
+
+
+@ENGINES
+def test_gradients_are_laid_out_as_their_parameters(engine: str) -> None:
+    """Fused optimizers read gradients in the order of their memory, clipping in place writes each once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Sum(), nn.Linear(3, 3).double())
+    model[1].weight.data = model[1].weight.data.t().contiguous().t()  # type: ignore[union-attr]
+    judge_step(metakern.l2rw_step, Setup(model, *inputs.pair(6, 3, 4, classes=3)), engine=engine)
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    assert [grad.stride() for grad in grads] == [param.stride() for param in model.parameters()]
+    before = [grad.clone() for grad in grads]
+    for grad in grads:
+        grad.mul_(0.5)
+    for grad, whole in zip(grads, before, strict=True):
+        budget.assert_within(grad, 0.5 * whole, 1.0)
+
+
 def test_results_are_detached() -> None:
     setup = setup_of()
     result = metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
