@@ -17,6 +17,7 @@ UNITS = {
     "ops": "an operator, in its composition of torch calls",
     "scaling": "a re-weighted step, in plain steps, as one size grows",
     "compiled": "a re-weighted step, in plain steps, compiled and not",
+    "plan": "operations and peak memory, foretold and counted",
     "precision": "a re-weighted step, in plain steps, its dots rounded and not",
     "real": "a re-weighted step of a model that people train, in plain steps",
 }

@@ -1,4 +1,4 @@
-"""Tables and plots of operators, of growing sizes, and of compiled, rounded and real steps, from the committed rows."""
+"""Tables and plots of all but the steps themselves: operators, growing sizes, plans, variants; from the rows alone."""
 
 import csv
 from collections.abc import Callable
@@ -63,6 +63,25 @@ def _cell(row: Row | None, column: str) -> str:
     return f"{float(value):.2f} ({float(low):.2f} - {float(high):.2f})" if column == "ratio" else f"{float(value):.3g}"
 
 
+def plans() -> str:
+    """Foretold and counted: operations in plain steps, peaks in MiB."""
+    runs = runs_of("plan")
+    if not runs:
+        return "Not measured yet."
+    heads = ["operations foretold", "counted"]
+    heads += [head for name in ("plain step, MiB", "metakern, MiB", "two_pass, MiB") for head in (name, "counted")]
+    lines = [f"| case | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+    for case, run in runs.items():
+        cells = [
+            f"{float(run['metakern'][column]) / float(run['plain'][column]):.3f}"
+            for column in ("planned_gigaflops", "gigaflops")
+        ]
+        for way in ("plain", "metakern", "metakern two_pass"):
+            cells += [f"{float(run[way][column]):.1f}" for column in ("planned_megabytes", "peak_megabytes")]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return f"Counted on {where(runs)}\n\n" + "\n".join(lines)
+
+
 STEPS = {"time": "ratio", "operations": "flop_ratio", "memory": "peak_ratio"}
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -80,6 +99,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         {"metakern": "metakern", "bf16": "metakern bf16 dots"},
         {"time": "ratio", "weight moved": "weight_moved", "kept otherwise": "kept_otherwise"},
     ),
+    "plan": plans,
     "real": table("real", {"": "metakern", "double backward, short": "double_backward (short)"}, STEPS),
 }
 """Parts of docs/performance.md by the name in their marks."""

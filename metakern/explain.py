@@ -21,12 +21,12 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
-from metakern.capture.trace import tensor_arguments
 from metakern.engines import ghost
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
+from metakern.peak_memory import Memory, Sizes, foretold, inputs_of, kept_pass, sizes, there_before
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class UseCost:
     output: tuple[int, ...]
     dots_flops: int  # of products, as torch counts them: elementwise work is not in it
     gradient_flops: int  # the same, were every example kept
-    kept_bytes: int  # inputs A and output gradient B, kept by memory="reuse" until the gradient is formed
+    kept_bytes: int  # A and B that no use before has kept, held by memory="reuse" until the gradient is formed
 
 
 class Passes(NamedTuple):
@@ -63,6 +63,7 @@ class Explanation:
     why_not_ghost: str  # "" where ghost serves; there are no uses then
     uses: tuple[UseCost, ...]
     passes: Passes = NONE
+    memory: Memory | None = None  # peaks; None where ghost does not serve, or the model differentiates by torch.func
 
     @property
     def plain_flops(self) -> int:
@@ -99,10 +100,13 @@ class Explanation:
 
     def _totals(self) -> str:
         half, none, every = (self.step_flops(kept) / max(self.plain_flops, 1) for kept in (0.5, 0, 1))
-        return (
-            f"operations: {half:.2f} plain steps with half of the batch kept ({none:.2f} with none, {every:.2f} with "
-            f"all); records: {self.kept_bytes / 2**20:.3g} MiB"
-        )
+        shares = f"{half:.2f} plain steps with half of the batch kept ({none:.2f} with none, {every:.2f} with all)"
+        if self.memory is None:
+            return f"operations: {shares}\nmemory: records of {self.kept_bytes / 2**20:.3g} MiB"
+        plain, *phases, two_pass = (_rounded(size / 2**20) for size in self.memory)
+        named = ", ".join(f"{name} {size}" for name, size in zip(Memory._fields[1:], phases))
+        peak = f"{_rounded(self.memory.reuse / 2**20)} MiB ({named}); a plain step {plain}, two_pass {two_pass}"
+        return f"operations: {shares}\npeak memory: {peak}"
 
 
 def _rounded(value: float) -> str:
@@ -122,7 +126,7 @@ def explain(
     direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
 
     A few passes over batch [n] and meta_batch [m]; the model, its gradients and the random state are as before. The
-    last lines foretell the operations of a step, in plain steps, and the memory of the records.
+    last lines foretell the operations of a step, in plain steps, and its peak memory beyond what is there before.
 
     Args: as for `l2rw_step`.
     Returns: `Explanation`; print it for a table.
@@ -134,8 +138,10 @@ def explain(
         with unchanged_on_error(model), unchanged_buffers(model):
             train = Recorded(problem)
             meta = trace_batch(model, meta_batch, loss_fn, problem.trainable, "meta_batch")
+            forms = _Forms(problem, train.trace, meta)
             _, v = problem.meta_gradient()
-            return Explanation("ghost", "", tuple(_costs(problem, train, meta, v)), _passes(problem, meta))
+            costs = tuple(_costs(problem, train, forms, v))
+            return Explanation("ghost", "", costs, _passes(problem, meta), _memory(problem, forms))
     except EngineUnavailable as refusal:
         return Explanation("jvp", str(refusal), ())
     finally:
@@ -166,10 +172,25 @@ def _passes(problem: Problem, meta: Trace) -> Passes:
     return Passes(counts[0], counts[1], counts[2] + counts[3])
 
 
+def _memory(problem: Problem, forms: _Forms) -> Memory | None:
+    """The peaks of a step; None where the model forbids to see what its graph keeps."""
+    try:
+        train = kept_pass(problem, problem.batch, "batch")
+        meta = kept_pass(problem, problem.meta_batch, "meta_batch")
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return None
+    paired = forms.paired
+    chosen = {id(p) for p in problem.chosen.values()}
+    without_v = {id(p) for p in problem.trainable.values()} - chosen | paired.keys()
+    return foretold(train, meta, without_v, list(paired.values()))
+
+
 @torch.no_grad()
-def _costs(problem: Problem, train: Recorded, meta: Trace, v: dict[str, Tensor]) -> Iterator[UseCost]:
+def _costs(problem: Problem, train: Recorded, forms: _Forms, v: dict[str, Tensor]) -> Iterator[UseCost]:
     names = _names(problem, train.trace)
-    forms = _Forms(problem, train.trace, meta)
+    held = there_before(problem.model, problem.batch)
     tangents = stage_dots.extend_to_derived({id(problem.chosen[k]): d for k, d in v.items()}, train.trace.derivations)
     n = train.trace.examples
     weights = Weights(torch.full((n,), 1 / n, dtype=train.losses.dtype, device=train.losses.device), None)
@@ -192,7 +213,7 @@ def _costs(problem: Problem, train: Recorded, meta: Trace, v: dict[str, Tensor])
             tuple(record.use.output_shapes[0]),
             dots_flops,
             counted.get_total_flops(),
-            _kept(record),
+            _newly_kept(record, held),
         )
 
 
@@ -205,6 +226,11 @@ class _Forms:
         self._train_use = {k: key for key, k in stage_dots.pairable(trace, chosen).items()}
         self._meta_use = stage_dots.pairable(meta, chosen)
         self._counts = Counter(id(p) for use in trace.uses for _, p in use.call.parameters)
+
+    @property
+    def paired(self) -> dict[int, int]:
+        """Identity of a weight that pairs serve -> its use in the meta pass."""
+        return {key: self._meta_use[key] for k, key in self._train_use.items() if self.of(k)[0] == "pairs"}
 
     def of(self, k: int) -> tuple[str, str, int]:
         """Form, reason, and the FLOPs of the pairs form where that is taken."""
@@ -244,9 +270,8 @@ def _short(call: Call) -> str:
     return "view" if call.name == "__get__" else call.name.strip("_")
 
 
-def _kept(record: Record) -> int:
-    """Bytes of A and B; a sum keeps no A."""
-    parameters = {id(p) for _, p in record.call.parameters}
-    arguments = dict(tensor_arguments(record.call.args, record.call.kwargs)).values() if record.call.versions else ()
-    kept = [t for t in arguments if id(t) not in parameters] + [g for g in record.output_grads if g is not None]
-    return sum(t.numel() * t.element_size() for t in kept)
+def _newly_kept(record: Record, held: Sizes) -> int:
+    """Bytes of A and B that are not among `held`, which they join."""
+    found = sizes([*inputs_of(record.call), *record.output_grads], held)
+    held.update(found)
+    return sum(found.values())

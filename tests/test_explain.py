@@ -44,7 +44,8 @@ def test_flops_bytes_and_shares() -> None:
     assert first.parameters == "0.weight, 0.bias"
     assert first.dots_flops >= 2 * n * width * width
     assert first.gradient_flops >= 2 * n * width * width
-    assert first.kept_bytes == 4 * n * (width + width)
+    assert first.kept_bytes == 4 * n * width  # B; A is the batch
+    assert found.uses[1].kept_bytes == 4 * n * (width + 10)
     assert sum(map(found.share, found.uses)) == pytest.approx(1.0)
     assert all(use.parameters in str(found) for use in found.uses)
 

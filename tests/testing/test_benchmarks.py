@@ -223,6 +223,25 @@ def test_operations_are_those_of_the_cost_model() -> None:
     run(["-c", FLOPS])
 
 
+PLANS = """
+from dataclasses import replace
+import torch
+from benchmarks.cases import CPU_CASES
+from benchmarks.suite_plan import far_off, planned_rows
+
+torch.set_num_threads(1)
+by_name = {case.name: case for case in CPU_CASES}
+sizes = {"lenet-100-10": 16, "mlp-256-16": 64, "conv-128-10": 16, "transformer-64-4": 8, "sdpa-32-8": 8}
+for name, n in sizes.items():
+    rows = planned_rows(replace(by_name[name], n=n, m=4))
+    assert not far_off(rows, 0.1), far_off(rows, 0.1)
+"""
+
+
+def test_plans_are_what_is_counted() -> None:
+    run(["-c", PLANS])
+
+
 PEERS = """
 from dataclasses import replace
 import sys
