@@ -28,6 +28,7 @@ from metakern.capture.host import host_may_wait
 from metakern.capture.order import require_linear, require_order
 from metakern.capture.record import Pick, Trace
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_buffers
 
 
 class ExampleAxis(NamedTuple):
@@ -110,9 +111,11 @@ def example_axes(
         )
     if found is not None:
         if found.moves:
-            require_order(trace, found.axes)
+            with unchanged_buffers(model):
+                require_order(trace, found.axes)
         return found.axes
-    with torch.autograd.set_detect_anomaly(False):  # the NaN of the proof is meant
+    # The NaN of the proof is meant; what checkpointed layers do in its backward passes does not count.
+    with torch.autograd.set_detect_anomaly(False), unchanged_buffers(model):
         return _found_out(trace, known, form, (fingerprint.operations, context), poisoned)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_buffers
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.weighted_backward import weighted_backward
@@ -33,6 +34,11 @@ def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[st
 
     Raises: EngineUnavailable: an operation of the model has no second derivative.
     """
+    with unchanged_buffers(problem.model):
+        return _differentiated_twice(problem, losses, direction)
+
+
+def _differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[str, Tensor]) -> Tensor:
     u = torch.ones_like(losses, requires_grad=True)
     parameters = [problem.chosen[name] for name in direction]
     grads = torch.autograd.grad(losses, parameters, u, create_graph=True, allow_unused=True)

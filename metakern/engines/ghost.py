@@ -49,7 +49,7 @@ def _meta_pass(problem: Problem, trace: Trace) -> Meta:
         return Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {})
     with unchanged_buffers(problem.model):
         meta_trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
-    return meta_gradients(problem, trace, meta_trace, candidates)
+        return meta_gradients(problem, trace, meta_trace, candidates)
 
 
 def meta_gradients(problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int]) -> Meta:

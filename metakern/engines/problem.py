@@ -40,14 +40,16 @@ class Problem:
         return per_example_losses(self.model, self.batch, self.loss_fn, "batch")
 
     def meta_losses(self) -> Tensor:
-        """Losses of the meta batch; running statistics are not touched."""
-        with unchanged_buffers(self.model):
-            return per_example_losses(self.model, self.meta_batch, self.loss_fn, "meta_batch")
+        return per_example_losses(self.model, self.meta_batch, self.loss_fn, "meta_batch")
 
     def meta_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward."""
-        meta_loss = self.meta_losses().mean()
-        found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
+        """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward.
+
+        Running statistics are not touched, not even where checkpointed layers run again in the backward pass.
+        """
+        with unchanged_buffers(self.model):
+            meta_loss = self.meta_losses().mean()
+            found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
         # Embeddings with sparse=True have a sparse V, which neither forward mode nor bags take.
         return meta_loss.detach(), {
             name: g.to_dense() if g.is_sparse else g for name, g in zip(self.chosen, found) if g is not None

@@ -17,6 +17,7 @@ from metakern.capture.graph import output_gradients, require_complete, visit_out
 from metakern.capture.poison import poisoned_losses
 from metakern.capture.record import Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import unchanged_buffers
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.rule import Tangents
@@ -94,7 +95,8 @@ class InPassing:
                 with torch.no_grad():
                     total.add(record, paired.get(k), tangents)
 
-        visit_output_gradients(trace, visit)
+        with unchanged_buffers(self._problem.model):  # checkpointed layers run again, and once more for the gradient
+            visit_output_gradients(trace, visit)
         _require_participation(self._problem, trace, reached)
         return total.dots
 

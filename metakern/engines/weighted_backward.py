@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.state import unchanged_buffers
 from metakern.engines.problem import Problem
 
 
@@ -19,12 +21,15 @@ def weighted_backward(
 ) -> dict[str, Tensor]:
     """sum_n w_n dl_n/dtheta by name, for every trainable parameter or for some; `keep` leaves the graph for more.
 
+    Checkpointed layers run again in a backward pass. What that leaves in buffers counts once, in the last pass.
+
     Raises: ValueError if a trainable parameter took no part, unless only some were asked for.
     """
     parameters = problem.trainable if only is None else only
-    found = torch.autograd.grad(
-        losses, list(parameters.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
-    )
+    with unchanged_buffers(problem.model) if keep else nullcontext():
+        found = torch.autograd.grad(
+            losses, list(parameters.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
+        )
     reached = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
     if only is None:
         problem.require_participation({id(parameters[name]) for name in reached})
