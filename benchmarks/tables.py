@@ -82,6 +82,20 @@ def plans() -> str:
     return f"Counted on {where(runs)}\n\n" + "\n".join(lines)
 
 
+def compiled() -> str:
+    """Compiled and not, in uncompiled plain steps; and what compiling took, in processor seconds."""
+    steps = {"plain, compiled": "plain compiled", "metakern": "metakern", "metakern, compiled": "metakern compiled"}
+    runs, made = runs_of("compiled"), table("compiled", steps, {"": "ratio"})()
+    if not runs:
+        return made
+    taken = [
+        f"{case} {float(run['plain compiled']['compile_seconds']):.0f} and "
+        f"{float(run['metakern compiled']['compile_seconds']):.0f}"
+        for case, run in runs.items()
+    ]
+    return f"{made}\n\nCompiling took, of the plain step and of metakern's, in processor seconds: {'; '.join(taken)}."
+
+
 STEPS = {"time": "ratio", "operations": "flop_ratio", "memory": "peak_ratio"}
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -89,11 +103,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         "ops", {"metakern": "metakern", "compiled": "composition compiled"}, {"time": "ratio", "ms": "milliseconds"}
     ),
     "scaling": table("scaling", {"": "metakern", "double backward": "double_backward (short)"}, STEPS),
-    "compiled": table(
-        "compiled",
-        {"plain, compiled": "plain compiled", "metakern": "metakern", "metakern, compiled": "metakern compiled"},
-        {"": "ratio"},
-    ),
+    "compiled": compiled,
     "precision": table(
         "precision",
         {"metakern": "metakern", "bf16": "metakern bf16 dots"},
