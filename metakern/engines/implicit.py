@@ -29,7 +29,7 @@ from metakern.capture.state import unchanged_buffers
 from metakern.capture.trace import tensor_arguments, tensors_in
 from metakern.dots import pairable
 from metakern.dots.pairs import GRAM_OVERHEAD
-from metakern.engines.problem import Problem
+from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
 from metakern.engines.substitution import substituted
 from metakern.layers.linear import matrices
@@ -98,7 +98,7 @@ def meta_pass_at(
         edges = [trace.uses[place].edges[0] for place in places]
         meta_loss = trace.losses.mean()
         found = torch.autograd.grad(meta_loss, [*leaves.values(), *edges], allow_unused=True)
-    gradient = {name: g for name, g in zip(leaves, found, strict=False) if g is not None}
+    gradient = named_gradients(leaves, found)
     paired = {}
     for given, place, grad in zip(moves.values(), places, found[len(leaves) :], strict=True):
         if grad is not None:

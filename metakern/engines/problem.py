@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,10 +50,7 @@ class Problem:
         with unchanged_buffers(self.model):
             meta_loss = self.meta_losses().mean()
             found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
-        # Embeddings with sparse=True have a sparse V, which neither forward mode nor bags take.
-        return meta_loss.detach(), {
-            name: g.to_dense() if g.is_sparse else g for name, g in zip(self.chosen, found) if g is not None
-        }
+        return meta_loss.detach(), named_gradients(self.chosen, found)
 
     def require_participation(self, reached: set[int]) -> None:
         """Raise ValueError for a trainable parameter whose identity is not among those the losses depend on."""
@@ -65,6 +62,13 @@ class Problem:
                 + (f", nor did {len(missing) - 1} more" if missing[1:] else "")
                 + "; freeze it with requires_grad_(False), or make the forward pass use it"
             )
+
+
+def named_gradients(names: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """The gradients that are there, by name; dense, since neither forward mode nor bags take a sparse direction, as
+    embeddings with sparse=True have it.
+    """
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(names, found, strict=False) if g is not None}
 
 
 class Answer(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,26 +53,30 @@ def solve_along(
 ) -> tuple[Answer, str]:
     """As `solve`, with the dots along `direction(V)`; by parts of `size` examples, or with frozen batch statistics.
 
-    Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that V has, or for
+    Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that count, or for
         choices that exclude one another.
     """
     if problem.dot_precision != "same" and engine not in ("auto", "ghost"):
         raise ValueError(f"dot_precision={problem.dot_precision!r} is for engine='ghost' (or 'auto'), got {engine!r}")
+
+    def along(v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return _directed(problem, v, direction)
+
     if _freezes(problem, engine, size, batchnorm):
         try:
-            return frozen_statistics.solve(problem, lambda v: _directed(v, direction)), FROZEN
+            return frozen_statistics.solve(problem, along), FROZEN
         except EngineUnavailable:
             if engine != "auto":
                 raise
             start.restore()
     if size is not None and micro_batch.several_parts(problem, engine, size):
-        return micro_batch.solve(problem, size, lambda v: _directed(v, direction)), "ghost"
+        return micro_batch.solve(problem, size, along), "ghost"
     if direction is None:
         return solve(problem, engine, start)
     train, used = open_pass(problem, engine)
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)
-    return Answer(train.dots(_directed(v, direction)), train.losses, meta_loss, train.weighted_gradient), used
+    return Answer(train.dots(along(v)), train.losses, meta_loss, train.weighted_gradient), used
 
 
 FROZEN = "ghost_frozen"
@@ -91,11 +96,13 @@ def _freezes(problem: Problem, engine: str, size: int | None, batchnorm: str) ->
     return normalises_over_batch(problem.model)
 
 
-def _directed(v: Mapping[str, Tensor], direction: Direction | None) -> Mapping[str, Tensor]:
+def _directed(problem: Problem, v: Mapping[str, Tensor], direction: Direction | None) -> Mapping[str, Tensor]:
+    """`direction` of the meta gradient in all chosen parameters, which is zero where the meta loss has none."""
     if direction is None:
         return v
-    along = direction(v)
-    _require_like(along, v)
+    every = {name: v[name] if name in v else torch.zeros_like(p) for name, p in problem.chosen.items()}
+    along = direction(every)
+    _require_like(along, every)
     return along
 
 
@@ -104,7 +111,7 @@ def _require_like(along: Any, v: Mapping[str, Tensor]) -> None:
         raise TypeError(f"direction must return a mapping from parameter names to tensors, got {type(along).__name__}")
     for name, tensor in along.items():
         if name not in v:
-            raise ValueError(f"direction returned '{name}', which is no parameter that the meta gradient has")
+            raise ValueError(f"direction returned '{name}', which is no parameter that the dots run over")
         if not isinstance(tensor, Tensor) or tensor.shape != v[name].shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(

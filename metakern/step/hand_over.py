@@ -31,9 +31,14 @@ def hand_over(
     """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer."""
     own = separate(gradient, trainable)
     for name, p in trainable.items():
-        p.grad = p.grad + own[name] if accumulate and p.grad is not None else own[name]
+        p.grad = _sum(p.grad, own[name]) if accumulate and p.grad is not None else own[name]
     if optimizer is not None:
         optimizer.step()
+
+
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    """Torch adds sparse tensors to dense ones, not the other way round."""
+    return right + left if left.is_sparse else left + right
 
 
 def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.state import unchanged_buffers
 from metakern.engines.implicit import implicit_weights, meta_pass_at, move
-from metakern.engines.problem import Problem
+from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
 from metakern.engines.substitution import substituted
 from metakern.engines.train_pass import GhostPass, TrainPass
@@ -52,7 +52,7 @@ def _with_momentum(p: Tensor, grad: Tensor, group: Group, state: State) -> tuple
     if buffer is None or group["momentum"] == 0:
         return grad, grad, 1.0
     share = 1 - group["dampening"]
-    return grad, (group["momentum"] * buffer).add_(grad, alpha=share), share
+    return grad, (share * grad).add_(buffer, alpha=group["momentum"]), share  # sparse embeddings have a sparse buffer
 
 
 def _momentum(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
@@ -155,6 +155,7 @@ class VirtualRule:
             group = groups.get(id(p), {})
             state = {} if self.optimizer is None else self.optimizer.state.get(p, {})
             grad = gradient[name] if name in gradient else torch.zeros_like(p)
+            grad = grad.to_dense() if grad.is_sparse else grad
             parameters[name], jacobian[name] = _RULES[self.name].function(
                 p.detach(), grad, self._rate(group), group, state
             )
@@ -198,7 +199,7 @@ def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tupl
     with unchanged_buffers(problem.model), substituted(problem.model, replacement):
         meta_loss = problem.meta_losses().mean()
         found = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
-    return meta_loss.detach(), {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    return meta_loss.detach(), named_gradients(leaves, found)
 
 
 def virtual_dots(problem: Problem, train: TrainPass, coefficients: Tensor, rule: VirtualRule) -> tuple[Tensor, Tensor]:

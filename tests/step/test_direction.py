@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.step.direction import preconditioned, with_weight_decay
+from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
 from tests.step.virtual_reference import MODELS, Batch, close, losses_at, make
 
@@ -47,6 +48,52 @@ def test_weight_decay(name: str, engine: str) -> None:
     close(got.dots, want, "dots")
     kept = want.clamp(min=0)
     close(got.weights, kept / kept.sum(), "weights")
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.shared, self.train_only = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return self.shared(hidden) + self.train_only(hidden) if both else self.shared(hidden)
+
+
+@pytest.mark.parametrize(
+    ("engine", "micro_batch"), [("ghost", None), ("ghost", 2), ("jvp", None), ("double_backward", None)]
+)
+def test_weight_decay_of_what_the_meta_loss_does_not_depend_on(engine: str, micro_batch: int | None) -> None:
+    model, (batch, meta_batch) = TwoHeads(), inputs.pair(5, 3, 4, classes=3)
+
+    def losses(model: nn.Module, given: Any) -> Tensor:
+        (x, targets), both = given
+        return F.cross_entropy(model(x, both), targets, reduction="none")
+
+    def reached(given: Any) -> list[dict[str, Tensor]]:
+        parameters = dict(model.named_parameters())
+        found = [
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+            for loss in losses(model, given)
+        ]
+        return [{name: g for name, g in zip(parameters, one) if g is not None} for one in found]
+
+    v = {name: 0.3 * p.detach() for name, p in model.named_parameters()}
+    for one in reached((meta_batch, False)):
+        v |= {name: v[name] + g / 3 for name, g in one.items()}
+    want = torch.stack([torch.stack([(g[name] * v[name]).sum() for name in g]).sum() for g in reached((batch, True))])
+    got = metakern.reweight_step(
+        model,
+        (batch, True),
+        (meta_batch, False),
+        loss_fn=losses,
+        direction=with_weight_decay(model, 0.3),
+        engine=engine,
+        micro_batch=micro_batch,
+    )
+    close(got.dots, want, "dots")
 
 
 @pytest.mark.parametrize("name", MODELS)
