@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metakern.capture.attributes import Attributes
 from metakern.capture.members import modules_of, parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.registration import nothing_registered
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.writes import nothing_written
 
@@ -85,22 +86,27 @@ class Start:
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers, self._attributes, self._random = Buffers(model), Attributes(model), random_state()
-        self._grads = [(p, p.grad) for p in parameters_of(model)]
+        self.parameters = parameters_of(model)
+        self._grads = [p.grad for p in self.parameters]
 
     def restore(self) -> None:
         self._buffers.restore()
         self._attributes.restore()
         restore_random_state(self._random)
-        for parameter, grad in self._grads:
+        for parameter, grad in zip(self.parameters, self._grads):
             parameter.grad = grad
 
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[Start]:
-    """The model is as before if an exception leaves the block, which may go back to where it started as well."""
+    """The model is as before if an exception leaves the block, which may go back to where it started as well.
+
+    Raises: ValueError where the block gives the model a new trainable parameter.
+    """
     start = Start(model)
     try:
-        yield start
+        with nothing_registered(model, start.parameters):
+            yield start
     except BaseException:
         start.restore()
         raise

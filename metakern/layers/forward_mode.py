@@ -25,10 +25,19 @@ def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda input, *args, **kwargs: group_norm(input.contiguous(), *args, **kwargs)
 
 
+def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Weight normalisation, g v / |v| with one |v| for each index along `dim`, or with -1 one in all; torch's has no
+    forward mode.
+    """
+    others = [d for d in range(v.dim()) if d != dim]  # -1 is none of them
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
 _FORMS = {
     **TWICE_DIFFERENTIABLE,
     F.group_norm: _in_rows(F.group_norm),
     torch.group_norm: _in_rows(torch.group_norm),
+    torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
     torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]
 }

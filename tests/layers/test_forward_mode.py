@@ -2,14 +2,18 @@
 
 from functools import partial
 
+import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import metakern
 from metakern.layers.forward_mode import dual_level
 from metakern.testing import budget, inputs
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.judge import judge_step
 
 
 def test_group_norm_of_channels_last() -> None:
@@ -35,3 +39,11 @@ def test_logit_tangents_of_a_channels_last_network() -> None:
     plain = metakern.logit_tangents(model, batch, meta_batch)
     turned = metakern.logit_tangents(model.to(memory_format=torch.channels_last), batch, meta_batch)
     budget.assert_within(turned.tangents, plain.tangents, 100.0)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_normalisation_beneath_batch_normalisation(dim: int | None) -> None:
+    torch.manual_seed(0)
+    layers = weight_norm(nn.Linear(4, 5), dim=dim), nn.BatchNorm1d(5), nn.Tanh(), weight_norm(nn.Linear(5, 3), dim=dim)
+    setup = Setup(nn.Sequential(*layers).double(), *inputs.pair(6, 4, 4, classes=3), interacting=True)
+    judge_step(metakern.l2rw_step, setup)
