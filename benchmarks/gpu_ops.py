@@ -105,6 +105,18 @@ def _lookups(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor
     )
 
 
+def _logits(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    targets = torch.randint(0, s["C"], (s["r"],), device=device, generator=generator)
+    return 4 * _normal(s["r"], s["C"], dtype=dtype, device=device, seed=1), targets
+
+
+def _logits_with_sums(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    logits, targets = _logits(s, dtype, device)
+    _, highs, sums = ops.cross_entropy_rows(logits, targets, impl="reference")
+    return logits, targets, highs, sums, _normal(s["r"], dtype=highs.dtype, device=device, seed=2)
+
+
 def _two_rows(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     shape = tuple(s.values())
     return _normal(*shape, dtype=dtype, device=device, seed=1), _normal(*shape, dtype=dtype, device=device, seed=2)
@@ -132,6 +144,16 @@ def _look_up(indices: Tensor, V: Tensor, B: Tensor) -> Tensor:
 
 def _normalise(X: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return (F.layer_norm(X, X.shape[2:]) * B).sum(1), B.sum(1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _cross_entropy_backward(logits: Tensor, targets: Tensor, highs: Tensor, sums: Tensor, grad: Tensor) -> Tensor:
+    """As torch does it; the logits stand for the log-probabilities that it kept, which are as large."""
+    hits = torch.zeros_like(logits).scatter_(1, targets.unsqueeze(1), -grad.to(logits.dtype).unsqueeze(1))
+    return torch.ops.aten._log_softmax_backward_data(hits, logits, 1, logits.dtype)
 
 
 def _clip(dots: Tensor) -> Tensor:
@@ -172,6 +194,8 @@ def op_cases(small: bool) -> Iterator[OpCase]:
     tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=250000, o=1024)
     norm = dict(n=4, t=8, i=24) if small else dict(n=128, t=512, i=1024)
     wide = dict(n=2, t=8, i=40) if small else dict(n=16, t=1024, i=4096)
+    few = dict(r=40, C=10) if small else dict(r=65536, C=1000)
+    many = dict(r=4, C=1100) if small else dict(r=8192, C=32000)
     rows = dict(n=4, k=100) if small else dict(n=16384, k=4096)
     for dtype in (bf16, single):
         terms, copy = tokens["t"] * tokens["o"], "copy >= 0.8"
@@ -179,6 +203,15 @@ def op_cases(small: bool) -> Iterator[OpCase]:
         for sizes in (norm, wide):
             baseline = "layer_norm, multiply, two sums"
             yield OpCase("affine_grads", sizes, dtype, _two_rows, baseline, _normalise, sizes["t"] * sizes["i"], copy)
+        for sizes in (few, many):
+            yield OpCase(
+                *("cross_entropy_rows", sizes, dtype, _logits, "cross_entropy", _cross_entropy, sizes["C"], copy)
+            )
+            baseline = "zeros, scatter, backward of log_softmax"
+            yield OpCase(
+                *("cross_entropy_rows_backward", sizes, dtype, _logits_with_sums, baseline),
+                *(_cross_entropy_backward, sizes["C"], copy),
+            )
         yield OpCase("row_dots", rows, dtype, _two_rows, "vecdot", torch.linalg.vecdot, rows["k"], copy)
     dots = dict(n=64 if small else 1024)
     yield OpCase(
@@ -343,6 +376,11 @@ def _truth(case: OpCase, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...]
         X, B = exact
         normalised = X.abs() / torch.sqrt(X.square().mean(2, keepdim=True) + 1e-5)
         return truth, ((B.abs() * (normalised + 1)).sum(1), B.abs().sum(1))
+    if case.operator == "cross_entropy_rows":
+        largest = exact[0].abs().amax(1) + 1
+        return truth, (largest, largest, truth[2] * (1 + 2 * largest))
+    if case.operator == "cross_entropy_rows_backward":
+        return truth, (exact[4].abs().unsqueeze(1).expand_as(truth[0]),)
     sizes = tuple(a.abs() if a.is_floating_point() else a for a in exact)
     return truth, _parts(operator(*sizes, impl="reference"))
 

@@ -40,6 +40,19 @@ def _clip(dots: Tensor) -> Tensor:
     return kept / torch.where(total > 0, total, torch.ones_like(total))
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        given = logits.detach().requires_grad_()
+        losses = F.cross_entropy(given, targets, reduction="none")
+        (grad,) = torch.autograd.grad(losses.sum(), given)
+    return losses.detach(), grad
+
+
+def _cross_entropy_by_operators(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    losses, highs, sums = ops.cross_entropy_rows(logits, targets)
+    return losses, ops.cross_entropy_rows_backward(logits, targets, highs, sums, torch.ones_like(losses))
+
+
 def _direction(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
     return ((A @ V.T) * B).sum((1, 2))
 
@@ -73,6 +86,19 @@ def _mostly_zero(n: int) -> Tensor:
 OPERATORS = [
     OperatorCase("affine_grads", "n=64 t=64 i=256", ops.affine_grads, _affine, _normals((64, 64, 256), (64, 64, 256))),
     OperatorCase("clip_normalise", "n=1024", ops.clip_normalise, _clip, _normals((1024,))),
+    *(
+        OperatorCase(
+            "cross_entropy_rows",
+            f"r={rows} C={classes} with gradient",
+            _cross_entropy_by_operators,
+            _cross_entropy,
+            lambda dtype, rows=rows, classes=classes: (
+                normal(rows, classes, dtype=dtype),
+                labels(rows, classes=classes, seed=1),
+            ),
+        )
+        for rows, classes in ((2048, 512), (512, 32000))
+    ),
     OperatorCase(
         "direction_dots",
         "n=64 t=64 i=256 o=1024",

@@ -54,6 +54,25 @@ void bind_affine_grads(py::module_& cpu, const char* name) {
   });
 }
 
+template <typename T>
+void bind_cross_entropy_rows(py::module_& cpu, const std::string& suffix) {
+  cpu.def(("cross_entropy_rows_" + suffix).c_str(),
+          [](uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t highs, uintptr_t sums, int64_t rows,
+             int64_t classes, int64_t stride, int64_t ignored, float smoothing) {
+            return metakern::cpu::cross_entropy_rows(pointer<const T>(logits), pointer<const int64_t>(targets),
+                                                     pointer<float>(losses), pointer<float>(highs),
+                                                     pointer<float>(sums), rows, classes, stride, ignored, smoothing);
+          });
+  cpu.def(("cross_entropy_rows_backward_" + suffix).c_str(),
+          [](uintptr_t logits, uintptr_t targets, uintptr_t highs, uintptr_t sums, uintptr_t grad, uintptr_t out,
+             int64_t rows, int64_t classes, int64_t stride, int64_t ignored, float smoothing) {
+            return metakern::cpu::cross_entropy_rows_backward(pointer<const T>(logits), pointer<const int64_t>(targets),
+                                                              pointer<const float>(highs), pointer<const float>(sums),
+                                                              pointer<const float>(grad), pointer<T>(out), rows,
+                                                              classes, stride, ignored, smoothing);
+          });
+}
+
 #ifdef METAKERN_CUDA
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
@@ -89,6 +108,22 @@ void bind_cuda(py::module_& cuda) {
                            pointer<void>(workspace), pointer<void>(scale), pointer<void>(shift), n, t, width,
                            x_stride_n, x_stride_t, b_stride_n, b_stride_t, eps, centred, pointer<CUstream_st>(stream)));
       });
+  cuda.def("cross_entropy_rows", [](int dtype, uintptr_t logits, uintptr_t targets, uintptr_t losses, uintptr_t highs,
+                                    uintptr_t sums, int64_t rows, int64_t classes, int64_t stride, int64_t ignored,
+                                    double smoothing, uintptr_t stream) {
+    check(cross_entropy_rows(static_cast<Scalar>(dtype), pointer<const void>(logits), pointer<const int64_t>(targets),
+                             pointer<void>(losses), pointer<void>(highs), pointer<void>(sums), rows, classes, stride,
+                             ignored, smoothing, pointer<CUstream_st>(stream)));
+  });
+  cuda.def(
+      "cross_entropy_rows_backward",
+      [](int dtype, uintptr_t logits, uintptr_t targets, uintptr_t highs, uintptr_t sums, uintptr_t grad, uintptr_t out,
+         int64_t rows, int64_t classes, int64_t stride, int64_t ignored, double smoothing, uintptr_t stream) {
+        check(cross_entropy_rows_backward(static_cast<Scalar>(dtype), pointer<const void>(logits),
+                                          pointer<const int64_t>(targets), pointer<const void>(highs),
+                                          pointer<const void>(sums), pointer<const void>(grad), pointer<void>(out),
+                                          rows, classes, stride, ignored, smoothing, pointer<CUstream_st>(stream)));
+      });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));
@@ -112,6 +147,8 @@ PYBIND11_MODULE(_C, module) {
   bind_affine_grads<float, float>(cpu, "affine_grads_f32");
   bind_affine_grads<double, double>(cpu, "affine_grads_f64");
   bind_affine_grads<metakern::cpu::bfloat16, float>(cpu, "affine_grads_bf16");
+  bind_cross_entropy_rows<float>(cpu, "f32");
+  bind_cross_entropy_rows<metakern::cpu::bfloat16>(cpu, "bf16");
 #ifdef METAKERN_CUDA
   auto cuda = module.def_submodule("cuda");
   bind_cuda(cuda);

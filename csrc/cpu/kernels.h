@@ -41,4 +41,18 @@ void affine_grads(const T* X, const T* B, Sum* scale, Sum* shift, int64_t n, int
                   int64_t x_stride_n, int64_t x_stride_t, int64_t b_stride_n, int64_t b_stride_t, double eps,
                   bool centred);
 
+// losses_r = logsumexp(z_r) - (1 - smoothing) z_ry - smoothing mean(z_r), zero where y is `ignored`; highs_r = max(z_r)
+// and sums_r = sum_c exp(z_rc - highs_r). Rows have a stride, their elements none. Returns the first row whose target
+// is no class, or -1.
+template <typename T>
+int64_t cross_entropy_rows(const T* logits, const int64_t* targets, float* losses, float* highs, float* sums,
+                           int64_t rows, int64_t classes, int64_t stride, int64_t ignored, float smoothing);
+
+// out_rc = grad_r (exp(z_rc - highs_r) / sums_r - (1 - smoothing) [c == y] - smoothing / classes), zero in rows whose y
+// is `ignored`; `out` is contiguous. Returns the first row whose target is no class, or -1.
+template <typename T>
+int64_t cross_entropy_rows_backward(const T* logits, const int64_t* targets, const float* highs, const float* sums,
+                                    const float* grad, T* out, int64_t rows, int64_t classes, int64_t stride,
+                                    int64_t ignored, float smoothing);
+
 }  // namespace metakern::cpu

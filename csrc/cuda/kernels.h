@@ -33,4 +33,16 @@ cudaError_t affine_grads(Scalar dtype, const void* X, const void* B, void* works
                          int64_t n, int64_t t, int64_t width, int64_t x_stride_n, int64_t x_stride_t,
                          int64_t b_stride_n, int64_t b_stride_t, double eps, bool centred, cudaStream_t stream);
 
+// losses_r = logsumexp(z_r) - (1 - smoothing) z_ry - smoothing mean(z_r), zero where y is `ignored`; highs_r = max(z_r)
+// and sums_r = sum_c exp(z_rc - highs_r). Rows have a stride, their elements none.
+cudaError_t cross_entropy_rows(Scalar dtype, const void* logits, const int64_t* targets, void* losses, void* highs,
+                               void* sums, int64_t rows, int64_t classes, int64_t stride, int64_t ignored,
+                               double smoothing, cudaStream_t stream);
+
+// out_rc = grad_r (exp(z_rc - highs_r) / sums_r - (1 - smoothing) [c == y] - smoothing / classes), zero in rows whose y
+// is `ignored`; `out` is contiguous.
+cudaError_t cross_entropy_rows_backward(Scalar dtype, const void* logits, const int64_t* targets, const void* highs,
+                                        const void* sums, const void* grad, void* out, int64_t rows, int64_t classes,
+                                        int64_t stride, int64_t ignored, double smoothing, cudaStream_t stream);
+
 }  // namespace metakern::cuda

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.capture.host import finite_sum, host_may_wait
+from metakern.capture.row_losses import row_losses
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -75,10 +76,12 @@ def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy at every position, [n, ...]. Where classes lie side by side in memory, as the token logits of a
     transposed [n, t, C] do, row by row: that takes half the time and less.
     """
-    if targets.is_floating_point() or logits.dim() == 2 or logits.stride(1) != 1:
+    if targets.is_floating_point() or logits.stride(1) != 1:
         return F.cross_entropy(logits, targets, reduction="none")
+    if logits.dim() == 2:
+        return row_losses(logits, targets)
     rows = logits.movedim(1, -1).flatten(0, -2)
-    return F.cross_entropy(rows, targets.flatten(), reduction="none").view(targets.shape)
+    return row_losses(rows, targets.flatten()).view(targets.shape)
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

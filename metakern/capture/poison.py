@@ -22,7 +22,8 @@ from metakern.capture.trace import Tracer
 # They leave out one side, entry by entry; the other side may be taken in the next batch.
 _SELECTIONS = frozenset("where masked_fill masked_fill_ fmax fmin nan_to_num nan_to_num_".split())
 _WITHOUT_NAN = {"nansum": torch.sum, "nanmean": torch.mean}
-_LABELLED = frozenset(("cross_entropy", "nll_loss"))  # what is ignored now may have a label in the next batch
+# What is ignored now may have a label in the next batch.
+_LABELLED = frozenset(("cross_entropy", "cross_entropy_rows", "nll_loss"))
 
 
 class _Poisoner(Tracer):

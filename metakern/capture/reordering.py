@@ -30,9 +30,9 @@ _ENTRY_BY_ENTRY = frozenset(
 )
 # Losses take each row with its own label; attention lets NaN through its mask.
 _LOSSES = frozenset(
-    "cross_entropy nll_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss mse_loss l1_loss "
-    "smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss ctc_loss "
-    "poisson_nll_loss hinge_embedding_loss margin_ranking_loss cosine_embedding_loss kl_div gaussian_nll_loss "
+    "cross_entropy cross_entropy_rows nll_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss "
+    "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss "
+    "ctc_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss cosine_embedding_loss kl_div gaussian_nll_loss "
     "scaled_dot_product_attention multi_head_attention_forward".split()
 )
 KEEPS_ROWS = _ENTRY_BY_ENTRY | _LOSSES

@@ -6,6 +6,8 @@ fast ones), `api` (the documented function and the table of implementations). Op
 
 from metakern.ops.affine_grads.api import affine_grads
 from metakern.ops.clip_normalise.api import clip_normalise
+from metakern.ops.cross_entropy_rows.api import cross_entropy_rows
+from metakern.ops.cross_entropy_rows_backward.api import cross_entropy_rows_backward
 from metakern.ops.direction_dots.api import direction_dots
 from metakern.ops.embedding_dots.api import embedding_dots
 from metakern.ops.pair_dots.api import pair_dots
@@ -15,6 +17,8 @@ from metakern.ops.weighted_grad.api import weighted_grad
 __all__ = [
     "affine_grads",
     "clip_normalise",
+    "cross_entropy_rows",
+    "cross_entropy_rows_backward",
     "direction_dots",
     "embedding_dots",
     "pair_dots",

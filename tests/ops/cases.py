@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metakern import ops
 from metakern.testing.inputs import labels, normal
 
 Sizes = tuple[int, ...]
@@ -37,6 +38,41 @@ def _affine_scale(X: Tensor, B: Tensor, eps: float, centred: bool, shift: bool) 
 
 def _clip_normalise(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (normal(*sizes, dtype=dtype),)
+
+
+def _cross_entropy_rows(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Every third row is ignored; where there are many classes, one has a logit of -inf, as masked ones have."""
+    rows, classes = sizes
+    logits, targets = 5 * normal(rows, classes, seed=1, dtype=dtype), labels(rows, classes=classes, seed=2)
+    targets[1::3] = -100
+    if classes > 1000:
+        logits[:, 2], targets[targets == 2] = -torch.inf, 3
+    return logits, targets, -100, 0.1 if classes < 1000 else 0.0
+
+
+def _cross_entropy_rows_backward(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    logits, targets, *settings = _cross_entropy_rows(sizes, dtype)
+    _, highs, sums = ops.cross_entropy_rows(logits, targets, impl="reference")
+    return logits, targets, highs, sums, normal(sizes[0], seed=3, dtype=highs.dtype), *settings
+
+
+def _cross_entropy_scale(logits: Tensor, targets: Tensor, ignored: int, smoothing: float) -> tuple[Tensor, ...]:
+    """Of a loss the largest finite logit, whose differences are rounded; of the sum every term and its exponent."""
+    largest = logits.masked_fill(logits.isinf(), 0).abs().amax(1)
+    exponents = (logits - logits.amax(1, keepdim=True)).clamp(min=-1000)
+    return largest + 1, largest, (exponents.exp() * (1 - exponents)).sum(1)
+
+
+def _cross_entropy_backward_scale(
+    logits: Tensor, targets: Tensor, highs: Tensor, sums: Tensor, grad: Tensor, ignored: int, smoothing: float
+) -> Tensor:
+    """What is added up: the share of a class, with the rounding of its exponent, and one for the target; or where
+    float16 runs out of normal numbers their smallest."""
+    exponents = (logits - highs.unsqueeze(1)).clamp(min=-1000)
+    shares = exponents.exp() / sums.unsqueeze(1) * (1 - exponents)
+    hit = torch.arange(logits.shape[1]) == targets.unsqueeze(1)
+    terms = (shares + hit + smoothing / logits.shape[1]) * grad.abs().unsqueeze(1)
+    return terms.clamp_min(torch.finfo(torch.float16).smallest_normal)
 
 
 def _direction_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -97,6 +133,7 @@ def _weighted_scale(A: Tensor, B: Tensor, w: Tensor, bias: bool) -> tuple[Tensor
 
 
 _MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20, 70), (3, 130, 65, 9))
+_ROWS = ((0, 3), (1, 1), (5, 2), (7, 33), (4, 64), (5, 2057), (40, 100))
 
 CASES = {
     "affine_grads": Case(
@@ -106,6 +143,10 @@ CASES = {
         lambda s: s[1] * s[2],
     ),
     "clip_normalise": Case(((0,), (1,), (5,), (1000,)), _clip_normalise, _clip_scale, lambda s: s[0], far=False),
+    "cross_entropy_rows": Case(_ROWS, _cross_entropy_rows, _cross_entropy_scale, lambda s: s[1]),
+    "cross_entropy_rows_backward": Case(
+        _ROWS, _cross_entropy_rows_backward, _cross_entropy_backward_scale, lambda s: s[1]
+    ),
     "direction_dots": Case(_MATRICES, _direction_dots, _direction_scale, lambda s: s[1] * s[2] * s[3]),
     "embedding_dots": Case(
         ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 2, 1), (3, 7, 5, 63), (2, 150, 11, 200)),

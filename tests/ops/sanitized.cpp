@@ -32,6 +32,25 @@ void rows(int64_t n, int64_t t, int64_t width) {
                  t * width, width, 1e-5, centred);
 }
 
+// Rows two elements apart; every third is ignored, and the last target is no class.
+template <typename T>
+void losses(int64_t rows, int64_t classes) {
+  const int64_t stride = classes + 2;
+  const auto logits = filled<T>(rows > 0 ? (rows - 1) * stride + classes : 0);
+  std::vector<float> out(rows), highs(rows), sums(rows);
+  std::vector<T> grad(rows * classes);
+  std::vector<int64_t> targets(rows);
+  for (int64_t r = 0; r < rows; ++r) targets[r] = r % 3 == 1 ? -100 : r % classes;
+  for (const float smoothing : {0.0f, 0.1f})
+    for (const int64_t last : {int64_t{0}, classes, int64_t{-1}}) {
+      if (rows > 0) targets[rows - 1] = last;
+      cross_entropy_rows(logits.data(), targets.data(), out.data(), highs.data(), sums.data(), rows, classes, stride,
+                         -100, smoothing);
+      cross_entropy_rows_backward(logits.data(), targets.data(), highs.data(), sums.data(), out.data(), grad.data(),
+                                  rows, classes, stride, -100, smoothing);
+    }
+}
+
 template <typename T>
 void weights(int64_t n) {
   const auto dots = filled<T>(n > 0 ? 2 * n - 1 : 0);
@@ -47,6 +66,11 @@ int main() {
         rows<double, double>(n, t, width);
         rows<bfloat16, float>(n, t, width);
       }
+  for (const int64_t rows : {0, 1, 4})
+    for (const int64_t classes : {1, 10, 32, 1024, 2057}) {
+      losses<float>(rows, classes);
+      losses<bfloat16>(rows, classes);
+    }
   for (const int64_t n : {0, 1, 15, 16, 33, 1000}) {
     weights<float>(n);
     weights<double>(n);

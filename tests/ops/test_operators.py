@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,7 @@ from metakern import ops
 from metakern.ops import triton_backend
 from metakern.ops.select import OPERATORS, Implementation, always
 from metakern.testing.budget import assert_within
-from metakern.testing.inputs import non_contiguous
+from metakern.testing.inputs import labels, non_contiguous, normal
 from tests.ops.cases import CASES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -217,6 +218,8 @@ def test_embedding_dots_counts_the_padding_row_from_the_end() -> None:
 
 LARGE = {
     "affine_grads": (3, 70, 300),
+    "cross_entropy_rows": (31, 3000),
+    "cross_entropy_rows_backward": (31, 3000),
     "embedding_dots": (3, 150, 11, 400),
     "row_dots": (3, 50001),
 }
@@ -260,3 +263,77 @@ def test_float32_products_ask_for_tf32_by_either_name() -> None:
     finally:
         matmul.fp32_precision = before
     assert triton_backend.precision(torch.bfloat16) == "ieee"
+
+
+def test_cross_entropy_rows_is_the_loss_that_torch_differentiates() -> None:
+    logits, targets = 3 * normal(40, 70, dtype=torch.float32), labels(40, classes=70)
+    targets[::7] = -100
+    given = logits.double().requires_grad_()
+    want = F.cross_entropy(given, targets, label_smoothing=0.2, reduction="none")
+    grad = normal(40, seed=1, dtype=torch.float32)
+    (derivative,) = torch.autograd.grad(want, given, grad.double())
+    for impl in implementations("cross_entropy_rows", (logits, targets)):
+        losses, highs, sums = ops.cross_entropy_rows(logits, targets, label_smoothing=0.2, impl=impl)
+        assert_within(losses, want, logits.abs().max() + 1, terms=70)
+        got = ops.cross_entropy_rows_backward(logits, targets, highs, sums, grad, label_smoothing=0.2, impl=impl)
+        assert_within(got, derivative, grad.abs().max(), terms=70)
+
+
+def test_cross_entropy_rows_keeps_the_digits_of_a_small_loss_beside_large_logits() -> None:
+    logits = torch.tensor([[4096.0, 4080.0, 4076.0]])
+    want = F.cross_entropy(logits.double(), torch.tensor([0]), reduction="none")
+    for impl in implementations("cross_entropy_rows", (logits, torch.tensor([0]))):
+        losses, *_ = ops.cross_entropy_rows(logits, torch.tensor([0]), impl=impl)
+        assert_within(losses, want, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [3, 2100])
+def test_cross_entropy_rows_of_numbers_that_are_none(classes: int, dtype: torch.dtype) -> None:
+    logits = normal(6, classes, dtype=dtype)
+    logits[0] = -torch.inf
+    logits[1, 1] = torch.inf
+    logits[2, 1] = torch.nan
+    logits[3, :-1], logits[4, -1] = -torch.inf, -torch.inf
+    logits[5, 0] = torch.nan
+    targets = torch.tensor([1, 1, 0, classes - 1, classes - 1, -100])
+    given = logits.double().requires_grad_()
+    want = F.cross_entropy(given, targets, reduction="none")
+    (derivative,) = torch.autograd.grad(want.sum(), given)
+    derivative[5] = 0  # torch's is NaN where an ignored row has one
+    for impl in implementations("cross_entropy_rows", (logits, targets)):
+        losses, highs, sums = ops.cross_entropy_rows(logits, targets, impl=impl)
+        got = ops.cross_entropy_rows_backward(logits, targets, highs, sums, torch.ones(6), impl=impl)
+        for found, truth in ((losses, want), (got, derivative)):
+            assert torch.equal(found.isfinite(), truth.isfinite())
+            assert torch.equal(found.isnan(), truth.isnan())
+            assert_within(found.nan_to_num(posinf=0.0), truth.nan_to_num(posinf=0.0), 8.0, dtype=dtype, terms=classes)
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_cross_entropy_rows_refuses_a_target_that_is_no_class(target: int) -> None:
+    logits, targets = torch.ones(4, 3), torch.tensor([0, target, -100, 2])
+    for impl in implementations("cross_entropy_rows", (logits, targets)):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+            ops.cross_entropy_rows(logits, targets, impl=impl)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        ops.cross_entropy_rows_backward(logits, targets, *(torch.ones(4) for _ in range(3)))
+
+
+def test_cross_entropy_rows_names_what_does_not_fit() -> None:
+    logits, targets = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+    ones = torch.ones(4)
+    for wrong, error, message in (
+        ((logits[:, :0], targets), ValueError, r"logits must have one class at least; got \[4, 0\]"),
+        ((logits, targets.int()), TypeError, r"targets must be int64; got torch.int32"),
+        ((logits, targets[:2]), ValueError, r"targets must have shape \[r\] = \[4\]; got \[2\]"),
+        ((logits, targets, -100, 1.5), ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
+    ):
+        with pytest.raises(error, match=f"cross_entropy_rows: {message}"):
+            OPERATORS["cross_entropy_rows"](*wrong)
+        with pytest.raises(error, match=f"cross_entropy_rows_backward: {message}"):
+            OPERATORS["cross_entropy_rows_backward"](*wrong[:2], ones, ones, ones, *wrong[2:])
+    with pytest.raises(TypeError, match=r"grad must be torch.float32 for logits of torch.float32; got torch.float64"):
+        ops.cross_entropy_rows_backward(logits, targets, ones, ones, ones.double())
+    with pytest.raises(ValueError, match=r"sums must have shape \[r\] = \[4\]; got \[3\]"):
+        ops.cross_entropy_rows_backward(logits, targets, ones, ones[:3], ones)
