@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from metakern import ops
+from metakern.capture.examples import ExampleAxis
 from metakern.capture.record import Record, Trace, Use
 from metakern.layers.linear import matrices
 from metakern.layers.precision import lowered, products
@@ -32,20 +33,30 @@ def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
     return found
 
 
-def pairs_are_cheaper(use: Use, meta_use: Use) -> bool:
-    """Compare multiplications: n t s (i + o) for the Grams, (n t + s) i o for V and its product with A."""
+def pairs_are_cheaper(use: Use, meta_use: Use, directions: int = 1) -> bool:
+    """Compare multiplications: n t s (i + o) for the Grams, (d n t + s) i o for d directions V and the products with A.
+
+    There is one direction, of the mean meta loss, or one of every meta example.
+    """
     rows = use.output_shapes[0][:-1].numel()
     meta_rows = meta_use.output_shapes[0][:-1].numel()
     outputs, inputs = use.call.argument(1, "weight").shape
-    return rows * meta_rows * (inputs + outputs + GRAM_OVERHEAD) < (rows + meta_rows) * inputs * outputs
+    return rows * meta_rows * (inputs + outputs + GRAM_OVERHEAD) < (directions * rows + meta_rows) * inputs * outputs
 
 
 # The two Grams are written, multiplied and summed: memory traffic worth about this many multiplications an entry.
 GRAM_OVERHEAD = 64
 
 
+def of_example(record: Record, examples: int, j: int) -> Record:
+    """What the pairs form reads of one meta example, whose B' is of its own loss."""
+    a, b = matrices(record, examples)
+    call = record.call._replace(args=(a[j],), kwargs={}, parameters=(), versions=())
+    return Record(record.use._replace(call=call), (b[j],), (ExampleAxis(0, 1, len(b[j])),))
+
+
 def pair_dots(record: Record, meta_record: Record, examples: int) -> Tensor:
-    """The contribution of one weight to the dots of mean meta loss, [n]; B' belongs to that mean, 1/m included."""
+    """The contribution of one weight to the dots, [n]; B' is of the mean meta loss, 1/m included, or of one loss."""
     a, b = matrices(record, examples)
     meta_a, meta_b = matrices(meta_record, 1)
     operands = a, b, meta_a.reshape(-1, a.shape[-1]).to(a.dtype), meta_b.reshape(-1, b.shape[-1]).to(b.dtype)

@@ -31,13 +31,19 @@ class Problem:
     dot_precision: str = "same"  # what the ghost engine's products behind the dots may be rounded to
 
     @property
+    def argument(self) -> str:
+        """What errors call the batch."""
+        return "batch"
+
+    @property
     def context(self) -> Hashable:
         """What may couple examples beside the traced calls: the loss, and the mode of every module."""
-        loss = getattr(self.loss_fn, "__code__", None) or type(self.loss_fn)
+        written = getattr(self.loss_fn, "_torchdynamo_orig_callable", self.loss_fn)  # all compiled ones share a wrapper
+        loss = getattr(written, "__code__", None) or type(written)
         return loss, tuple(module.training for module in modules_of(self.model))
 
     def batch_losses(self) -> Tensor:
-        return per_example_losses(self.model, self.batch, self.loss_fn, "batch")
+        return per_example_losses(self.model, self.batch, self.loss_fn, self.argument)
 
     def meta_losses(self) -> Tensor:
         return per_example_losses(self.model, self.meta_batch, self.loss_fn, "meta_batch")

@@ -117,7 +117,7 @@ def recorded(problem: Problem) -> Recorded | InPassing:
 
 
 def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
-    trace = trace_batch(problem.model, problem.batch, problem.loss_fn, problem.trainable, "batch")
+    trace = trace_batch(problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument)
     if trace.couplings and trace.examples > 1:
         raise EngineUnavailable(
             f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use "

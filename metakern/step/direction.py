@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Start
-from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, solve
+from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, pairwise, solve
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.group import mean_over_group
 from metakern.engines.train_pass import open_pass
@@ -56,8 +56,7 @@ def solve_along(
     Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that count, or for
         choices that exclude one another.
     """
-    if problem.dot_precision != "same" and engine not in ("auto", "ghost"):
-        raise ValueError(f"dot_precision={problem.dot_precision!r} is for engine='ghost' (or 'auto'), got {engine!r}")
+    _require_precision(problem, engine)
 
     def along(v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return _directed(problem, v, direction)
@@ -77,6 +76,24 @@ def solve_along(
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)
     return Answer(train.dots(along(v)), train.losses, meta_loss, train.weighted_gradient), used
+
+
+def solve_pairwise(problem: Problem, engine: str, size: int | None, batchnorm: str) -> tuple[Answer, str]:
+    """As `solve`, with the dots along the gradient of each meta example, [n, m].
+
+    Raises: ValueError for choices that exclude one another.
+    """
+    _require_precision(problem, engine)
+    if size is not None:
+        raise ValueError("pairwise and micro_batch exclude each other: ask for the rows of each part of the batch")
+    if batchnorm != "exact":
+        raise ValueError(f"pairwise dots are exact: batchnorm must be 'exact', got {batchnorm!r}")
+    return pairwise.solve(problem, engine)
+
+
+def _require_precision(problem: Problem, engine: str) -> None:
+    if problem.dot_precision != "same" and engine not in ("auto", "ghost"):
+        raise ValueError(f"dot_precision={problem.dot_precision!r} is for engine='ghost' (or 'auto'), got {engine!r}")
 
 
 FROZEN = "ghost_frozen"

@@ -12,7 +12,7 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.group import sum_over_group, weights_over_group
-from metakern.step.direction import Direction, solve_along
+from metakern.step.direction import Direction, solve_along, solve_pairwise
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.result import Dots, StepResult
@@ -31,19 +31,31 @@ def grad_dots(
     micro_batch: int | None = None,
     batchnorm: str = "exact",
     dot_precision: str = "same",
+    pairwise: bool = False,
 ) -> Dots:
     """Dot product of each example's gradient with the meta gradient; only the random state moves on.
 
     dots_n = < dl_n/dtheta, (1/m) sum_j dl'_j/dtheta >
+    dots_nj = < dl_n/dtheta, dl'_j/dtheta >, whose mean over j is dots_n, with `pairwise`
 
-    Args: as for `l2rw_step`.
-    Returns: `Dots` with dots [n], losses [n], meta_loss [] and the engine used.
+    Args:
+        pairwise: dots with every meta example for itself, [n, m]: which of them a step on the example helps or harms.
+            Costs about one contraction with a direction per meta example on top of the two passes (forward mode and
+            double backward: one pass; memory="two_pass": one backward pass), and excludes `micro_batch` and
+            batchnorm="frozen"; a part of the batch has the same rows by itself, unless examples interact.
+        The others: as for `l2rw_step`.
+    Returns: `Dots` with dots [n] or [n, m], losses [n], meta_loss [] and the engine used.
     Raises: as `l2rw_step`.
+    Source of the pairwise dots: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS
+        2020, section 3: times the learning rate, and summed over checkpoints, they are TracInCP.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision)
     with unchanged_on_error(model) as start, unchanged_buffers(model):
-        answer, used = solve_along(problem, start, engine, None, micro_batch, batchnorm)
-        require_finite(answer.dots, problem)
+        if pairwise:
+            answer, used = solve_pairwise(problem, engine, micro_batch, batchnorm)
+        else:
+            answer, used = solve_along(problem, start, engine, None, micro_batch, batchnorm)
+        require_finite(answer.dots.sum(1) if pairwise else answer.dots, problem)
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
 
