@@ -41,11 +41,8 @@ def _clip(dots: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        given = logits.detach().requires_grad_()
-        losses = F.cross_entropy(given, targets, reduction="none")
-        (grad,) = torch.autograd.grad(losses.sum(), given)
-    return losses.detach(), grad
+    losses, backward = torch.func.vjp(lambda given: F.cross_entropy(given, targets, reduction="none"), logits)
+    return losses, backward(torch.ones_like(losses))[0]
 
 
 def _cross_entropy_by_operators(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
