@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from metakern.capture import EngineUnavailable, trace_batch
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.parameters import trainable_parameters
+from metakern.capture.uncompiled import uncompiled
 from metakern.step import reweight_step
 from metakern.testing.budget import Verdict, unit, verdict
 
@@ -58,6 +59,7 @@ class CheckReport:
         return "\n".join(lines)
 
 
+@uncompiled()
 def check(
     model: nn.Module,
     batch: Any,

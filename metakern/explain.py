@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -135,7 +136,9 @@ def explain(
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     state = random_state()
     try:
-        with unchanged_on_error(model), unchanged_buffers(model):
+        with unchanged_on_error(model), unchanged_buffers(model), warnings.catch_warnings():
+            # A compiled module runs uncompiled here, and the counter's own hooks do not mind being called twice.
+            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
             train = Recorded(problem)
             meta = trace_batch(model, meta_batch, loss_fn, problem.trainable, "meta_batch")
             forms = _Forms(problem, train.trace, meta)

@@ -73,13 +73,6 @@ def require_servable(model: Any) -> None:
             + ("" if isinstance(model, nn.DataParallel) else " together with process_group=")
         )
     for module in modules_of(model):
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            name = name_of(model, module)
-            where = f"module '{name}'" if name else "model"
-            raise NotImplementedError(
-                f"{where} is compiled; its calls cannot be traced: pass the original (model._orig_mod, or the module "
-                "before .compile())"
-            )
         if getattr(module, "scale_grad_by_freq", False):
             raise NotImplementedError(
                 f"module '{name_of(model, module)}' has scale_grad_by_freq=True, which divides its gradient by counts "

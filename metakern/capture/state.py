@@ -13,6 +13,7 @@ from metakern.capture.members import modules_of, parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.registration import nothing_registered
 from metakern.capture.surroundings import Surroundings
+from metakern.capture.uncompiled import uncompiled
 from metakern.capture.writes import nothing_written
 
 
@@ -101,11 +102,13 @@ class Start:
 def unchanged_on_error(model: nn.Module) -> Iterator[Start]:
     """The model is as before if an exception leaves the block, which may go back to where it started as well.
 
+    What is compiled of the model runs uncompiled in the block.
+
     Raises: ValueError where the block gives the model a new trainable parameter.
     """
     start = Start(model)
     try:
-        with nothing_registered(model, start.parameters):
+        with uncompiled(), nothing_registered(model, start.parameters):
             yield start
     except BaseException:
         start.restore()

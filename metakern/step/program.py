@@ -50,7 +50,9 @@ def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], bac
             results = function(*given)
             return [*results, reads.as_traced(given[0].device)]
 
-    return Program(make_fx(recorded)(*tensors), tensors, backend)
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # what is compiled in it is traced as written
+        graph = make_fx(recorded)(*tensors)
+    return Program(graph, tensors, backend)
 
 
 class _Reads(TorchDispatchMode):
