@@ -44,7 +44,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
         if variable is not None and id(variable) in names:
             raise EngineUnavailable(
                 f"parameter '{names[id(variable)]}' is used in a way that tracing a forward pass does not see (a "
-                "custom autograd.Function, a scripted or compiled module, reentrant checkpointing, a write through a "
+                "custom autograd.Function, a scripted module, reentrant checkpointing, a write through a "
                 "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
             )
         for following, output in node.next_functions:
