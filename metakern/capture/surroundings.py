@@ -26,7 +26,7 @@ _LARGEST_TENSOR = 2**20
 """What is larger is taken for data, which a pass reads and does not write."""
 
 _OPAQUE = (types.ModuleType, type, str, bytes, int, float, complex, bool, type(None))
-_FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
+FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 """Where objects come from that keep no state of a training run: loggers, locks, data loaders, optimizers."""
 
 
@@ -70,7 +70,7 @@ class Surroundings:
                 if module is value or id(module) not in self._seen:
                     self._seen[id(module)] = module
                     self._visit(vars(module), 3)
-        elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _FOREIGN:
+        elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in FOREIGN:
             self._visit(vars(value), depth)
 
     def _function(self, function: types.FunctionType, depth: int) -> None:
@@ -81,7 +81,7 @@ class Surroundings:
                 continue
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
-        for name in _names(function.__code__):
+        for name in names_of(function.__code__):
             if name in function.__globals__:
                 value = function.__globals__[name]
                 self._put_back.append(functools.partial(_rebind, function.__globals__, name, value))
@@ -114,10 +114,10 @@ def _own_functions(model: nn.Module) -> Iterator[Any]:
                 yield value
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_of(code: types.CodeType) -> set[str]:
     """Global names that a function reads or writes, also in functions defined inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return set(code.co_names).union(*map(names_of, inner))
 
 
 def _refill_cell(cell: types.CellType, content: Any) -> None:

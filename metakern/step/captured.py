@@ -20,6 +20,7 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.state import unchanged_buffers
+from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
@@ -37,14 +38,18 @@ class CapturedStep:
         batches: OwnBatches,
         gradient: Mapping[nn.Parameter, Tensor],
         result: StepResult,
+        granted: Callable[[], Granted],
     ) -> None:
         self._replay, self._batches, self._gradient, self._result = replay, batches, dict(gradient), result
+        self._granted, self._known = granted, granted()
 
     def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
         """One step on new batches; `.grad` holds the weighted gradient until the next one.
 
-        Raises: ValueError when a batch differs from the captured one by more than the values of its tensors.
+        Raises: ValueError when a batch differs from the captured one by more than the values of its tensors, or what
+            model, loss function, rule and optimizer look at has changed by more than the values of tensors.
         """
+        self._known.require(self._granted())
         self._batches.take(batch, meta_batch)
         self._replay()
         for parameter, grad in self._gradient.items():  # zero_grad may have taken it away
@@ -70,7 +75,7 @@ def capture_step(
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta;  optimizer.step()
 
     Losses and dots are not checked for NaN in a captured step, since the host would have to wait for them. Learning
-    rates are constants of the graph unless the optimizer holds them as tensors (`capturable=True`). Capture inside
+    rates that change must be tensors (`lr=torch.tensor(0.1)`, `capturable=True`). Capture inside
     `torch.autocast(..., cache_enabled=False)` for mixed precision.
 
     Args:
@@ -99,6 +104,10 @@ def capture_step(
             optimizer=optimizer,
         )
 
+    def granted() -> Granted:
+        groups = () if optimizer is None else optimizer.param_groups
+        return Granted(model, loss_fn, rule, *groups, places=True)
+
     graph = torch.cuda.CUDAGraph()
     with gradients_as_before(trainable):
         _warm_up(model, step)
@@ -109,7 +118,7 @@ def capture_step(
             except RuntimeError as error:
                 raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
         gradient = {p: p.grad for p in trainable.values() if p.grad is not None}
-    return CapturedStep(graph.replay, batches, gradient, result)
+    return CapturedStep(graph.replay, batches, gradient, result, granted)
 
 
 def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:

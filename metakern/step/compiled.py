@@ -9,7 +9,7 @@ The step is traced down to torch's own operators (both passes, dots, weights, we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import random_state, restore_random_state, same_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.capture.surroundings import Surroundings
 from metakern.step.captured import gradients_as_before
+from metakern.step.granted import Granted
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.own_batches import OwnBatches
 from metakern.step.program import Backend, Program, traced
@@ -38,9 +40,11 @@ class CompiledStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[[bool], StepResult],
+        granted: Callable[[], Granted],
     ) -> None:
         self._program, self._batches, self._model, self._optimizer = program, batches, model, optimizer
-        self._uncompiled, self._known, self._trainable = uncompiled, _state(model), trainable_parameters(model)
+        self._uncompiled, self._trainable = uncompiled, trainable_parameters(model)
+        self._granted, self._known = granted, granted()
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` takes it.
@@ -48,14 +52,11 @@ class CompiledStep:
         Where this batch takes another branch of the model's code than the compiled one (a loss that is not finite among
         them), the step is taken uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or the
-            model has changed by more than the values of its parameters and buffers; else as `reweight_step`.
+        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
+            model, loss function and rule look at has changed by more than the values of tensors; else as
+            `reweight_step`.
         """
-        if _state(self._model) != self._known:
-            raise ValueError(
-                "model: its parameters, buffers, training flags or attributes are not those that the step was compiled "
-                "with; compile another step"
-            )
+        self._known.require(self._granted())
         self._batches.take(batch, meta_batch)
         found = self._program(self._batches.tensors)
         if found is None:
@@ -83,7 +84,8 @@ def compile_step(
 
     The model is given uncompiled. Shapes are those of the batches given here, autocast is as around this call, and the
     optimizer steps uncompiled. Rounding differs from the uncompiled step, as it does between a compiled plain step and
-    an uncompiled one. Takes some tens of seconds.
+    an uncompiled one. Numbers, flags, functions and tensors that model, loss and rule look at are those of this call:
+    the compiled step refuses to run once one is another. Takes some tens of seconds.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
@@ -108,47 +110,42 @@ def compile_step(
         weights, dots, losses, meta_loss, _ = reweight_step(model, *batches.built(list(tensors)), **settings)
         return [weights, dots, losses, meta_loss, *(p.grad for p in trainable.values() if p.grad is not None)]
 
+    def granted() -> Granted:
+        return Granted(model, loss_fn, rule)
+
     with gradients_as_before(trainable):
-        _require_no_trace_left(model, lambda: step(*batches.tensors))
+        _require_no_trace_left(model, loss_fn, granted, lambda: step(*batches.tensors))
         with unchanged_on_error(model):
             program = traced(step, batches.tensors, compiler)
-    return CompiledStep(program, batches, model, optimizer, uncompiled)
+    return CompiledStep(program, batches, model, optimizer, uncompiled, granted)
 
 
-def _require_no_trace_left(model: nn.Module, step: Callable[[], object]) -> None:
+def _require_no_trace_left(
+    model: nn.Module, loss_fn: LossFunction | None, granted: Callable[[], Granted], step: Callable[[], object]
+) -> None:
     """One step that does not count, for what is proved once per model; refuse what a program would do once only."""
-    before, known, buffers = random_state(), _state(model), [(b, b.detach().clone()) for b in model.buffers()]
+    before, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in model.buffers()]
+    around = Surroundings(model, loss_fn)
     try:
         with unchanged_buffers(model):
             step()
             written = [b for b, value in buffers if not _same(b, value)]
         drawn = not same_state(before, random_state())
+        changed = granted().differs_from(known)
     finally:
         restore_random_state(before)
+        around.restore()
     if drawn:
         raise EngineUnavailable(
             "the pass draws random numbers (dropout?), which a compiled step does not draw again where it must; use "
             "reweight_step, or set the model's dropout to 0"
         )
-    if written or _state(model) != known:
-        raise EngineUnavailable("the forward pass writes buffers or attributes of the model; use reweight_step")
+    if written or changed:
+        raise EngineUnavailable(
+            "the pass writes buffers or attributes of the model, or it counts or keeps something else from call to "
+            "call; use reweight_step"
+        )
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
-
-
-def _state(model: nn.Module) -> list[Hashable]:
-    """What a program takes for granted: which tensors there are, their layout, training flags, plain attributes."""
-    return [entry for module in model.modules() for entry in _entries(module)]
-
-
-def _entries(module: nn.Module) -> Iterator[Hashable]:
-    yield type(module), len(module._forward_hooks), len(module._forward_pre_hooks)
-    for name, value in vars(module).items():
-        if type(value) in (bool, int, float, str, type(None)):
-            yield name, value
-    for named in (module._parameters, module._buffers):
-        for name, tensor in named.items():
-            if tensor is not None:
-                yield name, id(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.requires_grad

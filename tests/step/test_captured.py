@@ -14,6 +14,7 @@ from metakern import weighted_grad
 from metakern.capture import examples, losses, random_state
 from metakern.step import captured, finite
 from metakern.step.captured import CapturedStep
+from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
 from metakern.testing import budget, inputs, models
 from metakern.testing.catalogue.case import Setup
@@ -85,7 +86,7 @@ def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
         for old, value in zip(result[:4], new[:4], strict=True):
             old.copy_(value)
 
-    return CapturedStep(replay, own, gradient, result), calls
+    return CapturedStep(replay, own, gradient, result, lambda: Granted(model, None, "softmax", places=True)), calls
 
 
 def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:
@@ -111,6 +112,23 @@ def test_refuses_other_batches_before_anything_changes(change: Any, message: str
     step, calls = fake(network())
     with pytest.raises(ValueError, match=message):
         step(*change(*batches()))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+        lambda model: setattr(model[0], "padding", (0, 0)),
+        lambda model: model.eval(),
+    ],
+)
+def test_refuses_a_model_that_a_graph_would_not_see_change(change: Any) -> None:
+    model = network()
+    step, calls = fake(model)
+    change(model)
+    with pytest.raises(ValueError, match="make another step"):
+        step(*batches())
     assert not calls
 
 

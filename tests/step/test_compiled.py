@@ -177,9 +177,84 @@ def test_a_model_that_is_another_by_now_is_refused(change: Callable[[Any], Any])
     model = network()
     step = compile_step(model, *batches())
     change(model)
-    with pytest.raises(ValueError, match="compile another step"):
+    with pytest.raises(ValueError, match="make another step"):
         step(*batches())
     assert all(p.grad is None for p in model.parameters())
+
+
+class Settings:
+    power, scales = 1.0, [1.0, 2.0]
+
+    def scale(self) -> float:
+        return self.scales[0]
+
+
+class Trainer:
+    """Its loss looks at some of what it holds."""
+
+    def __init__(self) -> None:
+        self.model, self.rows, self.settings, self.steps = Growing(network()), torch.ones(3).double(), Settings(), 0
+        self.clip = [0.0]
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch[0]) * self.rows, batch[1], reduction="none")
+        return self.settings.scale() * losses**self.settings.power * GROWTH["factor"]
+
+    def rule(self, dots: Tensor) -> Tensor:
+        return dots.clamp(min=self.clip[0])
+
+
+class Growing(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.schedule, self.function = inner, {"steps": (1, [2.0])}, torch.tanh
+        self.handle = inner.register_forward_hook(lambda module, given, output: 2 * output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.inner(x) * self.schedule["steps"][1][0])
+
+    def hook_anew(self) -> None:
+        self.handle.remove()
+        self.handle = self.inner.register_forward_hook(lambda module, given, output: 3 * output)
+
+
+GROWTH = {"factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda trainer: setattr(trainer.settings, "power", 2.0),
+        lambda trainer: setattr(trainer.settings, "scales", [3.0]),
+        lambda trainer: setattr(trainer, "rows", 2 * trainer.rows),
+        lambda trainer: trainer.clip.__setitem__(0, -1.0),
+        lambda trainer: GROWTH.update(factor=GROWTH["factor"] + 1),
+        lambda trainer: trainer.model.schedule["steps"][1].append(3.0),
+        lambda trainer: setattr(trainer.model, "function", torch.sin),
+        lambda trainer: trainer.model.hook_anew(),
+    ],
+)
+def test_numbers_and_functions_that_are_others_by_now_are_refused(change: Callable[[Any], Any]) -> None:
+    trainer = Trainer()
+    step = compile_step(trainer.model, *batches(), loss_fn=trainer.loss, rule=trainer.rule)
+    trainer.steps += 1  # nothing that its loss looks at
+    trainer.rows.mul_(2)
+    assert_as_uncompiled(step, trainer.model, batches(1), loss_fn=trainer.loss, rule=trainer.rule)
+    change(trainer)
+    with pytest.raises(ValueError, match="make another step"):
+        step(*batches(2))
+
+
+def test_a_loss_that_counts_its_calls_is_refused_and_put_back() -> None:
+    calls = [0]
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        calls[0] += 1
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * calls[0]
+
+    with pytest.raises(NotImplementedError, match="counts or keeps something else"):
+        compile_step(network(), *batches(), loss_fn=loss_fn)
+    assert calls == [0]
 
 
 def test_other_shapes_are_refused_before_anything_changes() -> None:
