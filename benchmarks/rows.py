@@ -47,6 +47,11 @@ class Row:
     def measured(self) -> bool:
         return self.status == "measured"
 
+    @property
+    def remark(self) -> str:
+        """What stands in a printed table where there is no time."""
+        return self.status
+
 
 @cache
 def environment(device: str) -> dict[str, str]:

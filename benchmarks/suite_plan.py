@@ -11,15 +11,27 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.rows import Row
 from benchmarks.suite_variants import TRAINED
 
-PLANNED = [case for case in (*CPU_CASES, *TRAINED) if not case.interacting]
+PLANNED = [*CPU_CASES, *TRAINED]
 
 
 @dataclass(frozen=True)
 class PlanRow(Row):
-    """With what was foretold; operations are not for two_pass."""
+    """With what was foretold; no operations of two_pass, no memory of forward mode."""
 
     planned_gigaflops: float | None = None
     planned_megabytes: float | None = None
+
+    @property
+    def remark(self) -> str:
+        figures = (
+            ("GFLOP", self.planned_gigaflops, self.gigaflops),
+            ("MiB", self.planned_megabytes, self.peak_megabytes),
+        )
+        return ", ".join(
+            f"{name}: {foretold:.1f} foretold, {counted:.1f} counted"
+            for name, foretold, counted in figures
+            if foretold is not None and counted is not None
+        )
 
 
 @pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.name)
@@ -36,10 +48,12 @@ def planned_rows(case: Case) -> list[PlanRow]:
     """A plain step, and metakern's by reusing what it kept and by two passes."""
     problem = problem_of(case)
     plan = metakern.plan(problem.model, problem.batch, problem.meta_batch)
-    assert plan.memory is not None
-    planned = {"plain": plan.memory.plain, "metakern": plan.memory.reuse, "metakern two_pass": plan.memory.two_pass}
+    peaks = plan.memory
+    planned = {"plain": peaks and peaks.plain, "metakern": peaks and peaks.reuse}
+    if peaks is not None:
+        planned["metakern two_pass"] = peaks.two_pass
     rows = []
-    for way, megabytes in planned.items():
+    for way, peak_foretold in planned.items():
         step = PROVIDERS[way](problem)
         step()
         outcome, operations, peak = count(step, "cpu")
@@ -51,7 +65,7 @@ def planned_rows(case: Case) -> list[PlanRow]:
                 gigaflops=operations / 1e9,
                 peak_megabytes=peak / 2**20,
                 planned_gigaflops=None if foretold is None else foretold / 1e9,
-                planned_megabytes=megabytes / 2**20,
+                planned_megabytes=None if peak_foretold is None else peak_foretold / 2**20,
             )
         )
     problem.model.zero_grad(set_to_none=True)

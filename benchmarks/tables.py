@@ -77,7 +77,8 @@ def plans() -> str:
             for column in ("planned_gigaflops", "gigaflops")
         ]
         for way in ("plain", "metakern", "metakern two_pass"):
-            cells += [f"{float(run[way][column]):.1f}" for column in ("planned_megabytes", "peak_megabytes")]
+            figures = [run.get(way, {}).get(column) for column in ("planned_megabytes", "peak_megabytes")]
+            cells += [f"{float(figure):.1f}" if figure else "-" for figure in figures]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return f"Counted on {where(runs)}\n\n" + "\n".join(lines)
 

@@ -115,7 +115,7 @@ def table(rows: list[Row], prototypes: dict[str, float | None] | None = None) ->
         previous = row.case
         start = f"{label:<34}{row.provider:<36}"
         if not row.measured:
-            lines.append(f"{start}  {row.status}")
+            lines.append(f"{start}  {row.remark}")
             continue
         cells = (
             f"{row.ratio:.2f}",

@@ -9,24 +9,24 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metakern import dots as stage_dots
+from metakern import pass_counts
 from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
-from metakern.capture.graph import output_gradients
 from metakern.capture.losses import LossFunction
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
-from metakern.engines import ghost
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
+from metakern.pass_counts import NONE, Passes
 from metakern.peak_memory import Memory, Sizes, foretold, inputs_of, kept_pass, sizes, there_before
 
 
@@ -45,17 +45,6 @@ class UseCost:
     kept_bytes: int  # A and B that no use before has kept, held by memory="reuse" until the gradient is formed
 
 
-class Passes(NamedTuple):
-    """FLOPs of the passes over whole batches, as torch counts them."""
-
-    forward: int
-    output_gradients: int  # the backward pass to B, without gradients of parameters
-    meta: int  # forward and backward of the meta batch
-
-
-NONE = Passes(0, 0, 0)
-
-
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found; `str(explanation)` is a table."""
@@ -63,19 +52,18 @@ class Explanation:
     engine: str
     why_not_ghost: str  # "" where ghost serves; there are no uses then
     uses: tuple[UseCost, ...]
-    passes: Passes = NONE
+    passes: Passes = NONE  # NONE where neither ghost nor forward mode serves
     memory: Memory | None = None  # peaks; None where ghost does not serve, or the model differentiates by torch.func
 
     @property
     def plain_flops(self) -> int:
         """Of a plain step: forward, output gradients, gradients of the parameters."""
         gradient = sum(use.gradient_flops for use in self.uses)
-        return self.passes.forward + self.passes.output_gradients + gradient
+        return self.passes.forward + self.passes.backward + gradient
 
     def step_flops(self, kept: float = 0.5) -> float:
         """Of `l2rw_step` when the share `kept` of the batch carries weight."""
-        dots, gradient = (sum(part) for part in zip(*((use.dots_flops, use.gradient_flops) for use in self.uses)))
-        return sum(self.passes) + dots + kept * gradient
+        return sum(self.passes) + sum(use.dots_flops + kept * use.gradient_flops for use in self.uses)
 
     @property
     def kept_bytes(self) -> int:
@@ -89,7 +77,8 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.why_not_ghost:
-            return f"engine: {self.engine}, for the whole model at once ({self.why_not_ghost})"
+            steps = f"; {self.step_flops() / self.plain_flops:.2f} plain steps" if self.plain_flops else ""
+            return f"engine: {self.engine}, for the whole model at once ({self.why_not_ghost}){steps}"
         rows = [["parameters", "function", "rule", "form", "dots MFLOP", "gradient", "kept KiB", "share", "why"]]
         for use in self.uses:
             sizes = [_rounded(v) for v in (use.dots_flops / 1e6, use.gradient_flops / 1e6, use.kept_bytes / 1024)]
@@ -135,44 +124,36 @@ def explain(
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     state = random_state()
-    try:
-        with unchanged_on_error(model), unchanged_buffers(model), warnings.catch_warnings():
-            # A compiled module runs uncompiled here, and the counter's own hooks do not mind being called twice.
-            warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-            train = Recorded(problem)
-            meta = trace_batch(model, meta_batch, loss_fn, problem.trainable, "meta_batch")
-            forms = _Forms(problem, train.trace, meta)
-            _, v = problem.meta_gradient()
-            costs = tuple(_costs(problem, train, forms, v))
-            return Explanation("ghost", "", costs, _passes(problem, meta), _memory(problem, forms))
-    except EngineUnavailable as refusal:
-        return Explanation("jvp", str(refusal), ())
-    finally:
-        restore_random_state(state)
+    with warnings.catch_warnings():
+        # A compiled module runs uncompiled here, and the counter's own hooks do not mind being called twice.
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        try:
+            with unchanged_on_error(model), unchanged_buffers(model):
+                return _by_ghost(problem)
+        except EngineUnavailable as refusal:
+            return Explanation("jvp", str(refusal), (), _by_forward_mode(problem))
+        finally:
+            restore_random_state(state)
 
 
 plan = explain
 
 
-def _passes(problem: Problem, meta: Trace) -> Passes:
-    """The passes of a ghost step over the train batch and over the traced meta batch, counted."""
+def _by_ghost(problem: Problem) -> Explanation:
+    train = Recorded(problem)
+    meta = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
+    forms = _Forms(problem, train.trace, meta)
+    _, v = problem.meta_gradient()
+    costs = tuple(_costs(problem, train, forms, v))
+    return Explanation("ghost", "", costs, pass_counts.by_ghost(problem, meta), _memory(problem, forms))
 
-    def traced(batch: Any, argument: str) -> Trace:
-        return trace_batch(problem.model, batch, problem.loss_fn, problem.trainable, argument)
 
-    # A pass that was counted forward is not run backward: the counter leaves hooks that chosen leaves do not stand.
-    with FlopCounterMode(display=False) as forward:
-        traced(problem.batch, "batch")
-    with FlopCounterMode(display=False) as meta_forward:
-        traced(problem.meta_batch, "meta_batch")
-    trace = traced(problem.batch, "batch")
-    with FlopCounterMode(display=False) as backward:
-        output_gradients(trace)
-    candidates = stage_dots.pairable(trace, {id(p): p for p in problem.chosen.values()})
-    with FlopCounterMode(display=False) as meta_backward:
-        ghost.meta_gradients(problem, trace, meta, candidates)
-    counts = [each.get_total_flops() for each in (forward, backward, meta_forward, meta_backward)]
-    return Passes(counts[0], counts[1], counts[2] + counts[3])
+def _by_forward_mode(problem: Problem) -> Passes:
+    try:
+        with unchanged_on_error(problem.model), unchanged_buffers(problem.model):
+            return pass_counts.by_forward_mode(problem)
+    except EngineUnavailable:
+        return NONE
 
 
 def _memory(problem: Problem, forms: _Forms) -> Memory | None:

@@ -65,6 +65,21 @@ def test_operations_of_a_step_are_those_foretold(make, kept: int) -> None:
     assert found.plain_flops == pytest.approx(plain.get_total_flops(), rel=0.05)
 
 
+def test_operations_of_forward_mode_are_those_foretold() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10))
+    batch, meta_batch = inputs.pair(32, 8, 64, classes=10, dtype=torch.float32)
+    before = Snapshot.of(model)
+    found = metakern.explain(model, batch, meta_batch)
+    before.assert_unchanged(model)
+    with FlopCounterMode(display=False) as step:
+        assert metakern.l2rw_step(model, batch, meta_batch).engine == found.engine == "jvp"
+    with FlopCounterMode(display=False) as plain:
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    assert found.step_flops() == pytest.approx(step.get_total_flops(), rel=0.05)
+    assert found.plain_flops == pytest.approx(plain.get_total_flops(), rel=0.05)
+    assert str(found).endswith(f"{found.step_flops() / found.plain_flops:.2f} plain steps")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_layer_is_explained_and_left_alone(case: Case) -> None:
     setup = case.make(6, 3)
