@@ -26,7 +26,12 @@ def solve(problem: Problem) -> Answer:
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
     dots = differentiated_twice(problem, losses, direction)
-    return Answer(dots, losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights))
+    return Answer(
+        dots,
+        losses.detach(),
+        meta_loss,
+        lambda weights: weighted_backward(problem, losses, weights, form=twice_differentiable),
+    )
 
 
 def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[str, Tensor]) -> Tensor:
@@ -34,7 +39,7 @@ def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[st
 
     Raises: EngineUnavailable: an operation of the model has no second derivative.
     """
-    with unchanged_buffers(problem.model):
+    with unchanged_buffers(problem.model), twice_differentiable():
         return _differentiated_twice(problem, losses, direction)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from metakern.engines.substitution import substituted
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
+PLAIN_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
+"""The form of a pass that is differentiated forward; its backward pass needs it too, where layers run again."""
+
 
 def solve(problem: Problem) -> Answer:
     """Dots by one dual pass; the weighted gradient by a plain backward of the weighted losses.
@@ -44,7 +48,12 @@ def solve(problem: Problem) -> Answer:
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
     dots = loss_tangents(problem, direction, start, losses.detach(), products)
-    return Answer(dots, losses.detach(), meta_loss, lambda weights: weighted_backward(problem, losses, weights))
+    return Answer(
+        dots,
+        losses.detach(),
+        meta_loss,
+        lambda weights: weighted_backward(problem, losses, weights, form=PLAIN_ATTENTION),
+    )
 
 
 class _Hooks(TorchFunctionMode):
@@ -69,7 +78,7 @@ def first_pass(problem: Problem) -> Iterator[Products]:
     Raises: EngineUnavailable where hooks may change gradients on their way back, of which forward mode knows nothing.
     """
     hooks, products = _Hooks(), Products()
-    with sdpa_kernel(SDPBackend.MATH), hooks, products if problem.memory == "reuse" else nullcontext():
+    with PLAIN_ATTENTION(), hooks, products if problem.memory == "reuse" else nullcontext():
         yield products
     hooked = next((module for module in modules_of(problem.model) if _has_backward_hooks(module)), None)
     if hooks.seen or hooked is not None:
@@ -107,7 +116,7 @@ def _dual_pass(
 ) -> Tensor:
     try:
         with ExitStack() as stack:
-            for context in (dual_level(), sdpa_kernel(SDPBackend.MATH), _without_fused_encoder()):
+            for context in (dual_level(), PLAIN_ATTENTION(), _without_fused_encoder()):
                 stack.enter_context(context)
             if any(isinstance(module, nn.LSTM) for module in modules_of(problem.model)):
                 stack.enter_context(_without_fused_lstm())

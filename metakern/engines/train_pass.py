@@ -7,7 +7,8 @@ along a direction found at other parameters, then the gradient of another weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,16 +56,21 @@ class GhostPass:
 class GraphPass:
     """The graph of the losses; weighted gradients are ordinary backward passes over it."""
 
+    form: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """What the graph was made in."""
+
     def __init__(self, problem: Problem, losses: Tensor) -> None:
         self._problem, self._losses = problem, losses
         self.losses = losses.detach()
 
     def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
-        return weighted_backward(self._problem, self._losses, weights, keep, only)
+        return weighted_backward(self._problem, self._losses, weights, keep, only, self.form)
 
 
 class _Dual(GraphPass):
     """Dots by forward mode, in a second forward pass with the random numbers and buffers of the first."""
+
+    form = jvp.PLAIN_ATTENTION
 
     def __init__(self, problem: Problem) -> None:
         self._start = PassState(problem.model, problem.loss_fn)
@@ -78,6 +84,8 @@ class _Dual(GraphPass):
 
 class _Differentiated(GraphPass):
     """Dots by differentiating the gradient once more."""
+
+    form = staticmethod(twice_differentiable)
 
     def __init__(self, problem: Problem) -> None:
         with twice_differentiable():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,17 @@ def weighted_backward(
     weights: Tensor,
     keep: bool = False,
     only: Mapping[str, nn.Parameter] | None = None,
+    form: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Tensor]:
     """sum_n w_n dl_n/dtheta by name, for every trainable parameter or for some; `keep` leaves the graph for more.
 
-    Checkpointed layers run again in a backward pass. What that leaves in buffers counts once, in the last pass.
+    Checkpointed layers run again in a backward pass: in the `form` that the graph was made in. What that leaves in
+    buffers counts once, in the last pass.
 
     Raises: ValueError if a trainable parameter took no part, unless only some were asked for.
     """
     parameters = problem.trainable if only is None else only
-    with unchanged_buffers(problem.model) if keep else nullcontext():
+    with unchanged_buffers(problem.model) if keep else nullcontext(), form():
         found = torch.autograd.grad(
             losses, list(parameters.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
         )

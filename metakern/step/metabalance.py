@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import substituted
+from metakern.layers.forms import twice_differentiable
 from metakern.step.hand_over import hand_over, require_optimizer
 
 HESSIANS = ("double_backward", "central_difference")
@@ -58,10 +58,10 @@ def metabalance_step(
         order: 2 is the gradient as the paper defines it; 1 leaves out the Hessian term, as the authors' released code
             does.
         leak: share of the inner gradient at theta.
-        hessian: "double_backward" differentiates the inner gradient once more and is exact, with fused attention in
-            its plain form. "central_difference" takes two more gradients of the inner batch, at theta +- r v with
-            r = sqrt(eps) / |v|; it works with any kernel, and costs half the digits of a gradient. Where the interval
-            crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32.
+        hessian: "double_backward" differentiates the inner gradient once more and is exact, with fused attention and
+            bags in their plain forms. "central_difference" takes two more gradients of the inner batch, at theta +- r v
+            with r = sqrt(eps) / |v|; it works with any kernel, and costs half the digits of a gradient. Where the
+            interval crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32.
         scale: factor of the whole gradient.
         params: the parameters that the inner step moves; the gradient is of all.
 
@@ -111,7 +111,7 @@ class _Inner:
         self._start = PassState(problem.model, problem.loss_fn)
         with ExitStack() as stack:
             if differentiable:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(twice_differentiable())
             loss = _mean_loss(problem, problem.batch, "inner_batch")
             parameters = list(problem.trainable.values())
             found = torch.autograd.grad(loss, parameters, create_graph=differentiable, allow_unused=True)
@@ -130,12 +130,13 @@ class _Inner:
         curved = [name for name in v if self._graph[name].requires_grad]
         if not curved:
             return {}
-        found = torch.autograd.grad(
-            [self._graph[name] for name in curved],
-            list(trainable.values()),
-            [v[name] for name in curved],
-            allow_unused=True,
-        )
+        with twice_differentiable():
+            found = torch.autograd.grad(
+                [self._graph[name] for name in curved],
+                list(trainable.values()),
+                [v[name] for name in curved],
+                allow_unused=True,
+            )
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
     def _difference(self, v: Gradient) -> Gradient:

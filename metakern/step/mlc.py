@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
+from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
@@ -130,7 +131,7 @@ class _Corrected:
         self._features = given.values
         self._clean = None
         if clean is not None:
-            with unchanged_buffers(problem.model):
+            with unchanged_buffers(problem.model), PLAIN_ATTENTION():
                 self._clean = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
         self.examples = self._log_q.shape[0] + (0 if self._clean is None else self._clean.shape[0])
 
@@ -155,9 +156,10 @@ class _Corrected:
         if self._clean is not None:
             total = total + self._clean.sum()
         trainable = self._problem.trainable
-        found = torch.autograd.grad(
-            total / self.examples, list(trainable.values()), retain_graph=True, allow_unused=True
-        )
+        with PLAIN_ATTENTION():
+            found = torch.autograd.grad(
+                total / self.examples, list(trainable.values()), retain_graph=True, allow_unused=True
+            )
         self._problem.require_participation(
             {id(p) for p, g in zip(trainable.values(), found, strict=True) if g is not None}
         )

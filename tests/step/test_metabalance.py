@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metakern.step.metabalance import metabalance_step
-from metakern.testing import budget
+from metakern.testing import budget, inputs
 from metakern.testing.judge import Snapshot
 from tests.step.virtual_reference import MODELS, Batch, assert_same, close, losses_at, make, twin
 
@@ -153,6 +153,31 @@ class Failing(nn.Module):
         if next(self.calls) == self.fail_at:
             raise OSError("no logits today")
         return self.model(x)
+
+
+class Bags(nn.Module):
+    """Means of table rows, by torch's own bag or written out."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head, self.own = nn.EmbeddingBag(7, 4), nn.Linear(4, 3), own
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = self.table(tokens) if self.own else F.embedding(tokens, self.table.weight).mean(1)
+        return self.head(torch.tanh(found))
+
+
+def test_bags_which_torch_does_not_differentiate_twice() -> None:
+    inner, outer = ((inputs.labels(n, 3, classes=7, seed=n), inputs.labels(n, classes=3, seed=n + 1)) for n in (5, 3))
+    grads = []
+    for own in (True, False):
+        model = Bags(own)
+        metabalance_step(model, inner, outer, inner_lr=0.3)
+        grads.append([p.grad for p in model.parameters()])
+    for got, want in zip(*grads, strict=True):
+        budget.assert_within(got, want, 1.0, terms=10)
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
