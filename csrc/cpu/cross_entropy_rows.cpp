@@ -49,11 +49,15 @@ struct Row {
   float total = 0;                                       // of z
 };
 
-template <typename Combine>
-inline __attribute__((always_inline)) float over_lanes(float* lanes, Combine combine) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = combine(lanes[lane], lanes[lane + width]);
-  return lanes[0];
+template <int64_t kWidth, typename Combine>
+inline __attribute__((always_inline)) float over_lanes(const float* lanes, Combine combine) {
+  if constexpr (kWidth == 1) {
+    return lanes[0];
+  } else {
+    float half[kWidth / 2];
+    for (int64_t lane = 0; lane < kWidth / 2; ++lane) half[lane] = combine(lanes[lane], lanes[lane + kWidth / 2]);
+    return over_lanes<kWidth / 2>(half, combine);
+  }
 }
 
 // A chunk is widened once; then its largest logit, its exponentials and its sum are found in turn.
@@ -68,20 +72,20 @@ inline __attribute__((always_inline)) void add_chunk(const T* z, int64_t count, 
   for (float& high : highs) high = row.high;
   for (int64_t c = 0; c < padded; c += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) highs[lane] = larger(values[c + lane], highs[lane]);
-  const float high = over_lanes(highs, larger);
+  const float high = over_lanes<kLanes>(highs, larger);
   // where all logits so far are -inf, a difference of infinities would be NaN
   const float shift = high == -std::numeric_limits<float>::infinity() ? 0.0f : high;
   for (int64_t c = 0; c < padded; c += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += exp_of_nonpositive(values[c + lane] - shift);
   if (high > row.high) row.sum *= exp_of_nonpositive(row.high - high);
-  row.sum += over_lanes(sums, plus);
+  row.sum += over_lanes<kLanes>(sums, plus);
   row.high = high;
   if (!summed) return;
   for (int64_t c = count; c < padded; ++c) values[c] = 0;
   for (float& sum : sums) sum = 0;
   for (int64_t c = 0; c < padded; c += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += values[c + lane];
-  row.total += over_lanes(sums, plus);
+  row.total += over_lanes<kLanes>(sums, plus);
 }
 
 template <typename T>
