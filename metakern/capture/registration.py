@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from metakern.capture.members import modules_of, name_of
@@ -19,6 +19,8 @@ def nothing_registered(model: nn.Module, known: Iterable[nn.Parameter]) -> Itera
     """
 
     def parameter(owner: nn.Module, name: str, value: nn.Parameter) -> None:
+        if type(value) is Tensor:
+            return  # in place of a parameter for one pass
         if value.requires_grad and all(value is not p for p in known) and owner in modules_of(model):
             where = ".".join(filter(None, (name_of(model, owner), name)))
             raise ValueError(

@@ -50,8 +50,9 @@ class Buffers:
         """Inside the block the model has fresh copies of the buffers as they were kept, and its own afterwards."""
         now = [kept.module._buffers[kept.name] for kept in self._kept]
         try:
+            fresh = {id(kept.tensor): kept.value.clone() for kept in self._kept}  # what modules share they share still
             for kept in self._kept:
-                kept.module._buffers[kept.name] = kept.value.clone()
+                kept.module._buffers[kept.name] = fresh[id(kept.tensor)]
             yield
         finally:
             for kept, buffer in zip(self._kept, now):

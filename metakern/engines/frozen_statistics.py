@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from metakern.capture.losses import evaluate_losses
+from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.group import mean_over_group
 from metakern.engines.micro_batch import Along
 from metakern.engines.problem import Answer, Problem
@@ -70,6 +72,12 @@ class _Statistics(TorchFunctionMode):
     ) -> Tensor:
         if not training or input.numel() == input.shape[1]:  # torch refuses one value per channel in its own words
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
+            raise EngineUnavailable(
+                "batch normalisation in checkpointed layers runs again in the backward pass, where its statistics "
+                "cannot be frozen; leave out batchnorm='frozen'"
+            )
         if not self._complete:
             self._known.append(_taken(input, running_mean, running_var, momentum, eps))
         found = self._known[self._place]

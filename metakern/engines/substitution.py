@@ -27,6 +27,7 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
     try:
         for owner, name, p in swapped:
             owner[name] = replacement[id(p)]  # type: ignore[assignment]
+            owner[name]._is_param = True  # what torch asks where a forward pass ties one weight to another
         with _Elsewhere(replacement):
             yield
     finally:

@@ -17,6 +17,8 @@ def require_optimizer(optimizer: torch.optim.Optimizer | None, trainable: Mappin
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer: LBFGS evaluates a closure several times a step; leave it out, and step from .grad")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in trainable.values()):
         raise ValueError("optimizer holds none of the model's trainable parameters; build it from model.parameters()")

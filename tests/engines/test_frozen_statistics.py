@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metakern
 from metakern.testing import budget, inputs
@@ -176,3 +177,23 @@ def test_one_value_per_channel() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, batchnorm="frozen")
     before.assert_unchanged(setup.model)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda x: torch.tanh(self.norm(self.first(x))), x, use_reentrant=False)
+        return self.last(hidden)  # type: ignore[arg-type]
+
+
+def test_checkpointed_layers_are_not_frozen() -> None:
+    """They would take their statistics anew in the backward pass."""
+    model, (batch, meta_batch) = Checkpointed(), inputs.pair(5, 3, 4, classes=3)
+    with pytest.raises(NotImplementedError, match="runs again in the backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, engine="ghost", batchnorm="frozen")
+    assert metakern.l2rw_step(model, batch, meta_batch, batchnorm="frozen").engine == "jvp"

@@ -124,6 +124,27 @@ class Running(Network):
         return out
 
 
+class Shared(Network):
+    """Two modules hold one buffer: one writes it, the other reads what was written."""
+
+    def __init__(self, normalised: bool) -> None:
+        super().__init__(lambda model, hidden: hidden, normalised)
+        calls = torch.zeros(()).double()
+        self.first.register_buffer("calls", calls)
+        self.second.register_buffer("calls", calls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.calls += 1
+        return self.second(torch.tanh(self.norm(self.first(x))) * self.second.calls.clone())
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_buffers_that_modules_share(normalised: bool) -> None:
+    batches, engines = inputs.pair(5, 3, 4, classes=3), ("jvp", "double_backward")
+    first, second = (metakern.l2rw_step(Shared(normalised), *batches, engine=engine) for engine in engines)
+    budget.assert_within(first.dots, second.dots, 1 + second.dots.abs())
+
+
 @pytest.mark.parametrize(("normalised", "parameter"), [(False, False), (False, True), (True, False)])
 def test_running_values_count_once(normalised: bool, parameter: bool) -> None:
     """Three steps leave what they leave by an engine that repeats nothing."""

@@ -13,7 +13,7 @@ from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import gradients, judge_step
 
-PLACES = ("module", "list", "closure", "object")
+PLACES = ("module", "list", "closure", "object", "tied")
 
 
 class Network(nn.Module):
@@ -32,11 +32,17 @@ class Network(nn.Module):
             "list": lambda: self.held[0],
             "closure": lambda: weight,
             "object": lambda: self.outside.weight,
+            "tied": lambda: self.again.weight,  # another module's, from the forward pass on
         }
+        self.again = nn.Linear(6, 6, bias=False) if place == "tied" else None
+        if self.again is not None:
+            self.again.weight = weight
         self.read = reads[place]
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.norm(self.first(x)))
+        if self.again is not None:
+            self.again.weight = self.second.weight
         weight = self.second.weight if self.read is None else self.read()
         return self.head(torch.tanh(F.linear(hidden, weight, self.second.bias)))
 

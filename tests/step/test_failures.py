@@ -362,6 +362,12 @@ def test_optimizer_of_another_model() -> None:
         metakern.l2rw_step(model, *batches(), optimizer=foreign)
 
 
+def test_optimizer_that_wants_a_closure() -> None:
+    model = mlp()
+    with untouched(model), pytest.raises(TypeError, match="LBFGS evaluates a closure"):
+        metakern.l2rw_step(model, *batches(), optimizer=torch.optim.LBFGS(model.parameters()))
+
+
 def test_models_that_cannot_be_served() -> None:
     with pytest.raises(TypeError, match="model must be"):
         metakern.l2rw_step(lambda x: x, *batches())  # pyright: ignore[reportArgumentType]
