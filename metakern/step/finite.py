@@ -21,6 +21,15 @@ def require_finite(dots: Tensor, problem: Problem) -> None:
         )
 
 
+def require_finite_weights(weights: Tensor, problem: Problem) -> None:
+    """So must the weights of a rule that is not the library's own."""
+    if not host_may_wait() or finite_sum(weights) or _uses_float16(problem):
+        return
+    bad = (~torch.isfinite(weights)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"rule returned weights that are not finite for examples {bad[:10]}; nothing was changed")
+
+
 def _uses_float16(problem: Problem) -> bool:
     kind = next(iter(problem.trainable.values())).device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16

@@ -13,7 +13,7 @@ from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.group import sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along, solve_pairwise
-from metakern.step.finite import require_finite
+from metakern.step.finite import require_finite, require_finite_weights
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.result import Dots, StepResult
 from metakern.weights import apply_rule, weight_rule
@@ -97,6 +97,8 @@ def reweight_step(
         require_finite(answer.dots, problem)
         with torch.no_grad():
             weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
+        if not isinstance(rule, str):
+            require_finite_weights(weights, problem)
         gradient = answer.weighted_gradient(weights)
         sum_over_group(gradient, process_group)
         hand_over(problem.trainable, gradient, optimizer, accumulate)

@@ -27,18 +27,18 @@ RULES: dict[str, WeightRule] = {
 
 
 def weight_rule(rule: str | WeightRule) -> WeightRule:
-    """The rule of that name, or the function itself."""
+    """The rule of that name, or the function itself; it may write into the dots that it is given."""
     if callable(rule):
-        return rule
+        return lambda dots: rule(dots.clone())
     if rule not in RULES:
         raise ValueError(f"rule must be one of {sorted(RULES)} or a function of the dots, got {rule!r}")
     return RULES[rule]
 
 
 def apply_rule(rule: WeightRule, dots: Tensor) -> Tensor:
-    """Weights [n] by a rule, checked."""
+    """Weights [n] by a rule, checked; in the dtype of the dots, which a mask such as `dots > 0` has not."""
     weights = rule(dots)
     if not isinstance(weights, Tensor) or weights.shape != dots.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"rule must return one weight per example, shape {tuple(dots.shape)}; got {got}")
-    return weights.detach()
+    return weights.detach().to(dots.dtype)

@@ -122,6 +122,7 @@ def test_rule_raises_or_returns_nonsense(engine: str, memory: str) -> None:
         (raising, LookupError, "no weights today"),
         (lambda dots: dots[:2], ValueError, r"rule.*\(6,\).*\(2,\)"),
         (lambda dots: None, ValueError, "rule"),
+        (lambda dots: dots.masked_fill(dots == dots[1], torch.nan), ValueError, r"not finite for examples \[1\]"),
     ):
         model = mlp()
         with untouched(model) as optimizer, pytest.raises(error, match=match):

@@ -92,6 +92,16 @@ def test_gradients_are_laid_out_as_their_parameters(engine: str) -> None:
         budget.assert_within(grad, 0.5 * whole, 1.0)
 
 
+@ENGINES
+@pytest.mark.parametrize("rule", [lambda dots: dots > 0, lambda dots: dots.clamp_(min=0), lambda dots: dots.float()])
+def test_rules_may_mask_work_in_place_or_round(engine: str, rule: Any) -> None:
+    setup = setup_of()
+    truth = setup.oracle()
+    result = metakern.reweight_step(setup.model, setup.batch, setup.meta_batch, rule=rule, engine=engine)
+    budget.assert_dots(result.dots, truth)
+    budget.assert_gradient(gradients(setup.model), truth, weights=result.weights)
+
+
 def test_results_are_detached() -> None:
     setup = setup_of()
     result = metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
