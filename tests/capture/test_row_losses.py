@@ -18,11 +18,14 @@ from metakern.capture import row_losses as subject
 from metakern.capture.examples import ExampleAxis
 from metakern.capture.poison import poisoned_losses
 from metakern.capture.row_losses import row_losses
+from metakern.ops import extension
 from metakern.testing import budget
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.inputs import labels, normal, pair
 from metakern.testing.judge import Snapshot, judge_step
 from metakern.testing.models import Transformer
+
+pytestmark = pytest.mark.skipif(extension.missing is not None, reason=str(extension.missing))
 
 ROWS, CLASSES = 30, 50
 
