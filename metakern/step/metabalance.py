@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import PassState, unchanged_on_error
-from metakern.engines import pose
+from metakern.engines import pose, twice_differentiable
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import substituted
-from metakern.layers.forms import twice_differentiable
 from metakern.step.hand_over import hand_over, require_optimizer
 
 HESSIANS = ("double_backward", "central_difference")
