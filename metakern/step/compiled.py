@@ -82,7 +82,7 @@ def compile_step(
 
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
 
-    The model is given uncompiled. Shapes are those of the batches given here, autocast is as around this call, and the
+    Shapes are those of the batches given here, autocast is as around this call, and the
     optimizer steps uncompiled. Rounding differs from the uncompiled step, as it does between a compiled plain step and
     an uncompiled one. Numbers, flags, functions and tensors that model, loss and rule look at are those of this call:
     the compiled step refuses to run once one is another. Takes some tens of seconds.
