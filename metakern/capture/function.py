@@ -14,7 +14,7 @@ from metakern.capture.reordering import KEEPS_ROWS, REORDERING
 _METADATA = frozenset(
     getattr(Tensor, name)
     for name in "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
-    "element_size ndimension nelement get_device is_same_size __len__ __repr__ __hash__ register_hook".split()
+    "element_size ndimension nelement get_device is_same_size __len__ __repr__ __hash__".split()
 )
 
 # Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
@@ -51,7 +51,7 @@ class Function(NamedTuple):
     """A torch function, by what tracing wants to know of it."""
 
     name: str
-    kind: str  # "call"; "metadata", "unrolled", "attribute" and "batch_norm" are met in ways of their own
+    kind: str  # "call"; "metadata", "unrolled", "attribute", "batch_norm" and "hook" are met in ways of their own
     shape_only: bool
     random_constant: bool  # makes a tensor of random numbers
     deterministic: bool
@@ -71,6 +71,11 @@ def function_of(func: Callable[..., Any]) -> Function:
     if found is None:
         found = _KNOWN[func] = _looked_up(func)
     return found
+
+
+def only_watches(hook: Any) -> bool:
+    """Is a hook on a tensor one of `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use?"""
+    return getattr(hook, "__module__", "") == "torch.autograd.graph"
 
 
 def _looked_up(func: Callable[..., Any]) -> Function:
@@ -94,4 +99,4 @@ def _kind(func: Callable[..., Any], name: str) -> str:
         return "metadata"
     if func in _UNROLLED:
         return "unrolled"
-    return {"__get__": "attribute", "batch_norm": "batch_norm"}.get(name, "call")
+    return {"__get__": "attribute", "batch_norm": "batch_norm", "register_hook": "hook"}.get(name, "call")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
 
 from metakern.capture.numbers import numbers_of
-from metakern.capture.record import Trace, Use
+from metakern.capture.record import Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 
 
@@ -59,8 +61,32 @@ def output_gradients(
     """B of every use: d(sum_n weights_n loss_n)/d(output), by one backward pass that forms no parameter gradient."""
     edges = [edge for use in trace.uses for edge in use.edges]
     cotangent = torch.ones_like(trace.losses) if weights is None else weights
-    grads = iter(torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True))
+    with _after_hooks(trace, edges) as after:
+        found = torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True)
+    grads = (after.get(k, grad) for k, grad in enumerate(found))
     return [[_shaped(next(grads), shape) for shape in use.output_shapes] for use in trace.uses]
+
+
+@contextmanager
+def _after_hooks(trace: Trace, edges: Sequence[GradientEdge]) -> Iterator[dict[int, Tensor | None]]:
+    """Gradients of those edges, by index, whose tensors have hooks: where the node runs on, torch hands out the
+    gradient as it was before them.
+    """
+    after: dict[int, Tensor | None] = {}
+
+    def watcher(k: int, output: int) -> Callable[[Sequence[Tensor | None]], None]:
+        return lambda grads: after.update({k: grads[output]})
+
+    handles = [
+        edge.node.register_prehook(watcher(k, edge.output_nr))
+        for k, edge in enumerate(edges)
+        if trace.hooked and place_of(edge) in trace.hooked
+    ]
+    try:
+        yield after
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _shaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:

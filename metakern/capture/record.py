@@ -65,6 +65,14 @@ class Use(NamedTuple):
         return self.call.name
 
 
+Place = tuple[Any, int]
+
+
+def place_of(edge: GradientEdge) -> Place:
+    """Node and number of the output, which tell a tensor of a graph."""
+    return edge.node, edge.output_nr
+
+
 class Pick(NamedTuple):
     """A call that picks entries of an activation by data along `dims`; harmless unless these hold the examples."""
 
@@ -84,6 +92,7 @@ class Trace:
     reorders: bool = False  # rows are picked by data, so that the order of examples may differ from pass to pass
     picks: tuple[Pick, ...] = ()  # where entries are picked by data along other dimensions than the first
     numbers: int = 0  # fingerprint of the Python numbers that calls on activations were made with
+    hooked: frozenset[Place] = frozenset()  # tensors with a hook that may change their gradient
 
     def released(self) -> Trace:
         """Without the uses and derivations, and so without what they keep."""

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.function import Function, function_of
+from metakern.capture.function import Function, function_of, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.numbers import numbers_of
 from metakern.capture.outputs import separated, tensors_in
 from metakern.capture.random_state import RandomState, same_state, torch_random_state
-from metakern.capture.record import ArgPath, Call, Pick, Trace, Use
+from metakern.capture.record import ArgPath, Call, Pick, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import picked_dims, picks_rows
 
@@ -72,11 +72,13 @@ class Tracer(TorchFunctionMode):
         self._static: dict[int, Tensor] = {}  # constants that are the same in every pass
         self.reorders = False
         self._picks, self._numbers = list[Pick](), list[Hashable]()
+        self._hooked = list[GradientEdge]()
         self.paused = False  # inside a registered module, whose call is noted as a whole
 
     def trace(self, losses: Tensor) -> Trace:
         noted = tuple(self.uses), tuple(self.derivations), tuple(self.couplings)
-        return Trace(losses, *noted, self.reorders, tuple(self._picks), hash(tuple(self._numbers)))
+        hooked = frozenset(map(place_of, self._hooked))
+        return Trace(losses, *noted, self.reorders, tuple(self._picks), hash(tuple(self._numbers)), hooked)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,6 +91,8 @@ class Tracer(TorchFunctionMode):
             if function.kind == "unrolled":
                 with self:
                     return _unrolled(func)(*args, **kwargs)
+            if function.kind == "hook":
+                return self._hook(func, args, kwargs)
             if function.kind == "attribute":  # x.shape, x.device, x.T: only views of a parameter matter here
                 return self._attribute(func, args)
             self._note_batch_statistics(args, kwargs)
@@ -220,6 +224,20 @@ class Tracer(TorchFunctionMode):
             self._add_derivation(Call(func, "__get__", args, {}, ((ArgPath(0), source),), (output,), False))
         self._mark_constant(output)
         return output
+
+    def _hook(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A hook on a tensor of this pass; one on the output of a use changes B."""
+        if only_watches(*args[1:], **kwargs):
+            return func(*args, **kwargs)
+        if id(args[0]) in self._parametric:
+            raise EngineUnavailable(
+                "the forward pass puts a hook on the gradient of a parameter, or of a tensor derived from parameters, "
+                "which may change the gradient of every example; do that to `.grad` after the step instead"
+            )
+        if args[0].requires_grad:
+            self._hooked.append(get_gradient_edge(args[0]))
+            self._numbers.append("hook")
+        return func(*args, **kwargs)
 
     def _mark_constant(self, output: Any) -> None:
         for tensor in tensors_in(output):

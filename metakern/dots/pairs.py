@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metakern import ops
 from metakern.capture.examples import ExampleAxis
-from metakern.capture.record import Record, Trace, Use
+from metakern.capture.record import Record, Trace, Use, place_of
 from metakern.layers.linear import matrices
 from metakern.layers.precision import lowered, products
 from metakern.layers.table import rule_for
@@ -28,6 +28,7 @@ def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
     for k, use in enumerate(trace.uses):
         weight = use.call.parameter(1, "weight")
         usable = weight is not None and id(weight) in chosen and uses[id(weight)] == 1
+        usable = usable and trace.hooked.isdisjoint(map(place_of, use.edges))
         if usable and rule_for(use.call).matrices is not None:
             found[id(weight)] = k
     return found

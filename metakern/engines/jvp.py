@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metakern.capture.function import only_watches
 from metakern.capture.host import host_may_wait
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.members import modules_of, name_of
@@ -57,16 +58,13 @@ def solve(problem: Problem) -> Answer:
 
 
 class _Hooks(TorchFunctionMode):
-    """Notes whether a hook was put on a tensor that may change its gradient.
-
-    Those of `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use, only watch.
-    """
+    """Notes whether a hook was put on a tensor that may change its gradient."""
 
     seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is Tensor.register_hook:
-            self.seen |= getattr(args[-1], "__module__", "") != "torch.autograd.graph"
+            self.seen |= not only_watches(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -161,6 +162,9 @@ def test_user_hooks_still_fire() -> None:
     assert 3 in seen
 
 
+PLACES = {"tensor": 1, "output of the first layer": 0, "output of a layer": 2}
+
+
 def hooked(where: str) -> tuple[nn.Module, list[str]]:
     """A network with a hook that changes gradients, and the engines that see it."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -178,24 +182,53 @@ def hooked(where: str) -> tuple[nn.Module, list[str]]:
             if output.requires_grad:
                 output.register_hook(lambda grad: -grad)
 
-        model[1].register_forward_hook(reverse)
+        model[PLACES[where]].register_forward_hook(reverse)
     return model, [] if model[0].weight._backward_hooks or "after" in where else ["ghost", "double_backward"]
 
 
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
 @pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
-@pytest.mark.parametrize("where", ["parameter", "after accumulation", "module", "module before", "tensor"])
-def test_hooks_that_change_gradients(where: str, engine: str) -> None:
+@pytest.mark.parametrize("where", ["parameter", "after accumulation", "module", "module before", *PLACES])
+def test_hooks_that_change_gradients(where: str, engine: str, memory: str) -> None:
     """Seen by whatever runs backward; forward mode, and hooks on the parameters themselves, are refused."""
     torch.manual_seed(0)
     model, engines = hooked(where)
     setup = Setup(model, *inputs.pair(4, 3, 4, classes=3))
     if engine in engines:
-        judge_step(metakern.l2rw_step, setup, engine=engine)
+        judge_step(metakern.l2rw_step, setup, engine=engine, memory=memory)
         return
     before = Snapshot.of(model)
     with pytest.raises(NotImplementedError, match="hook"):
-        metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine=engine)
+        metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine=engine, memory=memory)
     before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_pairs_of_hooked_layers(memory: str) -> None:
+    """Wide layers and one meta example: the pairs form would take the gradient of the output before its hook."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 96), nn.Tanh(), nn.Linear(96, 90), nn.Tanh(), nn.Linear(90, 3)).double()
+
+    def triple(module: nn.Module, given: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: 3 * grad)
+
+    model[2].register_forward_hook(triple)
+    judge_step(metakern.l2rw_step, Setup(model, *inputs.pair(3, 1, 4, classes=3)), engine="ghost", memory=memory)
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_hooks_on_parameters_inside_the_forward_pass(derived: bool) -> None:
+    model = nn.Linear(4, 3).double()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        weight = model.weight * 2 if derived else model.weight
+        weight.register_hook(lambda grad: 2 * grad)
+        return F.cross_entropy(F.linear(batch[0], weight), batch[1], reduction="none")
+
+    model.bias = None
+    with pytest.raises(NotImplementedError, match="puts a hook on the gradient of a parameter"):
+        metakern.l2rw_step(model, *inputs.pair(4, 3, 4, classes=3), loss_fn=losses, engine="ghost")
 
 
 @pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
