@@ -218,9 +218,12 @@ def setup_of(spec: Spec) -> Setup:
 
 
 def judge(spec: Spec, **keywords: str) -> str:
-    """The engine that served, exactly, or in float32 within what plain autograd loses on the same network."""
+    """The engine that served, exactly, or in float32 within what plain autograd loses on the same batch.
+
+    Of the batch as a whole: kernels of single examples round in another way, and may be lucky where a loss saturates.
+    """
     setup = setup_of(spec)
-    plain = setup.oracle(dtype=torch.float32) if spec.single else None
+    plain = replace(setup, interacting=True).oracle(dtype=torch.float32) if spec.single else None
     return judge_step(metakern.l2rw_step, setup, plain=plain, **keywords).result.engine
 
 
@@ -228,6 +231,8 @@ PAST_FAILURES = [
     # The output of a linear layer with positions is a view: an in-place activation on it rewrites the graph behind it.
     Spec(False, ("relu-",), 2, 2, n=3, m=2, frozen=(False,), loss="cross-entropy", memory="reuse", seed=0),
     Spec(False, ("relu-",), 2, 2, n=3, m=2, frozen=(False,), loss="cross-entropy", memory="two_pass", seed=0),
+    # A loss of nearly nothing, whose gradient in float32 depends on how the batch was rounded.
+    Spec(True, ("deconv", "prelu"), 4, 5, 3, 1, (False,), loss="cross-entropy", memory="reuse", seed=5, single=True),
 ]
 
 
