@@ -73,6 +73,12 @@ def function_of(func: Callable[..., Any]) -> Function:
     return found
 
 
+def is_in_place(function: Function, kwargs: dict[str, Any]) -> bool:
+    if not kwargs:
+        return function.in_place
+    return function.in_place or kwargs.get("out") is not None or kwargs.get("inplace") is True
+
+
 def only_watches(hook: Any) -> bool:
     """Is a hook on a tensor one of `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use?"""
     return getattr(hook, "__module__", "") == "torch.autograd.graph"

@@ -51,3 +51,15 @@ def _copied(output: Any) -> Any:
         parts = [_copied(item) for item in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     return output
+
+
+def owner_of(output: Tensor, data: list[Tensor]) -> Tensor:
+    """The tensor whose gradient is B: the one that `output` is a full view of, if the call made it.
+
+    With more than one position a linear layer returns a view. An activation that then works in place rewrites the
+    history of views, and only the owner's edge stays on the path.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not output.is_contiguous() or not base.is_contiguous():
+        return output
+    return output if any(base is t or base is t._base for t in data) else base

@@ -18,10 +18,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.function import Function, function_of, only_watches
+from metakern.capture.function import Function, function_of, is_in_place, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.numbers import numbers_of
-from metakern.capture.outputs import separated, tensors_in
+from metakern.capture.outputs import owner_of, separated, tensors_in
 from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.record import ArgPath, Call, Pick, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
@@ -112,7 +112,7 @@ class Tracer(TorchFunctionMode):
                 self._mark_constant(output)
                 self._mark_static(function, args, kwargs, output)
                 return output
-            if _is_in_place(function, kwargs) and args:
+            if is_in_place(function, kwargs) and args:
                 self._constant.pop(id(args[0]), None)  # data was written into it
                 self._static.clear()
             self._note_order(function, args, kwargs, data)
@@ -128,7 +128,7 @@ class Tracer(TorchFunctionMode):
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
     def _derivation(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any) -> Any:
-        if _is_in_place(function, kwargs):
+        if is_in_place(function, kwargs):
             raise EngineUnavailable(
                 f"a tensor derived from parameters is changed in place by {function.name}(); write it out of place for "
                 "engine='ghost' (engine='jvp' takes it as it is)"
@@ -149,7 +149,7 @@ class Tracer(TorchFunctionMode):
         self.derivations.append(call)
 
     def _use(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any, data: list[Tensor]) -> Any:
-        name, in_place = function.name, _is_in_place(function, kwargs)
+        name, in_place = function.name, is_in_place(function, kwargs)
         if in_place and (id(args[0]) in self._parametric or id(args[0]) in self._constant or "out" in kwargs):
             raise EngineUnavailable(
                 f"{name}() writes example data into a tensor of parameters or constants in place; use torch.cat or "
@@ -183,7 +183,7 @@ class Tracer(TorchFunctionMode):
                     f"the output of {call.name}, which takes a parameter, is complex, and per-layer dots are of real "
                     "tensors; engine='jvp' is exact"
                 )
-            edges = tuple(get_gradient_edge(t if call.in_place else _owner(t, data)) for t in tensors)
+            edges = tuple(get_gradient_edge(t if call.in_place else owner_of(t, data)) for t in tensors)
             self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
 
     def note_module(self, module: ModuleCall, args: Any, kwargs: Any, output: Any, state: Any) -> Any:
@@ -250,7 +250,7 @@ class Tracer(TorchFunctionMode):
         if whole or (self._static and function.static and args and self._is_static(args[0])):
             self._static[id(output)] = output
             self._numbers.append(numbers_of(args, kwargs))
-        elif self._static and _is_in_place(function, kwargs):
+        elif self._static and is_in_place(function, kwargs):
             self._static.clear()  # which of them share memory with what was written need not be known
 
     def _is_static(self, tensor: Any) -> bool:
@@ -295,24 +295,6 @@ def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) 
     return output, None if same_state(before, torch_random_state()) else before
 
 
-def _owner(output: Tensor, data: list[Tensor]) -> Tensor:
-    """The tensor whose gradient is B: the one that `output` is a full view of, if the call made it.
-
-    With more than one position a linear layer returns a view. An activation that then works in place rewrites the
-    history of views, and only the owner's edge stays on the path.
-    """
-    base = output._base
-    if base is None or base.numel() != output.numel() or not output.is_contiguous() or not base.is_contiguous():
-        return output
-    return output if any(base is t or base is t._base for t in data) else base
-
-
 def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:
     kind = tensor.device.type
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-
-
-def _is_in_place(function: Function, kwargs: dict[str, Any]) -> bool:
-    if not kwargs:
-        return function.in_place
-    return function.in_place or kwargs.get("out") is not None or kwargs.get("inplace") is True
