@@ -2,14 +2,20 @@
 # All cells of the experiment, into the folder OUT (default: runs/mlrnet_agnews); can be stopped and started again.
 set -e
 out=${1:-runs/mlrnet_agnews}
-for seed in 0 1 2; do
-    for cell in "20 0.4" "20 0" "1 0.4"; do
-        factor=${cell% *} rate=${cell#* }
-        noise="--noise uniform --noise-rate $rate"
-        if [ "$rate" = 0 ]; then noise=; fi
-        metakern compare --data ag-news --model transformer --methods uniform,random,mw-net,mlrnet --seeds $seed \
-            --imbalance $factor $noise --train-size 10000 --meta-per-class 100 --steps 500 --batch-size 30 \
-            --meta-batch-size 30 --optimizer adam --lr 5e-4 --warmup 0.1 --evaluations 1 --threads 1 \
-            --out "$out/imbalance$factor-noise$rate"
-    done
+
+run() {  # folder, methods, clean texts of each class, and the bias
+    folder=$1 methods=$2 clean=$3
+    shift 3
+    metakern compare --data ag-news --model transformer --methods "$methods" --seeds 0-2 "$@" \
+        --train-size 10000 --meta-per-class "$clean" --steps 500 --batch-size 30 --meta-batch-size 30 \
+        --optimizer adam --lr 5e-4 --warmup 0.1 --evaluations 1 --threads 1 --out "$out/$folder"
+}
+
+all=uniform,random,mw-net,mlrnet
+run imbalance20-uniform0.4 $all 100 --imbalance 20 --noise uniform --noise-rate 0.4
+run imbalance20 $all 100 --imbalance 20
+run uniform0.4 $all 100 --noise uniform --noise-rate 0.4
+run flip0.4 $all 100 --noise flip --noise-rate 0.4
+for clean in 10 50 200; do
+    run imbalance20-uniform0.4-meta$clean mlrnet $clean --imbalance 20 --noise uniform --noise-rate 0.4
 done
