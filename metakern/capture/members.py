@@ -1,4 +1,4 @@
-"""The modules, parameters and buffers of a model, each once and in the order in which `nn.Module` lists them.
+"""The modules and tensors of a model, in the order in which `nn.Module` lists them.
 
 A step walks the model a dozen times, and `nn.Module`'s own walk goes through as many generators as modules are nested.
 """
@@ -27,7 +27,7 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def constants_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers without a gradient."""
+    """Parameters and buffers without a gradient; one that two modules hold comes twice."""
     kinds = (tensors for module in modules_of(model) for tensors in (module._parameters, module._buffers))
     return [t for tensors in kinds for t in tensors.values() if t is not None and not t.requires_grad]
 
