@@ -8,7 +8,6 @@ scripted module) is found afterwards by `capture.graph.require_complete`, which 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -26,19 +25,9 @@ from metakern.capture.random_state import RandomState, same_state, torch_random_
 from metakern.capture.record import ArgPath, Call, Pick, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import picked_dims, picks_rows
+from metakern.capture.unrolled import unrolled
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
-
-
-def _unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
-    """`func` without its own torch-function dispatch, so that the calls in its body are traced one by one."""
-    ignore = {name: lambda *_: False for name in ("has_torch_function", "has_torch_function_unary")}
-    ignore["has_torch_function_variadic"] = lambda *_: False
-    copy = types.FunctionType(
-        func.__code__, {**func.__globals__, **ignore}, func.__name__, func.__defaults__, func.__closure__
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
 
 
 def tensor_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[ArgPath, Tensor]]:
@@ -90,7 +79,7 @@ class Tracer(TorchFunctionMode):
         if function.kind != "call":
             if function.kind == "unrolled":
                 with self:
-                    return _unrolled(func)(*args, **kwargs)
+                    return unrolled(func)(*args, **kwargs)
             if function.kind == "hook":
                 return self._hook(func, args, kwargs)
             if function.kind == "attribute":  # x.shape, x.device, x.T: only views of a parameter matter here

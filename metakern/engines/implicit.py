@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from metakern.capture import trace_batch
@@ -27,6 +26,7 @@ from metakern.capture.record import Record, Trace
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
 from metakern.capture.trace import tensor_arguments, tensors_in
+from metakern.capture.unrolled import LastingMode
 from metakern.dots import pairable
 from metakern.dots.pairs import GRAM_OVERHEAD
 from metakern.engines.problem import Problem, named_gradients
@@ -106,7 +106,7 @@ def meta_pass_at(
     return meta_loss.detach(), gradient, paired
 
 
-class _Moving(TorchFunctionMode):
+class _Moving(LastingMode):
     """Linear layers answer as if their weight had moved; notes whether such a weight was used in another way."""
 
     def __init__(self, weights: Mapping[int, Move]) -> None:
@@ -114,10 +114,7 @@ class _Moving(TorchFunctionMode):
         self._weights = weights
         self.seen_unmoved = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         met = [id(tensor) for _, tensor in tensor_arguments(args, kwargs) if id(tensor) in self._weights]
         if not met:
             return func(*args, **kwargs)

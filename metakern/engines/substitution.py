@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from metakern.capture.members import modules_of
+from metakern.capture.unrolled import LastingMode
 
 
 @contextmanager
@@ -35,17 +35,17 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
             owner[name] = p
 
 
-class _Elsewhere(TorchFunctionMode):
+class _Elsewhere(LastingMode):
     """Replaces parameters among the arguments of calls."""
 
     def __init__(self, replacement: Mapping[int, Tensor]) -> None:
         super().__init__()
         self._replacement = replacement
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs:
             kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
-        return func(*[self._replaced(value) for value in args], **(kwargs or {}))
+        return func(*[self._replaced(value) for value in args], **kwargs)
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -8,22 +8,22 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from metakern.capture.unrolled import LastingMode
 from metakern.layers.bag_parts import bags
 
 TWICE_DIFFERENTIABLE: Mapping[Callable[..., Any], Callable[..., Any]] = {F.embedding_bag: bags}
 
 
-class Forms(TorchFunctionMode):
+class Forms(LastingMode):
     """Inside the block the functions that are keys are computed by the functions that are their values."""
 
     def __init__(self, forms: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
         self._forms = forms
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return self._forms.get(func, func)(*args, **(kwargs or {}))
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._forms.get(func, func)(*args, **kwargs)
 
 
 @contextmanager

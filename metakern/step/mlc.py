@@ -13,6 +13,7 @@ from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
+from metakern.engines.weighted_backward import weighted_backward
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.logit_tangents import LogitPass, LogitsFunction
@@ -98,7 +99,8 @@ def mlc_step(
     with unchanged_on_error(model), undone_on_error(label_net, label_optimizer):
         train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
         labels = train.propose()
-        gradient = train.gradient(labels.detach())
+        again = step_label_net and not fused
+        gradient = train.gradient(labels.detach(), last=not again)
         step = rule.step(problem.chosen, gradient)
         meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
         tangents = train.log_tangents(step.pulled_back(meta_gradient))
@@ -108,10 +110,10 @@ def mlc_step(
         if step_label_net:
             step_meta_network(label_net, label_optimizer, found)
         labels = labels.detach()
-        if not fused and step_label_net:
+        if again:
             with torch.no_grad():
                 labels = train.propose()
-            gradient = train.gradient(labels)
+            gradient = train.gradient(labels, last=True)
         hand_over(problem.trainable, gradient, optimizer, accumulate)
     held = None if step_label_net else found
     return CorrectionResult(labels, tangents, train.losses(labels).detach(), meta_loss, held, "jvp")
@@ -129,11 +131,12 @@ class _Corrected:
         given = Features(features)
         given.hear(problem.model, problem.batch)
         self._features = given.values
-        self._clean = None
+        self.examples, self._clean = self._log_q.shape[0], dict[str, Tensor]()
         if clean is not None:
             with unchanged_buffers(problem.model), PLAIN_ATTENTION():
-                self._clean = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
-        self.examples = self._log_q.shape[0] + (0 if self._clean is None else self._clean.shape[0])
+                losses = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
+                self.examples += losses.shape[0]
+                self._clean = self._mean_gradient(losses)
 
     def propose(self) -> Tensor:
         """Soft labels, [n, C]."""
@@ -150,20 +153,17 @@ class _Corrected:
     def losses(self, labels: Tensor) -> Tensor:
         return -(labels.to(self._log_q.dtype) * self._log_q).sum(1)
 
-    def gradient(self, labels: Tensor) -> dict[str, Tensor]:
-        """dL/dtheta for every trainable parameter, by name; the graph stays."""
-        total = self.losses(labels).sum()
-        if self._clean is not None:
-            total = total + self._clean.sum()
-        trainable = self._problem.trainable
-        with PLAIN_ATTENTION():
-            found = torch.autograd.grad(
-                total / self.examples, list(trainable.values()), retain_graph=True, allow_unused=True
-            )
-        self._problem.require_participation(
-            {id(p) for p, g in zip(trainable.values(), found, strict=True) if g is not None}
-        )
-        return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+    def gradient(self, labels: Tensor, last: bool) -> dict[str, Tensor]:
+        """dL/dtheta for every trainable parameter, by name; the graph stays but for the `last` time."""
+        found = self._mean_gradient(self.losses(labels), keep=not last)
+        for name, g in self._clean.items():
+            found[name] = found[name] + g if name in found else g
+        self._problem.require_participation({id(self._problem.trainable[name]) for name in found})
+        return found
+
+    def _mean_gradient(self, losses: Tensor, keep: bool = False) -> dict[str, Tensor]:
+        share = torch.full_like(losses, 1 / self.examples)
+        return weighted_backward(self._problem, losses, share, keep, self._problem.trainable, PLAIN_ATTENTION)
 
     def log_tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
         """<d log q_nk/dtheta, v> = dz_nk - sum_j q_nj dz_nj, [n, C]."""

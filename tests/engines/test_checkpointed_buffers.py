@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metakern
+from metakern.step import LabelNet
 from metakern.testing import budget, inputs
 
 
@@ -49,6 +50,18 @@ def test_so_they_are_after_steps_of_a_weight_net(norm: str, engine: str) -> None
     net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid()).double()
     settings: dict[str, Any] = dict(weight_optimizer=None, virtual_lr=0.1, engine=engine)
     metakern.mwnet_step(model, net, batch, meta_batch, **settings)
+    F.cross_entropy(plain(batch[0]), batch[1]).backward()
+    require_same_buffers(model, plain)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clean", [False, True])
+def test_so_they_are_after_label_correction(fused: bool, clean: bool) -> None:
+    """Clean examples beside the others do not count."""
+    model, (batch, meta_batch) = Checkpointed(NORMS["batch"]), inputs.pair(5, 3, 2, 3, classes=3)
+    plain = copy.deepcopy(model)
+    settings: dict[str, Any] = dict(label_optimizer=None, virtual_lr=0.1, clean_batch=meta_batch if clean else None)
+    metakern.mlc_step(model, LabelNet(3).double(), batch, meta_batch, fused=fused, **settings)
     F.cross_entropy(plain(batch[0]), batch[1]).backward()
     require_same_buffers(model, plain)
 

@@ -1,0 +1,38 @@
+"""Torch functions written in Python whose inside a function mode has to see, although torch leaves it for a call."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+
+
+def unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func` without its own torch-function dispatch, so that the calls in its body are seen one by one."""
+    ignore = {name: lambda *_: False for name in ("has_torch_function", "has_torch_function_unary")}
+    ignore["has_torch_function_variadic"] = lambda *_: False
+    copy = types.FunctionType(
+        func.__code__, {**func.__globals__, **ignore}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+class LastingMode(TorchFunctionMode):
+    """A function mode that holds in backward passes as well, where checkpointed layers run once more."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _BACKWARD:
+            with self:
+                return unrolled(func)(*args, **(kwargs or {}))
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve any other call."""
+        raise NotImplementedError
