@@ -71,6 +71,23 @@ def _weighted(A: Tensor, B: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.T @ A.flatten(0, 1), scaled.sum(0)
 
 
+def _weighted_kernel(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    _, grad, shift = torch.ops.aten.convolution_backward(
+        B * w.to(B.dtype).view(-1, 1, 1, 1),
+        A,
+        kernel,
+        [64],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        (False, True, True),
+    )
+    return grad, shift
+
+
 def _normals(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], Arguments]:
     return lambda dtype: tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
 
@@ -128,6 +145,17 @@ OPERATORS = [
         partial(ops.weighted_grad, bias=True),
         _weighted,
         lambda dtype: (*_normals((64, 64, 256), (64, 64, 1024))(dtype), _mostly_zero(64)),
+    ),
+    OperatorCase(
+        "weighted_kernel_grad",
+        "n=64 i=64 o=64 32x32 3x3 kept=0.4",
+        partial(ops.weighted_kernel_grad, padding=1, bias=True),
+        _weighted_kernel,
+        lambda dtype: (
+            *_normals((64, 64, 32, 32), (64, 64, 32, 32))(dtype),
+            _mostly_zero(64),
+            normal(64, 64, 3, 3, seed=8, dtype=dtype),
+        ),
     ),
 ]
 

@@ -10,23 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metakern import ops
 from metakern.capture.record import Call, Record
 from metakern.layers.inner import per_example_inner
 from metakern.layers.precision import lowered
 from metakern.layers.replay import parameter_gradients
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
-
-_SPATIAL = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+from metakern.ops.layout import examples_per_chunk
 
 
 def _applies(call: Call) -> bool:
     return all(path.key not in (0, "input") for path, _ in call.parameters) and call.argument(1, "weight") is not None
-
-
-# Inputs and responses of a chunk stay in a CPU's last-level cache: at 32 MB in all, the library's convolution takes
-# twice as long an example as at 8 MB, and responses of 4 MB take memory that is in use already
-# (docs/measured-facts.md).
-_CHUNK_BYTES = 4 * 2**20
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
@@ -36,21 +30,12 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
     inputs = call.argument(0, "input").detach().to(grad.dtype)
     if not (axis.leading and inputs.shape[0] == examples):
         return per_example_inner(convolve(inputs), grad, axis, examples)
-    chunk = _chunk(inputs, grad)
+    chunk = examples_per_chunk(inputs, grad)
     terms = [
         per_example_inner(convolve(some), b, axis, b.shape[0])
         for some, b in zip(inputs.split(chunk), grad.split(chunk))
     ]
     return terms[0] if len(terms) == 1 else torch.cat(terms)
-
-
-def _chunk(inputs: Tensor, grad: Tensor) -> int:
-    """How many examples to convolve at a time."""
-    examples = inputs.shape[0]
-    if inputs.is_cuda:
-        return examples
-    each = (inputs.numel() + grad.numel()) * grad.element_size() // examples
-    return min(examples, max(1, _CHUNK_BYTES // max(each, 1)))
 
 
 def _along(call: Call, tangents: Tangents, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -70,36 +55,11 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     if isinstance(padding, str) or not (axis.leading and axis.inner == 1):
         scaled = grad * axis.spread(weights.values, grad.shape).to(grad.dtype)
         return parameter_gradients(call, (0,), (scaled,))
-    inputs = call.argument(0, "input").detach().to(grad.dtype)
-    w = weights.values
-    if weights.kept is not None:
-        inputs, grad, w = inputs[weights.kept], grad[weights.kept], w[weights.kept]
-    scaled = grad * w.view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
-    return _kernel_gradient(call, inputs, scaled, padding)
-
-
-def _kernel_gradient(call: Call, inputs: Tensor, grad: Tensor, padding: int | tuple[int, ...]) -> Gradients:
     weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
-    kernel, spatial = call.argument(1, "weight").detach(), _SPATIAL[call.name]
-
-    def each(value: int | tuple[int, ...]) -> list[int]:
-        return [value] * spatial if isinstance(value, int) else [*value] * (spatial // len(value))
-
-    _, for_weight, for_bias = torch.ops.aten.convolution_backward(
-        grad,
-        inputs,
-        kernel.to(grad.dtype),
-        None if bias is None else [bias.shape[0]],
-        each(call.argument(3, "stride", 1)),
-        each(padding),
-        each(call.argument(5, "dilation", 1)),
-        False,
-        [0] * spatial,
-        call.argument(6, "groups", 1),
-        [False, weight is not None, bias is not None],
-    )
-    found = {} if weight is None else {id(weight): for_weight}
-    return found if bias is None else {**found, id(bias): for_bias}
+    inputs, kernel = call.argument(0, "input").detach().to(grad.dtype), call.argument(1, "weight").detach()
+    settings = call.argument(3, "stride", 1), padding, call.argument(5, "dilation", 1), call.argument(6, "groups", 1)
+    found = ops.weighted_kernel_grad(inputs, grad, weights.values, kernel, *settings, bias=bias is not None)
+    return {id(p): g for p, g in zip((weight, bias), found) if p is not None}
 
 
 RULE = LayerRule(_applies, dots, weighted_grads)

@@ -13,6 +13,7 @@ from metakern.ops.embedding_dots.api import embedding_dots
 from metakern.ops.pair_dots.api import pair_dots
 from metakern.ops.row_dots.api import row_dots
 from metakern.ops.weighted_grad.api import weighted_grad
+from metakern.ops.weighted_kernel_grad.api import weighted_kernel_grad
 
 __all__ = [
     "affine_grads",
@@ -24,4 +25,5 @@ __all__ = [
     "pair_dots",
     "row_dots",
     "weighted_grad",
+    "weighted_kernel_grad",
 ]

@@ -34,3 +34,17 @@ def contract(P: Tensor, B: Tensor, columns: bool) -> Tensor:
 def examples_per_tile(t: int, width: int) -> int:
     """How many examples share a tile, so that t * width values of each fit `TILE_ELEMENTS`; one at least."""
     return max(1, TILE_ELEMENTS // max(1, t * width))
+
+
+CHUNK_BYTES = 4 << 20
+"""Operands of a chunk of a convolution, which then stay in a CPU's last-level cache: at 32 MB in all the library takes
+twice as long an example as at 8 MB, and results of 4 MB take memory that is in use already (docs/measured-facts.md)."""
+
+
+def examples_per_chunk(A: Tensor, B: Tensor) -> int:
+    """How many examples of A [n, ...] and B [n, ...] to convolve at a time; all of them on a GPU, one at least."""
+    n = A.shape[0]
+    if A.is_cuda or n == 0:
+        return max(n, 1)
+    each = (A.numel() + B.numel()) * B.element_size() // n
+    return min(n, max(1, CHUNK_BYTES // max(each, 1)))

@@ -85,8 +85,9 @@ def _direction_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _pair_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    n, t, s, i, o = sizes
-    shapes = ((n, t, i), (n, t, o), (s, i), (s, o))
+    """Six sizes tell the meta examples apart."""
+    n, t, *meta, i, o = sizes
+    shapes = ((n, t, i), (n, t, o), (*meta, i), (*meta, o))
     return tuple(normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
 
 
@@ -110,6 +111,26 @@ def _weighted_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
     return normal(n, t, i, seed=1, dtype=dtype), normal(n, t, o, seed=2, dtype=dtype), w, n != 5
 
 
+def _weighted_kernel_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Sizes are n, dimensions of space, channels in and out, pixels and window a side, then the four settings."""
+    n, spatial, i, o, pixels, window, stride, padding, dilation, groups = sizes
+    outputs = (pixels + 2 * padding - dilation * (window - 1) - 1) // stride + 1
+    A, B, kernel = (
+        normal(*shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate((
+            (n, i, *[pixels] * spatial), (n, o, *[outputs] * spatial), (o, i // groups, *[window] * spatial)
+        ))
+    )  # fmt: skip
+    settings = ([value] * spatial for value in (stride, padding, dilation))
+    return A, B, normal(n, seed=3, dtype=torch.float32).clamp_min(0), kernel, *settings, groups, n != 5
+
+
+def _weighted_kernel_scale(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return ops.weighted_kernel_grad(
+        A.abs(), B.abs(), w, kernel, *settings[:-1], bias=settings[-1], impl="reference"
+    )  # fmt: skip
+
+
 def _clip_scale(dots: Tensor) -> Tensor:
     """The weight itself, or where float16 runs out of normal numbers their smallest."""
     clipped = dots.clamp_min(0)
@@ -123,8 +144,8 @@ def _direction_scale(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
 
 
 def _pair_scale(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
-    inputs = torch.einsum("nti,si->nts", A.abs(), A_meta.abs())
-    return torch.einsum("nts,nto,so->n", inputs, B.abs(), B_meta.abs())
+    inputs = torch.einsum("nti,...si->n...ts", A.abs(), A_meta.abs())
+    return torch.einsum("n...ts,nto,...so->n...", inputs, B.abs(), B_meta.abs())
 
 
 def _weighted_scale(A: Tensor, B: Tensor, w: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
@@ -156,10 +177,14 @@ CASES = {
         far=False,
     ),
     "pair_dots": Case(
-        ((0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (7, 1, 19, 33, 17), (3, 130, 5, 65, 9)),
+        (
+            *((0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (7, 1, 19, 33, 17)),
+            *((2, 3, 0, 1, 4, 5), (2, 3, 4, 0, 4, 5), (3, 1, 1, 1, 1, 1), (7, 1, 70, 1, 33, 17), (70, 2, 9, 3, 8, 5)),
+            *((2, 5, 3, 70, 9, 33), (3, 6, 1, 40, 7, 9), (3, 130, 5, 65, 9)),
+        ),
         _pair_dots,
         _pair_scale,
-        lambda s: s[1] * s[2] * max(s[3], s[4]),
+        lambda s: s[1] * s[-3] * max(s[-2:]),
     ),
     "row_dots": Case(
         ((0, 3), (2, 0), (1, 1), (3, 63), (5, 64), (7, 1000), (2, 40001)),
@@ -168,4 +193,17 @@ CASES = {
         lambda s: s[1],
     ),
     "weighted_grad": Case((*_MATRICES, (3, 300, 260, 5)), _weighted_grad, _weighted_scale, lambda s: s[0] * s[1]),
+    "weighted_kernel_grad": Case(
+        (
+            (0, 2, 3, 4, 5, 3, 1, 1, 1, 1),
+            (1, 1, 1, 1, 1, 1, 1, 0, 1, 1),
+            (5, 1, 4, 6, 17, 3, 2, 1, 2, 2),
+            (3, 3, 2, 3, 5, 2, 1, 1, 1, 1),
+            (40, 2, 3, 32, 32, 3, 1, 1, 1, 1),
+            (7, 2, 6, 4, 9, 3, 1, 0, 1, 1),
+        ),
+        _weighted_kernel_grad,
+        _weighted_kernel_scale,
+        lambda s: s[0] * s[4] ** s[1],
+    ),
 }

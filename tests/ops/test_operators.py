@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from metakern import ops
+from metakern.ops import layout as layouts
 from metakern.ops import triton_backend
 from metakern.ops.select import OPERATORS, Implementation, always
 from metakern.testing.budget import assert_within
@@ -154,12 +155,43 @@ def test_compiles_whole(name: str) -> None:
     assert same(compiled(*tensors), getattr(ops, name)(*tensors))
 
 
+@pytest.mark.parametrize("elements", [1, 40, 300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pair_dots_in_tiles(elements: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some examples, some meta examples, a single pair at a time."""
+    monkeypatch.setattr(layouts, "TILE_ELEMENTS", elements)
+    for sizes in ((7, 3, 5, 4, 6, 9), (3, 1, 8, 1, 5, 4), (7, 3, 20, 6, 9)):
+        arguments = each(LAYOUTS[layout], CASES["pair_dots"].arguments(sizes, torch.float32))
+        assert_exact("pair_dots", sizes, arguments, "native")
+
+
+def test_pair_dots_names_what_does_not_fit() -> None:
+    A, B, A_meta, B_meta = CASES["pair_dots"].arguments((2, 3, 4, 5, 6, 7), torch.float32)
+    for wrong, message in (
+        ((A_meta, B_meta[0]), r"B_meta must have shape \[m, s, o\]; got \[5, 7\]"),
+        ((A_meta[0], B_meta), r"B_meta must have shape \[s, o\]; got \[4, 5, 7\]"),
+        ((A_meta, B_meta[1:]), r"B_meta must have shape \[m, s, o\] with m = 4; got \[3, 5, 7\]"),
+        ((A_meta[None], B_meta[None]), r"A_meta must have shape \[s, i\]; got \[1, 4, 5, 6\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.pair_dots(A, B, *wrong)
+
+
 def test_weighted_grad_skips_rows_of_weight_zero() -> None:
     A, B, w, _ = CASES["weighted_grad"].arguments((6, 2, 5, 4), torch.float32)
     A[w == 0] = float("inf")
     B[w == 0] = float("nan")
     for impl in implementations("weighted_grad", (A, B, w)):
         assert all(part.isfinite().all() for part in ops.weighted_grad(A, B, w, bias=True, impl=impl))
+
+
+def test_weighted_kernel_grad_skips_rows_of_weight_zero() -> None:
+    A, B, w, *others = CASES["weighted_kernel_grad"].arguments((40, 2, 3, 32, 32, 3, 1, 1, 1, 1), torch.float32)
+    A[w == 0] = float("inf")
+    B[w == 0] = float("nan")
+    for impl in (None, "reference"):
+        parts = OPERATORS["weighted_kernel_grad"](A, B, w, *others, impl=impl)
+        assert all(part.isfinite().all() for part in parts)
 
 
 def test_clip_normalise_edges() -> None:

@@ -1,0 +1,58 @@
+"""weighted_kernel_grad: the public function and its table of implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from metakern.ops.select import Implementation, Operator, always
+from metakern.ops.weighted_kernel_grad import contract, native, reference
+
+OPERATOR = Operator(
+    contract,
+    table=(
+        Implementation("native", native.weighted_kernel_grad, always),
+        Implementation("reference", reference.weighted_kernel_grad, always),
+    ),
+)
+
+
+def weighted_kernel_grad(
+    A: Tensor,
+    B: Tensor,
+    w: Tensor,
+    kernel: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    bias: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of per-example gradients of a convolution, in its kernel and its bias.
+
+    `G = sum_n w_n d<B_n, conv(A_n; K)>/dK` and `g = sum_nt w_n B_nt`, t over the positions of the output. On a CPU
+    examples of weight zero are not multiplied; on a GPU all are, since the host would have to wait to know them.
+
+    Args:
+        A: inputs of the convolution, [n, i, *space], of one to three dimensions of space.
+        B: gradients of the summed losses at its outputs, [n, o, *space'].
+        w: weights [n], any floating dtype, any sign.
+        kernel: K [o, i / groups, *window], for its shape and memory order; its values are not read.
+        stride, padding, dilation, groups: of the convolution; one number, or one per dimension of space.
+        bias: whether g is wanted; without it g has shape [0].
+        impl: None takes the first implementation that supports the case; a name never falls back.
+    Returns: G, shaped and laid out as K, and g [o], in A's dtype.
+    Raises: ValueError for shapes, devices, numbers of settings, an unknown `impl` or operands that require grad;
+        TypeError for dtypes.
+    """
+    each = (_each(value, kernel.dim() - 2) for value in (stride, padding, dilation))
+    return OPERATOR(A, B, w, kernel, *each, groups, bias, impl=impl)
+
+
+def _each(value: int | Sequence[int], spatial: int) -> list[int]:
+    """One number per dimension of space; a list of one stands for all of them, as in torch's convolutions."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * spatial if len(values) == 1 else values

@@ -1,0 +1,42 @@
+"""weighted_kernel_grad by the library, of the kept examples at once in the accumulating dtype: the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metakern.ops.operands import accumulator
+
+
+def weighted_kernel_grad(
+    A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int = 1, bias: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = accumulator(A.dtype)
+    kept = w.nonzero().squeeze(1)  # a row of weight zero contributes nothing, not 0 * inf = nan
+    if kept.numel() == 0:
+        return torch.zeros_like(kernel, dtype=A.dtype), A.new_zeros(kernel.shape[0] if bias else 0)
+    scaled = B[kept].to(dtype) * w[kept].to(dtype).view(-1, *(1,) * (B.dim() - 1))
+    found = library_gradient(A[kept].to(dtype), scaled, kernel.to(dtype), stride, padding, dilation, groups, bias)
+    return in_kernel_order(*found, kernel, A.dtype)
+
+
+def library_gradient(
+    A: Tensor, B: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    groups: int, bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of sum B * (conv(A; kernel) + bias) in kernel and bias; `kernel` gives a shape and a memory order."""
+    outputs, no_output_padding = [kernel.shape[0]], [0] * len(stride)
+    _, grad, shift = torch.ops.aten.convolution_backward(
+        B, A, kernel, outputs, stride, padding, dilation, False, no_output_padding, groups, [False, True, bias]
+    )
+    return grad, shift if bias else grad.new_empty(0)
+
+
+def in_kernel_order(grad: Tensor, shift: Tensor, kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in `dtype`, the gradient laid out in memory as the kernel is."""
+    if grad.stride() != kernel.stride() or grad.dtype is not dtype:
+        grad = torch.empty_like(kernel, dtype=dtype).copy_(grad)
+    return grad, shift.to(dtype)
