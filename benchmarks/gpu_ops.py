@@ -89,10 +89,12 @@ def with_half_kept(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[
 
 
 def paired_matrices(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """With a size m the meta examples are told apart."""
     A, _, B = matrices(s, dtype, device)
+    meta = (s["m"], s["s"]) if "m" in s else (s["s"],)
     return (
-        *(A, B, _normal(s["s"], s["i"], dtype=dtype, device=device, seed=4)),
-        _normal(s["s"], s["o"], dtype=dtype, device=device, seed=5),
+        *(A, B, _normal(*meta, s["i"], dtype=dtype, device=device, seed=4)),
+        _normal(*meta, s["o"], dtype=dtype, device=device, seed=5),
     )
 
 
@@ -136,6 +138,12 @@ def _full_product(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
 
 def _grams(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
     return ((A @ A_meta.t()) * (B @ B_meta.t())).sum((1, 2))
+
+
+def _grams_of_each(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
+    (n, t), (m, s) = A.shape[:2], A_meta.shape[:2]
+    inputs, outputs = A.flatten(0, 1) @ A_meta.flatten(0, 1).t(), B.flatten(0, 1) @ B_meta.flatten(0, 1).t()
+    return (inputs * outputs).view(n, t, m, s).sum((1, 3))
 
 
 def _look_up(indices: Tensor, V: Tensor, B: Tensor) -> Tensor:
@@ -191,6 +199,12 @@ def op_cases(small: bool) -> Iterator[OpCase]:
     yield OpCase(
         "pair_dots", pairs, bf16, paired_matrices, "two matmuls, multiply, sum", _grams, pairs["s"] * pairs["i"]
     )
+    several = dict(n=8, t=3, m=4, s=5, i=24, o=24) if small else dict(n=256, t=64, m=64, s=64, i=1024, o=1024)
+    lone = dict(n=8, t=1, m=4, s=1, i=24, o=24) if small else dict(n=16384, t=1, m=256, s=1, i=1024, o=1024)
+    for sizes in (several, lone):
+        baseline = "two matmuls, multiply, sum by pair"
+        terms = sizes["t"] * sizes["s"] * sizes["i"]
+        yield OpCase("pair_dots", sizes, bf16, paired_matrices, baseline, _grams_of_each, terms)
     tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=250000, o=1024)
     norm = dict(n=4, t=8, i=24) if small else dict(n=128, t=512, i=1024)
     wide = dict(n=2, t=8, i=40) if small else dict(n=16, t=1024, i=4096)

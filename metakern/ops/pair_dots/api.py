@@ -19,17 +19,18 @@ OPERATOR = Operator(
 
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, *, impl: str | None = None) -> Tensor:
-    """Dot of every example's gradient with the summed meta gradient, for a layer y = W x, by pairs of positions.
+    """Dot of every example's gradient with the summed meta gradient, or with that of every meta example, by pairs.
 
-    `out_n = sum_t,s (A_nt . A'_s)(B_nt . B'_s)`; s runs over all positions of all meta examples. The caller divides
-    by the number of meta examples. It equals `direction_dots` with V = B'^T A' and is the cheaper one
-    when s (i + o) < i o.
+    `out_n = sum_t,s (A_nt . A'_s)(B_nt . B'_s)` for a layer y = W x; s runs over all positions of all meta examples,
+    and the caller divides by their number. It equals `direction_dots` with V = B'^T A' and is the cheaper one when
+    s (i + o) < i o. With a dimension for the meta examples, `out_nm = sum_t,s (A_nt . A'_ms)(B_nt . B'_ms)`.
 
     Args:
         A, B: inputs and output gradients of the batch, [n, t, i] and [n, t, o], any strides.
-        A_meta, B_meta: the same of the meta batch, positions flattened, [s, i] and [s, o].
+        A_meta, B_meta: the same of the meta batch, positions flattened, [s, i] and [s, o], any strides; or by meta
+            example, [m, s, i] and [m, s, o].
         impl: None takes the first implementation that supports the case; a name never falls back.
-    Returns: [n], float32, or float64 for float64 operands; unit (loss per parameter)^2.
+    Returns: [n], or [n, m] by meta example; float32, or float64 for float64 operands; unit (loss per parameter)^2.
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
         RuntimeError if the implementation asked for does not support the case.
     """

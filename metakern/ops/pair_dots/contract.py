@@ -11,18 +11,21 @@ SCHEMA = "pair_dots(Tensor A, Tensor B, Tensor A_meta, Tensor B_meta, *, str? im
 
 
 def check(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> None:
-    letters = {"A": "nti", "B": "nto", "A_meta": "si", "B_meta": "so"}
-    check_operands("pair_dots", letters, (A, B, A_meta, B_meta))
+    check_operands("pair_dots", _EACH if A_meta.dim() == 3 else _SUMMED, (A, B, A_meta, B_meta))
+
+
+_SUMMED = {"A": "nti", "B": "nto", "A_meta": "si", "B_meta": "so"}
+_EACH = {"A": "nti", "B": "nto", "A_meta": "msi", "B_meta": "mso"}
 
 
 def fake(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
-    return A.new_empty(A.shape[0], dtype=accumulator(A.dtype))
+    return A.new_empty((A.shape[0], *A_meta.shape[:-2]), dtype=accumulator(A.dtype))
 
 
 def flops(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> int:
     n, t, i = A.shape
     o = B.shape[2]
-    return 2 * n * t * A_meta.shape[0] * (i + o + 1)
+    return 2 * n * t * A_meta.shape[:-1].numel() * (i + o + 1)
 
 
 def example(device: torch.device) -> tuple[Tensor, ...]:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from metakern.ops.layout import contract, examples_per_tile, in_columns, product
+from metakern.ops.row_dots.api import unchecked as row_dots
 
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
     columns = in_columns(A, B)
+    if A_meta.dim() == 3:
+        return _each(A, B, A_meta, B_meta, columns)
     examples = examples_per_tile(A.shape[1], A_meta.shape[0])
     if A.shape[0] <= examples:
         return _tile(A, B, A_meta, B_meta, columns)
@@ -20,3 +23,26 @@ def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
 def _tile(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, columns: bool) -> Tensor:
     inputs, outputs = product(A, A_meta, columns), product(B, B_meta, columns)
     return contract(inputs, outputs.transpose(1, 2) if columns else outputs, columns)
+
+
+def _each(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, columns: bool) -> Tensor:
+    """[n, m]: tiles of examples and meta examples, one of either at least."""
+    t, (m, s) = A.shape[1], A_meta.shape[:2]
+    metas = min(max(1, m), examples_per_tile(t, s))
+    examples = examples_per_tile(t, metas * s)
+    meta_tiles = list(zip(A_meta.split(metas), B_meta.split(metas), strict=True))
+    rows = [
+        torch.cat([_each_tile(a, b, *meta, columns) for meta in meta_tiles], 1)
+        for a, b in zip(A.split(examples), B.split(examples), strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def _each_tile(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, columns: bool) -> Tensor:
+    (n, t), (m, s) = A.shape[:2], A_meta.shape[:2]
+    inputs = product(A, A_meta.reshape(m * s, A.shape[2]), columns)
+    outputs = product(B, B_meta.reshape(m * s, B.shape[2]), columns)
+    if columns:  # [n, m s, t]
+        return row_dots(inputs.view(n * m, s * t), outputs.view(n * m, s * t)).view(n, m)
+    dots = row_dots(inputs.view(n * t * m, s), outputs.view(n * t * m, s)).view(n, t, m)
+    return dots.squeeze(1) if t == 1 else dots.sum(1)

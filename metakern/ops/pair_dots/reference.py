@@ -10,6 +10,6 @@ from metakern.ops.operands import accumulator
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
     dtype = accumulator(A.dtype)
-    inputs = torch.einsum("nti,si->nts", A.to(dtype), A_meta.to(dtype))
-    outputs = torch.einsum("nto,so->nts", B.to(dtype), B_meta.to(dtype))
-    return torch.einsum("nts,nts->n", inputs, outputs)
+    inputs = torch.einsum("nti,...si->n...ts", A.to(dtype), A_meta.to(dtype))
+    outputs = torch.einsum("nto,...so->n...ts", B.to(dtype), B_meta.to(dtype))
+    return torch.einsum("n...ts,n...ts->n...", inputs, outputs)

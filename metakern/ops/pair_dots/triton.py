@@ -38,45 +38,67 @@ def _gram(
 
 @triton.jit
 def pair_dots_kernel(
-    A, B, A_meta, B_meta, partial, rows, t, s, i, o,
-    stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo, stride_as, stride_ai_meta, stride_bs,
-    stride_bo_meta,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    A, B, A_meta, B_meta, partial, rows, t, m, s, i, o,
+    stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
+    stride_am, stride_as, stride_ai_meta, stride_bm, stride_bs, stride_bo_meta,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """partial[meta tile, row] = sum over the tile's meta rows s of (A_row . A'_s)(B_row . B'_s)."""
+    """partial[part, row, meta] = sum over S positions s of a meta example of (A_row . A'_ms)(B_row . B'_ms).
+
+    A tile has N // S meta examples; one of more than S positions has several parts.
+    """
     row = tl.program_id(0) * M + tl.arange(0, M)
     # rows past the end read the last one: an address that exists is cheaper than a mask in the loop
     example = (tl.minimum(row, rows - 1) // t).to(tl.int64)
     position = (tl.minimum(row, rows - 1) % t).to(tl.int64)
-    meta = tl.program_id(1) * N + tl.arange(0, N)
-    meta_row = tl.minimum(meta, s - 1).to(tl.int64)
+    part, group = tl.program_id(1), tl.program_id(2) * (N // S)
+    column = tl.arange(0, N)
+    meta_position = part * S + column % S
+    # of one meta example it is one number, and not one for each column
+    meta_example = (group if S == N else tl.minimum(group + column // S, m - 1)).to(tl.int64)
+    meta_row = tl.minimum(meta_position, s - 1).to(tl.int64)
     inputs = _gram(
-        A + example * stride_an + position * stride_at, A_meta + meta_row * stride_as, i, stride_ai, stride_ai_meta,
-        M, N, K, PRECISION, UPCAST,
+        A + example * stride_an + position * stride_at, A_meta + meta_example * stride_am + meta_row * stride_as,
+        i, stride_ai, stride_ai_meta, M, N, K, PRECISION, UPCAST,
     )  # fmt: skip
     outputs = _gram(
-        B + example * stride_bn + position * stride_bt, B_meta + meta_row * stride_bs, o, stride_bo, stride_bo_meta,
-        M, N, K, PRECISION, UPCAST,
+        B + example * stride_bn + position * stride_bt, B_meta + meta_example * stride_bm + meta_row * stride_bs,
+        o, stride_bo, stride_bo_meta, M, N, K, PRECISION, UPCAST,
     )  # fmt: skip
-    dots = tl.sum(tl.where((meta < s)[None, :], inputs * outputs, 0.0), axis=1)
-    tl.store(partial + tl.program_id(1).to(tl.int64) * rows + row, dots, mask=row < rows)
+    products = tl.where((meta_position < s)[None, :], inputs * outputs, 0.0)
+    place = (part.to(tl.int64) * rows + row) * m
+    if S == N:
+        tl.store(partial + place + group, tl.sum(products, axis=1), mask=row < rows)
+    else:
+        dots = tl.sum(tl.reshape(products, (M, N // S, S)), axis=2)
+        held = tl.arange(0, N // S)
+        tl.store((partial + place + group)[:, None] + held, dots, mask=(row < rows)[:, None] & (held < m - group))
 
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
     n, t, i = A.shape
-    o, s = B.shape[2], A_meta.shape[0]
+    if A_meta.dim() == 2:
+        return pair_dots(A, B, A_meta.unsqueeze(0), B_meta.unsqueeze(0)).view(n)
+    m, s, o = B_meta.shape
     rows = n * t
-    if 0 in (rows, i, o, s):
-        return A.new_zeros(n, dtype=torch.float32)
-    tile = tile_for("pair_dots", A, rows, s)
-    grid = (triton.cdiv(rows, tile.m), triton.cdiv(s, tile.n))
-    partial = torch.empty(grid[1], rows, dtype=torch.float32, device=A.device)
+    if 0 in (rows, i, m, s, o):
+        return A.new_zeros(n, m, dtype=torch.float32)
+    tile = tile_for("pair_dots", A, rows, m * s)
+    positions = positions_of(m, s, tile.n)
+    parts = triton.cdiv(s, positions)
+    grid = (triton.cdiv(rows, tile.m), parts, triton.cdiv(m, tile.n // positions))
+    partial = torch.empty(parts, rows, m, dtype=torch.float32, device=A.device)
     pair_dots_kernel[grid](
-        A, B, A_meta, B_meta, partial, rows, t, s, i, o,
+        A, B, A_meta, B_meta, partial, rows, t, m, s, i, o,
         *A.stride(), *B.stride(), *A_meta.stride(), *B_meta.stride(),
-        M=tile.m, N=tile.n, K=tile.k, PRECISION=precision(A.dtype), UPCAST=interpreting,
+        M=tile.m, N=tile.n, K=tile.k, S=positions, PRECISION=precision(A.dtype), UPCAST=interpreting,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if partial.numel() == n:
-        return partial.view(n)
-    return partial.view(grid[1], n, t).sum((0, 2))
+    if parts == t == 1:
+        return partial.view(n, m)
+    return partial.view(parts, n, t, m).sum((0, 2))
+
+
+def positions_of(m: int, s: int, width: int) -> int:
+    """How many of the columns of a tile are positions of one meta example: a power of two, all if there is only one."""
+    return width if m == 1 else min(width, triton.next_power_of_2(s))
