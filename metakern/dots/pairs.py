@@ -1,7 +1,8 @@
 """Pairs form: dots_n = (1/m) sum_j sum_ts (A_nt . A'_js)(B_nt . B'_js), without the direction V of that weight.
 
 It is cheaper than the direction form when the meta batch has few positions. It needs a weight that is used exactly
-once in either pass: a weight used k times has k x k cross terms, which the direction form carries by itself.
+once in either pass: a weight used k times has k x k cross terms, which the direction form carries by itself. With every
+meta example for itself, [n, m], the bias beside the weight comes along: (sum_t B_nt) . (sum_s B'_js).
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from metakern import ops
-from metakern.capture.examples import ExampleAxis
 from metakern.capture.record import Record, Trace, Use, place_of
 from metakern.layers.linear import matrices
 from metakern.layers.precision import lowered, products
@@ -21,9 +22,7 @@ from metakern.layers.table import rule_for
 
 def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
     """identity of a weight -> index of its only use, for weights that the pairs form may serve."""
-    uses = Counter(id(parameter) for use in trace.uses for _, parameter in use.call.parameters)
-    for call in trace.derivations:
-        uses.update(2 * [id(parameter) for _, parameter in call.parameters])  # never once
+    uses = _times_used(trace)
     found = {}
     for k, use in enumerate(trace.uses):
         weight = use.call.parameter(1, "weight")
@@ -32,6 +31,20 @@ def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
         if usable and rule_for(use.call).matrices is not None:
             found[id(weight)] = k
     return found
+
+
+def pairable_biases(trace: Trace, weights: Mapping[int, int]) -> dict[int, Tensor]:
+    """identity of a weight that is `pairable` -> the bias beside it, where that is used nowhere else either."""
+    uses = _times_used(trace)
+    found = {key: trace.uses[k].call.parameter(2, "bias") for key, k in weights.items()}
+    return {key: bias for key, bias in found.items() if bias is not None and uses[id(bias)] == 1}
+
+
+def _times_used(trace: Trace) -> Counter[int]:
+    uses = Counter(id(parameter) for use in trace.uses for _, parameter in use.call.parameters)
+    for call in trace.derivations:
+        uses.update(2 * [id(parameter) for _, parameter in call.parameters])  # never once
+    return uses
 
 
 def pairs_are_cheaper(use: Use, meta_use: Use, directions: int = 1) -> bool:
@@ -49,19 +62,24 @@ def pairs_are_cheaper(use: Use, meta_use: Use, directions: int = 1) -> bool:
 GRAM_OVERHEAD = 64
 
 
-def of_example(record: Record, examples: int, j: int) -> Record:
-    """What the pairs form reads of one meta example, whose B' is of its own loss."""
-    a, b = matrices(record, examples)
-    call = record.call._replace(args=(a[j],), kwargs={}, parameters=(), versions=())
-    return Record(record.use._replace(call=call), (b[j],), (ExampleAxis(0, 1, len(b[j])),))
+def pair_dots(record: Record, meta_record: Record, examples: int, meta_examples: int = 0) -> Tensor:
+    """The contribution of one weight to the dots, [n]; B' is of the mean meta loss, 1/m included.
 
-
-def pair_dots(record: Record, meta_record: Record, examples: int) -> Tensor:
-    """The contribution of one weight to the dots, [n]; B' is of the mean meta loss, 1/m included, or of one loss."""
+    Given the number of meta examples, with each of them, [n, m]: B' is of their losses, and a bias that is a parameter
+    of the meta record counts as well.
+    """
     a, b = matrices(record, examples)
-    meta_a, meta_b = matrices(meta_record, 1)
-    operands = a, b, meta_a.reshape(-1, a.shape[-1]).to(a.dtype), meta_b.reshape(-1, b.shape[-1]).to(b.dtype)
+    meta_a, meta_b = (x.to(a.dtype) for x in matrices(meta_record, max(1, meta_examples)))
+    if not meta_examples:
+        meta_a, meta_b = meta_a.flatten(0, 1), meta_b.flatten(0, 1)
     with products(record.dot_precision):
-        rows = ops.pair_dots(*lowered(record.dot_precision, *operands))
+        dots = ops.pair_dots(*lowered(record.dot_precision, a, b, meta_a, meta_b))
+    if meta_examples and meta_record.call.parameter(2, "bias") is not None:
+        dots.addmm_(b.sum(1, dtype=dots.dtype), meta_b.sum(1, dtype=dots.dtype).t())
     axis = record.axes[0]
-    return rows if axis.leading else axis.total(rows.view(record.output_grad.shape[:-1]), examples)
+    if axis.leading:
+        return dots
+    rows = dots.view(*record.output_grad.shape[:-1], *dots.shape[1:])
+    if not meta_examples:
+        return axis.total(rows, examples)
+    return torch.stack([axis.total(column, examples) for column in rows.unbind(-1)], 1)

@@ -1,15 +1,16 @@
 """Every example of the batch with every meta example: dots_nj = <g_n, g'_j>, [n, m].
 
 One direction V_j = g'_j at a time along one pass over the batch: there is never more than one. Where ghost serves both
-batches V_j comes from records of the meta batch, as its weighted gradient of one-hot weights; weights of linear layers
-take the pairs form where that is cheaper, and no V_j is formed for them. Else V_j is a backward pass of l'_j.
+batches V_j comes from records of the meta batch, as its weighted gradient of one-hot weights; linear layers take the
+pairs form of all columns at once where that is cheaper, and no V_j is formed for them. Else V_j is a backward pass of
+l'_j.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from metakern.capture.record import Record
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
 from metakern.engines.problem import Answer, Problem, named_gradients
-from metakern.engines.recorded import Recorded
+from metakern.engines.recorded import NONE_PAIRED, Recorded, restricted
 from metakern.engines.train_pass import GhostPass, TrainPass, open_pass
 from metakern.engines.weighted_backward import weighted_backward
 
@@ -57,30 +58,39 @@ def _by_backward(problem: Problem, train: TrainPass, losses: Tensor) -> Iterator
 
 def _by_records(problem: Problem, train: GhostPass, meta: Recorded) -> Iterator[Tensor]:
     m = len(meta.losses)
-    pairs = _pairs(problem, train, meta)
-    directed = {name: p for name, p in problem.chosen.items() if id(p) not in pairs}
-    for j, one in enumerate(torch.eye(m, dtype=meta.losses.dtype, device=meta.losses.device)):
-        v = meta.weighted_gradient(one, keep=True, only=directed)
-        paired = {pair.use: stage_dots.of_example(pair.meta_record, m, j) for pair in pairs.values()}
-        yield train.records.dots_along({id(directed[name]): g for name, g in v.items()}, paired)
+    paired = _pairs(problem, train, meta)
+    covered = {id(p) for record in paired.values() for _, p in record.call.parameters}
+    directed = {name: p for name, p in problem.chosen.items() if id(p) not in covered}
+
+    def along(one: Tensor, paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0) -> Tensor:
+        v = meta.weighted_gradient(one, keep=True, only=directed) if directed else {}
+        return train.records.dots_along({id(directed[name]): g for name, g in v.items()}, paired, columns)
+
+    first, *others = torch.eye(m, dtype=meta.losses.dtype, device=meta.losses.device)
+    columns = along(first, paired, m).unbind(1)
+    yield columns[0]
+    for one, column in zip(others, columns[1:], strict=True):
+        yield column + along(one) if directed else column
 
 
-class _Pair(NamedTuple):
-    use: int  # of the train pass
-    meta_record: Record
-
-
-def _pairs(problem: Problem, train: GhostPass, meta: Recorded) -> dict[int, _Pair]:
-    """Identity of a weight -> its only uses in either pass, where pairs are cheaper than m directions."""
+def _pairs(problem: Problem, train: GhostPass, meta: Recorded) -> dict[int, Record]:
+    """Uses in the train pass -> records of the meta pass, with the weights, and the biases beside them, for which pairs
+    are cheaper than m directions; each is used once in either pass."""
     chosen = {id(p): p for p in problem.chosen.values()}
-    uses, candidates = train.records.trace.uses, stage_dots.pairable(train.records.trace, chosen)
+    trace = train.records.trace
+    candidates, meta_candidates = stage_dots.pairable(trace, chosen), stage_dots.pairable(meta.trace, chosen)
+    biases, meta_biases = (
+        stage_dots.pairable_biases(trace, candidates), stage_dots.pairable_biases(meta.trace, meta_candidates)
+    )  # fmt: skip
     found = {}
-    for key, j in stage_dots.pairable(meta.trace, chosen).items():
-        record = meta.records[j]
-        if key in candidates and record is not None and record.axes[0].leading:
-            use = candidates[key]
-            if stage_dots.pairs_are_cheaper(uses[use], record.use, directions=len(meta.losses)):
-                found[key] = _Pair(use, record)
+    for key, j in meta_candidates.items():
+        record, use = meta.records[j], candidates.get(key)
+        if use is None or record is None or not record.axes[0].leading:
+            continue
+        if stage_dots.pairs_are_cheaper(trace.uses[use], record.use, directions=len(meta.losses)):
+            bias = biases.get(key)
+            beside = {id(bias)} if bias is not None and bias is meta_biases.get(key) and id(bias) in chosen else set()
+            found[use] = restricted(record, {key} | beside)
     return found
 
 

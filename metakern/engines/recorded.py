@@ -42,11 +42,17 @@ class Recorded:
             for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
         ]
 
-    def dots_along(self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED) -> Tensor:
-        """<dl_n/dtheta, V>, [n]; V by identity of the parameter, or as the meta record paired with a use."""
+    def dots_along(
+        self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0
+    ) -> Tensor:
+        """<dl_n/dtheta, V>, [n]; V by identity of the parameter, or as the meta record paired with a use.
+
+        Given a number of columns the records are of that many meta examples, each with a column of its own, and the
+        direction is that of the first: [n, columns].
+        """
         self._require_intact()
         tangents = stage_dots.extend_to_derived(direction, self.trace.derivations)
-        total = _Total(self.trace)
+        total = _Total(self.trace, columns)
         for k, record in enumerate(self.records):
             if record is not None:
                 total.add(record, paired.get(k), tangents)
@@ -63,7 +69,7 @@ class Recorded:
         if only is not None:
             wanted = {id(p) for p in only.values()}
             wanted.update(id(t) for call in derivations for t in call.outputs if t is not None)
-            kept = [part for part in (_restricted(record, wanted) for record in kept) if part is not None]
+            kept = [part for part in (restricted(record, wanted) for record in kept) if part is not None]
         if not keep:
             self.records, self.trace = [], self.trace.released()
         records = kept if keep else _let_go(kept)
@@ -83,10 +89,12 @@ class InPassing:
         self.trace, self._axes = _traced(problem)
         self.losses = self.trace.losses.detach()
 
-    def dots_along(self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED) -> Tensor:
+    def dots_along(
+        self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0
+    ) -> Tensor:
         trace = self.trace
         tangents = stage_dots.extend_to_derived(direction, trace.derivations)
-        total, reached = _Total(trace), [False] * len(trace.uses)
+        total, reached = _Total(trace, columns), [False] * len(trace.uses)
 
         def visit(k: int, grads: list[Tensor | None]) -> None:
             reached[k] = reached[k] or any(g is not None for g in grads)
@@ -145,7 +153,7 @@ def _let_go(records: list[Record]) -> Iterator[Record]:
         yield records.pop()
 
 
-def _restricted(record: Record, wanted: Set[int]) -> Record | None:
+def restricted(record: Record, wanted: Set[int]) -> Record | None:
     """The record as if only the wanted tensors were trainable; None where it has none of them."""
     parameters = tuple(entry for entry in record.call.parameters if id(entry[1]) in wanted)
     if len(parameters) == len(record.call.parameters):
@@ -167,8 +175,10 @@ def require_unchanged(use: Use) -> None:
 class _Total:
     """The running sum of the dots over the uses of a pass."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.dots = torch.zeros(trace.examples, dtype=_sum_dtype(trace.losses), device=trace.losses.device)
+    def __init__(self, trace: Trace, columns: int) -> None:
+        shape = (trace.examples, columns) if columns else (trace.examples,)
+        self.dots = torch.zeros(shape, dtype=_sum_dtype(trace.losses), device=trace.losses.device)
+        self._columns, self._directed = columns, self.dots[:, 0] if columns else self.dots
 
     def add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
         with _without_autocast(self.dots.device.type):
@@ -177,10 +187,10 @@ class _Total:
     def _add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
         n = self.dots.shape[0]
         if meta_record is not None:
-            self.dots += stage_dots.pair_dots(record, meta_record, n)
+            self.dots += stage_dots.pair_dots(record, meta_record, n, self._columns)
         term = stage_dots.direction_dots(record, tangents, n)
         if term is not None:
-            self.dots += term
+            self._directed += term
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

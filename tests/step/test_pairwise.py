@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import metakern
 from metakern import dots as stage_dots
+from metakern import ops
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue import CASES, Case
 from metakern.testing.catalogue.case import Setup
@@ -84,6 +85,30 @@ def test_no_weight_is_left_for_a_direction(monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
     assert_pairwise(Setup(model, *inputs.pair(5, 3, 4, classes=3)), 3, "ghost")
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_linear_layers_meet_all_meta_examples_in_one_call(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight takes its bias along, unless that is used elsewhere too; then the bias takes directions."""
+    monkeypatch.setattr(stage_dots, "pairs_are_cheaper", lambda *_, directions=1: True)
+    calls, passes = [], []
+    operator, along = ops.pair_dots, stage_dots.direction_dots
+    monkeypatch.setattr(ops, "pair_dots", lambda *operands: calls.append(operands[2].shape) or operator(*operands))
+    monkeypatch.setattr(stage_dots, "direction_dots", lambda *each: passes.append(along(*each)) or passes[-1])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(18, 3)).double()
+    setup = Setup(model, *inputs.pair(5, 2, 3, 4, classes=3))
+    assert_pairwise(setup, 2, "ghost", memory=memory)
+    by_meta_example = [(2, 3, 4), (2, 3, 6), (2, 1, 18)]
+    assert sorted(shape for shape in calls if len(shape) == 3) == sorted(by_meta_example)
+    model[2].bias = model[0].bias
+    assert_pairwise(setup, 2, "ghost", memory=memory)
+    model[0].bias.requires_grad_(False)
+    passes.clear()
+    found = metakern.grad_dots(model, setup.batch, setup.meta_batch, pairwise=True, memory=memory)
+    assert all(term is None for term in passes)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    budget.assert_dots(found.dots.mean(1), setup.oracle(names=names))
 
 
 def test_some_parameters() -> None:
