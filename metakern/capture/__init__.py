@@ -14,6 +14,7 @@ from metakern.capture.record import Trace as Trace
 from metakern.capture.refusal import EngineUnavailable as EngineUnavailable
 from metakern.capture.trace import Tracer
 from metakern.capture.whole_modules import registered_modules_as_wholes
+from metakern.capture.writes import Writes
 
 
 def trace_batch(
@@ -22,9 +23,12 @@ def trace_batch(
     loss_fn: LossFunction | None,
     trainable: Mapping[str, nn.Parameter],
     argument: str,
+    writes: Writes | None = None,
 ) -> Trace:
-    """Forward pass of one batch, with every use of a trainable parameter noted."""
-    tracer = Tracer(trainable.values(), constants_of(model))
+    """Forward pass of one batch, with every use of a trainable parameter noted; `writes` sees what it overwrites."""
+    tracer = Tracer(trainable.values(), constants_of(model), writes)
     with registered_modules_as_wholes(model, tracer), tracer:
         losses = per_example_losses(model, batch, loss_fn, argument)
+    if writes is not None:
+        writes.seen_pass = True
     return tracer.trace(losses)

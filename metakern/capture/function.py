@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +44,17 @@ _IN_PLACE_OPERATORS = frozenset(
     "__setitem__ __delitem__".split()
 )
 
+# They keep the rows that they take within `max_norm`.
+_TABLES = frozenset((F.embedding, F.embedding_bag))
+
+_STATISTICS = {
+    F.batch_norm: slice(1, 3),
+    F.instance_norm: slice(1, 3),
+    torch.batch_norm: slice(3, 5),
+    torch.instance_norm: slice(3, 5),
+    torch.native_batch_norm: slice(3, 5),
+}
+
 # Written in Python around several calls that each take parameters; the body is traced, not the call as a whole.
 _UNROLLED = {F.multi_head_attention_forward}
 
@@ -60,6 +72,10 @@ class Function(NamedTuple):
     may_pick: bool  # by the type of its arguments
     numbered: bool  # by Python numbers among its arguments
     static: bool  # of static tensors and plain numbers it makes a tensor that is the same in every pass
+    inplace_at: int | None  # position of its argument `inplace`
+    statistics: slice | None  # positions of the running statistics that it may update
+    table: bool  # a look-up, which may rewrite its table
+    writes: bool  # may write into one of its arguments, `out` aside
 
 
 _KNOWN: dict[Callable[..., Any], Function] = {}
@@ -73,10 +89,24 @@ def function_of(func: Callable[..., Any]) -> Function:
     return found
 
 
-def is_in_place(function: Function, kwargs: dict[str, Any]) -> bool:
-    if not kwargs:
-        return function.in_place
-    return function.in_place or kwargs.get("out") is not None or kwargs.get("inplace") is True
+def is_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if function.in_place:
+        return True
+    if function.inplace_at is not None and len(args) > function.inplace_at:
+        return bool(args[function.inplace_at])
+    return bool(kwargs) and (kwargs.get("out") is not None or kwargs.get("inplace") is True)
+
+
+def written_by(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that a call writes into, tensors or lists of them."""
+    found = [kwargs.get("out")]
+    if is_in_place(function, args, kwargs) or function.name == "__set__":
+        found += args[:1] or [kwargs.get("input")]
+    elif function.statistics is not None:
+        found += [*args[function.statistics], kwargs.get("running_mean"), kwargs.get("running_var")]
+    elif function.table and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+        found.append(args[1] if len(args) > 1 else kwargs["weight"])
+    return found
 
 
 def only_watches(hook: Any) -> bool:
@@ -86,18 +116,30 @@ def only_watches(hook: Any) -> bool:
 
 def _looked_up(func: Callable[..., Any]) -> Function:
     name = getattr(func, "__name__", "")
+    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    inplace_at, statistics = _inplace_at(func), _STATISTICS.get(func)
     return Function(
         name,
         _kind(func, name),
         name in _SHAPE_ONLY,
         name.startswith("rand"),
         name in _DETERMINISTIC,
-        name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")),
+        in_place,
         name in REORDERING,
         name not in REORDERING and name not in KEEPS_ROWS,
         name not in KEEPS_ROWS and name not in _ROW_BY_ROW,
         name in _STATIC,
+        inplace_at,
+        statistics,
+        func in _TABLES,
+        any((in_place and name != "requires_grad_", name == "__set__", func in _TABLES, inplace_at, statistics)),
     )
+
+
+def _inplace_at(func: Callable[..., Any]) -> int | None:
+    code = getattr(func, "__code__", None)
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _kind(func: Callable[..., Any], name: str) -> str:

@@ -5,6 +5,10 @@ A step walks the model a dozen times, and `nn.Module`'s own walk goes through as
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -20,6 +24,39 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def keepers_of(model: nn.Module) -> list[nn.Module]:
+    """Modules whose buffers a forward pass may update: the model's, and those that its modules hold unregistered, in
+    plain lists, tuples and dicts.
+    """
+    found = {id(module): module for module in modules_of(model)}
+    ahead = [module for module in found.values() if not _is_torchs_own(type(module))]
+    while ahead:
+        for module in _held_in(vars(ahead.pop()).values()):
+            for inner in modules_of(module):
+                if id(inner) not in found:
+                    found[id(inner)] = inner
+                    if not _is_torchs_own(type(inner)):
+                        ahead.append(inner)
+    return list(found.values())
+
+
+_DEPTH, _LARGEST = 3, 256
+"""How deep lists and dicts are looked into, and how many entries they may have: larger ones hold data."""
+
+
+def _held_in(values: Iterable[Any], depth: int = _DEPTH) -> Iterator[nn.Module]:
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif depth and type(value) in (list, tuple, dict) and 0 < len(value) <= _LARGEST:
+            yield from _held_in(value.values() if isinstance(value, dict) else value, depth - 1)
+
+
+@cache
+def _is_torchs_own(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
+
+
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """Parameters, trainable or not; a tied one once."""
     entries = (p for module in modules_of(model) for p in module._parameters.values() if p is not None)
@@ -33,5 +70,5 @@ def constants_of(model: nn.Module) -> list[Tensor]:
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """The qualified name of a module of the model, "" for the model itself."""
-    return next(name for name, module in model.named_modules() if module is wanted)
+    """The qualified name of a module of the model, "" for the model itself; the type of an unregistered one."""
+    return next((name for name, module in model.named_modules() if module is wanted), type(wanted).__name__)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from metakern.capture.attributes import Attributes
-from metakern.capture.members import modules_of, parameters_of
+from metakern.capture.members import keepers_of, parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.registration import nothing_registered
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.uncompiled import uncompiled
-from metakern.capture.writes import nothing_written
+from metakern.capture.writes import Writes, nothing_written
 
 
 class _Buffer(NamedTuple):
@@ -26,12 +26,12 @@ class _Buffer(NamedTuple):
 
 
 class Buffers:
-    """The buffers of a model at one moment: which tensors they are, and what they hold."""
+    """The buffers of a model, its unregistered modules included, at one moment: which tensors, and what they hold."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [
             _Buffer(module, name, buffer, buffer._version, buffer.detach().clone())
-            for module in modules_of(model)
+            for module in keepers_of(model)
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
@@ -62,7 +62,8 @@ class Buffers:
 class PassState:
     """What a forward pass starts from: the same pass can be run once more from it, and that run does not count."""
 
-    def __init__(self, model: nn.Module, loss_fn: Any = None) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Any = None, writes: Writes | None = None) -> None:
+        self._writes = writes  # what the pass writes into parameters
         self._model, self._buffers, self._attributes = model, Buffers(model), Attributes(model)
         self._loss_fn, self._surroundings, self._random = loss_fn, Surroundings(model, loss_fn), random_state()
 
@@ -75,7 +76,8 @@ class PassState:
         self._surroundings.restore()
         restore_random_state(self._random)
         try:
-            with self._buffers.replayed(), nothing_written(self._model):
+            rewound = nullcontext() if self._writes is None else self._writes.rewound()
+            with self._buffers.replayed(), rewound, nothing_written(self._model):
                 yield
         finally:
             now.restore()
@@ -84,14 +86,19 @@ class PassState:
 
 
 class Start:
-    """What a failed attempt goes back to: buffers, attributes, random state and gradients of a model at one moment."""
+    """What a failed attempt goes back to: buffers, attributes, random state and gradients of a model at one moment, and
+    parameters that `writes` has seen overwritten since.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, writes: Writes | None) -> None:
+        self._writes = writes
         self._buffers, self._attributes, self._random = Buffers(model), Attributes(model), random_state()
         self.parameters = parameters_of(model)
         self._grads = [p.grad for p in self.parameters]
 
     def restore(self) -> None:
+        if self._writes is not None:
+            self._writes.undo()
         self._buffers.restore()
         self._attributes.restore()
         restore_random_state(self._random)
@@ -100,14 +107,14 @@ class Start:
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[Start]:
+def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[Start]:
     """The model is as before if an exception leaves the block, which may go back to where it started as well.
 
     What is compiled of the model runs uncompiled in the block.
 
     Raises: ValueError where the block gives the model a new trainable parameter.
     """
-    start = Start(model)
+    start = Start(model, writes)
     try:
         with uncompiled(), nothing_registered(model, start.parameters):
             yield start

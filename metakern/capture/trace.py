@@ -26,6 +26,7 @@ from metakern.capture.record import ArgPath, Call, Pick, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import picked_dims, picks_rows
 from metakern.capture.unrolled import unrolled
+from metakern.capture.writes import Writes
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 
@@ -49,7 +50,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | 
 class Tracer(TorchFunctionMode):
     """Notes uses and derivations of `parameters` while active; the calls themselves run unchanged."""
 
-    def __init__(self, parameters: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], constants: Iterable[Tensor], writes: Writes | None = None) -> None:
         super().__init__()
         self.uses: list[Use] = []
         self.derivations: list[Call] = []
@@ -62,6 +63,7 @@ class Tracer(TorchFunctionMode):
         self.reorders = False
         self._picks, self._numbers = list[Pick](), list[Hashable]()
         self._hooked = list[GradientEdge]()
+        self._writes = writes  # into parameters, so that they can be undone
         self.paused = False  # inside a registered module, whose call is noted as a whole
 
     def trace(self, losses: Tensor) -> Trace:
@@ -74,6 +76,8 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         function = function_of(func)
+        if self._writes is not None and (function.writes or "out" in kwargs):
+            self._writes.before(function, args, kwargs)
         if self.paused or function.kind == "metadata":
             return func(*args, **kwargs)
         if function.kind != "call":
@@ -101,7 +105,7 @@ class Tracer(TorchFunctionMode):
                 self._mark_constant(output)
                 self._mark_static(function, args, kwargs, output)
                 return output
-            if is_in_place(function, kwargs) and args:
+            if is_in_place(function, args, kwargs) and args:
                 self._constant.pop(id(args[0]), None)  # data was written into it
                 self._static.clear()
             self._note_order(function, args, kwargs, data)
@@ -117,7 +121,7 @@ class Tracer(TorchFunctionMode):
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
     def _derivation(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any) -> Any:
-        if is_in_place(function, kwargs):
+        if is_in_place(function, args, kwargs):
             raise EngineUnavailable(
                 f"a tensor derived from parameters is changed in place by {function.name}(); write it out of place for "
                 "engine='ghost' (engine='jvp' takes it as it is)"
@@ -138,7 +142,7 @@ class Tracer(TorchFunctionMode):
         self.derivations.append(call)
 
     def _use(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any, data: list[Tensor]) -> Any:
-        name, in_place = function.name, is_in_place(function, kwargs)
+        name, in_place = function.name, is_in_place(function, args, kwargs)
         if in_place and (id(args[0]) in self._parametric or id(args[0]) in self._constant or "out" in kwargs):
             raise EngineUnavailable(
                 f"{name}() writes example data into a tensor of parameters or constants in place; use torch.cat or "
@@ -239,7 +243,7 @@ class Tracer(TorchFunctionMode):
         if whole or (self._static and function.static and args and self._is_static(args[0])):
             self._static[id(output)] = output
             self._numbers.append(numbers_of(args, kwargs))
-        elif self._static and is_in_place(function, kwargs):
+        elif self._static and is_in_place(function, args, kwargs):
             self._static.clear()  # which of them share memory with what was written need not be known
 
     def _is_static(self, tensor: Any) -> bool:

@@ -1,63 +1,152 @@
 """A forward pass may write into tensors that were there before it: a running centre, a memory bank, clipped weights.
-One that does not count must not.
+One that does not count must not, and where a step fails or begins once more, weights have to be as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.function import function_of
+from metakern.capture.function import Function, function_of, written_by
 from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
 
 
-class _Writes(TorchFunctionMode):
-    """Keeps a copy of every tensor that may be from outside before the first call that may write into it."""
+class _Kept(NamedTuple):
+    """Memory before it was written into, and the tensors that were laid out in it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._parameters: dict[int, list[nn.Parameter]] = {}
-        for p in parameters_of(model):
-            self._parameters.setdefault(_place(p), []).append(p)
-        self._kept: dict[int, list[Callable[[], None]]] = {}
+    storage: torch.UntypedStorage
+    value: torch.UntypedStorage
+    owners: list[tuple[Tensor, Tensor, int | None]]  # with what their `.data` were, and their versions
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        function = function_of(func)
-        if function.in_place or kwargs or function.name == "__set__":
-            self._before(function.name, args, kwargs or {}, function.in_place or function.name == "__set__")
-        return func(*args, **(kwargs or {}))
+    def put_back(self) -> None:
+        self.storage.copy_(self.value)
+        for tensor, data, version in self.owners:
+            if tensor.data_ptr() != data.data_ptr():  # `tensor.data = other`
+                tensor.data = data
+            if version is not None:  # a graph may have saved these values at that version
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
-    def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool) -> None:
-        if in_place and name != "requires_grad_":
-            for target in tensors_in(list(args[:1])):
-                self._keep(target)
-        for target in tensors_in(kwargs.get("out")):
+
+def _kept(storage: torch.UntypedStorage, owners: Iterable[Tensor]) -> _Kept:
+    held = [(t, t.data, None if t.is_inference() else t._version) for t in owners]
+    return _Kept(storage, storage.clone(), held)
+
+
+class Writes:
+    """Copies of tensors from outside a pass, made before the first call that may write into them: of parameters alone,
+    or of whatever is no activation.
+    """
+
+    def __init__(self, model: nn.Module, parameters_only: bool = False) -> None:
+        self._model, self._parameters_only = model, parameters_only
+        self._parameters: dict[int, list[nn.Parameter]] | None = None
+        self._kept: dict[int, _Kept] = {}
+        self.seen_pass = False  # whether a whole pass was looked at
+        self._made: set[int] = set()  # places of tensors that the pass itself made
+        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        """Has anything been written?"""
+        return bool(self._kept or self._generators)
+
+    def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at a call that is about to run."""
+        for target in tensors_in(written_by(function, args, kwargs)):
             self._keep(target)
         generator = kwargs.get("generator")
-        if generator is not None and id(generator) not in self._kept:
-            self._kept[id(generator)] = [partial(generator.set_state, generator.get_state())]
+        if generator is not None and not self._parameters_only:
+            self._generators.setdefault(id(generator), (generator, generator.get_state()))
 
     def _keep(self, target: Tensor) -> None:
         if target.grad_fn is not None or unpack_dual(target).tangent is not None:
             return  # an activation of this pass
         place = _place(target)
-        if place == 0 or place in self._kept:
+        if place == 0 or place in self._kept or place in self._made:
             return
-        storage = target.untyped_storage()
-        owners = [(t, t.data) for t in self._parameters.get(place, [target])]
-        self._kept[place] = [*(partial(_rebind, *owner) for owner in owners), partial(storage.copy_, storage.clone())]
+        owners = self._parameters_at(place)
+        if owners or not self._parameters_only:
+            self._kept[place] = _kept(target.untyped_storage(), owners or [target])
+
+    def _parameters_at(self, place: int) -> list[nn.Parameter]:
+        if self._parameters is None:
+            self._parameters = {}
+            for p in parameters_of(self._model):
+                self._parameters.setdefault(_place(p), []).append(p)
+        return self._parameters.get(place, [])
+
+    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Look at what a call returned: unless it shares memory with an argument, nobody outside has it."""
+        if self._parameters_only:
+            return
+        found = {_place(t) for t in tensors_in(output) if t.grad_fn is None}
+        if found:
+            self._made |= found.difference(map(_place, tensors_in([*args, *kwargs.values()])))
 
     def undo(self) -> None:
-        for steps in self._kept.values():
-            for put_back in steps:
-                put_back()
+        for kept in self._kept.values():
+            kept.put_back()
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside the block every call is looked at."""
+        with _Watch(self):
+            yield
+        self.seen_pass = True
+
+    @contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """Inside the block a pass runs that does not count: what it writes is undone after it.
+
+        Where a pass was seen that wrote nothing, this one is not looked at.
+        """
+        if self.seen_pass and not self:
+            yield
+            return
+        own = Writes(self._model, self._parameters_only)
+        try:
+            with own.watching():
+                yield
+        finally:
+            own.undo()
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Inside the block what was written into is as it was before."""
+        now = [_kept(kept.storage, [tensor for tensor, _, _ in kept.owners]) for kept in self._kept.values()]
+        for kept in self._kept.values():
+            kept.put_back()
+        try:
+            yield
+        finally:
+            for kept in now:
+                kept.put_back()
+
+
+class _Watch(TorchFunctionMode):
+    """Shows every call of a pass to `writes`."""
+
+    def __init__(self, writes: Writes) -> None:
+        super().__init__()
+        self._writes = writes
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        function = function_of(func)
+        kwargs = kwargs or {}
+        if function.writes or kwargs:
+            self._writes.before(function, args, kwargs)
+        output = func(*args, **kwargs)
+        if function.kind not in ("metadata", "attribute"):
+            self._writes.after(args, kwargs, output)
+        return output
 
 
 def _place(tensor: Tensor) -> int:
@@ -68,18 +157,12 @@ def _place(tensor: Tensor) -> int:
         return 0
 
 
-def _rebind(tensor: Tensor, data: Tensor) -> None:
-    """Undo `tensor.data = other`."""
-    if tensor.data_ptr() != data.data_ptr():
-        tensor.data = data
-
-
 @contextmanager
 def nothing_written(model: nn.Module) -> Iterator[None]:
     """Tensors that exist before the block are as before after it, in value and in storage."""
-    writes = _Writes(model)
+    writes = Writes(model)
     try:
-        with writes:
+        with _Watch(writes):
             yield
     finally:
         writes.undo()

@@ -90,7 +90,7 @@ def meta_pass_at(
     replacement = {id(problem.chosen[name]): leaf for name, leaf in leaves.items()}
     weights = {id(problem.chosen[name]): given for name, given in moves.items()}
     moving = _Moving(weights)
-    with unchanged_buffers(problem.model), substituted(problem.model, replacement), moving:
+    with unchanged_buffers(problem.model), problem.writes.taken_back(), substituted(problem.model, replacement), moving:
         trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
         places = _places(problem, trace, weights)
         if places is None or moving.seen_unmoved:

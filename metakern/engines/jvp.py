@@ -42,7 +42,7 @@ def solve(problem: Problem) -> Answer:
     Raises:
         EngineUnavailable: an operation of the model has no forward mode.
     """
-    start = PassState(problem.model, problem.loss_fn)
+    start = PassState(problem.model, problem.loss_fn, problem.writes)
     # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
     with first_pass(problem) as products:
         losses = problem.batch_losses()

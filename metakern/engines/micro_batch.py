@@ -59,6 +59,10 @@ def solve(problem: Problem, size: int, along: Along) -> Answer:
     parts = _Parts(problem, size)
     dots, losses = parts.dots({id(problem.chosen[name]): v for name, v in along(direction).items()})
     require_same_in_parts(problem, problem.batch, size, "batch")
+    if problem.writes:
+        raise EngineUnavailable(
+            "the forward pass writes into parameters, and by parts it would more often than once; leave out micro_batch"
+        )
     return Answer(dots, losses, meta_loss, parts.weighted_gradient)
 
 

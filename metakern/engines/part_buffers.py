@@ -8,8 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.members import keepers_of, name_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Buffers
+
+_Place = tuple[nn.Module, str]  # a module and the name of its buffer
 
 
 class PartBuffers:
@@ -21,8 +24,8 @@ class PartBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._start = model, Buffers(model)
-        self._first: dict[tuple[str, str], Tensor] = {}
-        self._means: dict[tuple[str, str], Tensor] = {}
+        self._first: dict[_Place, Tensor] = {}
+        self._means: dict[_Place, Tensor] = {}
         self._examples = 0
 
     def replayed(self) -> AbstractContextManager[None]:
@@ -34,31 +37,34 @@ class PartBuffers:
         with self._start.replayed():
             yield
             self._examples += examples
-            for key, module, buffer in self._now():
-                if _is_mean(module, key[1]):
+            for key, buffer in self._now():
+                if _is_mean(*key):
                     so_far = self._means.get(key)
                     self._means[key] = examples * buffer if so_far is None else so_far + examples * buffer
                 elif not torch.equal(self._first.setdefault(key, buffer), buffer):
                     raise EngineUnavailable(
-                        f"what a forward pass leaves in buffer '{'.'.join(filter(None, key))}' depends on its "
+                        f"what a forward pass leaves in buffer '{self._name(*key)}' depends on its "
                         "examples, so parts of a batch cannot stand for the whole; leave out micro_batch"
                     )
 
     def finish(self) -> None:
         """Leave in the model what one pass over all parts would have left."""
-        for key, module, buffer in list(self._now()):
+        for key, buffer in list(self._now()):
             value = self._means[key] / self._examples if key in self._means else self._first[key]
             if buffer.shape != value.shape:
-                module._buffers[key[1]] = value
+                key[0]._buffers[key[1]] = value
             elif not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 
-    def _now(self) -> Iterator[tuple[tuple[str, str], nn.Module, Tensor]]:
-        for path, module in self._model.named_modules():
+    def _name(self, module: nn.Module, name: str) -> str:
+        return ".".join(filter(None, (name_of(self._model, module), name)))
+
+    def _now(self) -> Iterator[tuple[_Place, Tensor]]:
+        for module in keepers_of(self._model):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    yield (path, name), module, buffer
+                    yield (module, name), buffer
 
 
 def _is_mean(module: nn.Module, name: str) -> bool:

@@ -13,6 +13,7 @@ from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import modules_of
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
 from metakern.capture.state import unchanged_buffers
+from metakern.capture.writes import Writes
 from metakern.layers.precision import require_precision
 
 
@@ -26,6 +27,7 @@ class Problem:
     loss_fn: LossFunction | None
     trainable: dict[str, nn.Parameter]  # every parameter that gets a gradient
     chosen: dict[str, nn.Parameter]  # those that the dots run over
+    writes: Writes  # what the passes over its batches write into parameters
     memory: str
     process_group: Any = None
     dot_precision: str = "same"  # what the ghost engine's products behind the dots may be rounded to
@@ -43,7 +45,8 @@ class Problem:
         return loss, tuple(module.training for module in modules_of(self.model))
 
     def batch_losses(self) -> Tensor:
-        return per_example_losses(self.model, self.batch, self.loss_fn, self.argument)
+        with self.writes.watching():
+            return per_example_losses(self.model, self.batch, self.loss_fn, self.argument)
 
     def meta_losses(self) -> Tensor:
         return per_example_losses(self.model, self.meta_batch, self.loss_fn, "meta_batch")
@@ -51,9 +54,9 @@ class Problem:
     def meta_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward.
 
-        Running statistics are not touched, not even where checkpointed layers run again in the backward pass.
+        Parameters and running statistics are as before, also where checkpointed layers run again in the backward pass.
         """
-        with unchanged_buffers(self.model):
+        with unchanged_buffers(self.model), self.writes.taken_back():
             meta_loss = self.meta_losses().mean()
             found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
         return meta_loss.detach(), named_gradients(self.chosen, found)
@@ -109,4 +112,5 @@ def pose(
     trainable = trainable_parameters(model)
     chosen = select_parameters(model, trainable, params)
     require_precision(dot_precision, next(iter(chosen.values())).device)
-    return Problem(model, batch, meta_batch, loss_fn, trainable, chosen, memory, process_group, dot_precision)
+    writes = Writes(model, parameters_only=True)
+    return Problem(model, batch, meta_batch, loss_fn, trainable, chosen, writes, memory, process_group, dot_precision)

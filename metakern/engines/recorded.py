@@ -125,7 +125,9 @@ def recorded(problem: Problem) -> Recorded | InPassing:
 
 
 def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
-    trace = trace_batch(problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument)
+    trace = trace_batch(
+        problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument, problem.writes
+    )
     if trace.couplings and trace.examples > 1:
         raise EngineUnavailable(
             f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use "

@@ -73,7 +73,7 @@ class _Dual(GraphPass):
     form = jvp.PLAIN_ATTENTION
 
     def __init__(self, problem: Problem) -> None:
-        self._start = PassState(problem.model, problem.loss_fn)
+        self._start = PassState(problem.model, problem.loss_fn, problem.writes)
         with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
             losses = problem.batch_losses()
         super().__init__(problem, losses)
@@ -115,7 +115,7 @@ def open_pass(problem: Problem, engine: str) -> tuple[TrainPass, str]:
     if choose.normalises_over_batch(problem.model):
         return _Dual(problem), "jvp"
     try:
-        with unchanged_on_error(problem.model), choose.ghost_first(problem):
+        with unchanged_on_error(problem.model, problem.writes), choose.ghost_first(problem):
             return GhostPass(problem), "ghost"
     except EngineUnavailable:
         return _Dual(problem), "jvp"

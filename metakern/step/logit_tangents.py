@@ -34,8 +34,9 @@ class LogitPass:
 
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
-        self._start = PassState(problem.model, problem.loss_fn)
-        with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
+        self._start = PassState(problem.model, problem.loss_fn, problem.writes)
+        # The form that the dual pass takes, with the same masks.
+        with jvp.first_pass(problem) as self._products, problem.writes.watching():
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)
 
@@ -84,7 +85,7 @@ def logit_tangents(
     Raises: as `l2rw_step`; NotImplementedError where an operation of the model has no forward mode.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
-    with unchanged_on_error(model):
+    with unchanged_on_error(model, problem.writes):
         meta_loss, direction = problem.meta_gradient()
         with PassState(model).replayed():
             given = LogitPass(problem, logits_fn)

@@ -82,7 +82,7 @@ def metabalance_step(
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     problem = pose(model, inner_batch, outer_batch, loss_fn, params, "reuse")
     require_optimizer(optimizer, problem.trainable)
-    with unchanged_on_error(model):
+    with unchanged_on_error(model, problem.writes):
         inner = _Inner(problem, differentiable=order == 2 and hessian == "double_backward")
         outer_loss, outer = _outer(problem, inner.gradient, inner_lr)
         alignment = _inner_product(inner.gradient, outer, problem.chosen)
@@ -107,7 +107,7 @@ class _Inner:
 
     def __init__(self, problem: Problem, differentiable: bool) -> None:
         self._problem = problem
-        self._start = PassState(problem.model, problem.loss_fn)
+        self._start = PassState(problem.model, problem.loss_fn, problem.writes)
         with ExitStack() as stack:
             if differentiable:
                 stack.enter_context(twice_differentiable())
@@ -173,7 +173,8 @@ def _moved(problem: Problem, parameters: Gradient) -> Iterator[dict[str, Tensor]
 
 
 def _mean_loss(problem: Problem, batch: Any, argument: str) -> Tensor:
-    return per_example_losses(problem.model, batch, problem.loss_fn, argument).mean()
+    with problem.writes.watching():
+        return per_example_losses(problem.model, batch, problem.loss_fn, argument).mean()
 
 
 def _gradient(loss: Tensor, leaves: Mapping[str, Tensor]) -> Gradient:

@@ -96,7 +96,7 @@ def mlc_step(
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     rule.require_usable(problem.chosen)
-    with unchanged_on_error(model), undone_on_error(label_net, label_optimizer):
+    with unchanged_on_error(model, problem.writes), undone_on_error(label_net, label_optimizer):
         train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
         labels = train.propose()
         again = step_label_net and not fused
@@ -133,7 +133,7 @@ class _Corrected:
         self._features = given.values
         self.examples, self._clean = self._log_q.shape[0], dict[str, Tensor]()
         if clean is not None:
-            with unchanged_buffers(problem.model), PLAIN_ATTENTION():
+            with unchanged_buffers(problem.model), problem.writes.taken_back(), PLAIN_ATTENTION():
                 losses = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
                 self.examples += losses.shape[0]
                 self._clean = self._mean_gradient(losses)

@@ -90,7 +90,7 @@ def mwnet_step(
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     if update_weight_net:
         rule.require_usable(problem.chosen)
-    with unchanged_on_error(model), undone_on_error(weight_net, weight_optimizer):
+    with unchanged_on_error(model, problem.writes), undone_on_error(weight_net, weight_optimizer):
         weighting = Weighting(weight_net, normalise, detach_losses)
         given = Features(features)
         dots = meta_loss = None

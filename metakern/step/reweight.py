@@ -50,12 +50,13 @@ def grad_dots(
         2020, section 3: times the learning rate, and summed over checkpoints, they are TracInCP.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision)
-    with unchanged_on_error(model) as start, unchanged_buffers(model):
+    with unchanged_on_error(model, problem.writes) as start, unchanged_buffers(model):
         if pairwise:
             answer, used = solve_pairwise(problem, engine, micro_batch, batchnorm)
         else:
             answer, used = solve_along(problem, start, engine, None, micro_batch, batchnorm)
         require_finite(answer.dots.sum(1) if pairwise else answer.dots, problem)
+        problem.writes.undo()
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
 
@@ -92,7 +93,7 @@ def reweight_step(
     function = weight_rule(rule)
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision)
     require_optimizer(optimizer, problem.trainable)
-    with unchanged_on_error(model) as start:
+    with unchanged_on_error(model, problem.writes) as start:
         answer, used = solve_along(problem, start, engine, direction, micro_batch, batchnorm)
         require_finite(answer.dots, problem)
         with torch.no_grad():

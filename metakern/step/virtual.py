@@ -196,7 +196,7 @@ def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tupl
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
     replacement = {id(problem.chosen[name]): leaf for name, leaf in leaves.items()}
     # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
-    with unchanged_buffers(problem.model), substituted(problem.model, replacement):
+    with unchanged_buffers(problem.model), problem.writes.taken_back(), substituted(problem.model, replacement):
         meta_loss = problem.meta_losses().mean()
         found = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
     return meta_loss.detach(), named_gradients(leaves, found)
