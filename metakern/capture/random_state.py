@@ -47,13 +47,19 @@ def restore_random_state(state: RandomState) -> None:
 
 def same_state(left: RandomState, right: RandomState) -> bool:
     """Has nothing been drawn between the two?"""
-    if not torch.equal(left.cpu, right.cpu) or left.python != right.python:
-        return False
-    return _same_numpy(left.numpy, right.numpy) and all(
+    return same_torch_state(left, right) and same_elsewhere(left, right)
+
+
+def same_torch_state(left: RandomState, right: RandomState) -> bool:
+    """Has nothing been drawn from torch's default generators?"""
+    return torch.equal(left.cpu, right.cpu) and all(
         torch.equal(a, b) for a, b in zip(left.cuda or [], right.cuda or [])
     )
 
 
-def _same_numpy(left: Any, right: Any) -> bool:
-    """The place in the block of numbers, and the block."""
-    return left is None or right is None or (left[2] == right[2] and bool((left[1] == right[1]).all()))
+def same_elsewhere(left: RandomState, right: RandomState) -> bool:
+    """Has nothing been drawn from Python's and NumPy's generators?"""
+    if left.python != right.python:
+        return False
+    one, other = left.numpy, right.numpy  # [1] is a block of numbers, [2] the place in it
+    return one is None or other is None or (one[2] == other[2] and bool((one[1] == other[1]).all()))

@@ -9,7 +9,8 @@ The step is traced down to torch's own operators (both passes, dots, weights, we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
-from metakern.capture.random_state import random_state, restore_random_state, same_state
+from metakern.capture.random_state import (
+    random_state,
+    restore_random_state,
+    same_elsewhere,
+    same_torch_state,
+    torch_random_state,
+)
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.capture.surroundings import Surroundings
@@ -41,10 +48,12 @@ class CompiledStep:
         optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[[bool], StepResult],
         granted: Callable[[], Granted],
+        draws: bool,
     ) -> None:
         self._program, self._batches, self._model, self._optimizer = program, batches, model, optimizer
         self._uncompiled, self._trainable = uncompiled, trainable_parameters(model)
         self._granted, self._known = granted, granted()
+        self._draws = draws
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` takes it.
@@ -58,8 +67,11 @@ class CompiledStep:
         """
         self._known.require(self._granted())
         self._batches.take(batch, meta_batch)
+        start = torch_random_state() if self._draws else None
         found = self._program(self._batches.tensors)
         if found is None:
+            if start is not None:
+                restore_random_state(start)
             return self._uncompiled(accumulate)
         weights, dots, losses, meta_loss, *grads = found
         hand_over(self._trainable, dict(zip(self._trainable, grads, strict=True)), self._optimizer, accumulate)
@@ -85,7 +97,8 @@ def compile_step(
     Shapes are those of the batches given here, autocast is as around this call, and the
     optimizer steps uncompiled. Rounding differs from the uncompiled step, as it does between a compiled plain step and
     an uncompiled one. Numbers, flags, functions and tensors that model, loss and rule look at are those of this call:
-    the compiled step refuses to run once one is another. Takes some tens of seconds.
+    the compiled step refuses to run once one is another. Dropout draws new masks in every step, from torch's generator
+    but with inductor in an order of its own. Takes some tens of seconds.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
@@ -93,8 +106,9 @@ def compile_step(
         The others: as for `reweight_step`.
     Returns: `CompiledStep`, called as `step(batch, meta_batch) -> StepResult`.
     Raises:
-        NotImplementedError: the pass draws random numbers, writes buffers or attributes, reads numbers from tensors or
-            takes rows by value; or ghost is not exact for the model. `reweight_step` serves all of these.
+        NotImplementedError: the pass draws random numbers from Python or NumPy, or sets torch's generator; writes
+            buffers or attributes; reads numbers from tensors, or takes rows by value; or ghost is not exact for the
+            model. `reweight_step` serves all of these.
         The others: as `reweight_step`.
     """
     trainable = trainable_parameters(model)
@@ -114,37 +128,70 @@ def compile_step(
         return Granted(model, loss_fn, rule)
 
     with gradients_as_before(trainable):
-        _require_no_trace_left(model, loss_fn, granted, lambda: step(*batches.tensors))
-        with unchanged_on_error(model):
-            program = traced(step, batches.tensors, compiler)
-    return CompiledStep(program, batches, model, optimizer, uncompiled, granted)
+        draws = _require_no_trace_left(model, loss_fn, granted, lambda: step(*batches.tensors))
+        with unchanged_on_error(model), _random_state_as_before():
+            program = traced(step, batches.tensors)
+            if draws:
+                _require_same_draws(lambda: step(*batches.tensors), lambda: program(batches.tensors))
+            program.compile(compiler)
+    return CompiledStep(program, batches, model, optimizer, uncompiled, granted, draws)
 
 
 def _require_no_trace_left(
     model: nn.Module, loss_fn: LossFunction | None, granted: Callable[[], Granted], step: Callable[[], object]
-) -> None:
-    """One step that does not count, for what is proved once per model; refuse what a program would do once only."""
+) -> bool:
+    """One step that does not count, for what is proved once per model; refuse what a program would do once only.
+
+    Returns: whether the step draws from torch's default generators.
+    """
     before, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in model.buffers()]
     around = Surroundings(model, loss_fn)
     try:
         with unchanged_buffers(model):
             step()
             written = [b for b, value in buffers if not _same(b, value)]
-        drawn = not same_state(before, random_state())
+        after = random_state()
         changed = granted().differs_from(known)
     finally:
         restore_random_state(before)
         around.restore()
-    if drawn:
+    if not same_elsewhere(before, after):
         raise EngineUnavailable(
-            "the pass draws random numbers (dropout?), which a compiled step does not draw again where it must; use "
-            "reweight_step, or set the model's dropout to 0"
+            "the pass draws random numbers from Python or NumPy, which a compiled step would draw once only; draw them "
+            "by torch, or use reweight_step"
         )
     if written or changed:
         raise EngineUnavailable(
             "the pass writes buffers or attributes of the model, or it counts or keeps something else from call to "
             "call; use reweight_step"
         )
+    return not same_torch_state(before, after)
+
+
+def _require_same_draws(step: Callable[[], object], program: Callable[[], object]) -> None:
+    """Refuse a step that sets a generator back, as checkpointed layers do that draw their masks again: a program would
+    draw other ones, and leave the generator elsewhere.
+    """
+    start = torch_random_state()
+    step()
+    after_step = torch_random_state()
+    restore_random_state(start)
+    program()
+    if not same_torch_state(after_step, torch_random_state()):
+        raise EngineUnavailable(
+            "the pass sets torch's random generator (checkpointing with dropout?), which a compiled step would not do; "
+            "use reweight_step, or set the model's dropout to 0"
+        )
+
+
+@contextmanager
+def _random_state_as_before() -> Iterator[None]:
+    """Torch's default generators are afterwards as they were."""
+    start = torch_random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(start)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

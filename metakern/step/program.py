@@ -24,12 +24,20 @@ _READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal
 
 
 class Program:
-    """A compiled function of tensors; parameters and whatever else it meets are read anew in every run."""
+    """A function of tensors as a graph of torch's operators; it runs as it was traced until it is compiled.
 
-    def __init__(self, graph: fx.GraphModule, tensors: Sequence[Tensor], backend: Backend) -> None:
-        self._constants = _constants_as_inputs(graph)
+    Parameters and whatever else it meets are read anew in every run.
+    """
+
+    def __init__(self, graph: fx.GraphModule, tensors: Sequence[Tensor]) -> None:
+        self._constants, self._tensors = _constants_as_inputs(graph), tensors
+        self._graph = graph
+        self._run: Callable[..., Sequence[Tensor]] = graph
+
+    def compile(self, backend: Backend) -> None:
+        """Let a backend of torch.compile make what runs from now on."""
         with torch.no_grad():
-            self._run = backend(graph, [*tensors, *self._constants])
+            self._run = backend(self._graph, [*self._tensors, *self._constants])
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """The function's results, or None if a value that decides what the program is differs from the traced one."""
@@ -38,8 +46,8 @@ class Program:
         return results if bool(as_traced) else None
 
 
-def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], backend: Backend) -> Program:
-    """`function(*tensors)` as a program, compiled by a backend of torch.compile.
+def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> Program:
+    """`function(*tensors)` as a program.
 
     Raises: NotImplementedError where the function reads numbers from tensors, or makes tensors whose size they decide.
     """
@@ -52,7 +60,7 @@ def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], bac
 
     with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # what is compiled in it is traced as written
         graph = make_fx(recorded)(*tensors)
-    return Program(graph, tensors, backend)
+    return Program(graph, tensors)
 
 
 class _Reads(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metakern
 from metakern.testing import budget, inputs, models
@@ -102,6 +104,44 @@ class Branching(nn.Module):
         return self.inner(x) if bool((x.abs() < 100).all()) else self.inner(x).sin()
 
 
+def test_dropout_draws_the_masks_of_the_step_anew() -> None:
+    model = nn.Sequential(network(), nn.Dropout(0.5), nn.Linear(3, 3).double())
+    before = torch.get_rng_state()
+    step = compile_step(model, *batches())
+    assert torch.equal(torch.get_rng_state(), before)
+    seen = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        got = step(*batches())
+        grads, left = [p.grad for p in model.parameters()], torch.get_rng_state()
+        torch.manual_seed(seed)
+        want = metakern.reweight_step(model, *batches())
+        assert torch.equal(torch.get_rng_state(), left)
+        for one, other in zip((*got[:3], *grads), (*want[:3], *(p.grad for p in model.parameters())), strict=True):
+            assert one is not None
+            assert other is not None
+            budget.assert_within(one, other, 1 + other.abs(), dtype=torch.float64)
+        seen.append(got.losses)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_dropout_of_a_batch_that_is_taken_uncompiled_is_drawn_once() -> None:
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return losses if bool(batch[0][0, 0] > 5) else 2 * losses
+
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    step = compile_step(model, *batches(), loss_fn=loss_fn)
+    (x, y), meta_batch = batches()
+    given = (torch.full_like(x, 6), y), meta_batch
+    torch.manual_seed(1)
+    got, left = step(*given), torch.get_rng_state()
+    torch.manual_seed(1)
+    want = metakern.reweight_step(model, *given, loss_fn=loss_fn)
+    assert torch.equal(got.losses, want.losses)
+    assert torch.equal(torch.get_rng_state(), left)
+
+
 def test_a_batch_that_takes_another_branch_is_taken_uncompiled() -> None:
     model = Branching()
     step = compile_step(model, *batches())
@@ -132,6 +172,15 @@ class Counting(nn.Module):
         return self.inner(x)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
 def through(change: Callable[[Tensor], Any]) -> Callable[[nn.Module, Any], Tensor]:
     """Losses times a number that depends on a weight."""
 
@@ -145,7 +194,8 @@ def through(change: Callable[[Tensor], Any]) -> Callable[[nn.Module, Any], Tenso
 @pytest.mark.parametrize(
     ("model", "loss_fn", "message"),
     [
-        (nn.Sequential(network(), nn.Dropout(0.5)), None, "random numbers"),
+        (Counting(lambda m: random.random()), None, "random numbers from Python or NumPy"),
+        (Checkpointed(nn.Sequential(network(), nn.Dropout(0.5))), None, "sets torch's random generator"),
         (Counting(lambda m: m.seen.add_(1)), None, "writes buffers or attributes"),
         (Counting(lambda m: setattr(m, "calls", m.calls + 1)), None, "writes buffers or attributes"),
         (network(), through(lambda weight: weight.sum().item()), "floating point number"),
@@ -272,3 +322,24 @@ def test_inductor_is_exact() -> None:
     step = metakern.compile_step(model, *inputs.pair(8, 3, 16, classes=10))
     given = inputs.pair(8, 3, 16, classes=10, seed=1)
     judge_step(lambda model, *given, loss_fn: step(*given), Setup(model, *given))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inductor_takes_one_mask_for_losses_and_gradient() -> None:
+    """The mask, read off the gradient of one example, gives the loss that was returned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    given = inputs.pair(1, 3, 6, classes=3)
+    step = metakern.compile_step(model, *given, rule=torch.ones_like)
+    masks = set()
+    for _ in range(8):
+        losses = step(*given).losses
+        last, shift = model[2].weight.grad, model[2].bias.grad
+        dropped = shift @ last / shift.square().sum()  # last = shift dropped^T
+        kept = dropped.abs() > 1e-9
+        loss = nn.functional.cross_entropy(model[2](dropped).unsqueeze(0), given[0][1], reduction="none")
+        budget.assert_within(dropped, 2 * kept * model[0](given[0][0])[0], dropped.abs() + 1, dtype=torch.float64)
+        budget.assert_within(losses, loss, loss + 1, dtype=torch.float64)
+        masks.add(tuple(kept.tolist()))
+    assert len(masks) > 1
