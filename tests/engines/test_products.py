@@ -123,6 +123,18 @@ def test_products_of_other_operands_are_not_taken(of: str) -> None:
     before.assert_unchanged(model)
 
 
+def test_one_entry_of_many_that_is_another() -> None:
+    calls = itertools.count(1)
+
+    def between(layer: nn.Module, x: Tensor) -> Tensor:
+        noise = torch.zeros_like(x)
+        noise[len(x) // 2, 1] = next(calls)
+        return layer(x + noise)
+
+    with pytest.raises(NotImplementedError, match="two forward passes over the same batch do not agree"):
+        metakern.l2rw_step(Between(between), *inputs.pair(5000, 3, 4, classes=3), engine="jvp")
+
+
 def mapped(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.vmap(layer)(x)
 
