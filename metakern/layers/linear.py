@@ -67,13 +67,19 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     found: Gradients = {}
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     if weight is not None:
-        found[id(weight)], shift = ops.weighted_grad(a, b, w, bias=bias is not None)
+        start = _taken(weights.total, id(weight), a.dtype)
+        found[id(weight)], shift = ops.weighted_grad(a, b, w, bias=bias is not None, start=start)
         if bias is not None:
             found[id(bias)] = shift
     elif bias is not None:
         rows = w.to(b.dtype).repeat_interleave(b.shape[1]) if b.shape[1] > 1 else w.to(b.dtype)
         found[id(bias)] = torch.mv(b.reshape(-1, b.shape[-1]).t(), rows)
     return found
+
+
+def _taken(total: Gradients, key: int, dtype: torch.dtype) -> Tensor | None:
+    """What other uses of the weight gave: added to within the product, where it is of the same dtype."""
+    return total.pop(key) if key in total and total[key].dtype == dtype else None
 
 
 def _tangent(record: Record, tangents: Tangents, position: int, keyword: str) -> Tensor | None:

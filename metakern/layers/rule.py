@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ class Weights:
 
     values: Tensor  # [n]
     kept: Tensor | None  # indices of the non-zero weights, None when they are not known or all are kept
+    # What uses before this one gave, by parameter. A rule may take an entry out, and return its gradient added to that.
+    total: Gradients = field(default_factory=dict)
 
     @property
     def examples(self) -> int:

@@ -21,10 +21,10 @@ def weighted_gradients(
 
     Shapes and dtypes are those of the parameters. Records are taken one at a time and not held.
     """
-    given = Weights(weights, _kept(weights))
+    total: Gradients = {}
+    given = Weights(weights, _kept(weights), total)
     if given.kept is not None and given.kept.numel() == 0:
         return {name: torch.zeros_like(p) for name, p in trainable.items()}
-    total: Gradients = {}
     for record in records:
         for key, grad in rule_for(record.call).weighted_grads(record, given).items():
             total[key] = total[key] + grad if key in total else grad

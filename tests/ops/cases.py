@@ -108,7 +108,8 @@ def _row_dots(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def _weighted_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
     n, t, i, o = sizes
     w = normal(n, seed=3, dtype=torch.float32).clamp_min(0)  # about half are zero
-    return normal(n, t, i, seed=1, dtype=dtype), normal(n, t, o, seed=2, dtype=dtype), w, n != 5
+    start = (normal(o, i, seed=4, dtype=dtype),) if n in (0, 7) else ()
+    return normal(n, t, i, seed=1, dtype=dtype), normal(n, t, o, seed=2, dtype=dtype), w, n != 5, *start
 
 
 def _weighted_kernel_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -148,9 +149,10 @@ def _pair_scale(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
     return torch.einsum("n...ts,nto,...so->n...", inputs, B.abs(), B_meta.abs())
 
 
-def _weighted_scale(A: Tensor, B: Tensor, w: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def _weighted_scale(A: Tensor, B: Tensor, w: Tensor, bias: bool, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     shift = torch.einsum("nto,n->o", B.abs(), w.abs())
-    return torch.einsum("nti,nto,n->oi", A.abs(), B.abs(), w.abs()), shift if bias else shift[:0]
+    matrix = torch.einsum("nti,nto,n->oi", A.abs(), B.abs(), w.abs())
+    return matrix if start is None else matrix + start.abs(), shift if bias else shift[:0]
 
 
 _MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20, 70), (3, 130, 65, 9))

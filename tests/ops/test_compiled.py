@@ -51,8 +51,13 @@ IN_BULK = (direction.direction_dots_bulk_kernel, weighted.weighted_grad_bulk_ker
 UNMEASURED = {"any": (80, 90, 100), "99 KiB": (86, 89, 120)}
 
 
-FORMS: dict[Any, tuple[dict[str, int], ...]] = {pairs.pair_dots_kernel: ({}, {"S": 8}, {"S": 1})}
-"""Constants beside the tile with which a kernel is another one: columns of one meta example, or of several."""
+FORMS: dict[Any, tuple[dict[str, int], ...]] = {
+    pairs.pair_dots_kernel: ({}, {"S": 8}, {"S": 1}),
+    weighted.weighted_grad_kernel: ({}, {"START": 1}),
+    weighted.weighted_grad_bulk_kernel: ({}, {"START": 1}),
+}
+"""Constants beside the tile with which a kernel is another one: columns of one meta example, or of several; a gradient
+to add to."""
 
 
 def every_tile() -> list[Any]:
@@ -75,7 +80,7 @@ def every_tile() -> list[Any]:
 def argument_types(kernel: Any, tile: Tile, element: str) -> dict[str, str]:
     """The types of pointers and descriptors; what is left are 32-bit numbers."""
     after = "bf16" if element == "fp8e4nv" else element  # of the operand that is not multiplied by tensor cores
-    types = {name: f"*{element}" for name in ("A", "V", "A_meta", "B_meta", "out")}
+    types = {name: f"*{element}" for name in ("A", "V", "A_meta", "B_meta", "start", "out")}
     types |= {"B": f"*{after}", "partial": "*fp32", "kept": "*i32", "kept_weights": "*fp32", "count": "*i32"}
     if kernel is direction.direction_dots_bulk_kernel:
         blocks = {"A": (element, tile.m, tile.k), "V": (element, tile.n, tile.k), "B": (after, tile.m, tile.n)}
@@ -93,9 +98,11 @@ def compiled(
     and what the assembler warns of."""
     element = "fp32" if element == "tf32" else element
     constants = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": 8, "PRECISION": precision, "UPCAST": False}
-    constants |= {"OUTPUTS_FIRST": True, "S": tile.n} | form
+    constants |= {"OUTPUTS_FIRST": True, "S": tile.n, "START": 0} | form
     # the last stride of a contiguous operand is 1, which the launcher makes a constant
-    constants |= dict.fromkeys(("stride_ai", "stride_vi", "stride_bo", "stride_ai_meta", "stride_bo_meta"), 1)
+    constants |= dict.fromkeys(
+        ("stride_ai", "stride_vi", "stride_bo", "stride_ai_meta", "stride_bo_meta", "stride_si"), 1
+    )
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = argument_types(kernel, tile, element)
     signature, aligned = {}, {}

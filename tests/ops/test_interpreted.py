@@ -38,6 +38,8 @@ def test_matches_reference_in_float64(name: str, layout: str, dtype: torch.dtype
 def test_weighted_grad_splits_rows_and_skips_those_of_weight_zero() -> None:
     A, B, w, _ = CASES["weighted_grad"].arguments((40, 13, 9, 7), torch.float32)
     assert_exact("weighted_grad", (40, 13, 9, 7), (A, B, w, True), "triton")
+    start = torch.arange(63.0).view(9, 7).t()
+    assert_exact("weighted_grad", (40, 13, 9, 7), (A, B, w, True, start), "triton")
     A[w == 0], B[w == 0] = float("inf"), float("nan")
     assert all(part.isfinite().all() for part in OPERATORS["weighted_grad"](A, B, w, True, impl="triton"))
     assert same(OPERATORS["weighted_grad"](A, B, 0 * w, True, impl="triton"), (torch.zeros(7, 9), torch.zeros(7)))

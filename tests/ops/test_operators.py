@@ -185,6 +185,25 @@ def test_weighted_grad_skips_rows_of_weight_zero() -> None:
         assert all(part.isfinite().all() for part in ops.weighted_grad(A, B, w, bias=True, impl=impl))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weighted_grad_adds_to_what_is_there_and_leaves_it(dtype: torch.dtype) -> None:
+    for sizes in ((1, 0, 4, 5), (5, 3, 20, 70), (3, 300, 260, 5)):
+        A, B, w, bias = CASES["weighted_grad"].arguments(sizes, dtype)
+        for change in LAYOUTS.values():
+            start = change(normal(sizes[3], sizes[2], seed=4, dtype=dtype))
+            before = start.clone()
+            for impl in implementations("weighted_grad", (A, B, w)):
+                assert_exact("weighted_grad", sizes, (A, B, w, bias, start), impl)
+                G, _ = ops.weighted_grad(A, B, 0 * w, start=start, impl=impl)
+                assert G.is_contiguous()
+                G.fill_(0)
+                assert torch.equal(start, before)
+    with pytest.raises(ValueError, match=r"start must have shape \[o, i\] with o = 5; got \[1, 260\]"):
+        ops.weighted_grad(A, B, w, start=start[:1])
+    with pytest.raises(TypeError, match=r"start must be .* like A; got torch.int64"):
+        ops.weighted_grad(A, B, w, start=start.long())
+
+
 def test_weighted_kernel_grad_skips_rows_of_weight_zero() -> None:
     A, B, w, *others = CASES["weighted_kernel_grad"].arguments((40, 2, 3, 32, 32, 3, 1, 1, 1, 1), torch.float32)
     A[w == 0] = float("inf")

@@ -19,20 +19,21 @@ OPERATOR = Operator(
 
 
 def weighted_grad(
-    A: Tensor, B: Tensor, w: Tensor, *, bias: bool = False, impl: str | None = None
+    A: Tensor, B: Tensor, w: Tensor, *, bias: bool = False, start: Tensor | None = None, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of per-example gradients of a layer y = W x + b; rows of weight zero are never multiplied.
 
-    `G = sum_n,t w_n B_nt A_nt^T` and `g = sum_n,t w_n B_nt`.
+    `G = start + sum_n,t w_n B_nt A_nt^T` and `g = sum_n,t w_n B_nt`.
 
     Args:
         A: inputs of the layer, [n, t, i], any strides.
         B: gradients of the summed losses at the layer's outputs, [n, t, o].
         w: weights [n], any floating dtype, any sign.
         bias: whether g is wanted; without it g has shape [0].
+        start: what G is added to, [o, i] in A's dtype, any strides; it stays as it is. None for zero.
         impl: None takes the first implementation that supports the case; a name never falls back.
     Returns: G [o, i] and g [o] in A's dtype, accumulated in float32, or float64 for float64 operands.
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
         RuntimeError if the implementation asked for does not support the case.
     """
-    return OPERATOR(A, B, w, bias, impl=impl)
+    return OPERATOR(A, B, w, bias, start, impl=impl)

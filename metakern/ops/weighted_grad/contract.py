@@ -7,11 +7,17 @@ from torch import Tensor
 
 from metakern.ops.operands import FLOATING, check_operands
 
-SCHEMA = "weighted_grad(Tensor A, Tensor B, Tensor w, bool bias=False, *, str? impl=None) -> (Tensor, Tensor)"
+SCHEMA = (
+    "weighted_grad(Tensor A, Tensor B, Tensor w, bool bias=False, Tensor? start=None, *, str? impl=None)"
+    " -> (Tensor, Tensor)"
+)
 
 
-def check(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> None:
-    check_operands("weighted_grad", {"A": "nti", "B": "nto"}, (A, B))
+def check(A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None) -> None:
+    if start is None:
+        check_operands("weighted_grad", {"A": "nti", "B": "nto"}, (A, B))
+    else:
+        check_operands("weighted_grad", {"A": "nti", "B": "nto", "start": "oi"}, (A, B, start))
     if w.dim() != 1 or w.shape[0] != A.shape[0]:
         raise ValueError(f"weighted_grad: w must have shape [n] with n = {A.shape[0]}; got {list(w.shape)}")
     if w.dtype not in FLOATING:
@@ -20,12 +26,12 @@ def check(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> None:
         raise ValueError(f"weighted_grad: w must be on {A.device} like A; got {w.device}")
 
 
-def fake(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
+def fake(A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     o = B.shape[2]
     return A.new_empty(o, A.shape[2]), A.new_empty(o if bias else 0)
 
 
-def flops(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> int:
+def flops(A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None) -> int:
     """Of the rows that are multiplied; all of them where the weights cannot be read (fake tensors)."""
     n, t, i = A.shape
     kept = n if w.is_meta or type(w) is not Tensor else int(w.count_nonzero())

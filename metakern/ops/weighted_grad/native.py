@@ -15,12 +15,14 @@ from metakern.ops.operands import accumulator
 LOOP_ELEMENTS = 1 << 16
 
 
-def weighted_grad(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
+def weighted_grad(
+    A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     kept = w.nonzero().squeeze(1)
     t, i = A.shape[1:]
     o = B.shape[2]
     if t * max(i, o) >= LOOP_ELEMENTS and A.dtype is accumulator(A.dtype):
-        return _by_example(A, B, w.to(A.dtype), kept, bias)
+        return _by_example(A, B, w.to(A.dtype), kept, bias, start)
     if len(kept) < len(w):
         A, B, w = A.index_select(0, kept), B.index_select(0, kept), w.index_select(0, kept)
     shift = _bias(B, w) if bias else B.new_empty(0)
@@ -28,11 +30,14 @@ def weighted_grad(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[
         A = _scaled(A, w.view(-1, 1, 1))
     else:
         B = _scaled(B, w.view(-1, 1, 1))
-    return torch.mm(B.flatten(0, 1).t(), A.flatten(0, 1)), shift
+    operands = B.flatten(0, 1).t(), A.flatten(0, 1)
+    return torch.mm(*operands) if start is None else torch.addmm(start, *operands), shift
 
 
-def _by_example(A: Tensor, B: Tensor, w: Tensor, kept: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    out = A.new_zeros(B.shape[2], A.shape[2])
+def _by_example(
+    A: Tensor, B: Tensor, w: Tensor, kept: Tensor, bias: bool, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out = A.new_zeros(B.shape[2], A.shape[2]) if start is None else start.clone(memory_format=torch.contiguous_format)
     shift = A.new_zeros(B.shape[2] if bias else 0)
     narrow_inputs = A.shape[2] < B.shape[2]
     for n in kept.tolist():

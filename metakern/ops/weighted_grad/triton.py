@@ -39,11 +39,19 @@ def kept_rows_kernel(w, kept, kept_weights, count, n, stride, BLOCK: tl.constexp
 
 
 @triton.jit
+def _added_to(start, total, output, column, stride_so, stride_si, mask):
+    place = (output.to(tl.int64) * stride_so)[:, None] + (column.to(tl.int64) * stride_si)[None, :]
+    return total + tl.load(start + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def weighted_grad_bulk_kernel(
-    A, B, kept, kept_weights, count, out, blocks, i, o, splits,
+    A, B, kept, kept_weights, count, start, out, blocks, i, o, splits, stride_so, stride_si,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    START: tl.constexpr,
 ):  # fmt: skip
-    """out[split, o, i] = sum over the split's blocks of w B A^T; A and B as descriptors of [n, t, .].
+    """out[split, o, i] = sum over the split's blocks of w B A^T; A and B as descriptors of [n, t, .]. With START the
+    first split adds `start`.
 
     A kept example is cut into `blocks` blocks of K positions; those past its end read as zero.
     """
@@ -66,16 +74,19 @@ def weighted_grad_bulk_kernel(
             scaled = (b.to(tl.float32) * weight).to(a.dtype)
             total = tl.dot(scaled, a, total, input_precision=PRECISION)
     output, column = down * M + tl.arange(0, M), across * N + tl.arange(0, N)
+    held = (output < o)[:, None] & (column < i)[None, :]
+    if START:
+        total = _added_to(start, total, output, column, stride_so, stride_si, held & (split == 0))
     place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(output < o)[:, None] & (column < i)[None, :])
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=held)
 
 
 @triton.jit
 def weighted_grad_kernel(
-    A, B, kept, kept_weights, count, out, t, i, o, splits,
+    A, B, kept, kept_weights, count, start, out, t, i, o, splits, stride_so, stride_si,
     stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    START: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same through pointers, over rows instead of blocks: any strides, short examples, older chips."""
     down, across = grouped(tl.program_id(0), tl.cdiv(o, M), tl.cdiv(i, N), GROUP)
@@ -91,8 +102,8 @@ def weighted_grad_kernel(
     total = tl.zeros((M, N), tl.float32)
     if first < last:
         tl.assume(first < last)
-        for start in range(first, last, K):
-            row = start + tl.arange(0, K)
+        for begin in range(first, last, K):
+            row = begin + tl.arange(0, K)
             inside = row < last
             example = tl.load(kept + row // t, mask=inside, other=0).to(tl.int64)
             weight = tl.load(kept_weights + row // t, mask=inside, other=0.0)
@@ -105,6 +116,8 @@ def weighted_grad_kernel(
             if UPCAST:
                 a = a.to(tl.float32)
             total = tl.dot(scaled.to(a.dtype), a, total, input_precision=PRECISION)
+    if START:
+        total = _added_to(start, total, output, column, stride_so, stride_si, b_inside & a_inside & (split == 0))
     place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=b_inside & a_inside)
 
@@ -145,22 +158,25 @@ def add_parts_kernel(parts, out, size, count, BLOCK: tl.constexpr):
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
 
 
-def weighted_grad(A: Tensor, B: Tensor, w: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
+def weighted_grad(
+    A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     n, t, i = A.shape
     o = B.shape[2]
     if 0 in (n, t, o):
-        return A.new_zeros(o, i), A.new_zeros(o if bias else 0)
+        nothing = A.new_zeros(o, i) if start is None else start.clone(memory_format=torch.contiguous_format)
+        return nothing, A.new_zeros(o if bias else 0)
     kept = torch.empty(n, dtype=torch.int32, device=A.device)
     count = torch.empty((), dtype=torch.int32, device=A.device)
     weights = torch.empty(n, dtype=torch.float32, device=A.device)
     block = min(4096, max(128, triton.next_power_of_2(n)))
     kept_rows_kernel[(1,)](w, kept, weights, count, n, w.stride(0), BLOCK=block, num_warps=4 if block < 2048 else 16)
     listed = kept, weights, count
-    return _matrix(A, B, listed), _sums(B, listed) if bias else A.new_empty(0)
+    return _matrix(A, B, listed, start), _sums(B, listed) if bias else A.new_empty(0)
 
 
-def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """sum_nt w_n B_nt A_nt^T over the listed examples."""
+def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor], start: Tensor | None) -> Tensor:
+    """start + sum_nt w_n B_nt A_nt^T over the listed examples."""
     n, t, i = A.shape
     o = B.shape[2]
     if i == 0:
@@ -170,19 +186,22 @@ def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor]) -> Tens
     splits = row_splits(tiles, triton.cdiv(n * t, tile.k), 2 * multiprocessors(A))
     out, parts = _outputs(A, splits, (o, i))
     options = dict(
-        M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), num_warps=tile.warps,
-        num_stages=tile.stages,
+        M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), START=start is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    start = out if start is None else start
     blocks = triton.cdiv(t, tile.k)
     if t >= WELL_FILLED * blocks * tile.k and copied_in_bulk(A, B):
         weighted_grad_bulk_kernel[(tiles, splits)](
             *(described(A, 1, tile.k, tile.n), described(B, 1, tile.k, tile.m)),
-            *(*listed, parts, blocks, i, o, splits),
+            *(*listed, start, parts, blocks, i, o, splits, *start.stride()),
             **options,
         )
     else:
         weighted_grad_kernel[(tiles, splits)](
-            A, B, *listed, parts, t, i, o, splits, *A.stride(), *B.stride(), UPCAST=interpreting, **options
+            *(A, B, *listed, start, parts, t, i, o, splits, *start.stride(), *A.stride(), *B.stride()),
+            UPCAST=interpreting,
+            **options,
         )
     return _added(parts, out)
 
