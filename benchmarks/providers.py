@@ -230,7 +230,7 @@ PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "metakern micro_batch=n/4": ours_by_quarters,
 }
 
-# Inductor takes a minute or more for each, so they have a suite of their own.
+# Inductor takes half a minute or more for each, so they are measured where they are asked for only.
 COMPILED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "plain compiled": plain_compiled,
     "metakern compiled": ours_compiled,

@@ -1,6 +1,6 @@
 """One case, all ways: check, count, time; rows come out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,19 @@ class Subject:
         return Row(self.case, self.shapes, str(self.dtype).removeprefix("torch."), provider, status, **figures)
 
 
-def compare(case: Case, *, device: str = "cpu", seconds: float = 10.0, only: list[str] | None = None) -> list[Row]:
-    """Rows of a whole re-weighted step by everybody, in plain steps."""
+def compare(
+    case: Case,
+    *,
+    device: str = "cpu",
+    seconds: float = 10.0,
+    only: list[str] | None = None,
+    also: Sequence[str] = (),
+) -> list[Row]:
+    """Rows of a whole re-weighted step in plain steps: by everybody and those that are asked for, or by some only."""
     problem = problem_of(case, device)
     usual = PROVIDERS | PEERS | (FUSED_PROVIDERS if case.fused else {})
-    everybody = usual | COMPILED_PROVIDERS | ROUNDED_PROVIDERS if only else usual
-    chosen = {name: make for name, make in everybody.items() if not only or name in ("plain", *only)}
+    asked = ("plain", *only) if only else (*usual, *also)
+    chosen = {name: make for name, make in (usual | COMPILED_PROVIDERS | ROUNDED_PROVIDERS).items() if name in asked}
     ways = {name: lambda make=make: make(problem) for name, make in chosen.items()}
     subject = Subject(case.name, case.shapes, case.dtype)
     try:
