@@ -88,6 +88,16 @@ def with_half_kept(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[
     return A, B, (torch.arange(s["n"], device=device) % 2).float()
 
 
+def convolved(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """Windows of 3 x 3, padded; every second example has a weight."""
+    A, B = (
+        _normal(s["n"], s[channels], s["p"], s["p"], dtype=dtype, device=device, seed=seed)
+        for seed, channels in enumerate("io")
+    )
+    kernel = _normal(s["o"], s["i"], 3, 3, dtype=dtype, device=device, seed=3)
+    return A, B, (torch.arange(s["n"], device=device) % 2).float(), kernel, [1, 1], [1, 1], [1, 1]
+
+
 def paired_matrices(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """With a size m the meta examples are told apart."""
     A, _, B = matrices(s, dtype, device)
@@ -134,6 +144,13 @@ def _in_bfloat16(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
 
 def _full_product(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
     return B.flatten(0, 1).t() @ A.flatten(0, 1)
+
+
+def _kernel_gradient(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, *settings: list[int]) -> Tensor:
+    scaled = B * w.to(B.dtype).view(-1, 1, 1, 1)
+    return torch.ops.aten.convolution_backward(
+        scaled, A, kernel, None, *settings, False, [0, 0], 1, [False, True, False]
+    )[1]
 
 
 def _grams(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
@@ -205,6 +222,9 @@ def op_cases(small: bool) -> Iterator[OpCase]:
         baseline = "two matmuls, multiply, sum by pair"
         terms = sizes["t"] * sizes["s"] * sizes["i"]
         yield OpCase("pair_dots", sizes, bf16, paired_matrices, baseline, _grams_of_each, terms)
+    images = dict(n=4, i=3, o=5, p=6) if small else dict(n=256, i=128, o=128, p=32)
+    terms = images["n"] * images["p"] ** 2
+    yield OpCase("weighted_kernel_grad", images, bf16, convolved, "scale, its backward", _kernel_gradient, terms)
     tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=250000, o=1024)
     norm = dict(n=4, t=8, i=24) if small else dict(n=128, t=512, i=1024)
     wide = dict(n=2, t=8, i=40) if small else dict(n=16, t=1024, i=4096)
@@ -381,7 +401,7 @@ def _figures(
 
 def _truth(case: OpCase, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The float64 reference, and the scale its errors are judged against: the same of absolute values."""
-    exact = tuple(a.double() if a.is_floating_point() else a for a in arguments)
+    exact = _changed(arguments, Tensor.double)
     operator = OPERATORS[case.operator]
     truth = _parts(operator(*exact, impl="reference"))
     if case.operator == "clip_normalise":
@@ -395,8 +415,11 @@ def _truth(case: OpCase, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...]
         return truth, (largest, largest, truth[2] * (1 + 2 * largest))
     if case.operator == "cross_entropy_rows_backward":
         return truth, (exact[4].abs().unsqueeze(1).expand_as(truth[0]),)
-    sizes = tuple(a.abs() if a.is_floating_point() else a for a in exact)
-    return truth, _parts(operator(*sizes, impl="reference"))
+    return truth, _parts(operator(*_changed(exact, Tensor.abs), impl="reference"))
+
+
+def _changed(arguments: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    return tuple(change(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
 
 
 def _parts(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ def unsupported(tensor: Tensor) -> str | None:
         return missing
     if tensor.is_cuda:
         return None if cuda is not None else "metakern._C was built without CUDA (no nvcc at install time)"
-    return None if tensor.device.type == "cpu" else f"metakern._C has no kernels for {tensor.device.type}"
+    return None if tensor.is_cpu else f"metakern._C has no kernels for {tensor.device.type}"
 
 
 def stream(tensor: Tensor) -> int:

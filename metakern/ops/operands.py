@@ -20,7 +20,8 @@ def check_operands(
 
     Raises: TypeError for dtypes, ValueError for ranks, sizes and devices, naming the argument.
     """
-    sizes: dict[str, int] = {}
+    if _fit(letters, tensors):
+        return
     named = dict(zip(letters, tensors, strict=True))
     if not (rounded and all(named[name].dtype is EIGHT_BITS for name in rounded)):
         rounded = ()
@@ -28,6 +29,7 @@ def check_operands(
     dtype, device = named[like].dtype, tensors[0].device
     if dtype not in FLOATING:
         raise TypeError(f"{operator}: {like} must be a floating-point tensor; got {dtype}")
+    sizes: dict[str, int] = {}
     for (name, axes), tensor in zip(letters.items(), tensors, strict=True):
         shape = tensor.shape
         if len(shape) != len(axes):
@@ -42,6 +44,23 @@ def check_operands(
                     f"{operator}: {name} must have shape [{', '.join(axes)}] with {axis} = {sizes[axis]}; "
                     f"got {list(shape)}"
                 )
+
+
+def _fit(letters: dict[str, str], tensors: tuple[Tensor, ...]) -> bool:
+    """Whether all is well with operands of one dtype: what every call pays, so no more than that."""
+    first = tensors[0]
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOATING:
+        return False
+    sizes: dict[str, int] = {}
+    for axes, tensor in zip(letters.values(), tensors):
+        shape = tensor.shape
+        if len(shape) != len(axes) or tensor.dtype is not dtype or tensor.device != device:
+            return False
+        for axis, size in zip(axes, shape):
+            if sizes.setdefault(axis, size) != size:
+                return False
+    return True
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -74,10 +74,10 @@ class Operator:
             with torch.no_grad():
                 return self.run(*arguments, impl=impl)
         self.check(*arguments)
-        chosen, device = self.choose(*arguments, impl=impl), arguments[0].device
-        if device.type != "cuda":
+        chosen, first = self.choose(*arguments, impl=impl), arguments[0]
+        if not first.is_cuda:
             return chosen.run(*arguments)
-        with torch.cuda.device(device):  # kernels go to the current device, wherever the tensors are
+        with torch.cuda.device(first.device):  # kernels go to the current device, wherever the tensors are
             return chosen.run(*arguments)
 
     def choose(self, *arguments: Any, impl: str | None = None) -> Implementation:
@@ -85,6 +85,10 @@ class Operator:
 
         Raises: ValueError for an unknown `impl`; RuntimeError if the one asked for, or none, supports the case.
         """
+        if impl is None:
+            for candidate in self.table:
+                if candidate.supports(*arguments) is None:
+                    return candidate
         refusals: list[str] = []
         for candidate in self.table:
             if impl is not None and candidate.name != impl:

@@ -16,7 +16,7 @@ def supports(dots: Tensor) -> str | None:
 
 
 def clip_normalise(dots: Tensor) -> Tensor:
-    weights = torch.empty(dots.shape, dtype=dots.dtype, device=dots.device)
+    weights = torch.empty_like(dots)  # contiguous, as anything of one dimension is
     buffers = (dots.data_ptr(), weights.data_ptr(), len(dots), dots.stride(0))
     if dots.is_cuda:
         extension.cuda.clip_normalise(extension.SCALARS[dots.dtype], *buffers, extension.stream(dots))

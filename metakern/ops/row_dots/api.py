@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.ops.operands import accumulator
 from metakern.ops.row_dots import contract, native, reference
 from metakern.ops.select import Implementation, Operator, always
 
@@ -24,7 +23,7 @@ SMALL = 1 << 16
 
 def small(X: Tensor) -> bool:
     """Whether the library's own dot of rows is the fastest way."""
-    return X.device.type == "cpu" and X.numel() < SMALL and X.dtype is accumulator(X.dtype)
+    return X.is_cpu and X.numel() < SMALL and X.dtype in (torch.float32, torch.float64)
 
 
 def unchecked(X: Tensor, Y: Tensor) -> Tensor:

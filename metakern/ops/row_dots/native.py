@@ -15,7 +15,7 @@ def supports(X: Tensor, Y: Tensor) -> str | None:
     reason = extension.unsupported(X)
     if reason is not None:
         return reason
-    if not X.is_cuda and X.dtype not in _CPU_KERNELS:
+    if X.is_cpu and X.dtype not in _CPU_KERNELS:
         return f"the CPU kernel takes float32, float64 and bfloat16; got {X.dtype}"
     if X.shape[1] > 1 and (X.stride(1) != 1 or Y.stride(1) != 1):
         return "rows must be contiguous"
