@@ -6,6 +6,8 @@ A batch is `(inputs, targets)`, a mapping given to `model(**batch)` with "labels
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +37,25 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | Non
 
 
 def evaluate_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
-    """As `per_example_losses`, without looking at what comes out."""
+    """As `per_example_losses`, without looking at what comes out.
+
+    The pass gets containers of its own, with the same tensors in them: where it takes labels out of a dict, the next
+    one finds them there.
+    """
+    return losses_of(model, _own_containers(batch), loss_fn, argument)
+
+
+def _own_containers(batch: Any) -> Any:
+    kind = type(batch)
+    if kind is dict:
+        return {key: _own_containers(value) for key, value in batch.items()}
+    if kind is list or kind is tuple:
+        return kind([_own_containers(value) for value in batch])
+    return copy.copy(batch) if isinstance(batch, UserDict) else batch
+
+
+def losses_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
+    """The same with the batch as it is."""
     if loss_fn is not None:
         return loss_fn(model, batch)
     if isinstance(batch, Mapping):

@@ -29,13 +29,13 @@ def keepers_of(model: nn.Module) -> list[nn.Module]:
     plain lists, tuples and dicts.
     """
     found = {id(module): module for module in modules_of(model)}
-    ahead = [module for module in found.values() if not _is_torchs_own(type(module))]
+    ahead = [module for module in found.values() if not is_torchs_own(type(module))]
     while ahead:
         for module in _held_in(vars(ahead.pop()).values()):
             for inner in modules_of(module):
                 if id(inner) not in found:
                     found[id(inner)] = inner
-                    if not _is_torchs_own(type(inner)):
+                    if not is_torchs_own(type(inner)):
                         ahead.append(inner)
     return list(found.values())
 
@@ -53,7 +53,7 @@ def _held_in(values: Iterable[Any], depth: int = _DEPTH) -> Iterator[nn.Module]:
 
 
 @cache
-def _is_torchs_own(kind: type) -> bool:
+def is_torchs_own(kind: type) -> bool:
     return kind.__module__.startswith("torch.")
 
 
@@ -64,8 +64,8 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def constants_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers without a gradient; one that two modules hold comes twice."""
-    kinds = (tensors for module in modules_of(model) for tensors in (module._parameters, module._buffers))
+    """Parameters and buffers without a gradient, also of unregistered modules; what two modules hold comes twice."""
+    kinds = (tensors for module in keepers_of(model) for tensors in (module._parameters, module._buffers))
     return [t for tensors in kinds for t in tensors.values() if t is not None and not t.requires_grad]
 
 

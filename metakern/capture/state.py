@@ -19,7 +19,6 @@ from metakern.capture.writes import Writes, nothing_written
 
 class _Buffer(NamedTuple):
     module: nn.Module
-    name: str
     tensor: Tensor
     version: int
     value: Tensor
@@ -29,17 +28,20 @@ class Buffers:
     """The buffers of a model, its unregistered modules included, at one moment: which tensors, and what they hold."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._named = [(module._buffers, module._buffers.copy()) for module in keepers_of(model)]
         self._kept = [
-            _Buffer(module, name, buffer, buffer._version, buffer.detach().clone())
+            _Buffer(module, buffer, buffer._version, buffer.detach().clone())
             for module in keepers_of(model)
-            for name, buffer in module._buffers.items()
+            for buffer in module._buffers.values()
             if buffer is not None
         ]
 
     def restore(self) -> None:
-        """Put back whatever has changed since, by value and by identity."""
+        """Put back whatever has changed since, by value, by identity and by name."""
+        for buffers, named in self._named:
+            if buffers or named:
+                _refill(buffers, named)
         for kept in self._kept:
-            kept.module._buffers[kept.name] = kept.tensor
             # batch_norm writes its running statistics without raising their version, so in training mode versions
             # say nothing. `.data` leaves the version alone: a graph that saved the buffer holds these same values.
             if kept.module.training or kept.tensor._version != kept.version:
@@ -48,15 +50,22 @@ class Buffers:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside the block the model has fresh copies of the buffers as they were kept, and its own afterwards."""
-        now = [kept.module._buffers[kept.name] for kept in self._kept]
+        now = [buffers.copy() for buffers, _ in self._named]
+        fresh = {id(kept.tensor): kept.value.clone() for kept in self._kept}  # what modules share they share still
         try:
-            fresh = {id(kept.tensor): kept.value.clone() for kept in self._kept}  # what modules share they share still
-            for kept in self._kept:
-                kept.module._buffers[kept.name] = fresh[id(kept.tensor)]
+            for buffers, named in self._named:
+                if buffers or named:
+                    _refill(buffers, {name: fresh.get(id(buffer)) for name, buffer in named.items()})
             yield
         finally:
-            for kept, buffer in zip(self._kept, now):
-                kept.module._buffers[kept.name] = buffer
+            for (buffers, _), after in zip(self._named, now):
+                if buffers or after:
+                    _refill(buffers, after)
+
+
+def _refill(buffers: dict[str, Tensor | None], named: dict[str, Tensor | None]) -> None:
+    buffers.clear()
+    buffers.update(named)
 
 
 class PassState:

@@ -17,13 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.attributes import content_of
+from metakern.capture.attributes import LARGEST_ARRAY, LARGEST_LIST, content_of
 from metakern.capture.members import modules_of
 
 _DEPTH = 4
-_LARGEST_LIST = 4096
-_LARGEST_TENSOR = 2**20
-"""What is larger is taken for data, which a pass reads and does not write."""
 
 _OPAQUE = (types.ModuleType, type, str, bytes, int, float, complex, bool, type(None))
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
@@ -59,11 +56,11 @@ class Surroundings:
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._visit(part, depth)
         elif isinstance(value, Tensor):
-            if value.numel() <= _LARGEST_TENSOR and not isinstance(value, nn.Parameter):
+            if value.numel() <= LARGEST_ARRAY:
                 self._keep(value)
         elif isinstance(value, (list, dict, set, deque)):
             self._collection(value, depth)
-        elif isinstance(value, (torch.Generator, random.Random)) or type(value).__module__.startswith("numpy.random"):
+        elif isinstance(value, (torch.Generator, random.Random)) or type(value).__module__.startswith("numpy"):
             self._keep(value)
         elif isinstance(value, nn.Module):
             for module in modules_of(value):
@@ -90,7 +87,7 @@ class Surroundings:
                     self._visit(value, depth - 1)
 
     def _collection(self, value: Any, depth: int) -> None:
-        if len(value) > _LARGEST_LIST:
+        if len(value) > LARGEST_LIST:
             return
         self._keep(value)
         for item in tuple(value.values() if isinstance(value, dict) else value):

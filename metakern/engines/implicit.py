@@ -31,7 +31,7 @@ from metakern.dots import pairable
 from metakern.dots.pairs import GRAM_OVERHEAD
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
-from metakern.engines.substitution import substituted
+from metakern.engines.substitution import require_replaced, substituted
 from metakern.layers.linear import matrices
 
 
@@ -97,10 +97,12 @@ def meta_pass_at(
             return None
         edges = [trace.uses[place].edges[0] for place in places]
         meta_loss = trace.losses.mean()
-        found = torch.autograd.grad(meta_loss, [*leaves.values(), *edges], allow_unused=True)
+        originals = [problem.chosen[name] for name in leaves]
+        found = torch.autograd.grad(meta_loss, [*leaves.values(), *edges, *originals], allow_unused=True)
+    require_replaced(leaves, found[len(leaves) + len(edges) :])
     gradient = named_gradients(leaves, found)
     paired = {}
-    for given, place, grad in zip(moves.values(), places, found[len(leaves) :], strict=True):
+    for given, place, grad in zip(moves.values(), places, found[len(leaves) :]):
         if grad is not None:
             paired[given.use] = Record(trace.uses[place], (grad * given.factor,), (ExampleAxis(0, 1, grad.shape[0]),))
     return meta_loss.detach(), gradient, paired

@@ -28,7 +28,7 @@ from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.products import Products, ReusedProducts
 from metakern.engines.repetition import require_repetition
-from metakern.engines.substitution import substituted
+from metakern.engines.substitution import require_replaced, substituted
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
@@ -125,6 +125,7 @@ def _dual_pass(
             stack.enter_context(substituted(problem.model, duals))
             losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
             found = forward_ad.unpack_dual(losses)
+            _require_all_dual(problem, found.primal)
             require_repetition(found.primal.detach(), values)
             return torch.zeros_like(values) if found.tangent is None else found.tangent.detach().clone()
     except (NotImplementedError, RuntimeError) as error:
@@ -133,6 +134,15 @@ def _dual_pass(
         raise EngineUnavailable(
             f"an operation of the model has no forward mode ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _require_all_dual(problem: Problem, losses: Tensor) -> None:
+    """No parameter took part as it is: dual ones require no gradient."""
+    if losses.requires_grad:
+        parameters = list(problem.trainable.values())
+        require_replaced(
+            problem.trainable, torch.autograd.grad(losses, parameters, torch.ones_like(losses), allow_unused=True)
+        )
 
 
 @contextmanager

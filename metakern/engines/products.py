@@ -108,6 +108,8 @@ class ReusedProducts(TorchFunctionMode):
             return None
         if not first.usable or (x.tangent is None and w.tangent is None):
             return None
+        if any(operand is not None and operand.requires_grad for operand in operands):
+            return None  # the model takes gradients inside its forward pass, through this call
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             if host_may_wait():
                 self._compare(first.operands, (x.primal, w.primal, b.primal))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from metakern.capture.members import modules_of
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.unrolled import LastingMode
 
 
@@ -33,6 +34,19 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
     finally:
         for owner, name, p in swapped:
             owner[name] = p
+
+
+def require_replaced(names: Iterable[str], gradients: Iterable[Tensor | None]) -> None:
+    """Raise EngineUnavailable where losses of a pass with other tensors depend on the parameters themselves.
+
+    `gradients` are with respect to the parameters of these names, None where nothing depends on one.
+    """
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is not None:
+            raise EngineUnavailable(
+                f"parameter '{name}' is used by way of a tensor that was made from it before the forward pass, so it "
+                "cannot be replaced for forward mode or a virtual step; make that tensor inside the forward pass"
+            )
 
 
 class _Elsewhere(LastingMode):

@@ -37,8 +37,10 @@ def _instance(call: Call, x: Tensor) -> Tensor:
 
 
 def _batch(call: Call, x: Tensor) -> Tensor:
-    mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
-    return F.batch_norm(x, mean, var, training=False, eps=call.argument(7, "eps", 1e-5))
+    """With its own statistics in training mode, which is for a batch of one example."""
+    training = call.argument(5, "training", False)
+    mean, var = (None, None) if training else (call.argument(1, "running_mean"), call.argument(2, "running_var"))
+    return F.batch_norm(x, mean, var, training=training, eps=call.argument(7, "eps", 1e-5))
 
 
 NORMS: dict[Any, _Norm] = {

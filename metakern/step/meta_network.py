@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.losses import LossFunction, losses_of
 from metakern.capture.state import unchanged_on_error
 from metakern.engines.problem import Problem
 from metakern.step.hand_over import separate
@@ -71,7 +71,7 @@ class _Listening:
         self.__code__ = getattr(loss_fn, "__code__", None) or type(loss_fn)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        losses = evaluate_losses(model, batch, self._loss_fn, "batch")
+        losses = losses_of(model, batch, self._loss_fn, "batch")
         self._features.hear(model, batch)
         return losses
 

@@ -14,7 +14,7 @@ from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import pose, twice_differentiable
 from metakern.engines.problem import Problem
-from metakern.engines.substitution import substituted
+from metakern.engines.substitution import require_replaced, substituted
 from metakern.step.hand_over import hand_over, require_optimizer
 
 HESSIANS = ("double_backward", "central_difference")
@@ -153,7 +153,7 @@ class _Inner:
         """Gradient of the same pass, dropout masks included, at other parameters."""
         with self._start.replayed(), _moved(self._problem, parameters) as leaves:
             loss = _mean_loss(self._problem, self._problem.batch, "inner_batch")
-            return _gradient(loss, leaves)
+            return _gradient(self._problem, loss, leaves)
 
 
 def _outer(problem: Problem, inner: Gradient, lr: float) -> tuple[Tensor, Gradient]:
@@ -161,7 +161,7 @@ def _outer(problem: Problem, inner: Gradient, lr: float) -> tuple[Tensor, Gradie
     moved = {name: p.detach() - lr * inner[name] for name, p in problem.chosen.items() if name in inner}
     with _moved(problem, moved) as leaves:
         loss = _mean_loss(problem, problem.meta_batch, "outer_batch")
-        return loss.detach(), _gradient(loss, leaves)
+        return loss.detach(), _gradient(problem, loss, leaves)
 
 
 @contextmanager
@@ -177,9 +177,11 @@ def _mean_loss(problem: Problem, batch: Any, argument: str) -> Tensor:
         return per_example_losses(problem.model, batch, problem.loss_fn, argument).mean()
 
 
-def _gradient(loss: Tensor, leaves: Mapping[str, Tensor]) -> Gradient:
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+def _gradient(problem: Problem, loss: Tensor, leaves: Mapping[str, Tensor]) -> Gradient:
+    originals = {name: p for name, p in problem.trainable.items() if leaves[name] is not p}
+    found = torch.autograd.grad(loss, [*leaves.values(), *originals.values()], allow_unused=True)
+    require_replaced(originals, found[len(leaves) :])
+    return {name: g for name, g in zip(leaves, found) if g is not None}
 
 
 def _inner_product(left: Gradient, right: Gradient, names: Mapping[str, Any]) -> Tensor:

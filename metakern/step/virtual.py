@@ -19,7 +19,7 @@ from metakern.capture.state import unchanged_buffers
 from metakern.engines.implicit import implicit_weights, meta_pass_at, move
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
-from metakern.engines.substitution import substituted
+from metakern.engines.substitution import require_replaced, substituted
 from metakern.engines.train_pass import GhostPass, TrainPass
 
 Diagonal = float | Tensor
@@ -198,7 +198,9 @@ def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tupl
     # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
     with unchanged_buffers(problem.model), problem.writes.taken_back(), substituted(problem.model, replacement):
         meta_loss = problem.meta_losses().mean()
-        found = torch.autograd.grad(meta_loss, list(leaves.values()), allow_unused=True)
+        originals = [problem.chosen[name] for name in leaves]
+        found = torch.autograd.grad(meta_loss, [*leaves.values(), *originals], allow_unused=True)
+    require_replaced(leaves, found[len(leaves) :])
     return meta_loss.detach(), named_gradients(leaves, found)
 
 

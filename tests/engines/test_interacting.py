@@ -98,6 +98,15 @@ def test_single_example_is_exact_by_any_engine(make: Any) -> None:
     judge_step(metakern.l2rw_step, setup, engine="auto")
 
 
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_single_example_with_statistics_over_its_positions(memory: str) -> None:
+    """One example does not interact, so ghost serves it: with the statistics of the batch, not the running ones."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    setup = Setup(nn.Sequential(*layers).double(), *inputs.pair(1, 2, 2, 5, classes=3), interacting=True)
+    judge_step(metakern.l2rw_step, setup, engine="ghost", memory=memory)
+
+
 @pytest.mark.parametrize("engine", ["auto", "jvp", "double_backward"])
 def test_running_statistics_move_as_in_a_plain_step(engine: str) -> None:
     setup = batch_norm_setup()

@@ -230,6 +230,25 @@ def test_gradients_inside_the_forward_pass() -> None:
     judge_step(metakern.l2rw_step, setup, engine="double_backward")
 
 
+class Force(nn.Module):
+    """Takes the gradient in its input inside its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.second(torch.tanh(self.first(x))).sum(), x, create_graph=True)
+        return force
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_gradients_in_the_input_by_forward_mode(memory: str) -> None:
+    torch.manual_seed(0)
+    assert judge_step(metakern.l2rw_step, setup_of(Force().double()), memory=memory).result.engine == "jvp"
+
+
 def test_complex_numbers_on_the_way() -> None:
     torch.manual_seed(0)
     setup = setup_of(Spectrum().double())

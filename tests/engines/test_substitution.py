@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import metakern
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
-from metakern.testing.judge import gradients, judge_step
+from metakern.testing.judge import Snapshot, gradients, judge_step
 
 PLACES = ("module", "list", "closure", "object", "tied")
 
@@ -83,6 +83,42 @@ def test_virtual_steps(place: str, memory: str) -> None:
         weights.append(torch.cat([p.detach().flatten() for p in weight_net.parameters()]))
     budget.assert_within(weights[1], weights[0], 1.0)
     _assert_same(*networks)
+
+
+class Stale(nn.Module):
+    """Tied to a view of its weight, which was made when the model was."""
+
+    def __init__(self, normalised: bool, beforehand: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(6) if normalised else nn.Identity()
+        self.double()
+        self.back = self.first.weight.t() if beforehand else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        back = self.first.weight.t() if self.back is None else self.back
+        return self.head(F.linear(torch.tanh(self.norm(self.first(x))), back))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_tensors_made_from_parameters_beforehand_are_refused(normalised: bool) -> None:
+    """But for double backward, which replaces no parameter."""
+    batch, meta_batch = inputs.pair(5, 3, 4, classes=3)
+    model, net = Stale(normalised), nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()).double()
+    truth = Setup(Stale(normalised, beforehand=False), batch, meta_batch, interacting=True).oracle()
+    setup = Setup(model, batch, meta_batch, interacting=True)
+    judge_step(metakern.l2rw_step, setup, truth=truth, engine="double_backward")
+    before = Snapshot.of(model)
+    for engine in ("auto", "jvp"):
+        with pytest.raises(NotImplementedError, match=r"parameter 'first\.weight' is used by way of a tensor"):
+            metakern.l2rw_step(model, batch, meta_batch, engine=engine)
+    for engine in ("auto", "double_backward"):
+        with pytest.raises(NotImplementedError, match=r"first\.weight"):
+            metakern.mwnet_step(model, net, batch, meta_batch, weight_optimizer=None, virtual_lr=0.1, engine=engine)
+    with pytest.raises(NotImplementedError, match=r"first\.weight"):
+        metakern.metabalance_step(model, batch, meta_batch, inner_lr=0.1)
+    before.assert_unchanged(model)
 
 
 def _assert_same(one: nn.Module, other: nn.Module) -> None:
