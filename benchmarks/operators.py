@@ -21,7 +21,7 @@ Result = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """An operator at a size of the step cases; `arguments(dtype)` are seeded.
+    """An operator at a size of the step cases; `arguments(dtype)` are seeded. A name stands for one size.
 
     What takes less than a millisecond is timed as `calls` in a row: before each timing the collector visits every
     object of Python, and a single call after it would wait for the code of all that it goes through.
@@ -114,7 +114,7 @@ OPERATORS = [
     OperatorCase("clip_normalise", "n=1024", ops.clip_normalise, _clip, _normals((1024,)), calls=1000),
     *(
         OperatorCase(
-            "cross_entropy_rows",
+            f"cross_entropy_rows C={classes}",
             f"r={rows} C={classes} with gradient",
             _cross_entropy_by_operators,
             _cross_entropy,
@@ -153,14 +153,14 @@ OPERATORS = [
         calls=10,
     ),
     OperatorCase(
-        "pair_dots",
+        "pair_dots s=512",
         "n=64 t=64 s=512 i=256 o=1024",
         ops.pair_dots,
         _pair,
         _normals((64, 64, 256), (64, 64, 1024), (512, 256), (512, 1024)),
     ),
     OperatorCase(
-        "pair_dots",
+        "pair_dots by meta example",
         "n=1024 t=1 m=32 s=1 i=1024 o=1024",
         ops.pair_dots,
         _pair_of_each,
@@ -168,7 +168,7 @@ OPERATORS = [
         calls=10,
     ),
     OperatorCase(
-        "pair_dots",
+        "pair_dots by meta example s=64",
         "n=32 t=64 m=8 s=64 i=256 o=768",
         ops.pair_dots,
         _pair_of_each,

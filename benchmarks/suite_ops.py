@@ -19,7 +19,7 @@ def of_one_call(row: Row, calls: int) -> Row:
     )
 
 
-@pytest.mark.parametrize("case", OPERATORS, ids=lambda case: f"{case.name}-{case.shapes}")
+@pytest.mark.parametrize("case", OPERATORS, ids=lambda case: case.name)
 def test_operator(case: OperatorCase, collected: dict[str, list[Row]], seconds: float) -> None:
     """No time is asserted; that the operator is right is."""
     subject = Subject(case.name, case.shapes, torch.float32)
