@@ -44,6 +44,8 @@ _IN_PLACE_OPERATORS = frozenset(
     "__setitem__ __delitem__".split()
 )
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
 # They keep the rows that they take within `max_norm`.
 _TABLES = frozenset((F.embedding, F.embedding_bag))
 
@@ -75,7 +77,7 @@ class Function(NamedTuple):
     inplace_at: int | None  # position of its argument `inplace`
     statistics: slice | None  # positions of the running statistics that it may update
     table: bool  # a look-up, which may rewrite its table
-    writes: bool  # may write into one of its arguments, `out` aside
+    writes: bool  # may write into an argument without being told by `inplace` or `out`
 
 
 _KNOWN: dict[Callable[..., Any], Function] = {}
@@ -97,10 +99,16 @@ def is_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
     return bool(kwargs) and (kwargs.get("out") is not None or kwargs.get("inplace") is True)
 
 
+def may_write(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Asked at every call; `written_by` says what."""
+    told = bool(kwargs) or function.inplace_at is not None
+    return function.writes or (told and is_in_place(function, args, kwargs) and function.name != "requires_grad_")
+
+
 def written_by(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that a call writes into, tensors or lists of them."""
     found = [kwargs.get("out")]
-    if is_in_place(function, args, kwargs) or function.name == "__set__":
+    if is_in_place(function, args, kwargs) or (function.name == "__set__" and function.writes):
         found += args[:1] or [kwargs.get("input")]
     elif function.statistics is not None:
         found += [*args[function.statistics], kwargs.get("running_mean"), kwargs.get("running_var")]
@@ -132,7 +140,7 @@ def _looked_up(func: Callable[..., Any]) -> Function:
         inplace_at,
         statistics,
         func in _TABLES,
-        any((in_place and name != "requires_grad_", name == "__set__", func in _TABLES, inplace_at, statistics)),
+        any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics)),
     )
 
 

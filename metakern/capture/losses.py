@@ -6,15 +6,15 @@ A batch is `(inputs, targets)`, a mapping given to `model(**batch)` with "labels
 
 from __future__ import annotations
 
-import copy
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.capture.attributes import PutBack, content_of
 from metakern.capture.host import finite_sum, host_may_wait
 from metakern.capture.row_losses import row_losses
 
@@ -39,23 +39,31 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | Non
 def evaluate_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
     """As `per_example_losses`, without looking at what comes out.
 
-    The pass gets containers of its own, with the same tensors in them: where it takes labels out of a dict, the next
-    one finds them there.
+    Lists and dicts of the batch are put back as they were: where a pass takes the labels out, the next one finds them.
     """
-    return losses_of(model, _own_containers(batch), loss_fn, argument)
+    contents = list(_contents(batch))
+    try:
+        return losses_of(model, batch, loss_fn, argument)
+    finally:
+        for put_back in contents:
+            put_back()
 
 
-def _own_containers(batch: Any) -> Any:
-    kind = type(batch)
-    if kind is dict:
-        return {key: _own_containers(value) for key, value in batch.items()}
-    if kind is list or kind is tuple:
-        return kind([_own_containers(value) for value in batch])
-    return copy.copy(batch) if isinstance(batch, UserDict) else batch
+def _contents(batch: Any) -> Iterator[PutBack]:
+    if isinstance(batch, UserDict):
+        batch = batch.data
+    if isinstance(batch, (dict, list)):
+        put_back = content_of(batch)
+        assert put_back is not None
+        yield put_back
+    if isinstance(batch, (dict, list, tuple)):
+        for value in batch.values() if isinstance(batch, dict) else batch:
+            if isinstance(value, (dict, list, tuple, UserDict)):
+                yield from _contents(value)
 
 
 def losses_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
-    """The same with the batch as it is."""
+    """The same without putting anything back."""
     if loss_fn is not None:
         return loss_fn(model, batch)
     if isinstance(batch, Mapping):

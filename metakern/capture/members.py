@@ -28,15 +28,17 @@ def keepers_of(model: nn.Module) -> list[nn.Module]:
     """Modules whose buffers a forward pass may update: the model's, and those that its modules hold unregistered, in
     plain lists, tuples and dicts.
     """
-    found = {id(module): module for module in modules_of(model)}
-    ahead = [module for module in found.values() if not is_torchs_own(type(module))]
+    modules = modules_of(model)
+    ahead = [module for module in modules if not is_torchs_own(type(module))]
+    if not ahead:
+        return modules
+    found = {id(module): module for module in modules}
     while ahead:
         for module in _held_in(vars(ahead.pop()).values()):
             for inner in modules_of(module):
                 if id(inner) not in found:
                     found[id(inner)] = inner
-                    if not is_torchs_own(type(inner)):
-                        ahead.append(inner)
+                    ahead.append(inner)
     return list(found.values())
 
 

@@ -24,17 +24,21 @@ class _Buffer(NamedTuple):
     value: Tensor
 
 
+_Named = tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
+"""The buffers of a module, and a copy of the names and what they stand for."""
+
+
 class Buffers:
     """The buffers of a model, its unregistered modules included, at one moment: which tensors, and what they hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._named = [(module._buffers, module._buffers.copy()) for module in keepers_of(model)]
-        self._kept = [
-            _Buffer(module, buffer, buffer._version, buffer.detach().clone())
-            for module in keepers_of(model)
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ]
+        self._named, self._kept = list[_Named](), list[_Buffer]()
+        for module in keepers_of(model):
+            named = module._buffers.copy()
+            self._named.append((module._buffers, named))
+            for buffer in named.values():
+                if buffer is not None:
+                    self._kept.append(_Buffer(module, buffer, buffer._version, buffer.detach().clone()))
 
     def restore(self) -> None:
         """Put back whatever has changed since, by value, by identity and by name."""

@@ -17,7 +17,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.function import Function, function_of, is_in_place, only_watches
+from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.numbers import numbers_of
 from metakern.capture.outputs import owner_of, separated, tensors_in
@@ -76,7 +76,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         function = function_of(func)
-        if self._writes is not None and (function.writes or "out" in kwargs):
+        if self._writes is not None and may_write(function, args, kwargs):
             self._writes.before(function, args, kwargs)
         if self.paused or function.kind == "metadata":
             return func(*args, **kwargs)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.function import Function, function_of, written_by
+from metakern.capture.function import Function, function_of, may_write, written_by
 from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
 
@@ -141,7 +141,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         function = function_of(func)
         kwargs = kwargs or {}
-        if function.writes or kwargs:
+        if may_write(function, args, kwargs) or "generator" in kwargs:
             self._writes.before(function, args, kwargs)
         output = func(*args, **kwargs)
         if function.kind not in ("metadata", "attribute"):

@@ -78,8 +78,8 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     state, buffers = random_state(), PartBuffers(problem.model)
 
     def losses(batch: Any) -> Tensor:
-        with torch.no_grad(), buffers.of_part(examples_in(batch)):
-            found = evaluate_losses(problem.model, batch, problem.loss_fn, argument)
+        with buffers.of_part(examples_in(batch)):  # with gradients, which a loss may take inside
+            found = evaluate_losses(problem.model, batch, problem.loss_fn, argument).detach()
         require_count(found, batch)
         return found
 

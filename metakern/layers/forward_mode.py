@@ -33,10 +33,17 @@ def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
+def _retained(tensor: Tensor) -> None:
+    """Nothing to keep: the tensors of a dual pass require no gradient."""
+    if tensor.requires_grad:
+        tensor.retain_grad()
+
+
 _FORMS = {
     **TWICE_DIFFERENTIABLE,
     F.group_norm: _in_rows(F.group_norm),
     torch.group_norm: _in_rows(torch.group_norm),
+    Tensor.retain_grad: _retained,
     torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
     torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,6 +248,56 @@ class Force(nn.Module):
 def test_gradients_in_the_input_by_forward_mode(memory: str) -> None:
     torch.manual_seed(0)
     assert judge_step(metakern.l2rw_step, setup_of(Force().double()), memory=memory).result.engine == "jvp"
+
+
+class Retaining(nn.Module):
+    """Keeps an activation and its gradient, as maps of what a network looks at do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.norm(self.first(x))
+        self.seen.retain_grad()
+        return self.second(torch.tanh(self.seen))
+
+
+def test_an_activation_whose_gradient_is_retained() -> None:
+    torch.manual_seed(0)
+    setup = setup_of(Retaining().double())
+    assert judge_step(metakern.l2rw_step, setup, engine="jvp").result.engine == "jvp"
+
+
+def adversarial(model: nn.Module, batch: Any) -> Tensor:
+    x = batch[0].clone().requires_grad_()
+    F.cross_entropy(model(x), batch[1], reduction="sum").backward()
+    model.zero_grad()
+    return F.cross_entropy(model(batch[0] + 0.1 * x.grad.sign()), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("settings", [{}, {"engine": "jvp"}, {"micro_batch": 2}])
+def test_losses_that_take_a_backward_pass_of_their_own(settings: Any) -> None:
+    torch.manual_seed(0)
+    setup = setup_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double())
+    setup.loss_fn = adversarial
+    judge_step(metakern.l2rw_step, setup, **settings)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
+def test_distances_of_all_pairs(p: float, engine: str) -> None:
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        outputs = model(batch[0])
+        alike = batch[1].unsqueeze(1) == batch[1]
+        distances = torch.cdist(outputs, outputs, p=p)
+        return F.softplus((distances * alike).sum(1) - (distances * ~alike).sum(1))
+
+    torch.manual_seed(0)
+    setup = setup_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double())
+    setup.loss_fn = losses
+    judge_step(metakern.l2rw_step, setup, engine=engine)
 
 
 def test_complex_numbers_on_the_way() -> None:

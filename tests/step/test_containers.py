@@ -59,3 +59,15 @@ def test_exact(form: str, engine: str) -> None:
     given = build(*batch), build(*meta_batch)
     judge_step(metakern.l2rw_step, Setup(model, *given, loss_fn=loss_fn), truth=truth, engine=engine)
     assert len(given[0]) == 2
+
+
+def test_a_loss_may_ask_which_batch_it_is_given() -> None:
+    batch, meta_batch = ({"x": x, "labels": y} for x, y in inputs.pair(5, 3, 4, classes=3))
+    given = []
+
+    def losses(model: nn.Module, at: Any) -> Tensor:
+        given.append(at is batch or at is meta_batch)
+        return F.cross_entropy(model(at["x"]), at["labels"], reduction="none")
+
+    metakern.l2rw_step(nn.Linear(4, 3).double(), batch, meta_batch, loss_fn=losses)
+    assert all(given)
