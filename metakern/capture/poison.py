@@ -6,11 +6,13 @@ selects, it does not multiply). Forward, NaN passes relu, clamp and max, so a co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.members import constants_of
@@ -64,6 +66,17 @@ def _fill(tensor: Tensor, where: Tensor) -> None:
         tensor.data.masked_fill_(where, torch.nan)
 
 
+@contextmanager
+def _distributions_take_nan() -> Iterator[None]:
+    """Inside the block distributions do not check their arguments."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
 def poisoned_losses(
     model: nn.Module,
     batch: Any,
@@ -73,7 +86,7 @@ def poisoned_losses(
     inside: Tensor,
 ) -> Tensor:
     """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
-    with PassState(model, loss_fn).replayed():
+    with PassState(model, loss_fn).replayed(), _distributions_take_nan():
         constants = constants_of(model)
         with _Poisoner(trainable.values(), constants, axes, inside):
             return evaluate_losses(model, batch, loss_fn, "batch").detach().clone()

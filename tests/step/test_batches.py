@@ -184,6 +184,29 @@ class Wrapped:
         self.x, self.y = x, y
 
 
+def test_distributions_that_check_their_arguments() -> None:
+    class Coder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.spread, self.back = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, torch.distributions.Normal]:
+            code = torch.distributions.Normal(self.mean(x), torch.exp(self.spread(x)))
+            return self.back(code.rsample()), code
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        torch.manual_seed(1)  # the oracle draws for one example after another
+        back, code = model(batch[0])
+        prior = torch.distributions.Normal(torch.zeros_like(code.loc), torch.ones_like(code.scale))
+        return (back - batch[0]).square().sum(1) + torch.distributions.kl_divergence(code, prior).sum(1)
+
+    torch.manual_seed(0)
+    setup = Setup(Coder().double(), *inputs.pair(5, 3, 4, classes=3), loss_fn=losses, interacting=True)
+    assert metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, loss_fn=losses).engine == "ghost"
+    judge_step(metakern.l2rw_step, setup)
+    assert torch.distributions.Distribution._validate_args
+
+
 def test_objects_with_a_loss() -> None:
     def losses(model: nn.Module, batch: Wrapped) -> Tensor:
         return F.mse_loss(model(batch.x), batch.y, reduction="none").mean(1)
