@@ -3,8 +3,16 @@
 from html import escape
 
 THEMES = {
-    "light": {"ink": "#1f2328", "grid": "#d1d9e0", "series": "#0969da #54aeff #8c959f #afb8c1 #bf8700 #1a7f37 #8250df".split()},
-    "dark": {"ink": "#f0f6fc", "grid": "#3d444d", "series": "#4493f8 #9ecbff #6e7681 #8b949e #d29922 #3fb950 #ab7df8".split()},
+    "light": {
+        "ink": "#1f2328",
+        "grid": "#d1d9e0",
+        "series": "#0969da #54aeff #8c959f #afb8c1 #bf8700 #1a7f37 #8250df".split(),
+    },
+    "dark": {
+        "ink": "#f0f6fc",
+        "grid": "#3d444d",
+        "series": "#4493f8 #9ecbff #6e7681 #8b949e #d29922 #3fb950 #ab7df8".split(),
+    },
 }
 WIDTH, LEFT, BAR, GAP, TOP = 860, 270, 9, 14, 44
 LIMIT = 6.0
