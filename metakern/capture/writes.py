@@ -85,7 +85,7 @@ class Writes:
         """Look at what a call returned: unless it shares memory with an argument, nobody outside has it."""
         if self._parameters_only:
             return
-        found = {_place(t) for t in tensors_in(output) if t.grad_fn is None}
+        found = {_place(t) for t in tensors_in(output) if t.grad_fn is None} - self._made
         if found:
             self._made |= found.difference(map(_place, tensors_in([*args, *kwargs.values()])))
 
