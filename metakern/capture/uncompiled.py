@@ -9,15 +9,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+_stances: list[Any] = []
+"""Of the outermost block, what ends it; blocks may end in another order than they began, where generators hold them."""
+_blocks = 0
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Inside the block nothing compiled runs compiled; torch's compiler is not imported for that."""
-    if "torch._dynamo" not in sys.modules:
+    global _blocks
+    if not _stances and "torch._dynamo" in sys.modules:
+        stance = torch.compiler.set_stance("force_eager")
+        stance.__enter__()
+        _stances.append(stance)
+    _blocks += 1
+    try:
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        _blocks -= 1
+        if _blocks == 0 and _stances:
+            _stances.pop().__exit__(None, None, None)

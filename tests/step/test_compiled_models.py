@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern
+from metakern.capture.uncompiled import uncompiled
 from metakern.testing import budget, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
@@ -154,3 +155,18 @@ def test_runs_compiled_before_and_after() -> None:
         with pytest.raises(ValueError, match="not finite"):
             metakern.l2rw_step(model, (x * torch.nan, y), meta_batch)
         assert len(calls) == 1
+
+
+def test_compiling_goes_on_after_blocks_that_end_out_of_order() -> None:
+    calls = []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return lambda *given: calls.append(1) or graph(*given)
+
+    first, second = uncompiled(), uncompiled()
+    for block in (first, second):
+        block.__enter__()
+    for block in (first, second):
+        block.__exit__(None, None, None)
+    torch.compile(lambda x: 2 * x, backend=counting)(torch.ones(3))
+    assert calls == [1]
