@@ -7,29 +7,32 @@ without a word, and cannot be differentiated twice.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+_lock = threading.Lock()
 _stances: list[Any] = []
-"""Of the outermost block, what ends it; blocks may end in another order than they began, where generators hold them."""
+"""What switches compiling on again, left by the first block for the last one: torch has one stance for all threads, and
+blocks of two threads end in any order."""
 _blocks = 0
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside the block nothing compiled runs compiled; torch's compiler is not imported for that."""
+    """Inside the block nothing compiled runs compiled, in any thread; torch's compiler is not imported for that."""
     global _blocks
-    if not _stances and "torch._dynamo" in sys.modules:
-        stance = torch.compiler.set_stance("force_eager")
-        stance.__enter__()
-        _stances.append(stance)
-    _blocks += 1
+    with _lock:
+        if not _stances and "torch._dynamo" in sys.modules:
+            _stances.append(torch.compiler.set_stance("force_eager"))
+        _blocks += 1
     try:
         yield
     finally:
-        _blocks -= 1
-        if _blocks == 0 and _stances:
-            _stances.pop().__exit__(None, None, None)
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0 and _stances:
+                _stances.pop().__exit__(None, None, None)
