@@ -4,8 +4,9 @@ For a weight W of a linear layer with records A, B of the train batch and inputs
 
     A' W^^T = A' W0^T - k (A' A^T) diag(c) B
 
-and the backward pass likewise, by autograd. With few meta rows the two thin products cost far less than the weighted
-gradient, and the dots of that weight are taken in the pairs form. All other parameters move explicitly.
+With few meta rows the two thin products cost far less than the weighted gradient, and so do those that autograd takes
+backward. The same backward pass gives the dots that belong to W: <g_n, k g_meta(theta^)> = -d meta_loss/dc_n, c being
+a leaf of the product. All other parameters move explicitly.
 """
 
 from __future__ import annotations
@@ -14,36 +15,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from metakern.capture import trace_batch
-from metakern.capture.examples import ExampleAxis
-from metakern.capture.graph import require_complete
-from metakern.capture.record import Record, Trace
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
 from metakern.capture.trace import tensor_arguments, tensors_in
 from metakern.capture.unrolled import LastingMode
 from metakern.dots import pairable
 from metakern.dots.pairs import GRAM_OVERHEAD
-from metakern.engines.problem import Problem, named_gradients
+from metakern.engines.problem import Problem
 from metakern.engines.recorded import Recorded
-from metakern.engines.substitution import require_replaced, substituted
 from metakern.layers.linear import matrices
 
 
 @dataclass(frozen=True)
 class Move:
-    """The move of one weight: W^ = origin - factor * sum_n c_n B_n^T A_n."""
+    """The move of one weight: W^ = origin - sum_r scale_r B_r^T A_r over the rows of the train pass."""
 
-    use: int  # index of the weight's only use in the train pass
     origin: Tensor  # [o, i]
-    factor: float
     inputs: Tensor  # A, [rows, i]
-    scaled_grads: Tensor  # c B, [rows, o]
+    grads: Tensor  # B, [rows, o]
+    scale: Tensor  # k c of the example of every row, [rows, 1], with a graph to c
 
 
 def implicit_weights(problem: Problem, train: Recorded) -> dict[str, int]:
@@ -61,60 +54,35 @@ def implicit_weights(problem: Problem, train: Recorded) -> dict[str, int]:
 
 
 def implicit_is_cheaper(rows: float, meta_rows: float, outputs: int, inputs: int) -> bool:
-    """Compare multiplications: forward, backward and dots by Grams, against forming W^ and V and the dots along V."""
-    grams = rows * meta_rows * 3 * (inputs + outputs + GRAM_OVERHEAD)
-    return grams < (2 * rows + meta_rows) * inputs * outputs
+    """Compare multiplications: thin products forward and backward, against forming W^ and V and the dots along V."""
+    thin = rows * meta_rows * 2 * (inputs + outputs + GRAM_OVERHEAD)
+    return thin < (2 * rows + meta_rows) * inputs * outputs
 
 
 def move(train: Recorded, use: int, origin: Tensor, factor: float, coefficients: Tensor) -> Move:
-    """What the meta pass needs to know of one weight's train records."""
+    """What the meta pass needs to know of one weight's train records; a graph leads to the coefficients c, [n]."""
     record = train.records[use]
     assert record is not None
     a, b = matrices(record, coefficients.shape[0])
-    axis = record.axes[0]
     shape = record.output_grad.shape[:-1]
-    c = axis.spread(coefficients, shape).expand(shape).reshape(-1, 1)
-    b = b.reshape(-1, b.shape[-1])
-    return Move(use, origin, factor, a.reshape(-1, a.shape[-1]), b * c.to(b.dtype))
+    c = record.axes[0].spread(coefficients, shape).expand(shape).reshape(-1, 1)
+    return Move(origin.detach(), a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), factor * c.to(b.dtype))
 
 
-def meta_pass_at(
-    problem: Problem, moves: Mapping[str, Move], explicit: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor], dict[int, Record]] | None:
-    """Mean meta loss at theta^, its gradient in the explicit parameters, and meta records for the implicit weights.
+class Moving(LastingMode):
+    """Linear layers answer as if their weight had moved; `weights` by identity of the weight.
 
-    The records' B' belong to the mean loss, times the factor of the move. None if the meta batch uses an implicit
-    weight otherwise than once in a linear layer; nothing has changed then.
+    A gradient in a weight itself then comes from a use that was not seen; one that was seen and not served is noted.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in explicit.items()}
-    replacement = {id(problem.chosen[name]): leaf for name, leaf in leaves.items()}
-    weights = {id(problem.chosen[name]): given for name, given in moves.items()}
-    moving = _Moving(weights)
-    with unchanged_buffers(problem.model), problem.writes.taken_back(), substituted(problem.model, replacement), moving:
-        trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
-        places = _places(problem, trace, weights)
-        if places is None or moving.seen_unmoved:
-            return None
-        edges = [trace.uses[place].edges[0] for place in places]
-        meta_loss = trace.losses.mean()
-        originals = [problem.chosen[name] for name in leaves]
-        found = torch.autograd.grad(meta_loss, [*leaves.values(), *edges, *originals], allow_unused=True)
-    require_replaced(leaves, found[len(leaves) + len(edges) :])
-    gradient = named_gradients(leaves, found)
-    paired = {}
-    for given, place, grad in zip(moves.values(), places, found[len(leaves) :]):
-        if grad is not None:
-            paired[given.use] = Record(trace.uses[place], (grad * given.factor,), (ExampleAxis(0, 1, grad.shape[0]),))
-    return meta_loss.detach(), gradient, paired
-
-
-class _Moving(LastingMode):
-    """Linear layers answer as if their weight had moved; notes whether such a weight was used in another way."""
 
     def __init__(self, weights: Mapping[int, Move]) -> None:
         super().__init__()
-        self._weights = weights
-        self.seen_unmoved = False
+        self._weights, self._unserved = weights, ""
+
+    def require_served(self) -> None:
+        """Raise EngineUnavailable where the values of a moved weight were used in another way."""
+        if self._unserved:
+            raise EngineUnavailable(f"{self._unserved} reads a weight whose virtual step is not formed")
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         met = [id(tensor) for _, tensor in tensor_arguments(args, kwargs) if id(tensor) in self._weights]
@@ -122,31 +90,20 @@ class _Moving(LastingMode):
             return func(*args, **kwargs)
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         if func is F.linear and met == [id(given["weight"])]:
-            return self._moved(given["input"], given["weight"], given.get("bias"))
+            return _moved(given["input"], self._weights[met[0]], given.get("bias"))
         output = func(*args, **kwargs)
         # Its shape or dtype may be asked for; its values may not, with a gradient or without.
-        self.seen_unmoved |= any(True for _ in tensors_in(output))
+        if any(True for _ in tensors_in(output)):
+            self._unserved = getattr(func, "__name__", str(func))
         return output
 
-    def _moved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        moved = self._weights[id(weight)]
-        # The weight as it was stays in the graph, without being asked for, so that the output always has an edge.
-        origin = weight if moved.origin is weight else moved.origin.detach().requires_grad_(weight.requires_grad)
-        gram = x.to(moved.inputs.dtype) @ moved.inputs.t()
-        return F.linear(x, origin, bias) - ((gram * moved.factor) @ moved.scaled_grads).to(x.dtype)
 
-
-def _places(problem: Problem, trace: Trace, weights: Mapping[int, Move]) -> list[int] | None:
-    """Index of the only use of every implicit weight in the meta pass."""
-    by_identity = {id(p): p for p in problem.chosen.values() if id(p) in weights}
-    found = pairable(trace, by_identity)
-    if any(key not in found or trace.uses[found[key]].call.func is not F.linear for key in weights):
-        return None
-    try:
-        require_complete(trace, {key: "" for key in weights})
-    except EngineUnavailable:
-        return None
-    return [found[key] for key in weights]
+def _moved(x: Tensor, move: Move, bias: Tensor | None) -> Tensor:
+    """x W^^T + b. The Gram lies in columns, [rows, meta rows]: this way round the library is quicker at it."""
+    output = F.linear(x, move.origin, bias)
+    gram = move.inputs @ x.to(move.inputs.dtype).reshape(-1, x.shape[-1]).t()
+    change = (gram * move.scale).t() @ move.grads
+    return output - change.to(output.dtype).view(output.shape)
 
 
 def _elements(batch: Any) -> int:

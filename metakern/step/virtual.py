@@ -7,7 +7,8 @@ d meta_loss(theta^) / dG = -J g_meta(theta^). Source of the formulas: the update
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
-from metakern.engines.implicit import implicit_weights, meta_pass_at, move
+from metakern.engines.implicit import Move, Moving, implicit_weights, move
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
 from metakern.engines.substitution import require_replaced, substituted
@@ -194,14 +196,29 @@ def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tupl
     Model, parameters and buffers are not touched; a parameter that the meta loss does not depend on has no entry.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-    replacement = {id(problem.chosen[name]): leaf for name, leaf in leaves.items()}
+    meta_loss, found = _meta_pass_at(problem, leaves, {}, ())
+    return meta_loss, named_gradients(leaves, found)
+
+
+def _meta_pass_at(
+    problem: Problem, leaves: Mapping[str, Tensor], moves: Mapping[str, Move], others: Iterable[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Mean meta loss at the leaves and at weights that move implicitly; its gradients in the leaves and in others.
+
+    Raises: EngineUnavailable where a parameter is used in a way that neither replaces nor moves it.
+    """
+    chosen = problem.chosen
+    moving = Moving({id(chosen[name]): given for name, given in moves.items()})
+    replaced = substituted(problem.model, {id(chosen[name]): leaf for name, leaf in leaves.items()})
+    names = [*leaves, *moves]
     # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
-    with unchanged_buffers(problem.model), problem.writes.taken_back(), substituted(problem.model, replacement):
+    with unchanged_buffers(problem.model), problem.writes.taken_back(), replaced, moving if moves else nullcontext():
         meta_loss = problem.meta_losses().mean()
-        originals = [problem.chosen[name] for name in leaves]
-        found = torch.autograd.grad(meta_loss, [*leaves.values(), *originals], allow_unused=True)
-    require_replaced(leaves, found[len(leaves) :])
-    return meta_loss.detach(), named_gradients(leaves, found)
+        moving.require_served()
+        wanted = [*leaves.values(), *others]
+        found = torch.autograd.grad(meta_loss, [*wanted, *(chosen[name] for name in names)], allow_unused=True)
+    require_replaced(names, found[len(wanted) :])
+    return meta_loss.detach(), list(found[: len(wanted)])
 
 
 def virtual_dots(problem: Problem, train: TrainPass, coefficients: Tensor, rule: VirtualRule) -> tuple[Tensor, Tensor]:
@@ -226,15 +243,18 @@ def _implicit_dots(
     rest = {name: p for name, p in problem.chosen.items() if name not in uses}
     step = rule.step(rest, train.weighted_gradient(coefficients, keep=True, only=rest))
     origin = rule.origin({name: problem.chosen[name] for name in uses})
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in step.parameters.items()}
+    c = coefficients.detach().requires_grad_()
     moves = {
-        name: move(train, use, origin.parameters[name], float(origin.jacobian[name]), coefficients)
-        for name, use in uses.items()
+        name: move(train, use, origin.parameters[name], float(origin.jacobian[name]), c) for name, use in uses.items()
     }
     before = random_state()
-    answer = meta_pass_at(problem, moves, step.parameters)
-    if answer is None:
+    try:
+        meta_loss, found = _meta_pass_at(problem, leaves, moves, [c])
+    except EngineUnavailable:
         restore_random_state(before)
         return None
-    meta_loss, meta_gradient, paired = answer
-    direction = {id(problem.chosen[name]): v for name, v in step.pulled_back(meta_gradient).items()}
-    return train.dots_along(direction, paired), meta_loss
+    v = step.pulled_back(named_gradients(leaves, found))
+    dots = train.dots_along({id(problem.chosen[name]): along for name, along in v.items()})
+    slope = found[-1]  # of the meta loss in c, through the weights that moved implicitly
+    return dots if slope is None else dots - slope, meta_loss
