@@ -23,8 +23,8 @@ Result = Tensor | tuple[Tensor, ...]
 class OperatorCase:
     """An operator at a size of the step cases; `arguments(dtype)` are seeded. A name stands for one size.
 
-    What takes less than a millisecond is timed as `calls` in a row: a single call would wait for code that the collector
-    and the other ways have put out of the caches.
+    What takes less than a millisecond is timed as `calls` in a row: a single call would wait for code that the
+    collector and the other ways have put out of the caches.
     """
 
     name: str
