@@ -1,51 +1,53 @@
-"""weighted_grad by the device's own matrix product over the kept rows only.
+"""weighted_grad by the device's own matrix product over the kept rows only, some examples at a time.
 
-Short examples are gathered into one product. From `LOOP_ELEMENTS` values per example the copy costs more than it
-saves, and one product per example accumulates in place of it: n = 128, t = 1024, i = 576, o = 64 with 70 rows kept
-took 81 ms gathered, 36 ms in a loop and 63 ms over all 128 (fp32, 2 threads).
+The kept rows of a part are gathered and scaled while they stay in the cache, so that what is copied is bounded, and the
+product of the part adds to those before it. An example that fills a part alone is not gathered but taken as it lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from metakern.ops.layout import examples_per_tile
 from metakern.ops.operands import accumulator
-
-LOOP_ELEMENTS = 1 << 16
 
 
 def weighted_grad(
     A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    kept = w.nonzero().squeeze(1)
-    t, i = A.shape[1:]
+    _, t, i = A.shape
     o = B.shape[2]
-    if t * max(i, o) >= LOOP_ELEMENTS and A.dtype is accumulator(A.dtype):
-        return _by_example(A, B, w.to(A.dtype), kept, bias, start)
-    if len(kept) < len(w):
-        A, B, w = A.index_select(0, kept), B.index_select(0, kept), w.index_select(0, kept)
-    shift = _bias(B, w) if bias else B.new_empty(0)
-    if i < o:
-        A = _scaled(A, w.view(-1, 1, 1))
-    else:
-        B = _scaled(B, w.view(-1, 1, 1))
-    operands = B.flatten(0, 1).t(), A.flatten(0, 1)
-    return torch.mm(*operands) if start is None else torch.addmm(start, *operands), shift
-
-
-def _by_example(
-    A: Tensor, B: Tensor, w: Tensor, kept: Tensor, bias: bool, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    out = A.new_zeros(B.shape[2], A.shape[2]) if start is None else start.clone(memory_format=torch.contiguous_format)
-    shift = A.new_zeros(B.shape[2] if bias else 0)
-    narrow_inputs = A.shape[2] < B.shape[2]
-    for n in kept.tolist():
-        a, b = (_scaled(A[n], w[n]), B[n]) if narrow_inputs else (A[n], _scaled(B[n], w[n]))
-        torch.addmm(out, b.t(), a, out=out)
+    # In a narrower dtype than sums are taken in, every part would be rounded.
+    size = examples_per_tile(t, i + o) if A.dtype is accumulator(A.dtype) else max(1, len(w))
+    grad, shift = start, B.new_zeros(o if bias else 0)
+    for a, b, some in _parts(A, B, w, size):
         if bias:
-            shift += w[n] * B[n].sum(0) if narrow_inputs else b.sum(0)
-    return out, shift
+            shift += _bias(b, some)
+        some = some.view(-1, 1, 1)
+        a, b = (_scaled(a, some), b) if i < o else (a, _scaled(b, some))
+        operands = b.flatten(0, 1).t(), a.flatten(0, 1)
+        if grad is None:
+            grad = torch.mm(*operands)
+        else:
+            grad = torch.addmm(grad, *operands) if grad is start else grad.addmm_(*operands)
+    assert grad is not None
+    return grad, shift
+
+
+def _parts(A: Tensor, B: Tensor, w: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A, B and w of the kept examples, so many at a time; one part at least, of no example where none is kept."""
+    kept = w.nonzero().squeeze(1)
+    if len(kept) == len(w):
+        yield from zip(A.split(size), B.split(size), w.split(size), strict=True)
+    elif size == 1 and len(kept):
+        for n in kept.tolist():
+            yield A[n : n + 1], B[n : n + 1], w[n : n + 1]
+    else:
+        for some in kept.split(size):
+            yield A.index_select(0, some), B.index_select(0, some), w.index_select(0, some)
 
 
 def _bias(B: Tensor, w: Tensor) -> Tensor:
