@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.unrolled import LastingMode
 from metakern.layers.bag_parts import bags
 
@@ -37,8 +39,22 @@ class Forms(LastingMode):
         return self._forms.get(func, func)(*args, **kwargs)
 
 
+class _TwiceDifferentiable(Forms):
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(func, HigherOrderOperator) and torch.is_grad_enabled():
+            raise EngineUnavailable(
+                f"the gradient of torch's operator {func} cannot be differentiated again, and torch does not say so; "
+                "write it as plain Python"
+            )
+        return super().call(func, args, kwargs)
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside the block attention and bags take forms that have second derivatives."""
-    with sdpa_kernel(SDPBackend.MATH), Forms(TWICE_DIFFERENTIABLE):
+    """Inside the block attention and bags take forms that have second derivatives, and branches and loops that are
+    operators (`torch.cond`, scans), which have none, are refused.
+
+    Raises: EngineUnavailable
+    """
+    with sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable(TWICE_DIFFERENTIABLE):
         yield

@@ -12,6 +12,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils._pytree import tree_leaves
 
 from metakern.layers.forms import TWICE_DIFFERENTIABLE, Forms
 from metakern.layers.packing_parts import packed, padded
@@ -55,9 +57,30 @@ class _ForwardMode(Forms):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if torch.is_grad_enabled():
-            return super().__torch_function__(func, types, args, kwargs)
+            output = super().__torch_function__(func, types, args, kwargs)
+            if isinstance(func, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
+                _require_tangent(func, args, kwargs or {}, output)
+            return output
         with forward_ad._set_fwd_grad_enabled(False):
             return super().__torch_function__(func, types, args, kwargs)
+
+
+def _require_tangent(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Operators whose derivatives are written in Python (`torch.library.custom_op`, `torch.cond`, scans) lose tangents
+    without a word where no argument requires a gradient; torch's own say so where they have no forward mode.
+
+    Raises: NotImplementedError: something dual went in, or may have by a closure, and nothing dual came out.
+    """
+    if str(operator).startswith("aten."):
+        return
+    outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    closures = isinstance(operator, HigherOrderOperator)
+    if outputs and not any(map(_is_dual, outputs)) and (closures or any(map(_is_dual, tree_leaves((args, kwargs))))):
+        raise NotImplementedError(f"operator {operator} has no forward mode")
+
+
+def _is_dual(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 @contextmanager
