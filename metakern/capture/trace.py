@@ -25,7 +25,7 @@ from metakern.capture.random_state import RandomState, same_state, torch_random_
 from metakern.capture.record import ArgPath, Call, Pick, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.reordering import picked_dims, picks_rows
-from metakern.capture.unrolled import unrolled
+from metakern.capture.unrolled import dispatched, dispatches, unrolled
 from metakern.capture.writes import Writes
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
@@ -80,6 +80,9 @@ class Tracer(TorchFunctionMode):
             self._writes.before(function, args, kwargs)
         if self.paused or function.kind == "metadata":
             return func(*args, **kwargs)
+        if types and dispatches(types):
+            with self:
+                return dispatched(func, types, args, kwargs)
         if function.kind != "call":
             if function.kind == "unrolled":
                 with self:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 _BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
 
@@ -22,6 +23,24 @@ def unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
+
+
+def dispatches(types: Iterable[type]) -> bool:
+    """Will torch ask one of these types, whose `__torch_function__` is its own, so that a call may do anything?"""
+    own = any(getattr(kind.__torch_function__, "__func__", None) is not _PLAIN for kind in types)
+    return own and torch._C._is_torch_function_enabled()  # not so within that function, where it turns to torch's own
+
+
+def dispatched(func: Callable[..., Any], types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the types make of a call, as torch asks them one after the other; function modes see the calls within.
+
+    Raises: TypeError where none of them knows the function, as torch does.
+    """
+    for kind in types:
+        output = kind.__torch_function__(func, types, args, kwargs)  # type: ignore[attr-defined]
+        if output is not NotImplemented:
+            return output
+    raise TypeError(f"no __torch_function__ of {[kind.__name__ for kind in types]} implements {func}")
 
 
 class LastingMode(TorchFunctionMode):

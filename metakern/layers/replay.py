@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern.capture.module_call import ModuleCall
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.refusal import EngineUnavailable
@@ -50,8 +51,10 @@ def _replaced(value: Any, key: int | str, chosen: Mapping[Any, Any]) -> Any:
 
 @contextmanager
 def _as_recorded(call: Call) -> Iterator[None]:
-    """The random state and autocast setting that the call ran under."""
+    """The random state and autocast setting that the call ran under, and torch's own function, not a subclass's."""
     with ExitStack() as stack:
+        if not isinstance(call.func, ModuleCall):  # within a module subclasses do as they did
+            stack.enter_context(torch._C.DisableTorchFunctionSubclass())
         if call.autocast is not None:
             kind, dtype = call.autocast
             stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))

@@ -70,6 +70,39 @@ def test_custom_function_on_data_only() -> None:
     judge_step(metakern.l2rw_step, setup_of(Model()), engine="ghost")
 
 
+class Doubling(torch.Tensor):
+    """Products with it are twice what torch's function would give, by calls of which the last is torch's own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, Tensor.matmul):
+            with torch._C.DisableTorchFunctionSubclass():
+                return 2 * func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def new_empty(self, *args: Any, **kwargs: Any) -> "Doubling":  # without it the oracle cannot copy the model
+        return super().new_empty(*args, **kwargs).as_subclass(Doubling)
+
+
+@pytest.mark.parametrize("where", ["weight", "matrix", "input"])
+def test_subclasses_that_change_what_a_function_does(where: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head, self.matrix = nn.Linear(4, 4), nn.Linear(4, 3), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.as_subclass(Doubling) if where == "input" else x
+            return self.head(torch.tanh(self.first(x)) @ self.matrix).as_subclass(Tensor)
+
+    torch.manual_seed(0)
+    setup = setup_of(Model())
+    owner, name = {"weight": (setup.model.first, "weight")}.get(where, (setup.model, "matrix"))
+    if where != "input":
+        setattr(owner, name, nn.Parameter(getattr(owner, name).detach().as_subclass(Doubling)))
+    assert judge_step(metakern.l2rw_step, setup).result.engine == "ghost"
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("engine", ["auto", "ghost", "jvp", "double_backward"])
 def test_reentrant_checkpoint(engine: str) -> None:
