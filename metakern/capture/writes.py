@@ -21,12 +21,12 @@ from metakern.capture.outputs import tensors_in
 class _Kept(NamedTuple):
     """Memory before it was written into, and the tensors that were laid out in it."""
 
-    storage: torch.UntypedStorage
-    value: torch.UntypedStorage
+    memory: Tensor
+    value: Tensor
     owners: list[tuple[Tensor, Tensor, int | None]]  # with what their `.data` were, and their versions
 
     def put_back(self) -> None:
-        self.storage.copy_(self.value)
+        self.memory.copy_(self.value)
         for tensor, data, version in self.owners:
             if tensor.data_ptr() != data.data_ptr():  # `tensor.data = other`
                 tensor.data = data
@@ -34,9 +34,18 @@ class _Kept(NamedTuple):
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-def _kept(storage: torch.UntypedStorage, owners: Iterable[Tensor]) -> _Kept:
+def _kept(memory: Tensor, owners: Iterable[Tensor]) -> _Kept:
     held = [(t, t.data, None if t.is_inference() else t._version) for t in owners]
-    return _Kept(storage, storage.clone(), held)
+    return _Kept(memory, memory.clone(), held)
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """All that a tensor is a part of, by torch's operators, so that a program holds it too."""
+    whole = (tensor if tensor._base is None else tensor._base).data
+    size = whole.untyped_storage().nbytes() // whole.element_size()
+    if whole.numel() == size and whole.is_contiguous():
+        return whole
+    return whole.as_strided((size,), (1,), 0)  # which inductor does not take
 
 
 class Writes:
@@ -56,6 +65,10 @@ class Writes:
         """Has anything been written?"""
         return bool(self._kept or self._generators)
 
+    def found(self, tensor: Tensor) -> bool:
+        """Has a call been seen that may have written into the tensor's memory?"""
+        return _place(tensor) in self._kept
+
     def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a call that is about to run."""
         for target in tensors_in(written_by(function, args, kwargs)):
@@ -72,7 +85,7 @@ class Writes:
             return
         owners = self._parameters_at(place)
         if owners or not self._parameters_only:
-            self._kept[place] = _kept(target.untyped_storage(), owners or [target])
+            self._kept[place] = _kept(_memory(target), owners or [target])
 
     def _parameters_at(self, place: int) -> list[nn.Parameter]:
         if self._parameters is None:
@@ -121,7 +134,7 @@ class Writes:
     @contextmanager
     def rewound(self) -> Iterator[None]:
         """Inside the block what was written into is as it was before."""
-        now = [_kept(kept.storage, [tensor for tensor, _, _ in kept.owners]) for kept in self._kept.values()]
+        now = [_kept(kept.memory, [tensor for tensor, _, _ in kept.owners]) for kept in self._kept.values()]
         for kept in self._kept.values():
             kept.put_back()
         try:

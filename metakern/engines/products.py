@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.host import host_may_wait
+from metakern.capture.host import host_may_wait, is_traced
 from metakern.engines.repetition import agree
 
 _PRODUCTS = frozenset(
@@ -111,7 +111,7 @@ class ReusedProducts(TorchFunctionMode):
         if any(operand is not None and operand.requires_grad for operand in operands):
             return None  # the model takes gradients inside its forward pass, through this call
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-            if host_may_wait():
+            if host_may_wait() and not is_traced():
                 self._compare(first.operands, (x.primal, w.primal, b.primal))
             if func in _PRODUCTS:
                 settings = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS[func]}

@@ -18,20 +18,14 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
-from metakern.capture.random_state import (
-    random_state,
-    restore_random_state,
-    same_elsewhere,
-    same_torch_state,
-    torch_random_state,
-)
-from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers, unchanged_on_error
-from metakern.capture.surroundings import Surroundings
+from metakern.capture.random_state import restore_random_state, torch_random_state
+from metakern.capture.state import unchanged_on_error
 from metakern.step.captured import gradients_as_before
+from metakern.step.compilable import gradients_of, require_same, see, split
 from metakern.step.granted import Granted
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.own_batches import OwnBatches
+from metakern.step.own_buffers import OwnBuffers
 from metakern.step.program import Backend, Program, traced
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
@@ -44,16 +38,18 @@ class CompiledStep:
         self,
         program: Program,
         batches: OwnBatches,
+        buffers: OwnBuffers,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[[bool], StepResult],
         granted: Callable[[], Granted],
+        engine: str,
         draws: bool,
     ) -> None:
-        self._program, self._batches, self._model, self._optimizer = program, batches, model, optimizer
-        self._uncompiled, self._trainable = uncompiled, trainable_parameters(model)
+        self._program, self._batches, self._buffers = program, batches, buffers
+        self._trainable, self._optimizer, self._uncompiled = trainable_parameters(model), optimizer, uncompiled
         self._granted, self._known = granted, granted()
-        self._draws = draws
+        self._engine, self._draws = engine, draws
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` takes it.
@@ -68,14 +64,17 @@ class CompiledStep:
         self._known.require(self._granted())
         self._batches.take(batch, meta_batch)
         start = torch_random_state() if self._draws else None
-        found = self._program(self._batches.tensors)
+        found = self._program([*self._batches.tensors, *self._buffers.tensors])
         if found is None:
             if start is not None:
                 restore_random_state(start)
             return self._uncompiled(accumulate)
-        weights, dots, losses, meta_loss, *grads = found
-        hand_over(self._trainable, dict(zip(self._trainable, grads, strict=True)), self._optimizer, accumulate)
-        return StepResult(weights, dots, losses, meta_loss, "ghost")
+        step = split(found, len(self._buffers.tensors))
+        gradient = dict(zip(self._trainable, step.gradient, strict=True))
+        hand_over(self._trainable, gradient, self._optimizer, accumulate)
+        self._buffers.take(step.buffers)
+        weights, dots, losses, meta_loss = step.result
+        return StepResult(weights, dots, losses, meta_loss, self._engine)
 
 
 def compile_step(
@@ -86,6 +85,7 @@ def compile_step(
     optimizer: torch.optim.Optimizer | None = None,
     rule: str | Callable[[Tensor], Tensor] = "clip_normalise",
     loss_fn: LossFunction | None = None,
+    engine: str = "auto",
     params: Any = None,
     dot_precision: str = "same",
     backend: str | Backend = "inductor",
@@ -94,11 +94,12 @@ def compile_step(
 
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
 
-    Shapes are those of the batches given here, autocast is as around this call, and the
-    optimizer steps uncompiled. Rounding differs from the uncompiled step, as it does between a compiled plain step and
-    an uncompiled one. Numbers, flags, functions and tensors that model, loss and rule look at are those of this call:
-    the compiled step refuses to run once one is another. Dropout draws new masks in every step, from torch's generator
-    but with inductor in an order of its own. Takes some tens of seconds.
+    Shapes are those of the batches given here, autocast is as around this call, and the optimizer steps uncompiled.
+    Rounding differs from the uncompiled step, as it does between a compiled plain step and an uncompiled one. Numbers,
+    flags, functions and tensors that model, loss and rule look at are those of this call: the compiled step refuses to
+    run once one is another. What the pass writes into buffers (running statistics) counts once in every step. Dropout
+    draws new masks in every step, from torch's generator but with inductor in an order of its own. Takes some tens of
+    seconds.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
@@ -106,82 +107,49 @@ def compile_step(
         The others: as for `reweight_step`.
     Returns: `CompiledStep`, called as `step(batch, meta_batch) -> StepResult`.
     Raises:
-        NotImplementedError: the pass draws random numbers from Python or NumPy, or sets torch's generator; writes
-            buffers or attributes; reads numbers from tensors, or takes rows by value; or ghost is not exact for the
-            model. `reweight_step` serves all of these.
+        NotImplementedError: the pass draws random numbers from Python or NumPy, or seeds torch's generator; writes
+            attributes, or puts other tensors in place of buffers; reads numbers from tensors, or takes rows by value.
+            `reweight_step` serves all of these.
         The others: as `reweight_step`.
     """
     trainable = trainable_parameters(model)
     require_optimizer(optimizer, trainable)
     compiler = torch._dynamo.lookup_backend(backend)
     batches = OwnBatches(batch, meta_batch)
-    settings = dict(rule=rule, loss_fn=loss_fn, engine="ghost", params=params, dot_precision=dot_precision)
 
-    def uncompiled(accumulate: bool) -> StepResult:
-        return reweight_step(model, *batches.built(), optimizer=optimizer, accumulate=accumulate, **settings)
-
-    def step(*tensors: Tensor) -> list[Tensor]:
-        weights, dots, losses, meta_loss, _ = reweight_step(model, *batches.built(list(tensors)), **settings)
-        return [weights, dots, losses, meta_loss, *(p.grad for p in trainable.values() if p.grad is not None)]
+    def take(given: tuple[Any, Any], engine: str = engine, **settings: Any) -> StepResult:
+        return reweight_step(
+            model,
+            *given,
+            rule=rule,
+            loss_fn=loss_fn,
+            engine=engine,
+            params=params,
+            dot_precision=dot_precision,
+            **settings,
+        )
 
     def granted() -> Granted:
         return Granted(model, loss_fn, rule)
 
     with gradients_as_before(trainable):
-        draws = _require_no_trace_left(model, loss_fn, granted, lambda: step(*batches.tensors))
+        seen = see(model, loss_fn, granted, lambda: take(batches.built()))
+        buffers = OwnBuffers(model, seen.buffers)
+
+        def step(*tensors: Tensor) -> list[Tensor]:
+            with buffers.copied(tensors[len(batches.tensors) :]) as written:
+                result = take(batches.built(list(tensors)), seen.engine)
+            return [*result[:4], *written, *gradients_of(model)]
+
         with unchanged_on_error(model), _random_state_as_before():
-            program = traced(step, batches.tensors)
-            if draws:
-                _require_same_draws(lambda: step(*batches.tensors), lambda: program(batches.tensors))
+            program = traced(step, [*batches.tensors, *buffers.tensors])
+            require_same(program, seen, batches.tensors)
             program.compile(compiler)
-    return CompiledStep(program, batches, model, optimizer, uncompiled, granted, draws)
 
+    def uncompiled(accumulate: bool) -> StepResult:
+        return take(batches.built(), optimizer=optimizer, accumulate=accumulate)
 
-def _require_no_trace_left(
-    model: nn.Module, loss_fn: LossFunction | None, granted: Callable[[], Granted], step: Callable[[], object]
-) -> bool:
-    """One step that does not count, for what is proved once per model; refuse what a program would do once only.
-
-    Returns: whether the step draws from torch's default generators.
-    """
-    before, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in model.buffers()]
-    around = Surroundings(model, loss_fn)
-    try:
-        with unchanged_buffers(model):
-            step()
-            written = [b for b, value in buffers if not _same(b, value)]
-        after = random_state()
-        changed = granted().differs_from(known)
-    finally:
-        restore_random_state(before)
-        around.restore()
-    if not same_elsewhere(before, after):
-        raise EngineUnavailable(
-            "the pass draws random numbers from Python or NumPy, which a compiled step would draw once only; draw them "
-            "by torch, or use reweight_step"
-        )
-    if written or changed:
-        raise EngineUnavailable(
-            "the pass writes buffers or attributes of the model, or it counts or keeps something else from call to "
-            "call; use reweight_step"
-        )
-    return not same_torch_state(before, after)
-
-
-def _require_same_draws(step: Callable[[], object], program: Callable[[], object]) -> None:
-    """Refuse a step that sets a generator back, as checkpointed layers do that draw their masks again: a program would
-    draw other ones, and leave the generator elsewhere.
-    """
-    start = torch_random_state()
-    step()
-    after_step = torch_random_state()
-    restore_random_state(start)
-    program()
-    if not same_torch_state(after_step, torch_random_state()):
-        raise EngineUnavailable(
-            "the pass sets torch's random generator (checkpointing with dropout?), which a compiled step would not do; "
-            "use reweight_step, or set the model's dropout to 0"
-        )
+    return CompiledStep(program, batches, buffers, model, optimizer, uncompiled, granted, seen.engine, seen.draws)
 
 
 @contextmanager
@@ -192,7 +160,3 @@ def _random_state_as_before() -> Iterator[None]:
         yield
     finally:
         restore_random_state(start)
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left, right)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metakern.capture.refusal import EngineUnavailable
+from metakern.step.draws import Draws
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
 
@@ -54,7 +55,7 @@ def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> 
 
     def recorded(*given: Tensor) -> list[Tensor]:
         reads = _Reads()
-        with _NoExports(), reads:
+        with _NoExports(), reads, Draws():
             results = function(*given)
             return [*results, reads.as_traced(given[0].device)]
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from metakern.capture.host import host_may_wait
+from metakern.capture.host import host_may_wait, is_traced
 from metakern.capture.record import Call, Record
 from metakern.layers.rule import Gradients, Weights
 from metakern.layers.table import rule_for
@@ -34,7 +33,7 @@ def weighted_gradients(
 
 def _kept(weights: Tensor) -> Tensor | None:
     """Rows of non-zero weight. On a GPU finding them would make the host wait, in a traced step fix their number."""
-    if weights.is_cuda or not host_may_wait() or get_proxy_mode() is not None:
+    if weights.is_cuda or not host_may_wait() or is_traced():
         return None
     kept = weights.nonzero().squeeze(1)
     return None if kept.numel() == weights.numel() else kept
