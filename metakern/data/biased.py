@@ -45,8 +45,8 @@ def biased(
     taken = 0 if source.meta is not None else meta_per_class
     if meta_per_class < 1 or int(available.min()) <= taken:
         raise ValueError(
-            f"biased: meta_per_class must be at least 1 and below the smallest class's {int(available.min())} "
-            f"examples, got {meta_per_class}"
+            f"biased: meta_per_class must be at least 1 and below the {int(available.min())} training examples of the "
+            f"smallest class, {source.class_names[int(available.argmin())]!r}, got {meta_per_class}"
         )
     counts = available - taken
     if size is not None:

@@ -39,6 +39,9 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
     for option, column in (("--label", label), ("--group", group)):
         if column is not None and column not in head:
             raise ValueError(f"csv: {option} {column!r} is no column of {paths[0]}; there are {', '.join(head)}")
+    lacking = sorted({*head} - {"split"} - {*tables[-1][0]})
+    if lacking:
+        raise ValueError(f"csv: {paths[-1]} has not all columns of {paths[0]}; it lacks {', '.join(lacking)}")
     for k, row in enumerate(rows):
         if not row[label].strip():
             raise ValueError(f"csv: row {k + 1} has no {label!r}")
@@ -86,16 +89,31 @@ def _groups(rows: list[dict[str, str]], label: str, group: str, class_names: tup
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise DataNotFound(f"csv: there is no file {str(path)!r}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"csv: {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     if not rows or not reader.fieldnames:
         raise ValueError(f"csv: {path} has no rows below its head")
     names = [name.strip() for name in reader.fieldnames]
+    _require_head(path, names)
     for k, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"csv: row {k + 1} of {path} has not {len(names)} cells, as the head has")
     return [dict(zip(names, row.values(), strict=True)) for row in rows]
+
+
+def _require_head(path: Path, names: list[str]) -> None:
+    """Raise ValueError unless each column has a name of its own."""
+    if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
+        raise ValueError(f"csv: cells are separated by commas; the head of {path} has none: {names[0]!r}")
+    if "" in names:
+        raise ValueError(f"csv: column {names.index('') + 1} of {path} has no name; name it, or leave it out")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"csv: the head of {path} names more than one column {', '.join(map(repr, twice))}")
 
 
 def _division(
@@ -121,7 +139,10 @@ def _division(
         kept, held = stratified(targets[train], classes)
         train, test = train[kept], train[held]
     if not len(test):
-        raise ValueError("csv: no class has the five rows of which one is tested on; add rows, or a test file")
+        raise ValueError(
+            f"csv: no class has the five rows of which one is tested on: {len(rows)} rows of {classes} classes; add "
+            "rows, or a test file"
+        )
     return train, test, meta
 
 
@@ -131,10 +152,9 @@ def _number(cell: str) -> float:
 
 def _is_number(cell: str) -> bool:
     try:
-        _number(cell)
+        return not math.isinf(_number(cell))
     except ValueError:
         return False
-    return True
 
 
 def _text_column(rows: list[dict[str, str]], columns: list[str]) -> str | None:
@@ -147,11 +167,14 @@ def _text_column(rows: list[dict[str, str]], columns: list[str]) -> str | None:
     other = [name for name in columns if not all(_is_number(row[name]) for row in rows)]
     if columns and not other:
         return None
-    if len(other) == 1 and len(columns) == 1:
+    if len(other) == 1 and len(columns) == 1 and 2 * sum(_is_number(row[other[0]]) for row in rows) < len(rows):
         return other[0]
+    found = [next((row[name], k + 1) for k, row in enumerate(rows) if not _is_number(row[name])) for name in other]
+    shown = [f"{name} ({cell.strip()!r} in row {k})" for name, (cell, k) in zip(other, found, strict=True)]
     raise ValueError(
-        f"csv: columns that hold no numbers: {', '.join(other) or 'none, and none that do'}; write them as numbers, "
-        "leave them out, or call the column of texts 'text'"
+        f"csv: columns with cells that are no numbers: {', '.join(shown) or 'none, and no others'}; write them as "
+        "numbers (a column of 0 and 1 for each kind), empty where one is missing; leave them out; or call the column "
+        "of texts 'text'"
     )
 
 

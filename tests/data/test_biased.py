@@ -65,7 +65,7 @@ def test_real_digits():
 
 
 def test_refuses_a_meta_set_that_takes_all():
-    with pytest.raises(ValueError, match="below the smallest class's 60 examples, got 60"):
+    with pytest.raises(ValueError, match=r"below the 60 training examples of the smallest class, '.*', got 60"):
         biased(made_up(), meta_per_class=60)
 
 

@@ -123,7 +123,16 @@ def test_groups_that_cannot_be_read(tmp_path):
         (["a,kind", "1,x", "2,"], "kind", "row 2 has no 'kind'"),
         (["a,kind", "1,x", "2,y,z"], "kind", "row 2 of .* has not 2 cells"),
         (["a,kind", "1,x", "2,x"], "kind", "two classes at least, got \\['x'\\]"),
-        (["a,b,kind", "1,red,x", "2,blue,y"], "kind", "columns that hold no numbers: b; write them as numbers"),
+        (
+            ["a,b,kind", "1,red,x", "2,blue,y"],
+            "kind",
+            "cells that are no numbers: b \\('red' in row 1\\); write",
+        ),
+        (["a,b,kind", "1,2,x", "1,inf,y", "NA,3,x"], "kind", "a \\('NA' in row 3\\), b \\('inf' in row 2\\)"),
+        (["a,kind", "1,x", "2,y", "1e999,x"], "kind", "no numbers: a \\('1e999' in row 3\\)"),
+        (["a;kind", "1;x", "2;y"], "kind", "separated by commas; the head of .* has none: 'a;kind'"),
+        ([",a,kind", "0,1,x", "1,2,y"], "kind", "column 1 of .* has no name"),
+        (["a,b,a,kind", "1,2,3,x", "2,3,4,y"], "kind", "more than one column 'a'"),
         (
             ["a,kind,split", "1,x,train", "2,y,dev"],
             "kind",
@@ -135,7 +144,7 @@ def test_groups_that_cannot_be_read(tmp_path):
             "kind",
             "marked as meta must have each class; there is none of: 1",
         ),
-        (["a,kind", "1,x", "2,y"], "kind", "no class has the five rows"),
+        (["a,kind", "1,x", "2,y"], "kind", "no class has the five rows .*: 2 rows of 2 classes"),
         (["a,kind"], "kind", "has no rows"),
     ],
 )
@@ -145,6 +154,12 @@ def test_tables_that_cannot_be_read(tmp_path, lines, label, message):
 
 
 def test_other_refusals(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("size,kind\n1,groß\n2,klein".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load(f"csv:{tmp_path / 'latin.csv'}", label="kind")
+    both = (write(tmp_path / name, [head, "1,x", "2,y"]) for name, head in (("a.csv", "a,kind"), ("b.csv", "b,kind")))
+    with pytest.raises(ValueError, match=r"has not all columns of .*; it lacks a"):
+        load(",".join(both).replace(",csv:", ","), label="kind")
     with pytest.raises(DataNotFound, match="no file"):
         load(f"csv:{tmp_path / 'absent.csv'}", label="kind")
     with pytest.raises(ValueError, match="--label names a column of --data csv:FILE, got 'digits'"):
