@@ -6,6 +6,7 @@ may use global names. Whatever it can reach in a few steps is looked at, never c
 
 from __future__ import annotations
 
+import dis
 import functools
 import random
 import sys
@@ -78,7 +79,7 @@ class Surroundings:
                 continue
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
-        for name in names_of(function.__code__):
+        for name in globals_of(function.__code__):
             if name in function.__globals__:
                 value = function.__globals__[name]
                 self._put_back.append(functools.partial(_rebind, function.__globals__, name, value))
@@ -111,10 +112,12 @@ def _own_functions(model: nn.Module) -> Iterator[Any]:
                 yield value
 
 
-def names_of(code: types.CodeType) -> set[str]:
+@functools.lru_cache(4096)
+def globals_of(code: types.CodeType) -> frozenset[str]:
     """Global names that a function reads or writes, also in functions defined inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(names_of, inner))
+    own = (step.argval for step in dis.get_instructions(code) if step.opname.endswith(("_GLOBAL", "_NAME")))
+    return frozenset(own).union(*map(globals_of, inner))
 
 
 def _refill_cell(cell: types.CellType, content: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.members import modules_of
-from metakern.capture.surroundings import FOREIGN, names_of
+from metakern.capture.surroundings import FOREIGN, globals_of
 
 _DEPTH = 6
 _LARGEST = 4096
@@ -138,12 +138,12 @@ class Granted:
         if id(function) in self._seen or _foreign(function):
             return
         self._seen.add(id(function))
-        names = names_of(function.__code__)
+        names = _names_of(function.__code__)
         self._visit(function.__defaults__, names, depth - 1)
         self._visit(function.__kwdefaults__, names, depth - 1)
         for cell in function.__closure__ or ():
             self._visit(_content(cell), names, depth - 1)
-        for name in names:
+        for name in globals_of(function.__code__):
             if name in function.__globals__:
                 self._visit(function.__globals__[name], names, depth - 1)
 
@@ -160,13 +160,19 @@ class Granted:
             function = held.fget if isinstance(held, property) else held
             if isinstance(function, types.FunctionType) and not isinstance(value, types.ModuleType):
                 self._function(function, depth - 1)
-                self._attributes(value, names_of(function.__code__), depth - 1)
+                self._attributes(value, _names_of(function.__code__), depth - 1)
             else:
                 self._visit(held, names, depth - 1)
 
 
 def _same(left: Any, right: Any) -> bool:
     return left is right or (type(left) is type(right) and type(left) in _BY_VALUE and left == right)
+
+
+def _names_of(code: types.CodeType) -> set[str]:
+    """Names of globals and attributes that a function has a word for, also in functions defined inside it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names_of, inner))
 
 
 def _content(cell: types.CellType) -> Any:

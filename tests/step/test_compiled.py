@@ -285,6 +285,26 @@ def test_numbers_and_functions_that_are_others_by_now_are_refused(change: Callab
         step(*batches(2))
 
 
+scale = torch.ones(3)
+"""Named like an attribute of the model below, and nothing that it looks at."""
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = network(), 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+def test_a_global_named_like_an_attribute_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Scaled()
+    step = compile_step(model, *batches())
+    monkeypatch.setitem(globals(), "scale", torch.zeros(3))
+    assert_as_uncompiled(step, model, batches(1))
+
+
 def test_a_loss_that_counts_its_calls_is_refused_and_put_back() -> None:
     calls = [0]
 
