@@ -17,6 +17,7 @@ from metakern.capture.parameters import trainable_parameters
 from metakern.capture.uncompiled import uncompiled
 from metakern.step import reweight_step
 from metakern.testing.budget import Verdict, unit, verdict
+from metakern.testing.oracle import copy_of
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class _Truth:
 
 def _float64_copy(model: nn.Module) -> tuple[nn.Module, bool]:
     """A copy in float64 without dropout, and whether there was any."""
-    replica, changed = copy.deepcopy(model).double(), False
+    replica, changed = copy_of(model).double(), False
     for module in replica.modules():
         for attribute in ("p", "dropout", "dropout_p", "attention_dropout"):
             rate = getattr(module, attribute, None)

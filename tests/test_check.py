@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import metakern
 from metakern.cli import main
@@ -38,6 +39,28 @@ def test_an_exact_model() -> None:
     text = str(report)
     assert text.endswith("exact")
     assert "dropout was switched off" in text
+
+
+def test_a_model_that_keeps_something_of_its_last_pass() -> None:
+    """A pruned weight and an auxiliary loss have a graph, and torch copies no tensors that have."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.penalties = prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5), list[Tensor]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.layers(x)
+            self.penalties = [logits.square().sum(1)]
+            return logits
+
+    model = Keeping()
+    batch, meta_batch = batches()
+    model(batch[0])
+    kept = model.penalties[0]
+    assert metakern.check(model, batch, meta_batch).ok
+    assert model.penalties[0] is kept
+    assert kept.requires_grad
 
 
 def test_a_model_whose_examples_interact() -> None:

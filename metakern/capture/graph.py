@@ -60,6 +60,8 @@ def output_gradients(
 ) -> list[list[Tensor | None]]:
     """B of every use: d(sum_n weights_n loss_n)/d(output), by one backward pass that forms no parameter gradient."""
     edges = [edge for use in trace.uses for edge in use.edges]
+    if not edges:
+        return []
     cotangent = torch.ones_like(trace.losses) if weights is None else weights
     with _after_hooks(trace, edges) as after:
         found = torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True)
@@ -100,6 +102,8 @@ def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | Non
     A gradient can be seen in passing only at a node that runs, so the pass asks for the outputs of the uses that have
     no use below them and watches all the others.
     """
+    if not trace.uses:
+        return
     lowest = [k for k, use in enumerate(trace.uses) if not use.upstream]
     handles = []
     try:

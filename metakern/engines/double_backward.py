@@ -44,6 +44,8 @@ def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[st
 
 
 def _differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[str, Tensor]) -> Tensor:
+    if not direction:
+        return torch.zeros_like(losses)
     u = torch.ones_like(losses, requires_grad=True)
     parameters = [problem.chosen[name] for name in direction]
     grads = torch.autograd.grad(losses, parameters, u, create_graph=True, allow_unused=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Select = Callable[[Any, int], Any]
@@ -71,7 +71,7 @@ def oracle(
     Raises: ValueError for a model in train mode with dropout: a mask cannot be drawn again example by example.
     """
     _refuse_dropout(model)
-    replica = copy.deepcopy(model).to(dtype)
+    replica = copy_of(model).to(dtype)
     per_example = loss_fn or default_loss
     batch, meta_batch = (tree_map(lambda leaf: _cast(leaf, dtype), each) for each in (batch, meta_batch))
     params = {
@@ -175,3 +175,11 @@ def _refuse_dropout(model: nn.Module) -> None:
         if module.training and isinstance(rate, float) and rate > 0:
             where = name or "the model"
             raise ValueError(f"model: the oracle cannot draw the dropout mask of {where} again; set its rate to 0")
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of the model. What it keeps of its last forward pass (a pruned weight, an auxiliary loss) is copied
+    without the graph that it came from, of which torch makes no copies.
+    """
+    kept = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})

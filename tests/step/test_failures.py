@@ -284,6 +284,24 @@ def test_detached_branch_took_no_part(engine: str, memory: str) -> None:
         metakern.l2rw_step(model, *batches(), engine=engine, memory=memory, optimizer=optimizer)
 
 
+@ENGINES
+@MEMORIES
+def test_no_parameter_took_part(engine: str, memory: str) -> None:
+    """The loss requires a gradient, but of other leaves than the parameters."""
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.layer.weight.detach().requires_grad_())
+
+    model = Apart().double()
+    with untouched(model) as optimizer, pytest.raises(ValueError, match=r"'layer\.weight'.*did not take part"):
+        metakern.l2rw_step(model, *batches(), engine=engine, memory=memory, optimizer=optimizer)
+
+
 class Overwriting(nn.Module):
     """Changes the input of a layer after the layer has read it; autograd does not look, since B needs no such input."""
 
