@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from metakern.capture.members import modules_of, name_of
 
@@ -72,6 +73,12 @@ def require_servable(model: Any) -> None:
             f"{type(model).__name__} is not supported: pass model.module"
             + ("" if isinstance(model, nn.DataParallel) else " together with process_group=")
         )
+    for mode in _get_current_function_mode_stack():
+        if type(mode).__module__.partition(".")[0] not in ("torch", "metakern"):
+            raise NotImplementedError(
+                f"a TorchFunctionMode, {type(mode).__name__}, is active around the call, and what it makes of the "
+                "model's functions would not be seen; enter it within the forward pass or loss_fn instead"
+            )
     for module in modules_of(model):
         if getattr(module, "scale_grad_by_freq", False):
             raise NotImplementedError(

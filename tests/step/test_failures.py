@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import metakern
 from metakern.testing import inputs
-from metakern.testing.judge import Snapshot
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.judge import Snapshot, judge_step
 
 
 class Network(nn.Module):
@@ -394,6 +396,27 @@ def test_models_that_cannot_be_served() -> None:
         metakern.l2rw_step(nn.Linear(4, 3, dtype=torch.complex64), *batches())
     with pytest.raises(TypeError, match=r"model\.module"):
         metakern.l2rw_step(nn.DataParallel(mlp()), *batches())
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * (2 if func is nn.functional.linear else 1)
+
+
+@ENGINES
+def test_function_modes_around_the_call(engine: str) -> None:
+    """What a mode makes of a layer is seen within the forward pass only."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        with Doubled():
+            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    model = mlp()
+    with untouched(model), Doubled(), pytest.raises(NotImplementedError, match="Doubled, is active around"):
+        metakern.l2rw_step(model, *batches(), engine=engine)
+    setup = Setup(model, *batches(), loss_fn=loss_fn)
+    with torch.device("cpu"):
+        judge_step(metakern.l2rw_step, setup, engine=engine)
 
 
 def test_inside_no_grad() -> None:
