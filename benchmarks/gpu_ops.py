@@ -98,6 +98,12 @@ def convolved(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Any, 
     return A, B, (torch.arange(s["n"], device=device) % 2).float(), kernel, [1, 1], [1, 1], [1, 1]
 
 
+def convolved_alone(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """The same without weights."""
+    A, B, _, kernel, *settings = convolved(s, dtype, device)
+    return A, B, kernel, *settings
+
+
 def paired_matrices(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """With a size m the meta examples are told apart."""
     A, _, B = matrices(s, dtype, device)
@@ -151,6 +157,13 @@ def _kernel_gradient(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, *settings:
     return torch.ops.aten.convolution_backward(
         scaled, A, kernel, None, *settings, False, [0, 0], 1, [False, True, False]
     )[1]
+
+
+def _kernel_gradients(A: Tensor, B: Tensor, kernel: Tensor, *settings: list[int]) -> Tensor:
+    def of_one(a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.grad.conv2d_weight(a.unsqueeze(0), kernel.shape, b.unsqueeze(0), *settings)
+
+    return torch.func.vmap(of_one)(A, B)
 
 
 def _grams(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
@@ -225,6 +238,10 @@ def op_cases(small: bool) -> Iterator[OpCase]:
     images = dict(n=4, i=3, o=5, p=6) if small else dict(n=256, i=128, o=128, p=32)
     terms = images["n"] * images["p"] ** 2
     yield OpCase("weighted_kernel_grad", images, bf16, convolved, "scale, its backward", _kernel_gradient, terms)
+    yield OpCase(
+        *("kernel_grads", images, bf16, convolved_alone, "vmap of the backward", _kernel_gradients),
+        images["p"] ** 2,
+    )
     tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=250000, o=1024)
     norm = dict(n=4, t=8, i=24) if small else dict(n=128, t=512, i=1024)
     wide = dict(n=2, t=8, i=40) if small else dict(n=16, t=1024, i=4096)

@@ -81,6 +81,13 @@ def _weighted(A: Tensor, B: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.T @ A.flatten(0, 1), scaled.sum(0)
 
 
+def _kernel_gradients(A: Tensor, B: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    def of_one(a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.grad.conv2d_weight(a.unsqueeze(0), kernel.shape, b.unsqueeze(0), padding=1)
+
+    return torch.func.vmap(of_one)(A, B), B.sum((2, 3))
+
+
 def _weighted_kernel(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     _, grad, shift = torch.ops.aten.convolution_backward(
         B * w.to(B.dtype).view(-1, 1, 1, 1),
@@ -143,6 +150,13 @@ OPERATORS = [
             normal(64, 64, 256, seed=3, dtype=dtype),
         ),
         calls=10,
+    ),
+    OperatorCase(
+        "kernel_grads",
+        "n=64 i=64 o=64 32x32 3x3",
+        partial(ops.kernel_grads, padding=1, bias=True),
+        _kernel_gradients,
+        _normals((64, 64, 32, 32), (64, 64, 32, 32), (64, 64, 3, 3)),
     ),
     OperatorCase(
         "pair_dots",

@@ -10,6 +10,7 @@ from metakern.ops.cross_entropy_rows.api import cross_entropy_rows
 from metakern.ops.cross_entropy_rows_backward.api import cross_entropy_rows_backward
 from metakern.ops.direction_dots.api import direction_dots
 from metakern.ops.embedding_dots.api import embedding_dots
+from metakern.ops.kernel_grads.api import kernel_grads
 from metakern.ops.pair_dots.api import pair_dots
 from metakern.ops.row_dots.api import row_dots
 from metakern.ops.weighted_grad.api import weighted_grad
@@ -22,6 +23,7 @@ __all__ = [
     "cross_entropy_rows_backward",
     "direction_dots",
     "embedding_dots",
+    "kernel_grads",
     "pair_dots",
     "row_dots",
     "weighted_grad",

@@ -112,7 +112,7 @@ def _weighted_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
     return normal(n, t, i, seed=1, dtype=dtype), normal(n, t, o, seed=2, dtype=dtype), w, n != 5, *start
 
 
-def _weighted_kernel_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+def _kernel_grads(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
     """Sizes are n, dimensions of space, channels in and out, pixels and window a side, then the four settings."""
     n, spatial, i, o, pixels, window, stride, padding, dilation, groups = sizes
     outputs = (pixels + 2 * padding - dilation * (window - 1) - 1) // stride + 1
@@ -123,7 +123,16 @@ def _weighted_kernel_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
         ))
     )  # fmt: skip
     settings = ([value] * spatial for value in (stride, padding, dilation))
-    return A, B, normal(n, seed=3, dtype=torch.float32).clamp_min(0), kernel, *settings, groups, n != 5
+    return A, B, kernel, *settings, groups, n != 5
+
+
+def _kernel_grads_scale(A: Tensor, B: Tensor, kernel: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return ops.kernel_grads(A.abs(), B.abs(), kernel, *settings[:-1], bias=settings[-1], impl="reference")
+
+
+def _weighted_kernel_grad(sizes: Sizes, dtype: torch.dtype) -> tuple[Any, ...]:
+    A, B, *others = _kernel_grads(sizes, dtype)
+    return A, B, normal(sizes[0], seed=3, dtype=torch.float32).clamp_min(0), *others
 
 
 def _weighted_kernel_scale(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -156,6 +165,14 @@ def _weighted_scale(A: Tensor, B: Tensor, w: Tensor, bias: bool, start: Tensor |
 
 
 _MATRICES = ((0, 3, 4, 5), (1, 0, 4, 5), (1, 1, 1, 1), (7, 1, 33, 17), (5, 3, 20, 70), (3, 130, 65, 9))
+_CONVOLUTIONS = (
+    (0, 2, 3, 4, 5, 3, 1, 1, 1, 1),
+    (1, 1, 1, 1, 1, 1, 1, 0, 1, 1),
+    (5, 1, 4, 6, 17, 3, 2, 1, 2, 2),
+    (3, 3, 2, 3, 5, 2, 1, 1, 1, 1),
+    (40, 2, 3, 32, 32, 3, 1, 1, 1, 1),
+    (7, 2, 6, 4, 9, 3, 1, 0, 1, 1),
+)
 _ROWS = ((0, 3), (1, 1), (5, 2), (7, 33), (4, 64), (5, 2057), (40, 100))
 
 CASES = {
@@ -178,6 +195,7 @@ CASES = {
         lambda s: s[1] * s[3],
         far=False,
     ),
+    "kernel_grads": Case(_CONVOLUTIONS, _kernel_grads, _kernel_grads_scale, lambda s: s[4] ** s[1]),
     "pair_dots": Case(
         (
             *((0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (1, 1, 1, 1, 1), (7, 1, 19, 33, 17)),
@@ -196,14 +214,7 @@ CASES = {
     ),
     "weighted_grad": Case((*_MATRICES, (3, 300, 260, 5)), _weighted_grad, _weighted_scale, lambda s: s[0] * s[1]),
     "weighted_kernel_grad": Case(
-        (
-            (0, 2, 3, 4, 5, 3, 1, 1, 1, 1),
-            (1, 1, 1, 1, 1, 1, 1, 0, 1, 1),
-            (5, 1, 4, 6, 17, 3, 2, 1, 2, 2),
-            (3, 3, 2, 3, 5, 2, 1, 1, 1, 1),
-            (40, 2, 3, 32, 32, 3, 1, 1, 1, 1),
-            (7, 2, 6, 4, 9, 3, 1, 0, 1, 1),
-        ),
+        _CONVOLUTIONS,
         _weighted_kernel_grad,
         _weighted_kernel_scale,
         lambda s: s[0] * s[4] ** s[1],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from metakern.ops.convolution import per_dimension
 from metakern.ops.select import Implementation, Operator, always
 from metakern.ops.weighted_kernel_grad import contract, native, reference
 
@@ -48,11 +49,5 @@ def weighted_kernel_grad(
     Raises: ValueError for shapes, devices, numbers of settings, an unknown `impl` or operands that require grad;
         TypeError for dtypes.
     """
-    each = (_each(value, kernel.dim() - 2) for value in (stride, padding, dilation))
+    each = (per_dimension(value, kernel.dim() - 2) for value in (stride, padding, dilation))
     return OPERATOR(A, B, w, kernel, *each, groups, bias, impl=impl)
-
-
-def _each(value: int | Sequence[int], spatial: int) -> list[int]:
-    """One number per dimension of space; a list of one stands for all of them, as in torch's convolutions."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * spatial if len(values) == 1 else values

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from metakern.ops.convolution import library_gradient
 from metakern.ops.layout import examples_per_chunk
 from metakern.ops.operands import accumulator
-from metakern.ops.weighted_kernel_grad.reference import in_kernel_order, library_gradient
+from metakern.ops.weighted_kernel_grad.reference import in_kernel_order
 
 
 def weighted_kernel_grad(

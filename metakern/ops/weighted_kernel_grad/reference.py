@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from metakern.ops.convolution import library_gradient
 from metakern.ops.operands import accumulator
 
 
@@ -21,18 +22,6 @@ def weighted_kernel_grad(
     scaled = B[kept].to(dtype) * w[kept].to(dtype).view(-1, *(1,) * (B.dim() - 1))
     found = library_gradient(A[kept].to(dtype), scaled, kernel.to(dtype), stride, padding, dilation, groups, bias)
     return in_kernel_order(*found, kernel, A.dtype)
-
-
-def library_gradient(
-    A: Tensor, B: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    groups: int, bias: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of sum B * (conv(A; kernel) + bias) in kernel and bias; `kernel` gives a shape and a memory order."""
-    outputs, no_output_padding = [kernel.shape[0]], [0] * len(stride)
-    _, grad, shift = torch.ops.aten.convolution_backward(
-        B, A, kernel, outputs, stride, padding, dilation, False, no_output_padding, groups, [False, True, bias]
-    )
-    return grad, shift if bias else grad.new_empty(0)
 
 
 def in_kernel_order(grad: Tensor, shift: Tensor, kernel: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
