@@ -2,6 +2,7 @@
 
 from metakern.dots.direction import direction_dots as direction_dots
 from metakern.dots.direction import extend_to_derived as extend_to_derived
+from metakern.dots.direction import folded as folded
 from metakern.dots.pairs import pair_dots as pair_dots
 from metakern.dots.pairs import pairable as pairable
 from metakern.dots.pairs import pairable_biases as pairable_biases

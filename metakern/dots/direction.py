@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
+from metakern.layers import per_example
 from metakern.layers.precision import products
 from metakern.layers.replay import output_tangents
 from metakern.layers.rule import Tangents
@@ -30,3 +32,11 @@ def direction_dots(record: Record, tangents: Tangents, examples: int) -> Tensor 
         return None
     with products(record.dot_precision):
         return rule_for(record.call).dots(record, tangents, examples)
+
+
+@torch.no_grad()
+def folded(record: Record, examples: int) -> Record:
+    """The record with gradients of single examples in place of A and B, where its layer forms them."""
+    form = rule_for(record.call).per_example
+    gradients = None if form is None else form(record, examples)
+    return record if gradients is None else per_example.folded(record, gradients)

@@ -45,6 +45,7 @@ def _columns(problem: Problem, train: TrainPass) -> tuple[Iterator[Tensor], Tens
         except EngineUnavailable:  # meta examples interact among themselves, say
             pass
         else:
+            meta.fold()
             return _by_records(problem, train, meta), meta.losses
     losses = problem.meta_losses()
     return _by_backward(problem, train, losses), losses.detach()

@@ -42,6 +42,15 @@ class Recorded:
             for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
         ]
 
+    def fold(self) -> None:
+        """Keep gradients of single examples in place of A and B where they serve several answers for less."""
+        wanted, uses = self._served(self._problem.chosen), list(self.trace.uses)
+        for k, record in enumerate(self.records):
+            if record is not None and any(id(p) in wanted for _, p in record.call.parameters):
+                self.records[k] = folded = stage_dots.folded(record, self.trace.examples)
+                uses[k] = folded.use
+        self.trace = replace(self.trace, uses=tuple(uses))
+
     def dots_along(
         self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0
     ) -> Tensor:
@@ -67,13 +76,17 @@ class Recorded:
         kept = [record for record in self.records if record is not None]
         derivations = self.trace.derivations
         if only is not None:
-            wanted = {id(p) for p in only.values()}
-            wanted.update(id(t) for call in derivations for t in call.outputs if t is not None)
+            wanted = self._served(only)
             kept = [part for part in (restricted(record, wanted) for record in kept) if part is not None]
         if not keep:
             self.records, self.trace = [], self.trace.released()
         records = kept if keep else _let_go(kept)
         return weighted_gradients(records, derivations, weights, self._problem.trainable if only is None else only)
+
+    def _served(self, names: Names) -> set[int]:
+        """Identities of the parameters and of all derived tensors."""
+        derived = (id(t) for call in self.trace.derivations for t in call.outputs if t is not None)
+        return {*(id(p) for p in names.values()), *derived}
 
     def _require_intact(self) -> None:
         for record in self.records:
@@ -161,7 +174,8 @@ def restricted(record: Record, wanted: Set[int]) -> Record | None:
     if len(parameters) == len(record.call.parameters):
         return record
     use = record.use._replace(call=record.call._replace(parameters=parameters))
-    return replace(record, use=use, memo={}) if parameters else None
+    memo = {key: gradients for key, gradients in record.memo.items() if key in wanted}
+    return replace(record, use=use, memo=memo) if parameters else None
 
 
 def require_unchanged(use: Use) -> None:

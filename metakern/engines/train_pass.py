@@ -17,7 +17,7 @@ from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import choose, jvp
 from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
-from metakern.engines.recorded import Names, recorded
+from metakern.engines.recorded import Names, Recorded, recorded
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forms import twice_differentiable
 
@@ -44,6 +44,8 @@ class GhostPass:
 
     def __init__(self, problem: Problem) -> None:
         self._problem, self.records = problem, recorded(problem)
+        if isinstance(self.records, Recorded):
+            self.records.fold()
         self.losses = self.records.losses
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:

@@ -1,11 +1,13 @@
 """conv1d, conv2d, conv3d: linear in the kernel, so dots_n = <B_n, conv(A_n; V, v)> by the library's own convolution.
 
-The weighted gradient is the library's kernel gradient of the rows that carry weight.
+The weighted gradient is the library's kernel gradient of the rows that carry weight. A pass that answers several times
+forms the kernel gradients of single examples instead where these are small, at the price of one of its answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +53,44 @@ def _along(call: Call, tangents: Tangents, dtype: torch.dtype) -> Callable[[Tens
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
     call, grad, axis = record.call, record.output_grad, record.axes[0]
-    padding = call.argument(4, "padding", 0)
-    if isinstance(padding, str) or not (axis.leading and axis.inner == 1):
+    if not _by_example(record):
         scaled = grad * axis.spread(weights.values, grad.shape).to(grad.dtype)
         return parameter_gradients(call, (0,), (scaled,))
     weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
-    inputs, kernel = call.argument(0, "input").detach().to(grad.dtype), call.argument(1, "weight").detach()
-    settings = call.argument(3, "stride", 1), padding, call.argument(5, "dilation", 1), call.argument(6, "groups", 1)
+    inputs, kernel, settings = _operands(record)
     found = ops.weighted_kernel_grad(inputs, grad, weights.values, kernel, *settings, bias=bias is not None)
     return {id(p): g for p, g in zip((weight, bias), found) if p is not None}
 
 
-RULE = LayerRule(_applies, dots, weighted_grads)
+def per_example(record: Record, examples: int) -> Gradients | None:
+    """Where they are no larger than `LARGEST_SHARE` of A and B; of one input channel the library is slow at them."""
+    call, grad = record.call, record.output_grad
+    weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
+    if weight is None or not _by_example(record) or grad.is_cuda or grad.dtype not in (torch.float32, torch.float64):
+        return None
+    inputs, kernel, settings = _operands(record)
+    small = kernel.numel() * examples <= LARGEST_SHARE * (inputs.numel() + grad.numel())
+    if not small or kernel.shape[1] == 1:
+        return None
+    found = ops.kernel_grads(inputs, grad, kernel, *settings, bias=bias is not None)
+    return {id(p): g.flatten(1) for p, g in zip((weight, bias), found) if p is not None}
+
+
+LARGEST_SHARE = 2
+
+
+def _by_example(record: Record) -> bool:
+    """Is every example an image of its own, and the padding one that the kernel gradient takes?"""
+    axis = record.axes[0]
+    return axis.leading and axis.inner == 1 and not isinstance(record.call.argument(4, "padding", 0), str)
+
+
+def _operands(record: Record) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """A, the kernel, and stride, padding, dilation and groups."""
+    call = record.call
+    settings = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
+    inputs, kernel = call.argument(0, "input"), call.argument(1, "weight")
+    return inputs.detach().to(record.output_grad.dtype), kernel.detach(), tuple(call.argument(*s) for s in settings)
+
+
+RULE = LayerRule(_applies, dots, weighted_grads, per_example=per_example)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metakern import ops
 from metakern.capture.record import Call, Record
+from metakern.layers.per_example import along, weighted
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 
@@ -128,19 +129,11 @@ def _sum_positions(call: Call, normalised: Tensor | None, grad: Tensor) -> Tenso
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
-    terms = [
-        torch.mv(grads, tangents[key].to(grads.dtype).flatten())
-        for key, grads in per_example_gradients(record, examples).items()
-        if key in tangents
-    ]
-    return sum(terms[1:], terms[0])
+    return along(per_example_gradients(record, examples), tangents)
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
-    return {
-        key: torch.mv(grads.t(), weights.values.to(grads.dtype))
-        for key, grads in per_example_gradients(record, weights.examples).items()
-    }
+    return weighted(per_example_gradients(record, weights.examples), weights)
 
 
 RULE = LayerRule(_applies, dots, weighted_grads)

@@ -35,9 +35,12 @@ class LayerRule:
     dots(record, V, n)           -> [n], sum over positions of <B_n, d output_n / d parameters . V>
     weighted_grads(record, w)    -> sum_n w_n B_n^T d output_n / d parameters, by parameter
     matrices(record, n)          -> A[n,t,i], B[n,t,o] when the use is a matrix product with its weight
+    per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
+                                    else None
     """
 
     applies: Callable[[Call], bool]
     dots: Callable[[Record, Tangents, int], Tensor]
     weighted_grads: Callable[[Record, Weights], Gradients]
     matrices: Callable[[Record, int], tuple[Tensor, Tensor]] | None = None
+    per_example: Callable[[Record, int], Gradients | None] | None = None

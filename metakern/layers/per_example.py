@@ -1,0 +1,46 @@
+"""Gradients of single examples, where they are small: dots_n = <G_n, V>, weighted gradient sum_n w_n G_n.
+
+Normalisations form them in any case. A pass that answers several times, as for a virtual step, forms those of other
+layers as well where that is cheaper, and lets A and B go (`folded`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from metakern.capture.record import Record
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+
+
+def along(gradients: Gradients, tangents: Tangents) -> Tensor:
+    """sum over parameters of <G_n, V>, [n], for gradients [n, numbers]."""
+    terms = [torch.mv(grads, tangents[p].to(grads.dtype).flatten()) for p, grads in gradients.items() if p in tangents]
+    return sum(terms[1:], terms[0])
+
+
+def weighted(gradients: Gradients, weights: Weights) -> Gradients:
+    """sum_n w_n G_n by parameter, [numbers]; examples of weight zero are not read where the host knows them."""
+    w, found = weights.values, {}
+    for p, grads in gradients.items():
+        rows = w.to(grads.dtype)
+        if weights.kept is not None:
+            grads, rows = grads.index_select(0, weights.kept), rows.index_select(0, weights.kept)
+        found[p] = torch.mv(grads.t(), rows)
+    return found
+
+
+def folded(record: Record, gradients: Gradients) -> Record:
+    """The record with gradients of single examples, [n, numbers] by parameter, in place of A and B."""
+    call = record.call._replace(func=folded, args=(), kwargs={}, versions=())
+    return replace(record, use=record.use._replace(call=call), output_grads=(), memo=gradients)
+
+
+RULE = LayerRule(
+    applies=lambda call: True,
+    dots=lambda record, tangents, examples: along(record.memo, tangents),
+    weighted_grads=lambda record, weights: weighted(record.memo, weights),
+)
+"""Of folded records."""
