@@ -103,26 +103,37 @@ def count(step: Callable[[], T], device: str) -> tuple[T, int, int]:
     Operations: matrix products, convolutions, attention and metakern's own operators. Peak: the largest size of all
     tensors alive at once, beyond those alive before.
 
-    The step is taken twice and the second counts: where Python watches the operators torch makes some views by others
-    (a reshape), so that a model is another one there, of which the first step has to learn what is learnt once.
+    Operations and memory are counted in steps of their own, since the counter of operations puts hooks on what modules
+    give back, by which graphs outlive the step's own references to them. Either step is taken twice and the second
+    counts: where Python watches the operators torch makes some views by others (a reshape), so that a model is another
+    one there, of which the first step has to learn what is learnt once.
     """
-    _counted(step, device)
-    return _counted(step, device)
+    _operations(step)
+    operations = _operations(step)
+    _peak(step, device)
+    outcome, peak = _peak(step, device)
+    return outcome, operations, peak
 
 
-def _counted(step: Callable[[], T], device: str) -> tuple[T, int, int]:
+def _operations(step: Callable[[], Any]) -> int:
     gc.collect()
     with FlopCounterMode(display=False) as counter:
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            outcome = step()
-            torch.cuda.synchronize()
-            return outcome, counter.get_total_flops(), torch.cuda.max_memory_allocated() - before
-        with LiveStorage() as live:
-            outcome = step()
-    return outcome, counter.get_total_flops(), live.peak
+        step()
+    return counter.get_total_flops()
+
+
+def _peak(step: Callable[[], T], device: str) -> tuple[T, int]:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outcome = step()
+        torch.cuda.synchronize()
+        return outcome, torch.cuda.max_memory_allocated() - before
+    with LiveStorage() as live:
+        outcome = step()
+    return outcome, live.peak
 
 
 class LiveStorage(TorchDispatchMode):
@@ -148,7 +159,12 @@ class LiveStorage(TorchDispatchMode):
         return output
 
     def _meet(self, tensor: torch.Tensor, new: bool) -> None:
-        """A storage first seen as an argument was there before the step; first seen as a result, it is new."""
+        """A storage first seen as an argument was there before the step; first seen as a result, it is new.
+
+        The zeros of forward mode, and what shapes alone are worked out by, take no memory.
+        """
+        if tensor.is_meta or tensor._is_zerotensor():
+            return
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)
         if new and reference.cdata not in self._known:
