@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -135,3 +136,41 @@ def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) 
         return watch
 
     return [edge.node.register_prehook(watcher(p, edge.output_nr)) for p, edge in enumerate(use.edges)]
+
+
+@contextmanager
+def differentiable_functions(losses: Tensor) -> Iterator[None]:
+    """Inside the block a backward pass with `create_graph=True` is refused where a custom function's backward cuts it:
+    what it returns does not depend, for autograd, on the gradient that it was given.
+
+    Raises: EngineUnavailable naming the function.
+    """
+    handles = [node.register_hook(partial(_require_graph, node.name())) for node in _custom_functions(losses)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _require_graph(name: str, given: Sequence[Tensor | None], taken: Sequence[Tensor | None]) -> None:
+    """`given` to the inputs for the gradients `taken` of the outputs."""
+    if any(g is not None and g.requires_grad for g in taken) and any(
+        g is not None and not g.requires_grad and bool(g.any()) for g in given
+    ):
+        raise EngineUnavailable(
+            f"the backward of a custom autograd.Function, {name.removesuffix('Backward')}, cannot be differentiated "
+            "again, and autograd does not say so: make it of torch functions, not under torch.no_grad"
+        )
+
+
+def _custom_functions(losses: Tensor) -> list[BackwardCFunction]:
+    found, seen, ahead = [], set(), [losses.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+            if isinstance(node, BackwardCFunction):
+                found.append(node)
+    return found

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metakern.capture.graph import differentiable_functions
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
 from metakern.engines.group import mean_over_group
@@ -48,7 +49,8 @@ def _differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[s
         return torch.zeros_like(losses)
     u = torch.ones_like(losses, requires_grad=True)
     parameters = [problem.chosen[name] for name in direction]
-    grads = torch.autograd.grad(losses, parameters, u, create_graph=True, allow_unused=True)
+    with differentiable_functions(losses):
+        grads = torch.autograd.grad(losses, parameters, u, create_graph=True, allow_unused=True)
     along = [(g * v).sum() for g, v in zip(grads, direction.values(), strict=True) if g is not None]
     if not along:
         return torch.zeros_like(losses)

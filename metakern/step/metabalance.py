@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.graph import differentiable_functions
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import pose, twice_differentiable
@@ -112,6 +113,8 @@ class _Inner:
             if differentiable:
                 stack.enter_context(twice_differentiable())
             loss = _mean_loss(problem, problem.batch, "inner_batch")
+            if differentiable:
+                stack.enter_context(differentiable_functions(loss))
             parameters = list(problem.trainable.values())
             found = torch.autograd.grad(loss, parameters, create_graph=differentiable, allow_unused=True)
         self.loss = loss.detach()

@@ -56,6 +56,43 @@ def test_custom_function_by_double_backward() -> None:
     judge_step(metakern.l2rw_step, setup_of(CubeLayer()), engine="double_backward")
 
 
+class Opaque(torch.autograd.Function):
+    """x^3 with a backward that autograd does not record: its second derivatives are lost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        with torch.no_grad():
+            return 3 * grad * ctx.saved_tensors[0] ** 2
+
+
+def test_custom_function_whose_backward_is_not_recorded() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.side, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Opaque.apply(self.first(x)) + self.side(x))
+
+    setup = setup_of(Model())
+    judge_step(metakern.l2rw_step, setup, engine="ghost")
+    before = Snapshot.of(setup.model)
+    with pytest.raises(NotImplementedError, match="Opaque, cannot be differentiated again"):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine="double_backward")
+    with pytest.raises(NotImplementedError, match="Opaque, cannot be differentiated again"):
+        metakern.metabalance_step(setup.model, setup.batch, setup.meta_batch, inner_lr=0.1)
+    before.assert_unchanged(setup.model)
+    for hessian, order in (("central_difference", 2), ("double_backward", 1)):
+        metakern.metabalance_step(
+            setup.model, setup.batch, setup.meta_batch, inner_lr=0.1, hessian=hessian, order=order
+        )
+
+
 def test_custom_function_on_data_only() -> None:
     """Without a parameter it is nobody's business."""
 
