@@ -3,7 +3,7 @@
 The output of a linear layer or convolution is dual: Y + r dY with dY = dA W^T + A dW^T + db. The first pass has made
 Y, and mostly keeps it for its backward pass, so that the dual pass is left with two products of the three. Of batch
 normalisation it knows the statistics, and its derivative in the input is symmetric: one call of the backward kernel
-makes the tangent.
+makes the tangent. Of max pooling it knows which entries were the largest.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from metakern.engines.repetition import agree
 _PRODUCTS = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 )
+_POOLINGS = frozenset((F.max_pool2d, torch.max_pool2d))
 _ARGUMENTS = dict.fromkeys(_PRODUCTS, ("input", "weight", "bias")) | {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 }
+_ARGUMENTS |= dict.fromkeys(_POOLINGS, ("input",))
 _BATCH_STATISTICS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
 class _Call(NamedTuple):
     function: Callable[..., Tensor]
     operands: tuple[Tensor | None, ...]  # input, weight, bias
-    known: tuple[Tensor, ...]  # a product's output; of a batch normalisation mean and 1 / deviation of each channel
+    known: tuple[Tensor, ...]  # see _known
     versions: tuple[int, ...]
 
     @property
@@ -68,10 +70,10 @@ class Products(TorchFunctionMode):
                 self._note(func, _operands(func, args, kwargs or {}), output)
         return output
 
-    def _note(self, func: Callable[..., Any], operands: tuple[Any, ...], output: Tensor) -> None:
+    def _note(self, func: Callable[..., Any], operands: tuple[Any, ...], output: Any) -> None:
         if _is_noted(operands[0]):
             operands = tuple(None if t is None else t.detach() for t in operands)
-            known = (output.detach(),) if func in _PRODUCTS else _statistics(output)
+            known = _known(func, output)
             self.found.append(_Call(func, operands, known, _versions(*operands, *known)))
 
 
@@ -113,7 +115,10 @@ class ReusedProducts(TorchFunctionMode):
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             if host_may_wait() and not is_traced():
                 self._compare(first.operands, (x.primal, w.primal, b.primal))
-            if func in _PRODUCTS:
+            if func in _POOLINGS:
+                output, indices = first.known
+                tangent = _largest(x.tangent, indices)
+            elif func in _PRODUCTS:
                 settings = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS[func]}
                 output = first.known[0]
                 tangent = _product(func, x, w, b, args[len(_ARGUMENTS[func]) :], settings)
@@ -158,6 +163,11 @@ def _product(
     return tangent if w.tangent is None else tangent + function(x.primal, w.tangent, None, *rest, **settings)
 
 
+def _largest(tangent: Tensor, indices: Tensor) -> Tensor:
+    """dA where A is the largest of its window; indices count within the planes of an image."""
+    return tangent.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
+
+
 def _normalised(x: _Dual, w: _Dual, b: _Dual, statistics: tuple[Tensor, ...], eps: float) -> Tensor:
     """w s (dA - mean(dA) - A~ mean(A~ dA)) + dw A~ + db with A~ = s (A - mean(A)), s = 1 / sqrt(var(A) + eps)."""
     mean, scale = statistics
@@ -173,12 +183,21 @@ def _normalised(x: _Dual, w: _Dual, b: _Dual, statistics: tuple[Tensor, ...], ep
     return tangent.add_(through_input)
 
 
-def _statistics(output: Tensor) -> tuple[Tensor, ...]:
-    """Mean and 1 / deviation of each channel, where a batch normalisation took and kept them."""
-    node: Any = output.grad_fn
-    if node is None or node.name() not in _BATCH_STATISTICS or not node._saved_training:
+def _known(function: Callable[..., Any], output: Any) -> tuple[Tensor, ...]:
+    """A product's output; of a pooling that and its indices, of a batch normalisation mean and 1 / deviation of each
+    channel, where autograd keeps these.
+    """
+    if function in _PRODUCTS:
+        return (output.detach(),)
+    node: Any = output.grad_fn if isinstance(output, Tensor) else None  # a pooling may return a pair
+    if node is None:
         return ()
-    return node._saved_result1, node._saved_result2
+    kind = node.name()
+    if kind == "MaxPool2DWithIndicesBackward0":
+        return output.detach(), node._saved_result1
+    if kind in _BATCH_STATISTICS and node._saved_training:
+        return node._saved_result1, node._saved_result2
+    return ()
 
 
 def _is_noted(tensor: Tensor) -> bool:

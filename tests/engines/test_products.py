@@ -1,13 +1,16 @@
 """Products that the dual pass takes from the pass that it repeats: the same dots, for two products of three."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,6 +76,56 @@ def test_every_kind(one: type[nn.Module]) -> None:
     model = nn.Sequential(*layers).double()
     model(torch.zeros(1, 2, *(4,) * dimensions, dtype=torch.float64))
     judge_step(metakern.l2rw_step, setup_of(model, 2, *(4,) * dimensions), engine="jvp")
+
+
+POOLINGS = {
+    "overlapping, with a border": nn.MaxPool2d(3, 2, 1),
+    "dilated": nn.MaxPool2d(2, 1, dilation=2),
+    "overwritten": nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True)),
+    "of a part": lambda x: F.max_pool2d(x[:, :2].transpose(-1, -2), 2, ceil_mode=True),
+    "with indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    "of single images": lambda x: torch.stack([F.max_pool2d(image, 2) for image in x]),
+}
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool: Callable[[Tensor], Tensor], channels_last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.first, self.norm, self.pool, self.last = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), pool, nn.LazyLinear(3)
+        self.double()(torch.zeros(2, 2, 7, 7, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x.contiguous(memory_format=self.format)))
+        return self.last(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pool", POOLINGS)
+def test_pooling(pool: str, channels_last: bool) -> None:
+    judge_step(metakern.l2rw_step, setup_of(Pooled(POOLINGS[pool], channels_last), 2, 7, 7), engine="jvp")
+
+
+class Calls(TorchDispatchMode):
+    """Counts what runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("memory", "passes"), [("reuse", 2), ("two_pass", 3)])
+def test_the_dual_pass_pools_no_more(memory: str, passes: int) -> None:
+    """Train and meta batch are pooled once each."""
+    model = Pooled(nn.MaxPool2d(2), False)
+    with Calls() as calls:
+        metakern.grad_dots(model, *inputs.pair(5, 3, 2, 7, 7, classes=3), engine="jvp", memory=memory)
+    assert calls.found["max_pool2d_with_indices"] == passes
 
 
 def operations(model: nn.Module, memory: str) -> int:
