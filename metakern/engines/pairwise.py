@@ -45,7 +45,6 @@ def _columns(problem: Problem, train: TrainPass) -> tuple[Iterator[Tensor], Tens
         except EngineUnavailable:  # meta examples interact among themselves, say
             pass
         else:
-            meta.fold()
             return _by_records(problem, train, meta), meta.losses
     losses = problem.meta_losses()
     return _by_backward(problem, train, losses), losses.detach()
@@ -62,6 +61,7 @@ def _by_records(problem: Problem, train: GhostPass, meta: Recorded) -> Iterator[
     paired = _pairs(problem, train, meta)
     covered = {id(p) for record in paired.values() for _, p in record.call.parameters}
     directed = {name: p for name, p in problem.chosen.items() if id(p) not in covered}
+    meta.fold(directed)
 
     def along(one: Tensor, paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0) -> Tensor:
         v = meta.weighted_gradient(one, keep=True, only=directed) if directed else {}

@@ -42,11 +42,12 @@ class Recorded:
             for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
         ]
 
-    def fold(self) -> None:
-        """Keep gradients of single examples in place of A and B where they serve several answers for less."""
-        wanted, uses = self._served(self._problem.chosen), list(self.trace.uses)
+    def fold(self, names: Names) -> None:
+        """Keep gradients of single examples in these parameters, in place of A and B, where several answers cost less
+        by them."""
+        wanted, uses = self._served(names), list(self.trace.uses)
         for k, record in enumerate(self.records):
-            if record is not None and any(id(p) in wanted for _, p in record.call.parameters):
+            if record is not None and all(id(p) in wanted for _, p in record.call.parameters):
                 self.records[k] = folded = stage_dots.folded(record, self.trace.examples)
                 uses[k] = folded.use
         self.trace = replace(self.trace, uses=tuple(uses))

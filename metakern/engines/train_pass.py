@@ -45,7 +45,7 @@ class GhostPass:
     def __init__(self, problem: Problem) -> None:
         self._problem, self.records = problem, recorded(problem)
         if isinstance(self.records, Recorded):
-            self.records.fold()
+            self.records.fold(problem.chosen)
         self.losses = self.records.losses
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from metakern import ops
 from metakern.capture.record import Call, Record
 from metakern.layers.inner import per_example_inner
+from metakern.layers.per_example import cheaper
 from metakern.layers.precision import lowered
 from metakern.layers.replay import parameter_gradients
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
@@ -63,20 +64,15 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
-    """Where they are no larger than `LARGEST_SHARE` of A and B; of one input channel the library is slow at them."""
-    call, grad = record.call, record.output_grad
-    weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
-    if weight is None or not _by_example(record) or grad.is_cuda or grad.dtype not in (torch.float32, torch.float64):
+    """The kernel gradients of single examples; with one input channel the library is slow at them."""
+    weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
+    if weight is None or weight.shape[1] == 1 or not _by_example(record):
         return None
     inputs, kernel, settings = _operands(record)
-    small = kernel.numel() * examples <= LARGEST_SHARE * (inputs.numel() + grad.numel())
-    if not small or kernel.shape[1] == 1:
+    if not cheaper(kernel, inputs, record.output_grad, examples):
         return None
-    found = ops.kernel_grads(inputs, grad, kernel, *settings, bias=bias is not None)
+    found = ops.kernel_grads(inputs, record.output_grad, kernel, *settings, bias=bias is not None)
     return {id(p): g.flatten(1) for p, g in zip((weight, bias), found) if p is not None}
-
-
-LARGEST_SHARE = 2
 
 
 def _by_example(record: Record) -> bool:

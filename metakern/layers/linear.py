@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metakern import ops
 from metakern.capture.record import Call, Record
+from metakern.layers.per_example import cheaper
 from metakern.layers.precision import direction_dots
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
@@ -77,6 +78,18 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     return found
 
 
+def per_example(record: Record, examples: int) -> Gradients | None:
+    """sum_t B_nt A_nt^T, [n, o i], and sum_t B_nt where positions are many."""
+    weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
+    a, b = matrices(record, examples)
+    if weight is None or a.shape[1] == 1 or not cheaper(weight, a, b, examples):
+        return None
+    found = {id(weight): torch.bmm(b.transpose(1, 2), a).flatten(1)}
+    if bias is not None:
+        found[id(bias)] = b.sum(1)
+    return found
+
+
 def _taken(total: Gradients, key: int, dtype: torch.dtype) -> Tensor | None:
     """What other uses of the weight gave: added to within the product, where it is of the same dtype."""
     return total.pop(key) if key in total and total[key].dtype == dtype else None
@@ -87,4 +100,4 @@ def _tangent(record: Record, tangents: Tangents, position: int, keyword: str) ->
     return None if parameter is None else tangents.get(id(parameter))
 
 
-RULE = LayerRule(_applies, dots, weighted_grads, matrices)
+RULE = LayerRule(_applies, dots, weighted_grads, matrices, per_example)

@@ -14,6 +14,16 @@ from torch import Tensor
 from metakern.capture.record import Record
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
+LARGEST_SHARE = 2
+"""How large they may be beside A and B. Larger ones are bound by memory, as long as examples have few positions."""
+
+
+def cheaper(weight: Tensor, inputs: Tensor, grad: Tensor, examples: int) -> bool:
+    """Are the gradients of single examples in a weight small beside A and B? On a GPU nothing was measured."""
+    if grad.is_cuda or grad.dtype not in (torch.float32, torch.float64):
+        return False
+    return weight.numel() * examples <= LARGEST_SHARE * (inputs.numel() + grad.numel())
+
 
 def along(gradients: Gradients, tangents: Tangents) -> Tensor:
     """sum over parameters of <G_n, V>, [n], for gradients [n, numbers]."""
@@ -38,9 +48,15 @@ def folded(record: Record, gradients: Gradients) -> Record:
     return replace(record, use=record.use._replace(call=call), output_grads=(), memo=gradients)
 
 
+def _shaped(record: Record, weights: Weights) -> Gradients:
+    """As the parameters are: where one is used several times other uses of it add to this."""
+    found = weighted(record.memo, weights)
+    return {id(p): found[id(p)].view_as(p) for _, p in record.call.parameters}
+
+
 RULE = LayerRule(
     applies=lambda call: True,
     dots=lambda record, tangents, examples: along(record.memo, tangents),
-    weighted_grads=lambda record, weights: weighted(record.memo, weights),
+    weighted_grads=_shaped,
 )
 """Of folded records."""

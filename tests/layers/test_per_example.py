@@ -13,15 +13,17 @@ from torch import Tensor, nn
 import metakern
 from metakern.engines import pose
 from metakern.engines.recorded import Recorded
-from metakern.layers import convolution, per_example
+from metakern.layers import per_example
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue import CASES, Case
 
-CONVOLUTIONS = [case for case in CASES if "conv" in case.name and case.ghost == "exact"]
-NOT_FOLDED = {  # padding by name, one input channel a group, transposed convolutions, linear layers
+LINEAR = """linear-positions linear-four-dimensions linear-many-positions attention attention-no-bias reused-four-times
+tied-head""".split()
+FOLDED = [case for case in CASES if ("conv" in case.name or case.name in LINEAR) and case.ghost == "exact"]
+NOT_FOLDED = {  # padding by name, one input channel a group, transposed convolutions, rows that stand alone
     "conv1d-same-even-kernel", "conv2d-same-dilation", "conv2d-valid", "conv2d-depthwise", "conv3d-groups-dilation",
     "conv-transpose1d", "conv-transpose2d", "conv-transpose2d-dilation", "conv-transpose3d",
-    "conv1d-transposed-weight", "conv1d-transposed-weight-positions",
+    "conv1d-transposed-weight", "conv1d-transposed-weight-positions", "reused-four-times", "attention", "attention-no-bias",
 }  # fmt: skip
 
 
@@ -39,21 +41,44 @@ def count(train: Recorded) -> int:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "LARGEST_SHARE", 1e9)
+    monkeypatch.setattr(per_example, "LARGEST_SHARE", 1e9)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
 def test_same_answers(case: Case, always: None) -> None:
     train, direction = pass_of(case)
     weights = torch.tensor([0.5, 0.0, -1.0, 2.0, 0.0], dtype=torch.float64)
     dots, gradient = train.dots_along(direction), train.weighted_gradient(weights, keep=True)
-    train.fold()
+    train.fold(train._problem.chosen)
     assert count(train) == 0 if case.name in NOT_FOLDED else count(train) > 0
     for again in range(2):
         budget.assert_within(train.dots_along(direction), dots, 100.0)
         for name, found in train.weighted_gradient(weights, keep=again == 0).items():
             budget.assert_within(found, gradient[name], 100.0, name=name)
+
+
+class Twice(nn.Module):
+    """One layer at every position and at their mean: with and without gradients of single examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)).mean(1))))
+
+
+def test_weights_of_which_one_use_is_folded(always: None) -> None:
+    torch.manual_seed(0)
+    batch, meta_batch = inputs.pair(5, 3, 6, 4, classes=3)
+    train = Recorded(pose(Twice().double(), batch, meta_batch, None, None, "reuse"))
+    weights = inputs.normal(5, seed=1)
+    want = train.weighted_gradient(weights, keep=True)
+    train.fold(train._problem.chosen)
+    assert count(train) == 1
+    for name, found in train.weighted_gradient(weights).items():
+        budget.assert_within(found, want[name], 100.0, name=name)
 
 
 def convolutions() -> nn.Sequential:
@@ -72,19 +97,19 @@ def test_activations_are_let_go() -> None:
     (second,) = (record for record in train.records[1:2] if record is not None)
     held = [weakref.ref(second.call.argument(0, "input")), weakref.ref(second.output_grad)]
     del second
-    train.fold()
+    train.fold(train._problem.chosen)
     gc.collect()
     assert count(train) == 2
     assert [ref() for ref in held] == [None, None]
 
 
 def test_large_kernels_and_other_parameters_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = opened(params=["2.weight"])
-    train.fold()
+    train = opened(params=["2"])
+    train.fold(train._problem.chosen)
     assert count(train) == 1
-    monkeypatch.setattr(convolution, "LARGEST_SHARE", 0.1)
+    monkeypatch.setattr(per_example, "LARGEST_SHARE", 0.1)
     train = opened()
-    train.fold()
+    train.fold(train._problem.chosen)
     assert count(train) == 0
 
 
@@ -92,7 +117,7 @@ def test_large_kernels_and_other_parameters_stay_as_they_are(monkeypatch: pytest
 def test_some_parameters(params: list[str]) -> None:
     """What only some of a layer's parameters ask for, and then all of them."""
     plain, train = opened(params), opened(params)
-    train.fold()
+    train.fold(train._problem.chosen)
     weights = inputs.normal(5, seed=1)
     for only in (train._problem.chosen, None):
         names = {} if only is None else only

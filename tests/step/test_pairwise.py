@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import metakern
 from metakern import dots as stage_dots
 from metakern import ops
+from metakern.layers import per_example
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue import CASES, Case
 from metakern.testing.catalogue.case import Setup
@@ -91,6 +92,7 @@ def test_no_weight_is_left_for_a_direction(monkeypatch: pytest.MonkeyPatch) -> N
 def test_linear_layers_meet_all_meta_examples_in_one_call(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight takes its bias along, unless that is used elsewhere too; then the bias takes directions."""
     monkeypatch.setattr(stage_dots, "pairs_are_cheaper", lambda *_, directions=1: True)
+    monkeypatch.setattr(per_example, "LARGEST_SHARE", 0)
     calls, passes = [], []
     operator, along = ops.pair_dots, stage_dots.direction_dots
     monkeypatch.setattr(ops, "pair_dots", lambda *operands: calls.append(operands[2].shape) or operator(*operands))

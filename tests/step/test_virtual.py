@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.engines import implicit
+from metakern.layers import per_example
 from metakern.step import virtual as virtual_module
 from metakern.step.mwnet import mwnet_step
 from metakern.step.virtual import VirtualRule
@@ -89,6 +90,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return answer
 
     monkeypatch.setattr(implicit, "implicit_is_cheaper", lambda *sizes: True)
+    monkeypatch.setattr(per_example, "LARGEST_SHARE", 0)
     monkeypatch.setattr(virtual_module, "_implicit_dots", spy)
     return served
 
