@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from metakern.capture import EngineUnavailable, trace_batch
 from metakern.capture.losses import LossFunction, evaluate_losses
-from metakern.capture.parameters import trainable_parameters
+from metakern.capture.parameters import require_servable, trainable_parameters
 from metakern.capture.uncompiled import uncompiled
 from metakern.step import reweight_step
 from metakern.testing.budget import Verdict, unit, verdict
@@ -87,6 +87,7 @@ def check(
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
+    require_servable(model)
     replica, without_dropout = _float64_copy(model)
     batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
     truth = _Truth(replica, batch, meta_batch, loss_fn, examples)

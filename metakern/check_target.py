@@ -19,9 +19,9 @@ def check_target(target: str, *, examples: int = 8, explained: bool = False) -> 
     Raises: ValueError if the target cannot be imported or does not return (model, batch, meta_batch[, loss_fn]).
     """
     model, batch, meta_batch, loss_fn = _made(target)
-    if explained:
-        print(explain(model, batch, meta_batch, loss_fn=loss_fn), end="\n\n")
     try:
+        if explained:
+            print(explain(model, batch, meta_batch, loss_fn=loss_fn), end="\n\n")
         report = check(model, batch, meta_batch, loss_fn=loss_fn, examples=examples)
     except NotImplementedError as refusal:
         print(f"refused: {refusal}")

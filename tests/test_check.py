@@ -124,8 +124,9 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().out.endswith("exact\n")
     assert main(["check", "own_models:own_loss", "--examples", "2", "--explain"]) == 0
     assert "0.weight, 0.bias" in capsys.readouterr().out
-    assert main(["check", "own_models:refused"]) == 1
-    assert "scale_grad_by_freq" in capsys.readouterr().out
+    for options in ([], ["--explain"]):
+        assert main(["check", "own_models:refused", *options]) == 1
+        assert "refused: module '' has scale_grad_by_freq" in capsys.readouterr().out
     monkeypatch.setattr(linear, "bias_dots", lambda b, direction: torch.zeros(b.shape[0], dtype=b.dtype))
     assert main(["check", "own_models:good"]) == 1
     assert "NOT EXACT" in capsys.readouterr().out

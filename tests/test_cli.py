@@ -1,4 +1,5 @@
 import json
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +17,13 @@ QUICK = ["--steps", "4", "--batch-size", "20", "--evaluations", "2", "--threads"
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch):
     monkeypatch.delenv("METAKERN_DATA", raising=False)
+
+
+def test_run_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["metakern", "list"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("metakern", run_name="__main__")
+    assert "l2rw" in capsys.readouterr().out
 
 
 def test_train_leaves_a_report(tmp_path, capsys):
