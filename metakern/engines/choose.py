@@ -41,15 +41,16 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
     try:
         with ghost_first(problem):
             return ghost.solve(problem), "ghost"
-    except EngineUnavailable as refusal:
-        start.restore()
-        try:
-            return jvp.solve(problem), "jvp"
-        except EngineUnavailable as second:
-            raise EngineUnavailable(
-                f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the price). "
-                f"ghost: {refusal}. jvp: {second}"
-            ) from second
+    except EngineUnavailable as error:
+        refusal = str(error)  # the error itself would hold, by its traceback, what ghost's pass has kept
+    start.restore()
+    try:
+        return jvp.solve(problem), "jvp"
+    except EngineUnavailable as second:
+        raise EngineUnavailable(
+            f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the price). "
+            f"ghost: {refusal}. jvp: {second}"
+        ) from second
 
 
 @contextmanager
