@@ -2,54 +2,77 @@
 
 For a weight W of a linear layer with records A, B of the train batch and inputs A' of the meta batch,
 
-    A' W^^T = A' W0^T - k (A' A^T) diag(c) B
+    A' W^^T + b^ = A' W0^T + b0 - (k A' A^T + k_b) diag(c) B
 
-With few meta rows the two thin products cost far less than the weighted gradient, and so do those that autograd takes
-backward. The same backward pass gives the dots that belong to W: <g_n, k g_meta(theta^)> = -d meta_loss/dc_n, c being
-a leaf of the product. All other parameters move explicitly.
+where the bias beside it, used nowhere else, comes along. With few meta rows the two thin products cost far less than
+the weighted gradient, and so do those that autograd takes backward. The same backward pass gives the dots of both:
+<g_n, k g_meta(theta^)> = -d meta_loss/dc_n, c being a leaf of the product. All other parameters move explicitly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.trace import tensor_arguments, tensors_in
 from metakern.capture.unrolled import LastingMode
-from metakern.dots import pairable
+from metakern.dots import pairable, pairable_biases
 from metakern.dots.pairs import GRAM_OVERHEAD
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Recorded
 from metakern.layers.linear import matrices
 
 
+class VirtualOrigin(Protocol):
+    """theta0 and the numbers k by name of the parameter."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def jacobian(self) -> Mapping[str, float | Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Move:
-    """The move of one weight: W^ = origin - sum_r scale_r B_r^T A_r over the rows of the train pass."""
+    """How a weight and its bias move: W^ = W0 - k sum_r c_r B_r^T A_r, b^ = b0 - k_b sum_r c_r B_r over train rows."""
 
-    origin: Tensor  # [o, i]
     inputs: Tensor  # A, [rows, i]
     grads: Tensor  # B, [rows, o]
-    scale: Tensor  # k c of the example of every row, [rows, 1], with a graph to c
+    coefficients: Tensor  # c of the example of every row, [rows, 1], with a graph to c
+    origin: Tensor  # W0, [o, i]
+    factor: float  # k
+    bias: nn.Parameter | None  # the bias that moves along
+    bias_origin: Tensor | None  # b0, [o]
+    bias_factor: float  # k_b
 
 
-def implicit_weights(problem: Problem, train: Recorded) -> dict[str, int]:
-    """Names of the weights for which not forming W^ is cheaper -> index of their use in the train pass."""
+class ImplicitUse(NamedTuple):
+    """Index of the use of a weight in the train pass, and the name of the bias that moves along."""
+
+    index: int
+    bias: str | None
+
+
+def implicit_weights(problem: Problem, train: Recorded) -> dict[str, ImplicitUse]:
+    """Names of the weights for which not forming W^ is cheaper -> their use in the train pass."""
     names = {id(p): name for name, p in problem.chosen.items()}
     share = _elements(problem.meta_batch) / max(_elements(problem.batch), 1)
+    candidates = pairable(train.trace, {id(p): p for p in problem.chosen.values()})
+    biases = pairable_biases(train.trace, candidates)
     found = {}
-    for key, k in pairable(train.trace, {id(p): p for p in problem.chosen.values()}).items():
+    for key, k in candidates.items():
         use = train.trace.uses[k]
         if use.call.func is F.linear and train.records[k] is not None:
             rows = use.output_shapes[0][:-1].numel()
             if implicit_is_cheaper(rows, rows * share, *use.call.argument(1, "weight").shape):
-                found[names[key]] = k
+                found[names[key]] = ImplicitUse(k, names.get(id(biases.get(key))))
     return found
 
 
@@ -59,25 +82,36 @@ def implicit_is_cheaper(rows: float, meta_rows: float, outputs: int, inputs: int
     return thin < (2 * rows + meta_rows) * inputs * outputs
 
 
-def move(train: Recorded, use: int, origin: Tensor, factor: float, coefficients: Tensor) -> Move:
-    """What the meta pass needs to know of one weight's train records; a graph leads to the coefficients c, [n]."""
-    record = train.records[use]
+def move(
+    problem: Problem, train: Recorded, name: str, use: ImplicitUse, origin: VirtualOrigin, coefficients: Tensor
+) -> Move:
+    """What the meta pass needs to know of one weight; a graph leads to the coefficients c, [n]."""
+    record = train.records[use.index]
     assert record is not None
     a, b = matrices(record, coefficients.shape[0])
     shape = record.output_grad.shape[:-1]
-    c = record.axes[0].spread(coefficients, shape).expand(shape).reshape(-1, 1)
-    return Move(origin.detach(), a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), factor * c.to(b.dtype))
+    c = record.axes[0].spread(coefficients, shape).expand(shape).reshape(-1, 1).to(b.dtype)
+    rows = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), c
+    weight = origin.parameters[name].detach(), float(origin.jacobian[name])
+    if use.bias is None:
+        return Move(*rows, *weight, None, None, 0.0)
+    bias = origin.parameters[use.bias].detach(), float(origin.jacobian[use.bias])
+    return Move(*rows, *weight, problem.chosen[use.bias], *bias)
 
 
 class Moving(LastingMode):
-    """Linear layers answer as if their weight had moved; `weights` by identity of the weight.
+    """Linear layers answer as if weight and bias had moved; `weights` by identity of the weight.
 
-    A gradient in a weight itself then comes from a use that was not seen; one that was seen and not served is noted.
+    A gradient in one of these itself then comes from a use that was not seen. One seen and not served is noted.
     """
 
     def __init__(self, weights: Mapping[int, Move]) -> None:
         super().__init__()
         self._weights, self._unserved = weights, ""
+        self._moving = {*weights, *(id(move.bias) for move in weights.values() if move.bias is not None)}
+
+    def moves(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._moving
 
     def require_served(self) -> None:
         """Raise EngineUnavailable where the values of a moved weight were used in another way."""
@@ -85,12 +119,16 @@ class Moving(LastingMode):
             raise EngineUnavailable(f"{self._unserved} reads a weight whose virtual step is not formed")
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        met = [id(tensor) for _, tensor in tensor_arguments(args, kwargs) if id(tensor) in self._weights]
+        met = {id(tensor) for _, tensor in tensor_arguments(args, kwargs)} & self._moving
         if not met:
             return func(*args, **kwargs)
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        if func is F.linear and met == [id(given["weight"])]:
-            return _moved(given["input"], self._weights[met[0]], given.get("bias"))
+        if func is F.linear and id(given["weight"]) in met:
+            move, bias = self._weights[id(given["weight"])], given.get("bias")
+            if met == {id(given["weight"]), id(bias)} and bias is move.bias:
+                return _moved(given["input"], move, move.bias_origin, move.bias_factor)
+            if met == {id(given["weight"])}:
+                return _moved(given["input"], move, bias, 0.0)
         output = func(*args, **kwargs)
         # Its shape or dtype may be asked for; its values may not, with a gradient or without.
         if any(True for _ in tensors_in(output)):
@@ -98,11 +136,11 @@ class Moving(LastingMode):
         return output
 
 
-def _moved(x: Tensor, move: Move, bias: Tensor | None) -> Tensor:
-    """x W^^T + b. The Gram lies in columns, [rows, meta rows]: this way round the library is quicker at it."""
+def _moved(x: Tensor, move: Move, bias: Tensor | None, bias_factor: float) -> Tensor:
+    """x W^^T + b^. The Gram lies in columns, [rows, meta rows]: this way round the library is quicker at it."""
     output = F.linear(x, move.origin, bias)
     gram = move.inputs @ x.to(move.inputs.dtype).reshape(-1, x.shape[-1]).t()
-    change = (gram * move.scale).t() @ move.grads
+    change = ((move.factor * gram + bias_factor) * move.coefficients).t() @ move.grads
     return output - change.to(output.dtype).view(output.shape)
 
 

@@ -210,7 +210,7 @@ def _meta_pass_at(
     chosen = problem.chosen
     moving = Moving({id(chosen[name]): given for name, given in moves.items()})
     replaced = substituted(problem.model, {id(chosen[name]): leaf for name, leaf in leaves.items()})
-    names = [*leaves, *moves]
+    names = [name for name, p in chosen.items() if name in leaves or moving.moves(p)]
     # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
     with unchanged_buffers(problem.model), problem.writes.taken_back(), replaced, moving if moves else nullcontext():
         meta_loss = problem.meta_losses().mean()
@@ -240,14 +240,13 @@ def _implicit_dots(
     uses = implicit_weights(problem, train)
     if not uses:
         return None
-    rest = {name: p for name, p in problem.chosen.items() if name not in uses}
+    implicit = {*uses, *(use.bias for use in uses.values())}
+    rest = {name: p for name, p in problem.chosen.items() if name not in implicit}
     step = rule.step(rest, train.weighted_gradient(coefficients, keep=True, only=rest))
-    origin = rule.origin({name: problem.chosen[name] for name in uses})
+    origin = rule.origin({name: p for name, p in problem.chosen.items() if name in implicit})
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in step.parameters.items()}
     c = coefficients.detach().requires_grad_()
-    moves = {
-        name: move(train, use, origin.parameters[name], float(origin.jacobian[name]), c) for name, use in uses.items()
-    }
+    moves = {name: move(problem, train, name, use, origin, c) for name, use in uses.items()}
     before = random_state()
     try:
         meta_loss, found = _meta_pass_at(problem, leaves, moves, [c])

@@ -204,6 +204,54 @@ class Hidden(torch.autograd.Function):
         return grad @ weight, grad.t() @ x
 
 
+class Biased(nn.Module):
+    """Biases move along with their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class BiasForMeta(Biased):
+    """Reads a bias by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits * self.first.bias.square().sum() if len(x) == 4 else logits
+
+
+class OtherBiasForMeta(Biased):
+    """Takes another bias beside a weight that moves, and none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 4:
+            return super().forward(x)
+        hidden = F.linear(x, self.first.weight, torch.ones(4, dtype=x.dtype))
+        return self.second(torch.tanh(F.linear(x, self.first.weight)) + torch.tanh(hidden))
+
+
+class SharedBias(Biased):
+    """One bias beside two weights moves explicitly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Linear(4, 4)
+        self.between.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.between(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("kind", [Biased, OtherBiasForMeta, SharedBias])
+@pytest.mark.parametrize("rule", RULES)
+def test_biases(kind: type[nn.Module], rule: str, taken: list[list[str]]) -> None:
+    compare(kind().double(), "mlp", rule)
+    assert all({"first.weight", "second.weight"} <= set(served) for served in taken)
+
+
 class ConstantForMeta(Plain):
     """Reads the values of a weight without a gradient: they must be those at theta^."""
 
@@ -219,7 +267,7 @@ def test_meta_batch_that_uses_weights_twice(taken: list[list[str]]) -> None:
     assert taken == [["first.weight", "second.weight"]] * 3
 
 
-@pytest.mark.parametrize("kind", [OtherwiseForMeta, HiddenForMeta, ConstantForMeta])
+@pytest.mark.parametrize("kind", [OtherwiseForMeta, HiddenForMeta, ConstantForMeta, BiasForMeta])
 def test_meta_batch_that_uses_weights_otherwise(kind: type[nn.Module], taken: list[list[str]]) -> None:
     compare(kind().double(), "mlp", "sgd")
     assert taken == [[]] * 3
@@ -242,14 +290,15 @@ def test_tied_weights(taken: list[list[str]]) -> None:
     assert taken == [["head.weight"]] * 3
 
 
-def test_params(taken: list[list[str]]) -> None:
+@pytest.mark.parametrize("params", [["2", "4.bias"], ["2.weight", "0.bias"]])
+def test_params(params: list[str], taken: list[list[str]]) -> None:
     model, batch, meta_batch = make("mlp")
     nets = [WeightNet().double()]
     nets.append(twin(nets[0]))  # pyright: ignore[reportArgumentType]
     other = twin(model)
-    mwnet_step(model, nets[0], batch, meta_batch, weight_optimizer=None, virtual_lr=0.3, params=["2", "4.bias"])
+    mwnet_step(model, nets[0], batch, meta_batch, weight_optimizer=None, virtual_lr=0.3, params=params)
     optimizer = torch.optim.SGD(nets[1].parameters(), lr=0.0)
-    names = {"2.weight", "2.bias", "4.bias"}
+    names = {name for name, _ in model.named_parameters() if name in params or name.split(".")[0] in params}
     mwnet_reference(other, nets[1], batch, meta_batch, weight_optimizer=optimizer, virtual_lr=0.3, names=names)
     assert_same(nets[0], nets[1], "weight net")
     assert_same(model, other, "model")
