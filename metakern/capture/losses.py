@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.capture.attributes import PutBack, content_of
-from metakern.capture.host import finite_sum, host_may_wait
+from metakern.capture.host import finite_sum, host_may_wait, is_traced
 from metakern.capture.row_losses import row_losses
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+_ANOTHER_LOSS = "regression, several labels at once or any other loss pass loss_fn(model, batch) -> losses[n]"
 
 
 def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
@@ -91,13 +93,32 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
     if tuple(targets.shape) != expected:
         raise ValueError(
             f"{argument}: targets have shape {tuple(targets.shape)}; logits of shape {tuple(logits.shape)} need "
-            f"{'class indices' if hard else 'probabilities'} of shape {expected}"
+            f"{'class indices' if hard else 'probabilities'} of shape {expected}; for {_ANOTHER_LOSS}"
         )
-    losses = _entropies(logits, targets)
+    if logits.shape[1] == 1:
+        raise ValueError(f"{argument}: one logit per example has no cross entropy over classes; for {_ANOTHER_LOSS}")
+    if not hard:
+        _require_distributions(targets, argument)
+    try:
+        losses = _entropies(logits, targets)
+    except IndexError as error:
+        raise ValueError(
+            f"{argument}: targets hold a class that is none of the {logits.shape[1]} of the logits ({error}); -100 "
+            "leaves a position out"
+        ) from error
     if losses.dim() == 1:
         return losses
     counted = (targets != -100).flatten(1).sum(1).clamp(min=1) if hard else losses[0].numel()
     return losses.flatten(1).sum(1) / counted
+
+
+def _require_distributions(targets: Tensor, argument: str) -> None:
+    """Numbers to predict, and several labels at once, have the shape of probabilities as well."""
+    if host_may_wait() and not is_traced() and bool(((targets < 0).any(1) | ((targets.sum(1) - 1).abs() > 0.01)).any()):
+        raise ValueError(
+            f"{argument}: targets of the shape of the logits must be probabilities, which are not negative and add up "
+            f"to 1 over the classes; for {_ANOTHER_LOSS}"
+        )
 
 
 def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
