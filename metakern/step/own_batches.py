@@ -40,8 +40,8 @@ def _require_alike(own: Any, given: Any, place: int) -> None:
     if isinstance(own, Tensor):
         if not isinstance(given, Tensor) or given.shape != own.shape or given.dtype != own.dtype:
             raise ValueError(
-                f"batch and meta_batch: the step was captured with {_described(own)} in place {place}, "
-                f"got {_described(given)}; capture another step for it"
+                f"batch and meta_batch: the step was made with {_described(own)} in place {place}, "
+                f"got {_described(given)}; make another step for it"
             )
     elif own != given:
         raise ValueError(f"batch and meta_batch: {own!r} was captured in place {place}, got {given!r}")
