@@ -103,7 +103,7 @@ def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b, m: ((b[0][:4], b[1][:4]), m), r"captured with torch.float64 of shape \(8, 1, 28, 28\) in place 0"),
+        (lambda b, m: ((b[0][:4], b[1][:4]), m), r"made with torch.float64 of shape \(8, 1, 28, 28\) in place 0"),
         (lambda b, m: ((b[0].float(), b[1]), m), "torch.float32"),
         (lambda b, m: ({"x": b[0]}, m), "must be built as the captured ones"),
     ],
