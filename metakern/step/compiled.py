@@ -99,7 +99,7 @@ def compile_step(
     flags, functions and tensors that model, loss and rule look at are those of this call: the compiled step refuses to
     run once one is another. What the pass writes into buffers (running statistics) counts once in every step. Dropout
     draws new masks in every step, from torch's generator but with inductor in an order of its own. Takes some tens of
-    seconds.
+    seconds, for deep networks minutes.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
