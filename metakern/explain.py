@@ -8,8 +8,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,86 +21,27 @@ from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
 from metakern.capture.losses import LossFunction
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
-from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.capture.state import PassState, unchanged_buffers, unchanged_on_error
+from metakern.engines.cut import cut
+from metakern.engines.micro_batch import several_parts
+from metakern.engines.part import examples_in, part_of
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
+from metakern.explanation import Explanation, UseCost
+from metakern.forward_mode_memory import by_forward_mode
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
 from metakern.pass_counts import NONE, Passes
-from metakern.peak_memory import Memory, Sizes, foretold, inputs_of, kept_pass, sizes, there_before
-
-
-@dataclass(frozen=True)
-class UseCost:
-    """One use of parameters in the train pass."""
-
-    parameters: str  # names; "transpose(head.weight)" for a tensor made from a parameter
-    function: str  # the torch function called, or the registered module
-    rule: str  # the layer rule that serves it; "generic" is forward mode through this call alone
-    form: str  # "direction", with the meta gradient V, or "pairs", with the records of the meta batch
-    why: str  # of that form
-    output: tuple[int, ...]
-    dots_flops: int  # of products, as torch counts them: elementwise work is not in it
-    gradient_flops: int  # the same, were every example kept
-    kept_bytes: int  # A and B that no use before has kept, held by memory="reuse" until the gradient is formed
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; `str(explanation)` is a table."""
-
-    engine: str
-    why_not_ghost: str  # "" where ghost serves; there are no uses then
-    uses: tuple[UseCost, ...]
-    passes: Passes = NONE  # NONE where neither ghost nor forward mode serves
-    memory: Memory | None = None  # peaks; None where ghost does not serve, or the model differentiates by torch.func
-
-    @property
-    def plain_flops(self) -> int:
-        """Of a plain step: forward, output gradients, gradients of the parameters."""
-        gradient = sum(use.gradient_flops for use in self.uses)
-        return self.passes.forward + self.passes.backward + gradient
-
-    def step_flops(self, kept: float = 0.5) -> float:
-        """Of `l2rw_step` when the share `kept` of the batch carries weight."""
-        return sum(self.passes) + sum(use.dots_flops + kept * use.gradient_flops for use in self.uses)
-
-    @property
-    def kept_bytes(self) -> int:
-        """Held by all records together until the gradient is formed; memory="two_pass" holds no output gradients."""
-        return sum(use.kept_bytes for use in self.uses)
-
-    def share(self, use: UseCost) -> float:
-        """Of the FLOPs of all dots and weighted gradients."""
-        total = sum(each.dots_flops + each.gradient_flops for each in self.uses)
-        return (use.dots_flops + use.gradient_flops) / total if total else 0.0
-
-    def __str__(self) -> str:
-        if self.why_not_ghost:
-            steps = f"; {self.step_flops() / self.plain_flops:.2f} plain steps" if self.plain_flops else ""
-            return f"engine: {self.engine}, for the whole model at once ({self.why_not_ghost}){steps}"
-        rows = [["parameters", "function", "rule", "form", "dots MFLOP", "gradient", "kept KiB", "share", "why"]]
-        for use in self.uses:
-            sizes = [_rounded(v) for v in (use.dots_flops / 1e6, use.gradient_flops / 1e6, use.kept_bytes / 1024)]
-            named = [use.parameters, use.function, use.rule, use.form]
-            rows.append([*named, *sizes, f"{self.share(use):.1%}", use.why])
-        widths = [max(len(row[k]) for row in rows) for k in range(8)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]
-        return "\n".join([*lines, self._totals(), f"engine: {self.engine}"])
-
-    def _totals(self) -> str:
-        half, none, every = (self.step_flops(kept) / max(self.plain_flops, 1) for kept in (0.5, 0, 1))
-        shares = f"{half:.2f} plain steps with half of the batch kept ({none:.2f} with none, {every:.2f} with all)"
-        if self.memory is None:
-            return f"operations: {shares}\nmemory: records of {self.kept_bytes / 2**20:.3g} MiB"
-        plain, *phases, two_pass = (_rounded(size / 2**20) for size in self.memory)
-        named = ", ".join(f"{name} {size}" for name, size in zip(Memory._fields[1:], phases))
-        peak = f"{_rounded(self.memory.reuse / 2**20)} MiB ({named}); a plain step {plain}, two_pass {two_pass}"
-        return f"operations: {shares}\npeak memory: {peak}"
-
-
-def _rounded(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+from metakern.peak_memory import (
+    Memory,
+    Sizes,
+    foretold,
+    foretold_by_parts,
+    inputs_of,
+    kept_pass,
+    sizes,
+    there_before,
+)
 
 
 def explain(
@@ -110,28 +51,39 @@ def explain(
     *,
     loss_fn: LossFunction | None = None,
     params: Any = None,
+    micro_batch: int | None = None,
 ) -> Explanation:
     """Which rule and which form each use of a parameter takes in `l2rw_step`, why, and what it costs.
 
     direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
 
-    A few passes over batch [n] and meta_batch [m]; the model, its gradients and the random state are as before. The
-    last lines foretell the operations of a step, in plain steps, and its peak memory beyond what is there before.
+    A few passes over batch [n] and meta_batch [m], or over one part of each; the model, its gradients and the random
+    state are as before. The last lines foretell the operations of a step, in plain steps, and its peak memory beyond
+    what is there before; of parts, where each has an example that carries weight.
 
     Args: as for `l2rw_step`.
     Returns: `Explanation`; print it for a table.
-    Raises: TypeError, ValueError as `l2rw_step`. Where ghost refuses, the explanation says why.
+    Raises: TypeError, ValueError as `l2rw_step`. Where ghost refuses, the explanation says why; NotImplementedError
+        with `micro_batch`, which only ghost takes.
     """
-    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    problem, parts = pose(model, batch, meta_batch, loss_fn, params, "reuse"), WHOLE
+    if micro_batch is not None and several_parts(problem, "auto", micro_batch):
+        problem, parts = _largest_part(problem, micro_batch)
     state = random_state()
     with warnings.catch_warnings():
         # A compiled module runs uncompiled here, and the counter's own hooks do not mind being called twice.
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
         try:
             with unchanged_on_error(model), unchanged_buffers(model):
-                return _by_ghost(problem)
-        except EngineUnavailable as refusal:
-            return Explanation("jvp", str(refusal), (), _by_forward_mode(problem))
+                return _by_ghost(problem, parts)
+        except EngineUnavailable as error:
+            if parts is not WHOLE:
+                raise
+            refusal = str(error)  # the error itself would hold, by its traceback, what ghost's passes have kept
+        finally:
+            restore_random_state(state)
+        try:
+            return Explanation("jvp", refusal, (), *_by_forward_mode(problem))
         finally:
             restore_random_state(state)
 
@@ -139,36 +91,76 @@ def explain(
 plan = explain
 
 
-def _by_ghost(problem: Problem) -> Explanation:
+class _Parts(NamedTuple):
+    """How many times the passes over a part are those of the batch."""
+
+    train: float
+    meta: float
+    size: int | None = None  # examples of a part; None of whole batches
+
+
+WHOLE = _Parts(1.0, 1.0)
+
+
+def _largest_part(problem: Problem, size: int) -> tuple[Problem, _Parts]:
+    """The first part of both batches as a problem; of two examples at least, by which parts of one are proved."""
+    batches = problem.batch, problem.meta_batch
+    batch, meta_batch = (cut(b, max(size, 2), name)[0] for b, name in zip(batches, ("batch", "meta_batch")))
+    times, meta_times = (examples_in(b) / examples_in(first) for b, first in zip(batches, (batch, meta_batch)))
+    return part_of(problem, batch, set(), meta_batch=meta_batch), _Parts(times, meta_times, size)
+
+
+def _by_ghost(problem: Problem, parts: _Parts) -> Explanation:
     train = Recorded(problem)
     meta = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
-    forms = _Forms(problem, train.trace, meta)
+    forms = _Forms(problem, train.trace, meta, parts is WHOLE)
     _, v = problem.meta_gradient()
-    costs = tuple(_costs(problem, train, forms, v))
-    return Explanation("ghost", "", costs, pass_counts.by_ghost(problem, meta), _memory(problem, forms))
+    costs = tuple(_times(cost, parts.train) for cost in _costs(problem, train, forms, v))
+    forward, backward, meta_passes, _ = pass_counts.by_ghost(problem, meta, pairs=parts is WHOLE)
+    passes = Passes(round(parts.train * forward), round(parts.train * backward), round(parts.meta * meta_passes))
+    return Explanation("ghost", "", costs, passes, _memory(problem, forms, parts), parts.size)
 
 
-def _by_forward_mode(problem: Problem) -> Passes:
+def _times(cost: UseCost, parts: float) -> UseCost:
+    dots, gradient = (round(parts * flops) for flops in (cost.dots_flops, cost.gradient_flops))
+    return replace(cost, dots_flops=dots, gradient_flops=gradient)
+
+
+def _by_forward_mode(problem: Problem) -> tuple[Passes, Memory | None]:
     try:
         with unchanged_on_error(problem.model), unchanged_buffers(problem.model):
-            return pass_counts.by_forward_mode(problem)
+            passes = pass_counts.by_forward_mode(problem)
     except EngineUnavailable:
-        return NONE
+        return NONE, None
+    start = PassState(problem.model, problem.loss_fn, problem.writes)
+    try:
+        with start.replayed():
+            return passes, by_forward_mode(problem)
+    except EngineUnavailable:
+        return passes, None
+    except RuntimeError as error:
+        return passes, _not_seen(error)
 
 
-def _memory(problem: Problem, forms: _Forms) -> Memory | None:
+def _not_seen(error: RuntimeError) -> None:
+    """No memory where the model forbids to see what its graph keeps; any other error is one."""
+    if "saved tensor hooks" not in str(error):
+        raise error
+
+
+def _memory(problem: Problem, forms: _Forms, parts: _Parts) -> Memory | None:
     """The peaks of a step; None where the model forbids to see what its graph keeps."""
     try:
         train = kept_pass(problem, problem.batch, "batch")
         meta = kept_pass(problem, problem.meta_batch, "meta_batch")
     except RuntimeError as error:
-        if "saved tensor hooks" not in str(error):
-            raise
-        return None
+        return _not_seen(error)
     paired = forms.paired
     chosen = {id(p) for p in problem.chosen.values()}
     without_v = {id(p) for p in problem.trainable.values()} - chosen | paired.keys()
-    return foretold(train, meta, without_v, list(paired.values()))
+    if parts is WHOLE:
+        return foretold(train, meta, without_v, list(paired.values()))
+    return foretold_by_parts(train, meta, without_v, parts.train, parts.meta)
 
 
 @torch.no_grad()
@@ -204,7 +196,8 @@ def _costs(problem: Problem, train: Recorded, forms: _Forms, v: dict[str, Tensor
 class _Forms:
     """Pairs or direction for each use, by the same questions as the ghost engine asks."""
 
-    def __init__(self, problem: Problem, trace: Trace, meta: Trace) -> None:
+    def __init__(self, problem: Problem, trace: Trace, meta: Trace, whole: bool) -> None:
+        self._whole = whole
         chosen = {id(p): p for p in problem.chosen.values()}
         self._trace, self._meta = trace, meta
         self._train_use = {k: key for key, k in stage_dots.pairable(trace, chosen).items()}
@@ -222,6 +215,8 @@ class _Forms:
         weight = use.call.parameter(1, "weight")
         if weight is None or rule_for(use.call).matrices is None:
             return "direction", "no product of a matrix with a trained weight", 0
+        if not self._whole:
+            return "direction", "V is formed before the parts of the batch are run", 0
         if k not in self._train_use or id(weight) not in self._meta_use:
             times = self._counts[id(weight)]
             reused = f"the weight is used {times} times" if times > 1 else "the weight is derived, shared or not chosen"

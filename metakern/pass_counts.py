@@ -28,8 +28,8 @@ class Passes(NamedTuple):
 NONE = Passes(0, 0, 0)
 
 
-def by_ghost(problem: Problem, meta: Trace) -> Passes:
-    """The passes of a ghost step over the train batch and over the traced meta batch."""
+def by_ghost(problem: Problem, meta: Trace, pairs: bool = True) -> Passes:
+    """The passes of a ghost step over the train batch and the traced meta batch; without `pairs` it forms all of V."""
 
     def traced(batch: Any, argument: str) -> Trace:
         return trace_batch(problem.model, batch, problem.loss_fn, problem.trainable, argument)
@@ -42,7 +42,7 @@ def by_ghost(problem: Problem, meta: Trace) -> Passes:
     trace = traced(problem.batch, "batch")
     with FlopCounterMode(display=False) as backward:
         output_gradients(trace)
-    candidates = stage_dots.pairable(trace, {id(p): p for p in problem.chosen.values()})
+    candidates = stage_dots.pairable(trace, {id(p): p for p in problem.chosen.values()}) if pairs else {}
     with FlopCounterMode(display=False) as meta_backward:
         ghost.meta_gradients(problem, trace, meta, candidates)
     counts = [each.get_total_flops() for each in (forward, backward, meta_forward, meta_backward)]

@@ -1,5 +1,7 @@
 """Peak memory of a plain step and of the ghost engine's, foretold from the sizes of what their passes keep.
 
+Whole batches or by parts; forward mode's is in `metakern.forward_mode_memory`.
+
 A backward pass is followed from use to use: what autograd still keeps, the output gradients and gradients of parameters
 that are there already, and what is on its way. Buffers inside kernels and what an allocator wastes are not in it.
 """
@@ -71,8 +73,8 @@ def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
         saved,
         [sizes(inputs_of(use.call), before) for use in uses],
         [_output_bytes(use) for use in uses],
-        [sum(_bytes(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
-        [{id(p): _bytes(p) for _, p in use.call.parameters} for use in uses],
+        [sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
+        [{id(p): bytes_of(p) for _, p in use.call.parameters} for use in uses],
     )
 
 
@@ -85,32 +87,85 @@ def foretold(train: KeptPass, meta: KeptPass, without_v: Collection[int], paired
     """
     uses = range(len(train.outputs))
     inputs = total(train.inputs)
-    graph, records = sum(total(_flat(train.saved), inputs).values()), sum(inputs.values()) + sum(train.outputs)
-    meta_pass = _backward_peak(meta, total(meta.inputs), paired, without_v)
-    v = _gradients(meta, 0, without_v) + sum(total(meta.inputs[j] for j in paired).values())
+    graph, records = sum(graph_of(train, inputs).values()), sum(inputs.values()) + sum(train.outputs)
+    meta_pass = backward_peak(meta, total(meta.inputs), paired, without_v)
+    v = gradients(meta, 0, without_v) + sum(total(meta.inputs[j] for j in paired).values())
     v += sum(meta.outputs[j] for j in paired)
-    plain = _backward_peak(train, {}, (), ())
+    plain = backward_peak(train, {}, (), ())
     left = (sum(total(train.inputs[: k + 1]).values()) + sum(train.outputs[: k + 1]) for k in uses)
-    passing = max((kept + max(below, kept) for kept, below in zip(train.outputs, train.downwards)), default=0)
     return Memory(
         plain=plain,
-        train=_backward_peak(train, inputs, uses, None),
+        train=_record_peak(train),
         meta=records + meta_pass,
         dots=records + v,
-        gradient=max((some + _gradients(train, k, ()) for k, some in enumerate(left)), default=0),
-        two_pass=max(graph + meta_pass, graph + v + passing, plain),
+        gradient=max((some + gradients(train, k, ()) for k, some in enumerate(left)), default=0),
+        two_pass=max(graph + meta_pass, graph + v + _passing(train), plain),
     )
 
 
-def _backward_peak(kept: KeptPass, held: Sizes, outputs: Collection[int], without: Collection[int] | None) -> int:
+def foretold_by_parts(
+    train: KeptPass, meta: KeptPass, without_v: Collection[int], parts: float, meta_parts: float
+) -> Memory:
+    """The peaks of a step with `micro_batch`: V first, then the dots of each part beside it, then its gradient.
+
+    Args:
+        train, meta: of one part of either batch.
+        parts, meta_parts: how many parts there are, or 1.
+    """
+    v, parameters = gradients(meta, 0, without_v), total(train.parameters)
+    meta_pass, gradient = backward_peak(meta, {}, (), without_v), backward_peak(train, {}, (), ())
+    meta_two_pass = meta_pass
+    if meta_parts > 1:  # beside the sum of the parts before and the last of them; and one for the proof of independence
+        meta_two_pass = 2 * v + max(meta_pass, sum(graph_of(meta).values()))
+        meta_pass = 2 * v + max(meta_pass, _record_peak(meta))
+    if parts > 1:
+        summed = sum(parameters.values())
+        gradient = summed + max(gradient, summed + max(parameters.values(), default=0))
+    in_passing = v + sum(graph_of(train).values()) + _passing(train)
+    return Memory(
+        plain=backward_peak(_times(parts, train), {}, (), ()),
+        train=v + _record_peak(train),
+        meta=meta_pass,
+        dots=v + sum(total(train.inputs).values()) + sum(train.outputs),
+        gradient=gradient,
+        two_pass=max(meta_two_pass, in_passing, gradient),
+    )
+
+
+def _record_peak(kept: KeptPass) -> int:
+    """Of a backward pass to every B."""
+    return backward_peak(kept, total(kept.inputs), range(len(kept.outputs)), None)
+
+
+def _times(parts: float, kept: KeptPass) -> KeptPass:
+    """A pass of so many times as many examples."""
+
+    def grown(found: Sizes) -> Sizes:
+        return {key: round(parts * size) for key, size in found.items()}
+
+    return KeptPass(
+        [list(map(grown, some)) for some in kept.saved],
+        list(map(grown, kept.inputs)),
+        [round(parts * size) for size in kept.outputs],
+        [round(parts * size) for size in kept.downwards],
+        kept.parameters,
+    )
+
+
+def _passing(kept: KeptPass) -> int:
+    """The largest B on its way, with the gradient of A that is made of it."""
+    return max((size + max(below, size) for size, below in zip(kept.outputs, kept.downwards)), default=0)
+
+
+def backward_peak(kept: KeptPass, held: Sizes, outputs: Collection[int], without: Collection[int] | None) -> int:
     """The largest sum of a backward pass, with what is `held` all the while.
 
     B of the uses `outputs` stays; gradients are formed of all parameters but those `without`, or of none.
     """
-    peak = sum(total(_flat(kept.saved), held).values())
+    peak = sum(graph_of(kept, held).values())
     for k in reversed(range(len(kept.outputs))):
         staying = sum(kept.outputs[j] for j in outputs if j > k)
-        staying += 0 if without is None else _gradients(kept, k, without)
+        staying += 0 if without is None else gradients(kept, k, without)
         earlier = total(_flat(kept.saved[:k]), held)
         at = sum(total(kept.saved[k], earlier).values()) + kept.outputs[k] + kept.downwards[k]
         # On the way to the use before, the last operation has its output's gradient and makes its input's, while what
@@ -120,7 +175,12 @@ def _backward_peak(kept: KeptPass, held: Sizes, outputs: Collection[int], withou
     return peak
 
 
-def _gradients(kept: KeptPass, k: int, without: Collection[int]) -> int:
+def graph_of(kept: KeptPass, held: Sizes | None = None) -> Sizes:
+    """All that autograd keeps of a pass, with what is `held` beside it."""
+    return total(_flat(kept.saved), held)
+
+
+def gradients(kept: KeptPass, k: int, without: Collection[int]) -> int:
     """Gradients of parameters that are there once the backward pass has come down to use k."""
     return sum(size for key, size in total(kept.parameters[k:]).items() if key not in without)
 
@@ -161,5 +221,5 @@ def _output_bytes(use: Use) -> int:
     return sum(shape.numel() for shape in use.output_shapes) * dtype.itemsize
 
 
-def _bytes(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

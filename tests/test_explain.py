@@ -77,7 +77,7 @@ def test_operations_of_forward_mode_are_those_foretold() -> None:
         nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     assert found.step_flops() == pytest.approx(step.get_total_flops(), rel=0.05)
     assert found.plain_flops == pytest.approx(plain.get_total_flops(), rel=0.05)
-    assert str(found).endswith(f"{found.step_flops() / found.plain_flops:.2f} plain steps")
+    assert f"; {found.step_flops() / found.plain_flops:.2f} plain steps\npeak memory: " in str(found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,0 +1,182 @@
+"""What `metakern.plan` foretells of memory, and of operations by parts, is what is counted."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metakern
+from benchmarks.measure import count
+from metakern.engines import pose
+from metakern.forward_mode_memory import by_forward_mode
+from metakern.peak_memory import Memory
+from metakern.testing import inputs
+from metakern.testing.judge import Snapshot
+from metakern.testing.models import Transformer, conv_net, lenet, mlp
+from metakern.testing.networks import convnext, resnet
+
+Batch = tuple[Tensor, Tensor]
+WITHIN = 0.03
+
+
+def images(n: int, m: int, *shape: int) -> tuple[Batch, Batch]:
+    """Not of `inputs.pair`, whose images are vectors."""
+    train, meta = (
+        (inputs.normal(size, *shape, seed=seed, dtype=torch.float32), inputs.labels(size, classes=10, seed=seed))
+        for seed, size in ((1, n), (2, m))
+    )
+    return train, meta
+
+
+def tokens(n: int, m: int) -> tuple[Batch, Batch]:
+    train, meta = (
+        (inputs.labels(size, 16, classes=50, seed=seed), inputs.labels(size, classes=10, seed=seed))
+        for seed, size in ((1, n), (2, m))
+    )
+    return train, meta
+
+
+def transformer(fused: bool = False) -> nn.Module:
+    return Transformer(width=32, depth=2, heads=2, classes=10, vocabulary=50, fused=fused)
+
+
+def with_batch_norm(inplace: bool) -> nn.Module:
+    """Values written over by activations are not those that the first pass knew."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.LeakyReLU(inplace=inplace), nn.BatchNorm2d(16)),
+        *(nn.ReLU(inplace=inplace), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+
+
+def contrast(model: nn.Module, batch: Batch) -> Tensor:
+    """Examples are told apart from one another."""
+    directions = F.normalize(model(batch[0]), dim=1)
+    return F.cross_entropy(directions @ directions.T / 0.5, batch[1] % len(batch[1]), reduction="none")
+
+
+def counted(model: nn.Module, batch: Batch, meta_batch: Batch, **settings: object) -> tuple[int, int]:
+    """Operations and peak of a step in which every example carries weight."""
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        metakern.reweight_step(model, batch, meta_batch, rule=torch.ones_like, **settings)  # pyright: ignore
+
+    step()
+    _, operations, peak = count(step, "cpu")
+    model.zero_grad(set_to_none=True)
+    return operations, peak
+
+
+def assert_memory_foretold(found: Memory | None, model: nn.Module, *given: object, **settings: object) -> None:
+    assert found is not None
+    for memory, foretold in (("reuse", found.reuse), ("two_pass", found.two_pass)):
+        _, peak = counted(model, *given, memory=memory, **settings)  # pyright: ignore
+        assert foretold == pytest.approx(peak, rel=WITHIN), memory
+
+
+WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[Batch, Batch]]] = {
+    "mlp": (lambda: mlp(64, 3), images(128, 32, 64)),
+    "lenet": (lambda: lenet(10), images(32, 8, 1, 28, 28)),
+    "convolutions": (lambda: conv_net(16), images(32, 8, 3, 32, 32)),
+    "transformer": (transformer, tokens(32, 8)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_batches(name: str) -> None:
+    make, batches = WHOLE[name]
+    model = make()
+    assert_memory_foretold(metakern.plan(model, *batches).memory, model, *batches)
+
+
+@pytest.mark.parametrize("size", [8, 4])
+@pytest.mark.parametrize("name", ["lenet", "convolutions", "transformer"])
+def test_by_parts(name: str, size: int) -> None:
+    """The meta batch is one part, or two."""
+    make, batches = WHOLE[name]
+    model = make()
+    found = metakern.plan(model, *batches, micro_batch=size)
+    assert_memory_foretold(found.memory, model, *batches, micro_batch=size)
+    assert found.memory is not None
+    whole = metakern.plan(model, *batches).memory
+    assert whole is not None
+    assert found.memory.plain == pytest.approx(whole.plain, rel=WITHIN)
+
+
+def test_operations_by_parts() -> None:
+    make, batches = WHOLE["convolutions"]
+    model = make()
+    before = Snapshot.of(model)
+    found = metakern.plan(model, *batches, micro_batch=8)
+    before.assert_unchanged(model)
+    operations, _ = counted(model, *batches, micro_batch=8)
+    assert found.step_flops() == found.step_flops(1.0) == pytest.approx(operations, rel=0.05)
+    assert found.plain_flops == pytest.approx(metakern.plan(model, *batches).plain_flops, rel=0.01)
+    assert str(found).endswith("engine: ghost, 8 examples at a time")
+
+
+def test_wide_layers_by_parts_take_a_direction() -> None:
+    """V is there before the parts are, so nothing is gained by pairs; gradients of the parts are added up."""
+    model, batches = mlp(256, 2), images(32, 4, 256)
+    assert "pairs" in {use.form for use in metakern.plan(model, *batches).uses}
+    found = metakern.plan(model, *batches, micro_batch=8)
+    assert {use.form for use in found.uses} == {"direction"}
+    assert_memory_foretold(found.memory, model, *batches, micro_batch=8)
+
+
+def test_a_part_as_large_as_the_batch_is_none() -> None:
+    model, batches = mlp(8, 1), images(6, 3, 8)
+    assert metakern.plan(model, *batches, micro_batch=6) == metakern.plan(model, *batches)
+
+
+def test_parts_are_refused_where_the_step_refuses_them() -> None:
+    model, batches = with_batch_norm(False), images(8, 4, 3, 8, 8)
+    with pytest.raises(NotImplementedError, match="examples interact"):
+        metakern.plan(model, *batches, micro_batch=4)
+    with pytest.raises(ValueError, match="micro_batch must be None or a positive int"):
+        metakern.plan(model, *batches, micro_batch=0)
+
+
+COUPLED: dict[str, tuple[Callable[[], nn.Module], tuple[Batch, Batch]]] = {
+    "batch norm": (lambda: with_batch_norm(False), images(32, 8, 3, 16, 16)),
+    "in place": (lambda: with_batch_norm(True), images(32, 8, 3, 16, 16)),
+    "convolutions": (lambda: conv_net(16, normalised=True), images(32, 8, 3, 16, 16)),
+    "residual": (lambda: resnet(8, 8), images(32, 8, 3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_forward_mode(name: str) -> None:
+    make, batches = COUPLED[name]
+    model = make()
+    before = Snapshot.of(model)
+    found = metakern.plan(model, *batches)
+    before.assert_unchanged(model)
+    assert found.engine == "jvp"
+    assert_memory_foretold(found.memory, model, *batches)
+
+
+def test_forward_mode_of_a_coupled_loss() -> None:
+    """Nothing is left of the pass by which ghost finds out."""
+    model, batches = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), images(256, 64, 64)
+    found = metakern.plan(model, *batches, loss_fn=contrast)
+    assert_memory_foretold(found.memory, model, *batches, loss_fn=contrast)
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[Batch, Batch]]] = {
+    "fused attention": (lambda: transformer(fused=True), tokens(32, 8)),
+    "layer norm": (lambda: convnext(16), images(16, 4, 3, 16, 16)),
+    "linear": WHOLE["mlp"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_forward_mode_of_other_layers(name: str) -> None:
+    """Asked for by name, since ghost serves them."""
+    make, batches = OTHERS[name]
+    model = make()
+    foretold = by_forward_mode(pose(model, *batches, None, None, "reuse"))
+    assert_memory_foretold(foretold, model, *batches, engine="jvp")
