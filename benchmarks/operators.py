@@ -153,10 +153,10 @@ OPERATORS = [
     ),
     OperatorCase(
         "kernel_grads",
-        "n=64 i=64 o=64 32x32 3x3",
+        "n=128 i=64 o=64 32x32 3x3",
         partial(ops.kernel_grads, padding=1, bias=True),
         _kernel_gradients,
-        _normals((64, 64, 32, 32), (64, 64, 32, 32), (64, 64, 3, 3)),
+        _normals((128, 64, 32, 32), (128, 64, 32, 32), (64, 64, 3, 3)),
     ),
     OperatorCase(
         "pair_dots",
