@@ -13,6 +13,7 @@ from metakern.testing.inputs import labels, normal
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_rms_norm_without_eps_on_inputs_as_small_as_eps(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.RMSNorm(6), torch.nn.Flatten(), torch.nn.Linear(12, 3)).to(dtype)
     model[2].requires_grad_(False)
     x, y = 1e-4 * normal(4, 2, 6, dtype=dtype), labels(4, classes=3)
