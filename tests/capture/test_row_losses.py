@@ -182,7 +182,7 @@ def test_a_target_that_is_no_class_is_refused_before_anything_changes(target: in
     some = setup()
     some.batch[1][2] = target
     before = Snapshot.of(some.model)
-    with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+    with pytest.raises(ValueError, match=f"Target {target} is out of bounds"):
         metakern.l2rw_step(some.model, some.batch, some.meta_batch)
     before.assert_unchanged(some.model)
     assert called == ["cross_entropy_rows"]
