@@ -161,7 +161,7 @@ def _may_move_examples(trace: Trace, pick: Pick) -> bool:
         cotangent = torch.ones_like(trace.losses).masked_fill_(inside, torch.nan)
         (grad,) = torch.autograd.grad(trace.losses, [pick.edge], cotangent, retain_graph=True, allow_unused=True)
         if grad is not None:
-            left = [axis for axis in left if _stays_inside(grad, axis, inside)]
+            left = [axis for axis in left if _stays_inside(grad.isnan(), axis, inside)]
     return not left or any(axis.dim in dims for axis in left)
 
 
@@ -179,23 +179,28 @@ def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxi
 def _prove(
     trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
 ) -> list[list[ExampleAxis]]:
-    """The axes that survive every set S; refuses where none does. Kept unless more than one survives."""
+    """The axes that survive every set S; refuses where none does. The verdict is kept where a single one survives
+    everywhere, and the batch is an ordinary one: B finite, and not zero throughout.
+    """
     n = trace.examples
     fitting = [[list(candidates(shape, n)) for shape in use.output_shapes] for use in trace.uses]
     plain = output_gradients(trace, retain_graph=True)
-    if all(bool(torch.isfinite(b).all()) for line in plain for b in line if b is not None):
+    finite = all(bool(torch.isfinite(b).all()) for line in plain for b in line if b is not None)
+    if finite:
         require_linear(trace, plain)
-        for inside in _sets(n, trace.losses.device):
-            cotangent = torch.ones_like(trace.losses).masked_fill_(inside, torch.nan)
-            for line, grads in zip(fitting, output_gradients(trace, cotangent, retain_graph=True)):
-                for k, grad in enumerate(grads):
-                    if grad is not None and grad.numel():
-                        line[k] = [axis for axis in line[k] if _stays_inside(grad, axis, inside)]
-        _require_axes(trace, plain, fitting, known, structure)
-        _require_no_forward_path(trace, fitting, known, structure, poisoned)
-        shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
-        if shown and all(len(found) == 1 for line in fitting for found in line):
-            known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
+    for inside in _sets(n, trace.losses.device):
+        cotangent = torch.ones_like(trace.losses).masked_fill_(inside, torch.nan)
+        for line, before, after in zip(fitting, plain, output_gradients(trace, cotangent, retain_graph=True)):
+            for k, (b, grad) in enumerate(zip(before, after)):
+                if grad is not None and grad.numel():
+                    # What is not finite by itself tells nothing; where dots run over it they say so themselves.
+                    reached = grad.isnan() if finite or b is None else grad.isnan() & b.isfinite()
+                    line[k] = [axis for axis in line[k] if _stays_inside(reached, axis, inside)]
+    _require_axes(trace, plain, fitting, known, structure)
+    _require_no_forward_path(trace, fitting, known, structure, poisoned)
+    shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
+    if finite and shown and all(len(found) == 1 for line in fitting for found in line):
+        known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
 
 
@@ -208,9 +213,8 @@ def _sets(examples: int, device: torch.device) -> Iterator[Tensor]:
         yield ~inside
 
 
-def _stays_inside(grad: Tensor, axis: ExampleAxis, inside: Tensor) -> bool:
-    reached = grad.isnan()
-    return not bool((reached & ~axis.spread(inside, grad.shape)).any())
+def _stays_inside(reached: Tensor, axis: ExampleAxis, inside: Tensor) -> bool:
+    return not bool((reached & ~axis.spread(inside, reached.shape)).any())
 
 
 def _require_axes(trace: Trace, plain: list, fitting: list, known: dict[Hashable, Any], structure: Hashable) -> None:

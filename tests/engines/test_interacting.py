@@ -13,6 +13,7 @@ from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.catalogue.structures import BatchNormalised
 from metakern.testing.judge import Snapshot, judge_step
+from metakern.testing.oracle import oracle
 
 
 def batch_norm_setup(n: int = 6, m: int = 4) -> Setup:
@@ -282,3 +283,28 @@ def test_two_threads_step_two_models() -> None:
         for truth, found in zip(truths, pool.map(steps, setups), strict=True):
             for dots in found:
                 budget.assert_dots(dots, truth)
+
+
+class Kinked(nn.Module):
+    """The first layer has a gradient that is not finite for an input of zeros, and the next ones centre the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.middle, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.middle(self.body(x).square().sqrt()))
+        return self.head(hidden - hidden.mean(0))
+
+
+def test_a_gradient_that_is_not_finite_elsewhere() -> None:
+    """It does not keep the examples from being held apart where the dots run."""
+    setup = linear_setup(Kinked())
+    setup.batch[0][0] = 0
+    names = ("middle.weight", "middle.bias")
+    truth = oracle(setup.model, setup.batch, setup.meta_batch, names=names, interacting=True)
+    for engine in ("auto", "double_backward"):
+        found = metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, params="middle", engine=engine)
+        budget.assert_dots(found.dots, truth)
+    with pytest.raises(NotImplementedError, match="examples interact"):
+        metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, params="middle", engine="ghost")
