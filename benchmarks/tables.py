@@ -69,14 +69,16 @@ def plans() -> str:
     if not runs:
         return "Not measured yet."
     heads = ["operations foretold", "counted"]
-    heads += [head for name in ("plain step, MiB", "metakern, MiB", "two_pass, MiB") for head in (name, "counted")]
+    heads += [
+        head for name in ("plain step", "metakern", "two_pass", "by quarters") for head in (f"{name}, MiB", "counted")
+    ]
     lines = [f"| case | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
     for case, run in runs.items():
         cells = [
             f"{float(run['metakern'][column]) / float(run['plain'][column]):.3f}"
             for column in ("planned_gigaflops", "gigaflops")
         ]
-        for way in ("plain", "metakern", "metakern two_pass"):
+        for way in ("plain", "metakern", "metakern two_pass", "metakern micro_batch=n/4"):
             figures = [run.get(way, {}).get(column) for column in ("planned_megabytes", "peak_megabytes")]
             cells += [f"{float(figure):.1f}" if figure else "-" for figure in figures]
         lines.append(f"| {case} | {' | '.join(cells)} |")
