@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import only_watches
@@ -79,12 +80,13 @@ def first_pass(problem: Problem) -> Iterator[Products]:
     with PLAIN_ATTENTION(), hooks, products if problem.memory == "reuse" else nullcontext():
         yield products
     hooked = next((module for module in modules_of(problem.model) if _has_backward_hooks(module)), None)
-    if hooks.seen or hooked is not None:
+    everywhere = module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
+    if hooks.seen or everywhere or hooked is not None:
         name = None if hooked is None else name_of(problem.model, hooked)
         where = "a tensor" if name is None else f"module '{name}'" if name else "the model"
         raise EngineUnavailable(
-            f"{where} has a backward hook, which may change gradients; forward mode would not see that: remove it, or "
-            "use engine='double_backward'"
+            f"{'every module' if everywhere else where} has a backward hook, which may change gradients; forward mode "
+            "would not see that: remove it, or use engine='double_backward'"
         )
 
 
@@ -132,7 +134,8 @@ def _dual_pass(
         if isinstance(error, EngineUnavailable) or not lacks_forward_mode(error):
             raise
         raise EngineUnavailable(
-            f"an operation of the model has no forward mode ({str(error).splitlines()[0]})"
+            f"an operation of the model has no forward mode ({str(error).splitlines()[0]}); engine='double_backward' "
+            "may be exact, at several times the price"
         ) from error
 
 

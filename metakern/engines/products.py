@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.unrolled import dispatches
 from metakern.engines.repetition import agree
 
 _PRODUCTS = frozenset(
@@ -65,7 +66,7 @@ class Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in _ARGUMENTS:
+        if func in _ARGUMENTS and not dispatches(types):
             with torch._C.DisableTorchFunction():
                 self._note(func, _operands(func, args, kwargs or {}), output)
         return output
@@ -93,7 +94,7 @@ class ReusedProducts(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = None
-        if func in _ARGUMENTS:
+        if func in _ARGUMENTS and not dispatches(types):
             with torch._C.DisableTorchFunction():
                 found = self._reused(func, args, kwargs or {})
         return func(*args, **(kwargs or {})) if found is None else found

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_full_backward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import metakern
@@ -140,6 +141,18 @@ def test_subclasses_that_change_what_a_function_does(where: str) -> None:
     assert judge_step(metakern.l2rw_step, setup).result.engine == "ghost"
 
 
+def test_such_a_subclass_by_forward_mode() -> None:
+    """The first pass keeps no product that the subclass makes another of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    setup = Setup(model, *inputs.pair(5, 3, 4, classes=3), interacting=True)
+    model[3].weight = nn.Parameter(model[3].weight.detach().as_subclass(Doubling))
+    before = Snapshot.of(model)
+    with pytest.raises(NotImplementedError):
+        metakern.l2rw_step(model, setup.batch, setup.meta_batch)
+    before.assert_unchanged(model)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("engine", ["auto", "ghost", "jvp", "double_backward"])
 def test_reentrant_checkpoint(engine: str) -> None:
@@ -271,6 +284,18 @@ def test_hooks_that_change_gradients(where: str, engine: str, memory: str) -> No
     with pytest.raises(NotImplementedError, match="hook"):
         metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine=engine, memory=memory)
     before.assert_unchanged(model)
+
+
+def test_a_backward_hook_of_every_module() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    setup = Setup(model, *inputs.pair(4, 3, 4, classes=3))
+    handle = register_module_full_backward_hook(lambda module, inner, outer: tuple(g and 2 * g for g in inner))
+    try:
+        with pytest.raises(NotImplementedError, match="every module has a backward hook"):
+            metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine="jvp")
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("memory", ["reuse", "two_pass"])
