@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.host import host_may_wait
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
+from metakern.engines.repetition import agree
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
@@ -87,7 +89,8 @@ def mlc_step(
 
     Returns: `CorrectionResult(labels [n, C], tangents [n, C], losses [n], meta_loss [], carry, engine)`.
 
-    Raises: as `l2rw_step`; nothing has changed then, neither model nor label net nor its optimizer.
+    Raises: as `l2rw_step`; ValueError where the label net returns no distributions. Nothing has changed then, neither
+        model nor label net nor its optimizer.
 
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """
@@ -148,6 +151,7 @@ class _Corrected:
             raise ValueError(
                 f"label_net must return one distribution per example, shape {tuple(self._log_q.shape)}; got {got}"
             )
+        _require_distributions(labels.detach())
         return labels
 
     def losses(self, labels: Tensor) -> Tensor:
@@ -170,6 +174,20 @@ class _Corrected:
         tangents = self._pass.tangents(direction)
         require_finite(tangents, self._problem)
         return tangents - (self._log_q.detach().exp() * tangents).sum(1, keepdim=True)
+
+
+def _require_distributions(labels: Tensor) -> None:
+    if not host_may_wait():
+        return
+    sums = labels.sum(1)
+    wrong = (labels < 0).any(1) | ~agree(sums, torch.ones_like(sums))
+    if wrong.any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"label_net must return distributions, entries from 0 whose sum is 1; those of example {n} are between "
+            f"{float(labels[n].min()):.3g} and {float(labels[n].max()):.3g} and sum to {float(sums[n]):.3g}: let it "
+            "end in a softmax"
+        )
 
 
 def _discount(problem: Problem, step: VirtualStep, after: Mapping[str, Tensor]) -> Tensor:

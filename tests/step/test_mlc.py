@@ -1,5 +1,6 @@
 """The label-correction step against double backward through the whole virtual step, in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -263,3 +264,13 @@ def test_arguments() -> None:
         plain(model, LabelNet(4, 2).double())
     with pytest.raises(TypeError, match=r"label_net must be.*str"):
         plain(model, "net")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("change", [torch.log, lambda p: 2 * p, lambda p: p + torch.tensor([2.0, -1.0, -1.0])])
+def test_labels_that_are_no_distributions_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    (model, *_), net = make("mlp"), label_net()
+    net.register_forward_hook(lambda module, given, output: change(output))
+    before = Snapshot.of(model)
+    with pytest.raises(ValueError, match=r"label_net must return distributions.*of example 0 "):
+        plain(model, net)
+    before.assert_unchanged(model, random=False)
