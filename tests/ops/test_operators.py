@@ -75,7 +75,9 @@ def implementations(name: str, arguments: tuple[Any, ...]) -> list[str]:
 
 def test_every_operator_has_a_case() -> None:
     registered = {
-        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "metakern" in name
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("metakern::")
     }
     assert registered == set(OPERATORS) == set(CASES) == set(ops.__all__)
 
