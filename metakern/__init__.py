@@ -23,11 +23,11 @@ from metakern import ops as ops
 from metakern import weights as weights
 from metakern.check import CheckReport as CheckReport
 from metakern.check import check as check
-from metakern.explain import Explanation as Explanation
-from metakern.explain import explain as explain
-from metakern.explain import plan as plan
 from metakern.layers import LayerRule as LayerRule
 from metakern.layers import register_layer as register_layer
+from metakern.planning import Explanation as Explanation
+from metakern.planning import explain as explain
+from metakern.planning import plan as plan
 from metakern.step import CapturedStep as CapturedStep
 from metakern.step import CompiledStep as CompiledStep
 from metakern.step import CorrectionResult as CorrectionResult

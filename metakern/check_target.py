@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from metakern.check import check
-from metakern.explain import explain
+from metakern.planning import explain
 
 
 def check_target(target: str, *, examples: int = 8, explained: bool = False) -> int:

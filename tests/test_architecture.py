@@ -28,19 +28,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"step", "weights", "methods", "trainers"},
     "report": {"ops"},
     "cli": {"trainers", "methods", "data", "report", "testing"},
-    "explain": {
-        *("engines", "capture", "layers", "dots"),
-        *("explanation", "pass_counts", "peak_memory", "forward_mode_memory"),
-    },
-    "explanation": {"pass_counts", "peak_memory"},
-    "pass_counts": {"engines", "capture", "dots"},
-    "peak_memory": {"engines", "capture"},
-    "forward_mode_memory": {"engines", "capture", "peak_memory"},
+    "planning": {"engines", "capture", "layers", "dots"},
     "layer_table": {"step", "testing"},
-    "check_target": {"check", "explain"},
+    "check_target": {"check", "planning"},
     "check": {"step", "engines", "capture", "layers", "testing"},
     "testing": set(),
-    "__init__": {"ops", "layers", "weights", "step", "check", "explain", "methods"},
+    "__init__": {"ops", "layers", "weights", "step", "check", "planning", "methods"},
     "__main__": {"cli"},
 }
 

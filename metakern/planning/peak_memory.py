@@ -1,6 +1,6 @@
 """Peak memory of a plain step and of the ghost engine's, foretold from the sizes of what their passes keep.
 
-Whole batches or by parts; forward mode's is in `metakern.forward_mode_memory`.
+Whole batches or by parts; forward mode's is in `forward_mode_memory.py`.
 
 A backward pass is followed from use to use: what autograd still keeps, the output gradients and gradients of parameters
 that are there already, and what is on its way. Buffers inside kernels and what an allocator wastes are not in it.

@@ -18,7 +18,7 @@ from metakern.capture.losses import evaluate_losses
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import substituted
-from metakern.peak_memory import (
+from metakern.planning.peak_memory import (
     Memory,
     Sizes,
     backward_peak,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metakern import dots as stage_dots
-from metakern import pass_counts
 from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
 from metakern.capture.losses import LossFunction
 from metakern.capture.random_state import random_state, restore_random_state
@@ -27,12 +26,13 @@ from metakern.engines.micro_batch import several_parts
 from metakern.engines.part import examples_in, part_of
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
-from metakern.explanation import Explanation, UseCost
-from metakern.forward_mode_memory import by_forward_mode
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
-from metakern.pass_counts import NONE, Passes
-from metakern.peak_memory import (
+from metakern.planning import pass_counts
+from metakern.planning.explanation import Explanation, UseCost
+from metakern.planning.forward_mode_memory import by_forward_mode
+from metakern.planning.pass_counts import NONE, Passes
+from metakern.planning.peak_memory import (
     Memory,
     Sizes,
     foretold,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metakern.pass_counts import NONE, Passes
-from metakern.peak_memory import Memory
+from metakern.planning.pass_counts import NONE, Passes
+from metakern.planning.peak_memory import Memory
 
 
 @dataclass(frozen=True)
