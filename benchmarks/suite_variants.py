@@ -17,8 +17,10 @@ STEPS = {case.name: case for case in CPU_CASES}
 REAL = {case.name: case for case in real_cases(small=False)}
 BERT = "bert-base-32-8"
 
-COMPILED = [STEPS[name] for name in ("lenet-100-10", "mlp-256-16", "conv-64-16", "conv-bn-64-16", "sdpa-64-4")]
-COMPILED.append(REAL["resnet-32-bn-128-16"])
+COMPILED = [
+    *(STEPS[name] for name in ("lenet-100-10", "mlp-256-16", "conv-64-16", "conv-bn-64-16", "sdpa-64-4")),
+    REAL["resnet-32-bn-128-16"],
+]
 ROUNDED = [STEPS[name] for name in ("mlp-256-16", "conv-64-16", "transformer-64-4", "sdpa-64-4")]
 TRAINED = [
     REAL["resnet-32-gn-128-16"],

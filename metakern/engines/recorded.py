@@ -44,7 +44,8 @@ class Recorded:
 
     def fold(self, names: Names) -> None:
         """Keep gradients of single examples in these parameters, in place of A and B, where several answers cost less
-        by them."""
+        by them.
+        """
         wanted, uses = self._served(names), list(self.trace.uses)
         for k, record in enumerate(self.records):
             if record is not None and all(id(p) in wanted for _, p in record.call.parameters):

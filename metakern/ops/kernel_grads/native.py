@@ -1,7 +1,7 @@
 """kernel_grads by the library's kernel gradient of a grouped convolution, in which every example is a group of its own.
 
-So many examples at a time as stay in a CPU's cache (docs/measured-facts.md), and no more than the library has memory
-in use already for: a result of 19 MB in one call took four times as long as in calls of 9 MB or less.
+So many examples at a time that they, and what they give, stay in a CPU's cache (docs/measured-facts.md): a result of
+19 MB in one call took four times as long as in calls of 9 MB or less, whose memory the library has in use already.
 """
 
 from __future__ import annotations
