@@ -34,10 +34,10 @@ class Surroundings:
     `model` itself is looked after elsewhere, but not what its own functions and hooks reach.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+    def __init__(self, model: nn.Module, *functions: Any) -> None:
         self._seen: dict[int, Any] = {id(module): module for module in modules_of(model)}
         self._put_back: list[Callable[[], None]] = []
-        for function in (loss_fn, *_own_functions(model)):
+        for function in (*functions, *_own_functions(model)):
             self._visit(function, _DEPTH)
 
     def restore(self) -> None:

@@ -47,10 +47,10 @@ class Move:
     grads: Tensor  # B, [rows, o]
     coefficients: Tensor  # c of the example of every row, [rows, 1], with a graph to c
     origin: Tensor  # W0, [o, i]
-    factor: float  # k
+    factor: float | Tensor  # k
     bias: nn.Parameter | None  # the bias that moves along
     bias_origin: Tensor | None  # b0, [o]
-    bias_factor: float  # k_b
+    bias_factor: float | Tensor  # k_b
 
 
 class ImplicitUse(NamedTuple):
@@ -92,10 +92,10 @@ def move(
     shape = record.output_grad.shape[:-1]
     c = record.axes[0].spread(coefficients, shape).expand(shape).reshape(-1, 1).to(b.dtype)
     rows = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), c
-    weight = origin.parameters[name].detach(), float(origin.jacobian[name])
+    weight = origin.parameters[name].detach(), origin.jacobian[name]
     if use.bias is None:
         return Move(*rows, *weight, None, None, 0.0)
-    bias = origin.parameters[use.bias].detach(), float(origin.jacobian[use.bias])
+    bias = origin.parameters[use.bias].detach(), origin.jacobian[use.bias]
     return Move(*rows, *weight, problem.chosen[use.bias], *bias)
 
 
@@ -136,7 +136,7 @@ class Moving(LastingMode):
         return output
 
 
-def _moved(x: Tensor, move: Move, bias: Tensor | None, bias_factor: float) -> Tensor:
+def _moved(x: Tensor, move: Move, bias: Tensor | None, bias_factor: float | Tensor) -> Tensor:
     """x W^^T + b^. The Gram lies in columns, [rows, meta rows]: this way round the library is quicker at it."""
     output = F.linear(x, move.origin, bias)
     gram = move.inputs @ x.to(move.inputs.dtype).reshape(-1, x.shape[-1]).t()

@@ -89,7 +89,7 @@ def capture_step(
         The others: as `reweight_step`.
     """
     trainable = trainable_parameters(model)
-    batches = OwnBatches(batch, meta_batch)
+    batches = OwnBatches(batch=batch, meta_batch=meta_batch)
     _require_cuda(trainable, batches.leaves)
 
     def step(optimizer: torch.optim.Optimizer | None = None) -> StepResult:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.losses import LossFunction
-from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import (
     RandomState,
     random_state,
@@ -26,20 +25,14 @@ from metakern.engines.repetition import agree
 from metakern.step.granted import Granted
 from metakern.step.own_buffers import buffers_of
 from metakern.step.program import Program
-from metakern.step.result import StepResult
 
 
-class Outcome(NamedTuple):
-    """What a program returns, in order."""
+class Found(NamedTuple):
+    """What a step, or a part of it, finds out: weights, dots, gradients."""
 
-    result: list[Tensor]  # weights, dots, losses, meta loss
-    buffers: list[Tensor]
-    gradient: list[Tensor]
-
-
-def split(found: Sequence[Tensor], buffers: int) -> Outcome:
-    end = 4 + buffers
-    return Outcome(list(found[:4]), list(found[4:end]), list(found[end:]))
+    engine: str
+    values: list[Tensor]
+    more: bool = False  # whether another part follows
 
 
 class Seen(NamedTuple):
@@ -49,7 +42,8 @@ class Seen(NamedTuple):
     buffers: list[Tensor]  # that it writes
     start: RandomState
     end: RandomState
-    outcome: Outcome
+    values: list[Tensor]
+    left: list[Tensor]  # in those buffers
 
     @property
     def draws(self) -> bool:
@@ -57,18 +51,19 @@ class Seen(NamedTuple):
         return not same_torch_state(self.start, self.end)
 
 
-def see(
-    model: nn.Module, loss_fn: LossFunction | None, granted: Callable[[], Granted], step: Callable[[], StepResult]
-) -> Seen:
-    """One step that does not count, for what is proved once per model; refuse what a program would do once only."""
+def see(model: nn.Module, functions: Sequence[Any], granted: Callable[[], Granted], step: Callable[[], Found]) -> Seen:
+    """One step that does not count, for what is proved once per model; refuse what a program would do once only.
+
+    `functions` are what the step calls beside the model.
+    """
     start, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in buffers_of(model)]
-    around, writes = Surroundings(model, loss_fn), Writes(model)
+    around, writes = Surroundings(model, *functions), Writes(model)
     try:
         with unchanged_buffers(model):
             with writes.watching():
-                *result, engine = step()
+                found = step()
             written = [b for b, value in buffers if writes.found(b) or not _same(b, value)]
-            outcome = Outcome(result, [b.clone() for b in written], gradients_of(model))
+            left = [b.clone() for b in written]
             changed = granted().differs_from(known)
         end = random_state()
     finally:
@@ -77,41 +72,62 @@ def see(
     if not same_elsewhere(start, end):
         raise EngineUnavailable(
             "the pass draws random numbers from Python or NumPy, which a compiled step would draw once only; draw them "
-            "by torch, or use reweight_step"
+            "by torch, or take the step uncompiled"
         )
     if changed:
         raise EngineUnavailable(
             "the pass writes attributes of the model or puts other tensors in place of its buffers, or it counts or "
-            "keeps something else from call to call; write into buffers (copy_, mul_), or use reweight_step"
+            "keeps something else from call to call; write into buffers (copy_, mul_), or take the step uncompiled"
         )
-    return Seen(engine, written, start, end, outcome)
-
-
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
+    return Seen(found.engine, written, start, end, found.values, left)
 
 
 def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
-    """Hold the program against that step, in what it draws and in what it gives; and run it where that step ended,
-    since what decides the program must not be what the step writes.
+    """Hold the program, which gives values and then buffers, against that step, in what it draws and in what it gives;
+    and run it where that step ended, since what decides the program must not be what the step writes.
     """
     restore_random_state(seen.start)
-    found = program([*tensors, *seen.buffers])
+    found = _all(program, [*tensors, *seen.buffers])
     if not same_torch_state(seen.end, torch_random_state()):
         raise EngineUnavailable(
             "a program of the step leaves torch's random generator elsewhere than the step: the pass seeds it, or "
-            "repeats other draws than dropout's; use reweight_step"
+            "repeats other draws than dropout's; take the step uncompiled"
         )
-    if found is None or program([*tensors, *seen.outcome.buffers]) is None:
+    if found is None or _all(program, [*tensors, *seen.left]) is None:
         raise EngineUnavailable(
-            "the pass reads a number that it changes, as BatchNorm does with momentum=None; use reweight_step"
+            "the pass reads a number that it changes, as BatchNorm does with momentum=None; take the step uncompiled"
         )
-    for got, want in zip(split(found, len(seen.buffers)), seen.outcome, strict=True):
-        if not all(map(_alike, got, want)):
+    for got, want in zip(found, [*seen.values, *seen.left], strict=True):
+        if not _alike(got, want):
             raise EngineUnavailable(
                 "a program of the step gives other values than the step, so the pass looks at something that changes "
-                "from call to call, as a clock does; use reweight_step"
+                "from call to call, as a clock does; take the step uncompiled"
             )
+
+
+def gradients_of(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients that a step has left, by name."""
+    return {name: p.grad for name, p in trainable.items() if p.grad is not None}
+
+
+@contextmanager
+def torch_random_state_as_before() -> Iterator[None]:
+    """Torch's default generators are afterwards as they were."""
+    start = torch_random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(start)
+
+
+def _all(program: Program, tensors: list[Tensor]) -> list[Tensor] | None:
+    """What all parts give, or None where a value that decides the program is another."""
+    found: list[Tensor] = []
+    for part in program(tensors):
+        if part is None:
+            return None
+        found += part
+    return found
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -9,8 +9,7 @@ The step is traced down to torch's own operators (both passes, dots, weights, we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +17,15 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
-from metakern.capture.random_state import restore_random_state, torch_random_state
-from metakern.capture.state import unchanged_on_error
 from metakern.step.captured import gradients_as_before
-from metakern.step.compilable import gradients_of, require_same, see, split
+from metakern.step.compilable import Found, gradients_of
 from metakern.step.granted import Granted
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.own_batches import OwnBatches
-from metakern.step.own_buffers import OwnBuffers
-from metakern.step.program import Backend, Program, traced
+from metakern.step.program import Backend
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
+from metakern.step.step_program import StepProgram, compiled
 
 
 class CompiledStep:
@@ -36,20 +33,13 @@ class CompiledStep:
 
     def __init__(
         self,
-        program: Program,
-        batches: OwnBatches,
-        buffers: OwnBuffers,
+        program: StepProgram,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        uncompiled: Callable[[bool], StepResult],
-        granted: Callable[[], Granted],
-        engine: str,
-        draws: bool,
+        uncompiled: Callable[..., StepResult],
     ) -> None:
-        self._program, self._batches, self._buffers = program, batches, buffers
-        self._trainable, self._optimizer, self._uncompiled = trainable_parameters(model), optimizer, uncompiled
-        self._granted, self._known = granted, granted()
-        self._engine, self._draws = engine, draws
+        self._program, self._optimizer, self._uncompiled = program, optimizer, uncompiled
+        self._trainable = trainable_parameters(model)
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` takes it.
@@ -61,20 +51,13 @@ class CompiledStep:
             model, loss function and rule look at has changed by more than the values of tensors; else as
             `reweight_step`.
         """
-        self._known.require(self._granted())
-        self._batches.take(batch, meta_batch)
-        start = torch_random_state() if self._draws else None
-        found = self._program([*self._batches.tensors, *self._buffers.tensors])
+        found = next(self._program.run(batch, meta_batch))
         if found is None:
-            if start is not None:
-                restore_random_state(start)
-            return self._uncompiled(accumulate)
-        step = split(found, len(self._buffers.tensors))
-        gradient = dict(zip(self._trainable, step.gradient, strict=True))
-        hand_over(self._trainable, gradient, self._optimizer, accumulate)
-        self._buffers.take(step.buffers)
-        weights, dots, losses, meta_loss = step.result
-        return StepResult(weights, dots, losses, meta_loss, self._engine)
+            return self._uncompiled(*self._program.given(), accumulate=accumulate)
+        weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._trainable)]
+        hand_over(self._trainable, dict(zip(self._trainable, gradient)), self._optimizer, accumulate)
+        self._program.settle(found)
+        return StepResult(weights, dots, losses, meta_loss, self._program.engine)
 
 
 def compile_step(
@@ -114,13 +97,13 @@ def compile_step(
     """
     trainable = trainable_parameters(model)
     require_optimizer(optimizer, trainable)
-    compiler = torch._dynamo.lookup_backend(backend)
-    batches = OwnBatches(batch, meta_batch)
+    batches = OwnBatches(batch=batch, meta_batch=meta_batch)
 
-    def take(given: tuple[Any, Any], engine: str = engine, **settings: Any) -> StepResult:
+    def take(batch: Any, meta_batch: Any, engine: str = engine, **settings: Any) -> StepResult:
         return reweight_step(
             model,
-            *given,
+            batch,
+            meta_batch,
             rule=rule,
             loss_fn=loss_fn,
             engine=engine,
@@ -129,34 +112,18 @@ def compile_step(
             **settings,
         )
 
+    def parts(given: list[Any], numbers: Sequence[Tensor], engine: str) -> Iterator[Found]:
+        *result, used = take(given[0], given[1], engine)
+        yield Found(used, [*result, *gradients_of(trainable).values()])
+
     def granted() -> Granted:
         return Granted(model, loss_fn, rule)
 
+    compiler = torch._dynamo.lookup_backend(backend)
     with gradients_as_before(trainable):
-        seen = see(model, loss_fn, granted, lambda: take(batches.built()))
-        buffers = OwnBuffers(model, seen.buffers)
+        program = compiled(model, [loss_fn], granted, batches, parts, engine, compiler)
 
-        def step(*tensors: Tensor) -> list[Tensor]:
-            with buffers.copied(tensors[len(batches.tensors) :]) as written:
-                result = take(batches.built(list(tensors)), seen.engine)
-            return [*result[:4], *written, *gradients_of(model)]
+    def uncompiled(*given: Any, accumulate: bool) -> StepResult:
+        return take(*given, optimizer=optimizer, accumulate=accumulate)
 
-        with unchanged_on_error(model), _random_state_as_before():
-            program = traced(step, [*batches.tensors, *buffers.tensors])
-            require_same(program, seen, batches.tensors)
-            program.compile(compiler)
-
-    def uncompiled(accumulate: bool) -> StepResult:
-        return take(batches.built(), optimizer=optimizer, accumulate=accumulate)
-
-    return CompiledStep(program, batches, buffers, model, optimizer, uncompiled, granted, seen.engine, seen.draws)
-
-
-@contextmanager
-def _random_state_as_before() -> Iterator[None]:
-    """Torch's default generators are afterwards as they were."""
-    start = torch_random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(start)
+    return CompiledStep(program, model, optimizer, uncompiled)

@@ -31,11 +31,16 @@ def hand_over(
     accumulate: bool,
 ) -> None:
     """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer."""
-    own = separate(gradient, trainable)
+    own, before = separate(gradient, trainable), {p: p.grad for p in trainable.values()}
     for name, p in trainable.items():
         p.grad = _sum(p.grad, own[name]) if accumulate and p.grad is not None else own[name]
     if optimizer is not None:
-        optimizer.step()
+        try:
+            optimizer.step()
+        except BaseException:
+            for p, grad in before.items():
+                p.grad = grad
+            raise
 
 
 def _sum(left: Tensor, right: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction
 from metakern.capture.state import unchanged_on_error
 from metakern.engines import pose
-from metakern.engines.train_pass import open_pass, plain_pass
+from metakern.engines.problem import Problem
+from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.meta_network import (
@@ -84,7 +85,7 @@ def mwnet_step(
 
     Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, equations 3 to 7.
     """
-    _require_weight_net(weight_net, weight_optimizer, normalise)
+    require_weight_net(weight_net, weight_optimizer, normalise)
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
@@ -95,12 +96,8 @@ def mwnet_step(
         given = Features(features)
         dots = meta_loss = None
         if update_weight_net:
-            train, used = open_pass(given.listening(problem), engine)
-            coefficients = weighting.coefficients(train.losses, given.values)
-            dots, meta_loss = virtual_dots(problem, train, coefficients.detach(), rule)
-            require_finite(dots, problem)
-            surrogate = -(dots.to(coefficients) * coefficients).sum()
-            step_meta_network(weight_net, weight_optimizer, gradient_of(weight_net, surrogate))
+            train, used, dots, meta_loss, gradient = meta_gradient(problem, weighting, given, rule, engine)
+            step_meta_network(weight_net, weight_optimizer, gradient)
         else:
             train, used = plain_pass(given.listening(problem))
         weights = weighting.weights(train.losses, given.values)
@@ -108,7 +105,29 @@ def mwnet_step(
     return MetaStepResult(weights, dots, train.losses, meta_loss, used)
 
 
-def _require_weight_net(weight_net: Any, optimizer: Any, normalise: str) -> None:
+class MetaGradient(NamedTuple):
+    """How the weight net should change, and the pass over the train batch that said so, which answers further."""
+
+    train: TrainPass
+    engine: str
+    dots: Tensor  # [n]
+    meta_loss: Tensor  # []
+    gradient: dict[nn.Parameter, Tensor]  # d meta_loss(theta^)/dphi
+
+
+def meta_gradient(
+    problem: Problem, weighting: Weighting, features: Features, rule: VirtualRule, engine: str
+) -> MetaGradient:
+    """d meta_loss(theta^)/dphi = - sum_n s_n dc_n/dphi."""
+    train, used = open_pass(features.listening(problem), engine)
+    coefficients = weighting.coefficients(train.losses, features.values)
+    dots, meta_loss = virtual_dots(problem, train, coefficients.detach(), rule)
+    require_finite(dots, problem)
+    surrogate = -(dots.to(coefficients) * coefficients).sum()
+    return MetaGradient(train, used, dots, meta_loss, gradient_of(weighting.weight_net, surrogate))
+
+
+def require_weight_net(weight_net: Any, optimizer: Any, normalise: str) -> None:
     if normalise not in NORMALISATIONS:
         raise ValueError(f"normalise must be one of {list(NORMALISATIONS)}, got {normalise!r}")
     require_meta_network(weight_net, optimizer, "weight_net", "weight_optimizer")

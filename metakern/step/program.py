@@ -2,11 +2,14 @@
 
 Values that the host reads while it is traced (is this loss finite? which branch?) decide what the program is. Each of
 them comes out of every run again; a run in which one is another says so, and its results are not used.
+
+A function that yields more than once becomes a program in parts, between which the host does what no program can, such
+as letting an optimizer step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metakern.capture.refusal import EngineUnavailable
 from metakern.step.draws import Draws
+from metakern.step.program_parts import cut
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
 
@@ -30,38 +34,59 @@ class Program:
     Parameters and whatever else it meets are read anew in every run.
     """
 
-    def __init__(self, graph: fx.GraphModule, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, graph: fx.GraphModule, sizes: Sequence[int], tensors: Sequence[Tensor]) -> None:
         self._constants, self._tensors = _constants_as_inputs(graph), tensors
-        self._graph = graph
-        self._run: Callable[..., Sequence[Tensor]] = graph
+        self._inputs = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+        self._parts = cut(graph, sizes)
+        self._run: list[Callable[..., Sequence[Tensor]]] = [part.graph for part in self._parts]
 
     def compile(self, backend: Backend) -> None:
         """Let a backend of torch.compile make what runs from now on."""
         with torch.no_grad():
-            self._run = backend(self._graph, [*self._tensors, *self._constants])
+            values = self._start(self._tensors)
+            for k, part in enumerate(self._parts):
+                given = [values[name] for name in part.given]
+                if k + 1 < len(self._parts):  # the next one's examples
+                    part.keep(values, part.graph(*given))
+                self._run[k] = backend(part.graph, given)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """The function's results, or None if a value that decides what the program is differs from the traced one."""
-        with torch.no_grad():
-            *results, as_traced = self._run(*tensors, *self._constants)
-        return results if bool(as_traced) else None
+    def __call__(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor] | None]:
+        """What the function yields, part by part.
+
+        None, and nothing after it, if a value that decides what the program is differs from the traced one.
+        """
+        values = self._start(tensors)
+        for part, run in zip(self._parts, self._run, strict=True):
+            with torch.no_grad():
+                found = run(*(values[name] for name in part.given))
+            if not bool(found[part.results]):
+                yield None
+                return
+            part.keep(values, found)
+            yield list(found[: part.results])
+
+    def _start(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self._inputs, [*tensors, *self._constants], strict=True))
 
 
-def traced(function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]) -> Program:
-    """`function(*tensors)` as a program.
+def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Tensor]) -> Program:
+    """What `function(*tensors)` yields, as a program.
 
     Raises: NotImplementedError where the function reads numbers from tensors, or makes tensors whose size they decide.
     """
+    sizes: list[int] = []
 
     def recorded(*given: Tensor) -> list[Tensor]:
-        reads = _Reads()
+        reads, found = _Reads(), list[Tensor]()
         with _NoExports(), reads, Draws():
-            results = function(*given)
-            return [*results, reads.as_traced(given[0].device)]
+            for results in function(*given):
+                sizes.append(len(results))
+                found += [*results, reads.as_traced(given[0].device)]
+            return found
 
     with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # what is compiled in it is traced as written
         graph = make_fx(recorded)(*tensors)
-    return Program(graph, tensors)
+    return Program(graph, sizes, tensors)
 
 
 class _Reads(TorchDispatchMode):
@@ -78,18 +103,18 @@ class _Reads(TorchDispatchMode):
             return args[0].shape == args[1].shape and bool(self._value((args[0] == args[1]).all()))
         if torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args):
             raise EngineUnavailable(
-                f"{func.name()} makes a tensor whose size depends on values, which a compiled step cannot; use "
-                "reweight_step"
+                f"{func.name()} makes a tensor whose size depends on values, which a compiled step cannot; "
+                "take the step uncompiled"
             )
         if torch.Tag.data_dependent_output in func.tags:
-            raise EngineUnavailable(f"{func.name()} reads numbers from a tensor; use reweight_step")
+            raise EngineUnavailable(f"{func.name()} reads numbers from a tensor; take the step uncompiled")
         return func(*args, **(kwargs or {}))
 
     def _value(self, tensor: Tensor) -> int | bool:
         if tensor.is_floating_point() or tensor.is_complex():
             raise EngineUnavailable(
-                "the step reads a floating point number from a tensor (item(), float()); keep it a tensor, or use "
-                "reweight_step"
+                "the step reads a floating point number from a tensor (item(), float()); keep it a tensor, or "
+                "take the step uncompiled"
             )
         with disable_proxy_modes_tracing():
             value = tensor.item()
@@ -97,10 +122,11 @@ class _Reads(TorchDispatchMode):
         return value
 
     def as_traced(self, device: torch.device) -> Tensor:
-        """Is every value in this run what it was when the program was traced? [] of bool."""
+        """Is every value read since this was last asked, in this run, what it was when the program was traced? []"""
         same = torch.ones((), dtype=torch.bool, device=device)
         for tensor, value in self._read:
             same = same & (tensor == value).all().to(device)
+        self._read = []
         return same
 
 
@@ -118,7 +144,7 @@ class _NoExports(TorchFunctionMode):
         if getattr(func, "__name__", "") in _EXPORTS:
             raise EngineUnavailable(
                 f"the step takes numbers out of torch (Tensor.{func.__name__}), which a compiled step would not do "
-                "again; use reweight_step"
+                "again; take the step uncompiled"
             )
         return func(*args, **(kwargs or {}))
 

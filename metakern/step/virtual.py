@@ -7,9 +7,9 @@ d meta_loss(theta^) / dG = -J g_meta(theta^). Source of the formulas: the update
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
 from metakern.engines.substitution import require_replaced, substituted
 from metakern.engines.train_pass import GhostPass, TrainPass
+
+Rate = float | Tensor
+"""A number, or a tensor []."""
 
 Diagonal = float | Tensor
 
@@ -40,11 +43,16 @@ class VirtualStep(NamedTuple):
 
 Group = dict[str, Any]
 State = Mapping[str, Any]
-Rule = Callable[[Tensor, Tensor, float, Group, State], tuple[Tensor, Diagonal]]
+Rule = Callable[[Tensor, Tensor, Rate, Group, State], tuple[Tensor, Diagonal]]
 
 
-def _sgd(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
-    return torch.sub(p, grad, alpha=lr), lr
+def _descended(p: Tensor, change: Tensor, lr: Rate) -> Tensor:
+    """p - lr change. A compiled step has its rate in a tensor, which may be another in every run."""
+    return p - lr * change if isinstance(lr, Tensor) else torch.sub(p, change, alpha=lr)
+
+
+def _sgd(p: Tensor, grad: Tensor, lr: Rate, group: Group, state: State) -> tuple[Tensor, Diagonal]:
+    return _descended(p, grad, lr), lr
 
 
 def _with_momentum(p: Tensor, grad: Tensor, group: Group, state: State) -> tuple[Tensor, Tensor, float]:
@@ -57,19 +65,19 @@ def _with_momentum(p: Tensor, grad: Tensor, group: Group, state: State) -> tuple
     return grad, (share * grad).add_(buffer, alpha=group["momentum"]), share  # sparse embeddings have a sparse buffer
 
 
-def _momentum(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
+def _momentum(p: Tensor, grad: Tensor, lr: Rate, group: Group, state: State) -> tuple[Tensor, Diagonal]:
     _, buffer, share = _with_momentum(p, grad, group, state)
-    return torch.sub(p, buffer, alpha=lr), lr * share
+    return _descended(p, buffer, lr), lr * share
 
 
-def _nesterov(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
+def _nesterov(p: Tensor, grad: Tensor, lr: Rate, group: Group, state: State) -> tuple[Tensor, Diagonal]:
     grad, buffer, share = _with_momentum(p, grad, group, state)
     mu = group["momentum"]
-    return torch.sub(p, grad.add(buffer, alpha=mu), alpha=lr), lr * (1 + mu * share)
+    return _descended(p, grad.add(buffer, alpha=mu), lr), lr * (1 + mu * share)
 
 
 def _adam(
-    p: Tensor, grad: Tensor, lr: float, group: Group, state: State, frozen: bool = False
+    p: Tensor, grad: Tensor, lr: Rate, group: Group, state: State, frozen: bool = False
 ) -> tuple[Tensor, Diagonal]:
     beta1, beta2 = group["betas"]
     if group.get("decoupled_weight_decay"):
@@ -96,7 +104,7 @@ def _adam(
     return p - rate * first / denominator, jacobian
 
 
-def _adam_frozen(p: Tensor, grad: Tensor, lr: float, group: Group, state: State) -> tuple[Tensor, Diagonal]:
+def _adam_frozen(p: Tensor, grad: Tensor, lr: Rate, group: Group, state: State) -> tuple[Tensor, Diagonal]:
     return _adam(p, grad, lr, group, state, frozen=True)
 
 
@@ -123,8 +131,9 @@ class VirtualRule:
     """
 
     name: str
-    lr: float | None
+    lr: Rate | None
     optimizer: torch.optim.Optimizer | None
+    group_rates: tuple[Tensor, ...] = ()  # what a program takes in place of the groups' own
 
     def require_usable(self, chosen: Mapping[str, nn.Parameter]) -> None:
         """Raise unless the rule is known and what it reads is there, for every chosen parameter."""
@@ -146,6 +155,23 @@ class VirtualRule:
     @property
     def affine(self) -> bool:
         return _RULES[self.name].affine
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether it looks at the optimizer's state."""
+        return bool(_RULES[self.name].optimizers)
+
+    def rates(self) -> list[float]:
+        """The learning rate, or that of every group of the optimizer."""
+        if self.lr is not None or self.optimizer is None:
+            return [] if self.lr is None else [float(self.lr)]
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def at(self, rates: Sequence[Tensor]) -> VirtualRule:
+        """The same rule with those in tensors, each []."""
+        if self.lr is not None:
+            return replace(self, lr=rates[0])
+        return replace(self, group_rates=tuple(rates))
 
     @torch.no_grad()
     def step(self, chosen: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> VirtualStep:
@@ -171,23 +197,23 @@ class VirtualRule:
         return VirtualStep(dict(chosen), {name: self._rate(groups.get(id(p), {})) for name, p in chosen.items()})
 
     def _groups(self) -> dict[int, Group]:
-        return {} if self.optimizer is None else _groups(self.optimizer)
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        rates = self.group_rates or [group["lr"] for group in groups]
+        return {id(p): {**group, "lr": rate} for group, rate in zip(groups, rates) for p in group["params"]}
 
-    def _rate(self, group: Group) -> float:
-        return float(group["lr"]) if self.lr is None else self.lr
+    def _rate(self, group: Group) -> Rate:
+        if self.lr is not None:
+            return self.lr
+        return group["lr"] if self.group_rates else float(group["lr"])
 
 
 def _require_held(optimizer: torch.optim.Optimizer, chosen: Mapping[str, nn.Parameter]) -> None:
-    groups = _groups(optimizer)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, p in chosen.items():
         if id(p) not in groups:
             raise ValueError(f"optimizer does not hold parameter '{name}', so its virtual step is not defined")
         if groups[id(p)].get("maximize"):
             raise NotImplementedError("virtual steps descend; this optimizer has maximize=True")
-
-
-def _groups(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
-    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
 
 def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -72,7 +72,8 @@ def test_refuses_a_model_that_is_not_on_a_gpu() -> None:
 
 def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
     """A captured step whose replay runs the step itself, into the memory of the first."""
-    own = OwnBatches(*batches())
+    batch, meta_batch = batches()
+    own = OwnBatches(batch=batch, meta_batch=meta_batch)
     result = metakern.l2rw_step(model, *own.built())
     gradient = {p: p.grad for p in model.parameters() if p.grad is not None}
     calls: list[int] = []

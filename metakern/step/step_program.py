@@ -1,0 +1,97 @@
+"""A step as a program, with all that the program takes and leaves: batches, buffers, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from metakern.capture.random_state import restore_random_state, torch_random_state
+from metakern.capture.state import unchanged_on_error
+from metakern.step.compilable import Found, require_same, see, torch_random_state_as_before
+from metakern.step.granted import Granted
+from metakern.step.own_batches import OwnBatches
+from metakern.step.own_buffers import OwnBuffers
+from metakern.step.program import Backend, Program, traced
+
+Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
+"""What a step finds out part by part, given batches, numbers and the name of an engine."""
+
+
+class StepProgram:
+    """A compiled step; between its parts the caller may change what the later ones read."""
+
+    def __init__(
+        self,
+        program: Program,
+        batches: OwnBatches,
+        buffers: OwnBuffers,
+        granted: Callable[[], Granted],
+        engine: str,
+        draws: bool,
+    ) -> None:
+        self._program, self._batches, self._buffers, self._draws = program, batches, buffers, draws
+        self._granted, self._known = granted, granted()
+        self.engine = engine
+
+    def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor] | None]:
+        """What each part finds out about new batches; None where they take another way, the generators as before.
+
+        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
+            the step looks at has changed by more than that.
+        """
+        self._known.require(self._granted())
+        self._batches.take(*given)
+        start = torch_random_state() if self._draws else None
+        for found in self._program([*self._batches.tensors, *numbers, *self._buffers.tensors]):
+            if found is None and start is not None:
+                restore_random_state(start)
+            yield found
+
+    def given(self) -> list[Any]:
+        """The batches of the last run."""
+        return self._batches.built()
+
+    def settle(self, found: list[Tensor]) -> list[Tensor]:
+        """Write into the buffers what the last part has left for them; the rest of what it has found."""
+        end = len(found) - len(self._buffers.tensors)
+        self._buffers.take(found[end:])
+        return found[:end]
+
+
+def compiled(
+    model: nn.Module,
+    functions: Sequence[Any],
+    granted: Callable[[], Granted],
+    batches: OwnBatches,
+    parts: Parts,
+    engine: str,
+    backend: Backend,
+    numbers: Sequence[Tensor] = (),
+) -> StepProgram:
+    """Take the step once for what is proved once, trace it, hold the program against it, and compile it.
+
+    `functions` are what the step calls beside the model. Gradients are left as the step leaves them.
+    """
+
+    def once() -> Found:
+        found = list(parts(batches.built(), numbers, engine))
+        return Found(found[-1].engine, [value for part in found for value in part.values])
+
+    seen = see(model, functions, granted, once)
+    buffers = OwnBuffers(model, seen.buffers)
+    own = len(batches.tensors)
+
+    def step(*tensors: Tensor) -> Iterator[list[Tensor]]:
+        end = own + len(numbers)
+        with buffers.copied(tensors[end:]) as written:
+            for part in parts(batches.built(list(tensors[:own])), tensors[own:end], seen.engine):
+                yield part.values if part.more else [*part.values, *written]
+
+    given = [*batches.tensors, *numbers]
+    with unchanged_on_error(model), torch_random_state_as_before():
+        program = traced(step, [*given, *buffers.tensors])
+        require_same(program, seen, given)
+        program.compile(backend)
+    return StepProgram(program, batches, buffers, granted, seen.engine, seen.draws)
