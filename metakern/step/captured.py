@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
-from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.random_state import RandomState, random_state, restore_random_state, same_torch_state
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
@@ -85,6 +86,7 @@ def capture_step(
     Returns: `CapturedStep`, called as `step(batch, meta_batch) -> StepResult`.
     Raises:
         ValueError: model or batches are not on a CUDA device, or the optimizer has no state yet.
+        NotImplementedError: the step takes forward mode and draws random numbers.
         RuntimeError: the step cannot be captured, such as when the model makes the host wait; the message says why.
         The others: as `reweight_step`.
     """
@@ -128,10 +130,20 @@ def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
     try:
         with torch.cuda.stream(stream), unchanged_buffers(model):
             for _ in range(WARM_UP):
-                step()
+                engine = step().engine
+        _require_no_repeated_draws(engine, before, random_state())
     finally:
         torch.cuda.current_stream().wait_stream(stream)
         restore_random_state(before)
+
+
+def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomState) -> None:
+    """Forward mode repeats the pass with the random numbers of the first one; a graph cannot set a generator back."""
+    if engine == "jvp" and not same_torch_state(before, after):
+        raise EngineUnavailable(
+            "the step takes forward mode and draws random numbers (dropout), which its two passes must share and "
+            "a CUDA graph draws twice; use compile_step, whose second pass takes the numbers of the first"
+        )
 
 
 @contextmanager

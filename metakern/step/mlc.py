@@ -105,11 +105,14 @@ def mlc_step(
         again = step_label_net and not fused
         gradient = train.gradient(labels.detach(), last=not again)
         step = rule.step(problem.chosen, gradient)
+        if again:
+            gradient = {}  # as large as the model, and taken anew with the next labels
         meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
+        after = {} if carry is None else dict(meta_gradient)
         tangents = train.log_tangents(step.pulled_back(meta_gradient))
         found = gradient_of(label_net, (tangents.to(labels) * labels).sum() / train.examples)
         if carry is not None:
-            found = _with_carry(found, carry, _discount(problem, step, meta_gradient))
+            found = _with_carry(found, carry, _discount(problem, step, after))
         if step_label_net:
             step_meta_network(label_net, label_optimizer, found)
         labels = labels.detach()

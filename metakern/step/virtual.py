@@ -36,9 +36,9 @@ class VirtualStep(NamedTuple):
     parameters: dict[str, Tensor]
     jacobian: dict[str, Diagonal]
 
-    def pulled_back(self, meta_gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """v = J g_meta, the direction that the dots are taken along."""
-        return {name: g * self.jacobian[name] for name, g in meta_gradient.items()}
+    def pulled_back(self, meta_gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """v = J g_meta, the direction that the dots are taken along; the dict is emptied on the way."""
+        return {name: meta_gradient.pop(name) * self.jacobian[name] for name in list(meta_gradient)}
 
 
 Group = dict[str, Any]
@@ -216,12 +216,13 @@ def _require_held(optimizer: torch.optim.Optimizer, chosen: Mapping[str, nn.Para
             raise NotImplementedError("virtual steps descend; this optimizer has maximize=True")
 
 
-def meta_gradient_at(problem: Problem, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def meta_gradient_at(problem: Problem, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean meta loss at other parameters, and its gradient there, by one plain forward and backward pass.
 
-    Model, parameters and buffers are not touched; a parameter that the meta loss does not depend on has no entry.
+    Model, parameters and buffers are not touched, and the dict is emptied, since they are as large as the model; one
+    that the meta loss does not depend on has no entry.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+    leaves = {name: parameters.pop(name).detach().requires_grad_() for name in list(parameters)}
     meta_loss, found = _meta_pass_at(problem, leaves, {}, ())
     return meta_loss, named_gradients(leaves, found)
 
@@ -253,8 +254,7 @@ def virtual_dots(problem: Problem, train: TrainPass, coefficients: Tensor, rule:
         found = _implicit_dots(problem, train.records, coefficients, rule)
         if found is not None:
             return found
-    gradient = train.weighted_gradient(coefficients, keep=True, only=problem.chosen)
-    step = rule.step(problem.chosen, gradient)
+    step = rule.step(problem.chosen, train.weighted_gradient(coefficients, keep=True, only=problem.chosen))
     meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
     return train.dots(step.pulled_back(meta_gradient)), meta_loss
 

@@ -32,8 +32,8 @@ def weighted_gradients(
 
 
 def _kept(weights: Tensor) -> Tensor | None:
-    """Rows of non-zero weight. On a GPU finding them would make the host wait, in a traced step fix their number."""
-    if weights.is_cuda or not host_may_wait() or is_traced():
+    """Rows of non-zero weight. A CUDA graph cannot wait for them, and a traced step would fix their number."""
+    if not host_may_wait() or is_traced():
         return None
     kept = weights.nonzero().squeeze(1)
     return None if kept.numel() == weights.numel() else kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -133,6 +134,19 @@ def test_refuses_a_model_that_a_graph_would_not_see_change(change: Any) -> None:
     assert not calls
 
 
+@pytest.mark.parametrize(
+    ("engine", "dropout", "refused"), [("jvp", 0.5, True), ("jvp", 0.0, False), ("ghost", 0.5, False)]
+)
+def test_draws_that_forward_mode_would_repeat_are_refused(engine: str, dropout: float, refused: bool) -> None:
+    """Both passes of forward mode must see one mask, and a graph draws two."""
+    model = nn.Sequential(network(), nn.Dropout(dropout))
+    before = random_state.random_state()
+    used = metakern.l2rw_step(model, *batches(), engine=engine).engine
+    after = random_state.random_state()
+    with pytest.raises(NotImplementedError, match="a CUDA graph draws twice") if refused else nullcontext():
+        captured._require_no_repeated_draws(used, before, after)
+
+
 def test_state_made_inside_a_capture_is_refused_and_taken_back() -> None:
     model, (batch, meta) = network(), batches()
     optimizer = torch.optim.Adam(model.parameters())
@@ -167,6 +181,45 @@ def test_follows_uncaptured_steps(kind: str) -> None:
 
     for got, want in zip(run(True), run(False), strict=True):
         budget.assert_within(got, want, 1 + want.abs(), dtype=torch.float64)
+
+
+NETWORKS = {
+    "autocast": lambda: models.lenet(10).float(),
+    "batch norm": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 10)
+    ),
+    "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Dropout(0.5), nn.Linear(8, 10)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_captures_autocast_batch_norm_and_dropout(name: str) -> None:
+    """Dropout of probability 0.5 draws other masks in every replay, so only that it goes on is held there."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().cuda()
+    first, second = (((x.float(), y), (u.float(), v)) for (x, y), (u, v) in (batches(k, "cuda") for k in range(2)))
+    with torch.autocast("cuda", torch.bfloat16, enabled=name == "autocast", cache_enabled=False):
+        step = metakern.capture_step(model, *first)
+        got = step(*second)
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        want = metakern.l2rw_step(model, *second)
+    if name == "dropout":
+        assert not torch.equal(step(*second).losses, got.losses)
+        return
+    # Only the order of sums may differ; autocast rounds operands to bfloat16 alike in both.
+    dtype = torch.bfloat16 if name == "autocast" else torch.float32
+    for one, p in zip(grads, model.parameters(), strict=True):
+        assert p.grad is not None
+        budget.assert_within(one, p.grad, float(p.grad.norm()), dtype=dtype)
+    budget.assert_within(got.losses, want.losses, 1 + want.losses, dtype=dtype)
+
+
+@pytest.mark.gpu
+def test_refuses_batch_norm_with_dropout() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 10))
+    with pytest.raises(NotImplementedError, match="a CUDA graph draws twice"):
+        metakern.capture_step(model.double().cuda(), *batches(device="cuda"))
 
 
 @pytest.mark.gpu

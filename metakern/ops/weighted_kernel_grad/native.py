@@ -1,4 +1,5 @@
-"""weighted_kernel_grad by the device's own kernel gradient, of the kept examples in chunks that stay in a CPU's cache.
+"""weighted_kernel_grad by the device's own kernel gradient, of the kept examples, on a CPU in chunks that stay in its
+cache.
 
 The library's convolutions take twice as long an example where operands are far above the cache, and a gathered chunk
 takes memory that is in use already (docs/measured-facts.md).
@@ -23,7 +24,7 @@ def weighted_kernel_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like, settings = kernel.to(A.dtype), (stride, padding, dilation, groups, bias)
     w = w.view(-1, *(1,) * (B.dim() - 1))
-    if A.is_cuda:  # the host would have to wait to know which examples are kept
+    if A.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot wait to know which are kept
         return in_kernel_order(*library_gradient(A, (B * w).to(B.dtype), like, *settings), kernel, A.dtype)
     kept = w.flatten().nonzero().squeeze(1)
     if kept.numel() == 0:
