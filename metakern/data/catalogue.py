@@ -25,6 +25,7 @@ _LOADERS: dict[str, Callable[[Path | None], Source]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "credit-fraud": credit_fraud,
+    "credit-fraud-all": lambda root: credit_fraud(root, first_hours=True),
     "credit-default": credit_default,
     "haberman": haberman,
     "cora": lambda root: graph_source("cora", root),
@@ -35,7 +36,10 @@ _TEXTS: dict[str, Callable[[Path | None, Encode | None], Source]] = {
     "ag-news": lambda root, encode: ag_news(root, encode=encode),
     "ag-news-human": lambda root, encode: ag_news_human(root, encode=encode),
     "cic": lambda root, encode: clue(root, "cic", encode=encode),
+    "cic-dev": lambda root, encode: clue(root, "cic", test="dev", encode=encode),
     "tnews": lambda root, encode: clue(root, "tnews", encode=encode),
+    "tnews-dev": lambda root, encode: clue(root, "tnews", test="dev", encode=encode),
+    "tnews-extra": lambda root, encode: clue(root, "tnews", train=("train", "extra"), encode=encode),
     "iflytek": lambda root, encode: clue(root, "iflytek", smallest=2, encode=encode),
 }
 

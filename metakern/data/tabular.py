@@ -32,11 +32,12 @@ def _csv_columns(path: Path) -> tuple[list[str], np.ndarray]:
     return head, np.array([[float(value.strip().strip('"')) for value in row] for row in rows[1:]])
 
 
-def credit_fraud(root: Path | None) -> Source:
+def credit_fraud(root: Path | None, *, first_hours: bool = False) -> Source:
     """Credit-card transactions: fraud (class 0) against genuine (class 1); 29 features, Time left out.
 
     Reads `creditcard.csv` as published, or the subset `creditcard_fraud_subset.npz`, of which only the genuine rows
-    that are spread over both days are used.
+    that are spread over both days are used (pool 0); with `first_hours` also those of its first hours alone (pools 1
+    and 2), which may differ from the frauds by their time.
     Source: Dal Pozzolo et al., "Calibrating Probability with Undersampling for Unbalanced Classification", CIDM 2015.
     """
     path = find_file(
@@ -52,13 +53,14 @@ def credit_fraud(root: Path | None) -> Source:
         features, fraud = values[:, 1:-1], values[:, -1] == 1
     else:
         with np.load(path, allow_pickle=False) as stored:
-            usable = np.isin(stored["pool"], (0, 3))
+            usable = np.isin(stored["pool"], (0, 1, 2, 3) if first_hours else (0, 3))
             features, fraud = stored["X"][usable, 1:], stored["y"][usable] == 1
     # The published table lists some transactions twice; a copy must not stand in training and in the test set.
     _, first = np.unique(features, axis=0, return_index=True)
     first.sort()
     features, fraud = features[first], fraud[first]
-    return _source("credit-fraud", features, (~fraud).astype(np.int64), ("fraud", "genuine"))
+    name = "credit-fraud-all" if first_hours else "credit-fraud"
+    return _source(name, features, (~fraud).astype(np.int64), ("fraud", "genuine"))
 
 
 def credit_default(root: Path | None) -> Source:

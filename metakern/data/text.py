@@ -116,11 +116,21 @@ def ag_news_human(root: Path | None, *, length: int = 64, encode: Encode | None 
     return replace(source, clean_targets=truth)
 
 
-def clue(root: Path | None, name: str, *, length: int = 64, smallest: int = 1, encode: Encode | None = None) -> Source:
+def clue(
+    root: Path | None,
+    name: str,
+    *,
+    train: tuple[str, ...] = ("train",),
+    test: str = "test_public",
+    length: int = 64,
+    smallest: int = 1,
+    encode: Encode | None = None,
+) -> Source:
     """A DataCLUE text set, "cic", "tnews" or "iflytek"; characters, int64 [n, length].
 
     Classes of fewer than `smallest` training texts are left out: what is in them could be in one part alone.
-    Reads `{name}_train.jsonl.gz` and `{name}_test_public.jsonl.gz`: an object a line with label and text.
+    Reads `{name}_{part}.jsonl.gz` for each part of `train`, one after the other, and for `test`: an object a line with
+    label and text. Texts of the part "dev" that stand in training too are left out of it; the other parts have none.
     Raises: DataNotFound when one is missing.
     Source: Xu et al., "DataCLUE: A Benchmark Suite for Data-centric NLP", 2021.
     """
@@ -133,18 +143,23 @@ def clue(root: Path | None, name: str, *, length: int = 64, smallest: int = 1, e
         # At line feeds alone: a text may hold the other ends of lines that Unicode knows.
         return [json.loads(line) for line in _read(path).split("\n") if line.strip()]
 
-    train, test = objects("train"), objects("test_public")
-    counts = Counter(int(row["label"]) for row in _first_copies(train))
+    training = _first_copies([row for part in train for row in objects(part)])
+    testing = _first_copies(objects(test))
+    if test == "dev":
+        known = {str(row["text"]) for row in training}
+        testing = [row for row in testing if str(row["text"]) not in known]
+    counts = Counter(int(row["label"]) for row in training)
     labels = sorted(label for label, count in counts.items() if count >= smallest)
     targets = {label: k for k, label in enumerate(labels)}
-    names = {int(row["label"]): str(row["label_name"]) for row in train}
+    names = {int(row["label"]): str(row["label_name"]) for row in training}
 
     def rows(found: list[dict[str, str | int]]) -> Rows:
-        kept = [row for row in _first_copies(found) if int(row["label"]) in targets]
+        kept = [row for row in found if int(row["label"]) in targets]
         return [str(row["text"]) for row in kept], [targets[int(row["label"])] for row in kept]
 
+    called = "-".join([name, *train[1:], *([test] if test == "dev" else [])])
     class_names = tuple(names[label] for label in labels)
-    return _source(name, rows(train), rows(test), class_names, characters, length, encode)
+    return _source(called, rows(training), rows(testing), class_names, characters, length, encode)
 
 
 def _first_copies(rows: list[dict[str, str | int]]) -> list[dict[str, str | int]]:

@@ -124,6 +124,8 @@ def _sum_positions(call: Call, normalised: Tensor | None, grad: Tensor) -> Tenso
     if NORMS[call.func].channels_first:
         if normalised is None:
             return grad.sum(-1)
+        if grad.stride(1) == 1 < grad.stride(2) and grad.dtype in (torch.float32, torch.float64):
+            return (normalised * grad).sum(-1)  # of channels_last, where rows of positions would be copies
         return ops.row_dots(normalised.flatten(0, 1), grad.flatten(0, 1)).view(grad.shape[:2])
     return (grad if normalised is None else grad * normalised).sum(1)
 

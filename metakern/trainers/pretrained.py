@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ def folder_of(model: str | None) -> Path | None:
 
 
 def tokenizer(folder: Path, *, length: int = 64) -> Callable[[list[str]], Tensor]:
-    """texts -> tokens[n, length] int64 by the folder's own tokenizer, cut off and padded; nothing is downloaded."""
+    """texts -> tokens[n, length] int64 by the folder's own tokenizer, cut off and padded; nothing is downloaded.
+
+    Raises: ValueError when the folder holds none.
+    """
     from transformers import AutoTokenizer
 
-    loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = _read(AutoTokenizer, folder)
+    if len(loaded) <= len(loaded.all_special_ids):  # transformers makes one up where the files are missing
+        raise ValueError(f"--model {PREFIX}{folder}: there is no vocabulary of a tokenizer")
 
     def encode(texts: list[str]) -> Tensor:
         found = loaded(texts, padding="max_length", truncation=True, max_length=length)
@@ -38,19 +44,52 @@ def tokenizer(folder: Path, *, length: int = 64) -> Callable[[list[str]], Tensor
     return encode
 
 
+def _read(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)`, without a network.
+
+    Raises: ValueError when the folder does not hold what it needs.
+    """
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"--model {PREFIX}{folder}: {said}") from error
+
+
+def _require_only_the_head(folder: Path, mismatched: Any, encoder: str, classes: int) -> None:
+    """Say that a head of another size is new; raise ValueError where another layer has not the size of its config."""
+    names = sorted(name for name, *_ in mismatched)
+    inner = [name for name in names if name.startswith(encoder + ".")]
+    if inner:
+        raise ValueError(f"--model {PREFIX}{folder}: {', '.join(inner)} have not the sizes of its config.json")
+    if names:
+        warnings.warn(
+            f"{folder}: its classification head is for another number of classes; {', '.join(names)} start anew, for "
+            f"{classes} classes",
+            stacklevel=3,
+        )
+
+
 class Encoder(nn.Module):
     """tokens[n, t] int64 -> logits[n, C] by the folder's encoder under a classification head of C outputs.
 
-    The padding token of its config is masked.
+    The padding token of its config is masked. A head stored for another number of classes is left out: a new one
+    starts in its place, as where none is stored, and a warning says so.
+    Raises: ValueError when the folder holds no weights, or such that do not fit its config.
     """
 
     def __init__(self, folder: Path, classes: int) -> None:
         super().__init__()
         from transformers import AutoModelForSequenceClassification
 
-        self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=classes, local_files_only=True
+        self.model, found = _read(
+            AutoModelForSequenceClassification,
+            folder,
+            num_labels=classes,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        _require_only_the_head(folder, found["mismatched_keys"], self.model.base_model_prefix, classes)
         padding = self.model.config.pad_token_id
         self.padding = -1 if padding is None else int(padding)
 

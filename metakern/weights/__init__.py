@@ -18,6 +18,7 @@ from metakern.weights.rules import unclipped as unclipped
 
 WeightRule = Callable[[Tensor], Tensor]
 
+# What `rule=` can name: rules that need nothing but the dots. top_k has no k that fits every batch.
 RULES: dict[str, WeightRule] = {
     "clip_normalise": clip_normalise,
     "floor": floor,

@@ -193,6 +193,28 @@ def test_clue_leaves_out_classes_too_small_to_divide(tmp_path):
     assert source.train.targets.tolist() == source.test.targets.tolist() == [0, 0, 1, 1]
 
 
+def write_clue(folder, name: str, texts: dict[str, int]) -> None:
+    rows = [{"label": label, "label_name": f"class {label}", "text": text} for text, label in texts.items()]
+    (folder / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def test_clue_by_its_other_parts(tmp_path):
+    write_clue(tmp_path, "tnews_train.jsonl", {"one": 0, "two": 1})
+    write_clue(tmp_path, "tnews_extra.jsonl", {"three": 2, "four": 0})
+    write_clue(tmp_path, "tnews_dev.jsonl", {"two": 1, "five": 0, "six": 2})
+    write_clue(tmp_path, "tnews_test_public.jsonl", {"seven": 1, "eight": 2})
+    plain, more, dev = (load(name, tmp_path) for name in ("tnews", "tnews-extra", "tnews-dev"))
+    assert (plain.name, more.name, dev.name) == ("tnews", "tnews-extra", "tnews-dev")
+    assert plain.readable == dev.readable == ["one", "two"]
+    assert more.readable == ["one", "two", "three", "four"]
+    assert more.class_names == ("class 0", "class 1", "class 2")
+    assert (plain.test.targets.tolist(), more.test.targets.tolist()) == ([1], [1, 2])
+    # "two" stands in training, and training knows nothing of class 2.
+    assert dev.test.targets.tolist() == [0]
+    with pytest.raises(DataNotFound, match=r"CIC: 'cic_train\.jsonl\.gz'"):
+        load("cic-dev", tmp_path)
+
+
 def test_tokens():
     assert words("Don't PANIC: it's 42_x!") == ["don", "t", "panic", "it", "s", "42", "x"]
     assert characters("你 好\n!") == ["你", "好", "!"]
@@ -221,6 +243,16 @@ def test_fraud_keeps_one_of_each_transaction(tmp_path):
     source = load("credit-fraud", tmp_path)
     assert (source.train.counts(2) + source.test.counts(2)).tolist() == [9, 20]
     assert source.train.inputs.shape[1] == 29
+
+
+def test_fraud_by_its_pools(tmp_path):
+    features = np.random.default_rng(0).standard_normal((40, 30)).astype(np.float32)
+    pool = np.repeat(np.array([0, 1, 2, 3], np.uint8), 10)
+    np.savez(tmp_path / "creditcard_fraud_subset.npz", allow_pickle=False, X=features, y=pool == 3, pool=pool)
+    spread, everything = load("credit-fraud", tmp_path), load("credit-fraud-all", tmp_path)
+    assert (spread.train.counts(2) + spread.test.counts(2)).tolist() == [10, 10]
+    assert (everything.train.counts(2) + everything.test.counts(2)).tolist() == [10, 30]
+    assert (spread.name, everything.name) == ("credit-fraud", "credit-fraud-all")
 
 
 @pytest.mark.parametrize(

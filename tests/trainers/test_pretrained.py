@@ -1,17 +1,19 @@
 """An encoder from a local folder: its own tokenizer and weights, MLRNet on top, and nothing from a network."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from metakern.cli import main
 from metakern.methods.features import last_linear
 from metakern.trainers import train
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.networks import network_for
-from metakern.trainers.pretrained import folder_of
+from metakern.trainers.pretrained import Encoder, folder_of, tokenizer
 from metakern.trainers.task import make_task
 
 transformers = pytest.importorskip("transformers")
@@ -27,11 +29,14 @@ def folder(tmp_path):
     (place / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
     transformers.BertTokenizer(str(place / "vocab.txt")).save_pretrained(place)
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=13, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.BertModel(config).save_pretrained(place)
+    transformers.BertModel(small()).save_pretrained(place)
     return place
+
+
+def small(**options):
+    """The config of that BERT."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.BertConfig(**{"vocab_size": 13, **sizes, **options})
 
 
 @pytest.fixture
@@ -76,6 +81,45 @@ def test_weights_are_the_folders_and_padding_does_not_count(config, folder):
     assert torch.equal(model.model.bert.embeddings.word_embeddings.weight, own.embeddings.word_embeddings.weight)
     tokens = task.train.inputs[:3]
     torch.testing.assert_close(model(tokens), model(tokens[:, :5]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_for_other_classes_starts_anew(config, folder, tmp_path, capsys):
+    """Two steps of mlrnet on the command line, from a folder whose classifier has three classes, not four."""
+    transformers.BertForSequenceClassification(small(num_labels=3)).save_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"classifier\.bias, classifier\.weight start anew, for 4 classes"):
+        model = Encoder(folder, 4)
+    stored = transformers.BertForSequenceClassification.from_pretrained(folder)
+    assert model.model.classifier.weight.shape == (4, 16)
+    for name, value in stored.bert.state_dict().items():
+        assert torch.equal(model.model.bert.state_dict()[name], value)
+    options = ["--data", "ag-news", "--data-dir", config.data_dir, "--model", config.model, "--meta-per-class", "2"]
+    options += ["--steps", "2", "--batch-size", "8", "--meta-batch-size", "4", "--evaluations", "1", "--threads", "1"]
+    assert main(["train", "mlrnet", *options, "--out", str(tmp_path / "run")]) == 0
+    assert "mlrnet" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_for_as_many_classes_is_kept(folder):
+    transformers.BertForSequenceClassification(small(num_labels=4)).save_pretrained(folder)
+    stored = transformers.BertForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(Encoder(folder, 4).model.classifier.weight, stored.classifier.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folders_that_cannot_be_read_are_said(folder):
+    transformers.BertForSequenceClassification(small(vocab_size=12)).save_pretrained(folder)
+    small().save_pretrained(folder)  # the config of another model
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight have not the sizes of its config\.json"):
+        Encoder(folder, 2)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"--model transformers:.*bert: .*no file named model\.safetensors"):
+        Encoder(folder, 2)
+    for name in ("vocab.txt", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="there is no vocabulary of a tokenizer"):
+        tokenizer(folder)
 
 
 def test_a_folder_without_a_model_is_said(tmp_path):

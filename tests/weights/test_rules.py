@@ -1,6 +1,7 @@
 """Weight rules: what each promises, in the corners where they are usually wrong."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from metakern import weights
 from metakern.testing import budget, inputs
 from metakern.testing.oracle import clip_normalise
+from metakern.weights import rules
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -68,6 +70,19 @@ def test_floor() -> None:
     assert bool(weights.floor(torch.tensor([1.0, float("nan")])).isnan().all())
     with pytest.raises(ValueError, match="share must be positive, got 0"):
         weights.floor(torch.ones(2), share=0.0)
+
+
+def test_named_rules_are_those_that_need_the_dots_alone() -> None:
+    exported = {name: rule for name, rule in vars(weights).items() if getattr(rule, "__module__", "") == rules.__name__}
+    alone = {
+        name: rule
+        for name, rule in exported.items()
+        if all(p.default is not p.empty for p in list(signature(rule).parameters.values())[1:])
+    }
+    assert exported.keys() - alone.keys() == {"top_k"}
+    assert alone == weights.RULES
+    with pytest.raises(ValueError, match=r"rule must be one of .* or a function of the dots, got 'top_k'"):
+        weights.weight_rule("top_k")
 
 
 def test_top_k() -> None:
