@@ -25,7 +25,12 @@ def _rows_per_example(record: Record) -> bool:
 
 def matrices(record: Record, examples: int) -> tuple[Tensor, Tensor]:
     """A[n,t,i] and B[n,t,o]; where examples do not come first, every row stands alone: A[rows,1,i], B[rows,1,o]."""
-    inputs, grad = record.call.argument(0, "input").detach(), record.output_grad
+    return rows_of(record, record.call.argument(0, "input"), examples)
+
+
+def rows_of(record: Record, inputs: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """The same of any product of inputs with a matrix."""
+    inputs, grad = inputs.detach(), record.output_grad
     first = examples if _rows_per_example(record) else grad.numel() // grad.shape[-1]
     return (
         inputs.to(grad.dtype).reshape(first, -1, inputs.shape[-1]),
@@ -33,7 +38,7 @@ def matrices(record: Record, examples: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _sum_rows(record: Record, rows: Tensor, examples: int) -> Tensor:
+def sum_rows(record: Record, rows: Tensor, examples: int) -> Tensor:
     """Dots per row to dots per example."""
     if _rows_per_example(record):
         return rows
@@ -49,7 +54,7 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
         through_bias = bias_dots(b, bias)
         total = through_bias if total is None else total + through_bias
     assert total is not None
-    return _sum_rows(record, total, examples)
+    return sum_rows(record, total, examples)
 
 
 def bias_dots(b: Tensor, direction: Tensor) -> Tensor:
@@ -61,21 +66,31 @@ def bias_dots(b: Tensor, direction: Tensor) -> Tensor:
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
     a, b = matrices(record, weights.examples)
-    w = weights.values
-    if not _rows_per_example(record):
-        shape = record.output_grad.shape[:-1]
-        w = record.axes[0].spread(w, shape).expand(shape).reshape(-1)
+    w = row_weights(record, weights)
     found: Gradients = {}
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     if weight is not None:
-        start = _taken(weights.total, id(weight), a.dtype)
+        start = taken(weights.total, id(weight), a.dtype)
         found[id(weight)], shift = ops.weighted_grad(a, b, w, bias=bias is not None, start=start)
         if bias is not None:
             found[id(bias)] = shift
     elif bias is not None:
-        rows = w.to(b.dtype).repeat_interleave(b.shape[1]) if b.shape[1] > 1 else w.to(b.dtype)
-        found[id(bias)] = torch.mv(b.reshape(-1, b.shape[-1]).t(), rows)
+        found[id(bias)] = bias_gradient(b, w)
     return found
+
+
+def row_weights(record: Record, weights: Weights) -> Tensor:
+    """The weight of every example, or of every row where each stands alone."""
+    if _rows_per_example(record):
+        return weights.values
+    shape = record.output_grad.shape[:-1]
+    return record.axes[0].spread(weights.values, shape).expand(shape).reshape(-1)
+
+
+def bias_gradient(b: Tensor, w: Tensor) -> Tensor:
+    """sum_nt w_n B_nt, [o]."""
+    rows = w.to(b.dtype).repeat_interleave(b.shape[1]) if b.shape[1] > 1 else w.to(b.dtype)
+    return torch.mv(b.reshape(-1, b.shape[-1]).t(), rows)
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
@@ -90,7 +105,7 @@ def per_example(record: Record, examples: int) -> Gradients | None:
     return found
 
 
-def _taken(total: Gradients, key: int, dtype: torch.dtype) -> Tensor | None:
+def taken(total: Gradients, key: int, dtype: torch.dtype) -> Tensor | None:
     """What other uses of the weight gave: added to within the product, where it is of the same dtype."""
     return total.pop(key) if key in total and total[key].dtype == dtype else None
 

@@ -13,11 +13,12 @@ from metakern.capture.module_call import ModuleCall
 from metakern.capture.record import Call
 from metakern.capture.trace import ADDITIONS
 from metakern.capture.whole_modules import REGISTERED
-from metakern.layers import addition, bag, convolution, embedding, generic, linear, norm, per_example
+from metakern.layers import addition, bag, convolution, embedding, generic, linear, matrix_product, norm, per_example
 from metakern.layers.rule import LayerRule
 
 _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
     F.linear: linear.RULE,
+    **dict.fromkeys((*matrix_product.PRODUCTS, *matrix_product.SUMS), matrix_product.RULE),
     torch.conv1d: convolution.RULE,
     torch.conv2d: convolution.RULE,
     torch.conv3d: convolution.RULE,
