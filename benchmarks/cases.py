@@ -9,6 +9,7 @@ kept is reported beside its time. `SCALING` grows one size at a time, that share
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def losses_of(model: nn.Module, batch: Batch) -> Tensor:
     return per_example(model(batch[0]), batch[1])
 
 
-TRANSFORMER = dict(shape=(64,), vocabulary=1000)
+TRANSFORMER: dict[str, Any] = dict(shape=(64,), vocabulary=1000)
 
 # `prototype`: plain steps that a plain PyTorch prototype of the method took; the figures to beat.
 CPU_CASES = [

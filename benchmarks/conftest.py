@@ -48,7 +48,7 @@ def collected() -> dict[str, list[Row]]:
 
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
-    return request.config.getoption("--seconds")
+    return float(request.config.getoption("--seconds") or 0)
 
 
 @pytest.fixture

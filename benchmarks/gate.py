@@ -43,16 +43,15 @@ class Gate:
         )
 
     def judge(self, outcome: Outcome) -> Shares:
-        """Shares of the budgets that an outcome and the `.grad` it left behind use."""
-        if outcome.dots is None or outcome.weights is None:
-            return Shares(0.0, 0.0)
-        found = outcome.dots[self.rows]
-        if outcome.dot_precision == "bf16":  # three operands are rounded, and a product of two of them once more
+        """Shares of the budgets that an outcome and the `.grad` it left behind use; the unit has no weights."""
+        dots = 0.0 if outcome.dots is None else self._dots_share(outcome.dots[self.rows], outcome.dot_precision)
+        return Shares(dots, 0.0 if outcome.weights is None else self._gradient_share(outcome.weights))
+
+    def _dots_share(self, found: Tensor, precision: str) -> float:
+        if precision == "bf16":  # three operands are rounded, and a product of two of them once more
             allowed = 4 * budget.unit(torch.bfloat16) * self.truth.example_norms * self.truth.meta_norm
-            dots = budget.verdict("dots", found, self.truth.dots, allowed)
-        else:
-            dots = budget.dots_verdict(found, self.truth, plain=self.plain)
-        return Shares(dots.share, self._gradient_share(outcome.weights))
+            return budget.verdict("dots", found, self.truth.dots, allowed).share
+        return budget.dots_verdict(found, self.truth, plain=self.plain).share
 
     def _gradient_share(self, weights: Tensor) -> float:
         """Worst parameter of `.grad` against one float64 backward of the losses under these weights.

@@ -20,7 +20,7 @@ from torch import Tensor
 from metakern import ops
 from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.select import OPERATORS
-from metakern.testing.budget import unit, verdict
+from metakern.testing.budget import CONFIDENCE, unit, verdict
 
 ROUNDS = 30
 
@@ -352,6 +352,34 @@ def measure_op(case: OpCase, device: str) -> Iterator[OpRow]:
                     raise
 
 
+def compiled_composition(case: OpCase, device: str) -> OpRow:
+    """The composition by torch.compile beside the composition as it is.
+
+    Held against the composition in float64: twice what it loses uncompiled is allowed, and 8 eps of the largest.
+    """
+    torch._dynamo.reset()  # cases share their compositions, and dynamo compiles one of them eight times at most
+    arguments = case.arguments(case.sizes, case.dtype, device)
+    row = replace(row_of(case, "measured"), impl="composition compiled", target="")
+    compiled = torch.compile(case.compose, dynamic=False)
+    with torch.no_grad():
+        truth, plain = (_parts(case.compose(*given)) for given in (_changed(arguments, Tensor.double), arguments))
+        outputs = _parts(compiled(*arguments))
+        used = max(
+            verdict(row.impl, got, want, 2 * _largest(near - want) + CONFIDENCE * _eps(near) * _largest(want)).share
+            for got, want, near in zip(outputs, truth, plain, strict=True)
+        )
+        base = statistics.median(microseconds(lambda: case.compose(*arguments), device))
+        return _timed(case, replace(row, budget_used=used), lambda: compiled(*arguments), base, arguments, outputs)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())
+
+
+def _eps(values: Tensor) -> float:
+    return torch.finfo(values.dtype).eps
+
+
 def row_of(case: OpCase, status: str) -> OpRow:
     """A row of the case without figures."""
     sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
@@ -385,9 +413,16 @@ def _measured(
         for got, want, size in zip(outputs, truth, scale, strict=True)
     )
     row = replace(row, budget_used=used)
-    if not used <= 1:
+    return _timed(case, row, lambda: public(*arguments, impl=row.impl), base, arguments, outputs)
+
+
+def _timed(
+    case: OpCase, row: OpRow, call: Callable[[], Any], base: float, arguments: tuple[Any, ...],
+    outputs: tuple[Tensor, ...],
+) -> OpRow:  # fmt: skip
+    if row.budget_used is None or not row.budget_used <= 1:
         return replace(row, status="not measured: over the error budget")
-    times = microseconds(lambda: public(*arguments, impl=row.impl), outputs[0].device.type)
+    times = microseconds(call, outputs[0].device.type)
     return _figures(case, row, times, base, arguments, outputs)
 
 

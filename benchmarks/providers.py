@@ -8,15 +8,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern
-from benchmarks.cases import Problem, per_example
+from benchmarks.cases import Batch, Problem, per_example
 from metakern.testing.oracle import clip_normalise
 
+WARM_UP = 3
+"""Steps before a capture, in which the libraries choose their kernels."""
 ONE_GIGABYTE = 2**30
 LARGEST = 8 * ONE_GIGABYTE
 """Of per-example gradients: above it a step by vmap takes minutes on a CPU, in whatever chunks."""
@@ -33,6 +36,7 @@ class Outcome:
 
 
 Step = Callable[[], Outcome]
+Function = Callable[..., Any]
 
 
 def plain(problem: Problem) -> Step:
@@ -46,7 +50,7 @@ def plain(problem: Problem) -> Step:
     return step
 
 
-def ours(problem: Problem, **settings: object) -> Step:
+def ours(problem: Problem, **settings: Any) -> Step:
     """metakern.l2rw_step with these settings."""
 
     def step() -> Outcome:
@@ -70,21 +74,62 @@ def plain_compiled(problem: Problem) -> Step:
     def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
         mean_loss(*problem.batch).backward()
-        return Outcome()
+        return Outcome(weights=_alike(problem))
 
     return step
 
 
 def ours_compiled(problem: Problem) -> Step:
     """metakern.compile_step."""
-    compiled = metakern.compile_step(problem.model, problem.batch, problem.meta_batch)
+    return _prepared(problem, metakern.compile_step(problem.model, problem.batch, problem.meta_batch))
+
+
+def plain_captured(problem: Problem) -> Step:
+    """The unit as one CUDA graph, whose gradients stay where they are."""
+    _require_cuda()
+    run, stream = plain(problem), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    gradient = {param: param.grad for param in _params(problem).values()}
 
     def step() -> Outcome:
+        graph.replay()
+        for param, grad in gradient.items():  # another way may have taken it away
+            param.grad = grad
+        return Outcome(weights=_alike(problem))
+
+    return step
+
+
+def ours_captured(problem: Problem) -> Step:
+    """metakern.capture_step."""
+    _require_cuda()
+    return _prepared(problem, metakern.capture_step(problem.model, problem.batch, problem.meta_batch))
+
+
+def _prepared(problem: Problem, prepared: Callable[[Batch, Batch], metakern.StepResult]) -> Step:
+    def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
-        result = compiled(problem.batch, problem.meta_batch)
+        result = prepared(problem.batch, problem.meta_batch)
         return Outcome(result.dots, result.weights, result.engine)
 
     return step
+
+
+def _alike(problem: Problem) -> Tensor:
+    """The weights of a plain step, by which its gradient is checked."""
+    return torch.full((problem.case.n,), 1 / problem.case.n, device=problem.batch[1].device)
+
+
+def _require_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise NotImplementedError("not run: needs CUDA")
 
 
 def ours_by_quarters(problem: Problem) -> Step:
@@ -140,7 +185,19 @@ def double_backward(problem: Problem, attention: Callable[[], AbstractContextMan
     return step
 
 
-def jvp(problem: Problem, attention: Callable[[], AbstractContextManager] = nullcontext) -> Step:
+def _as_it_is(function: Function) -> Function:
+    return function
+
+
+def _compiled(function: Function) -> Function:
+    return torch.compile(function, dynamic=False)
+
+
+def jvp(
+    problem: Problem,
+    attention: Callable[[], AbstractContextManager] = nullcontext,
+    made: Callable[[Function], Function] = _as_it_is,
+) -> Step:
     """Forward mode along v by torch.func.jvp, then a plain forward and backward of the weighted losses."""
     params = _params(problem)
 
@@ -148,14 +205,20 @@ def jvp(problem: Problem, attention: Callable[[], AbstractContextManager] = null
         logits = torch.func.functional_call(problem.model, values, (problem.batch[0],))
         return per_example(logits, problem.batch[1])
 
+    @made
+    def along(values: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+        return torch.func.jvp(losses_at, (values,), (direction,))[1]
+
+    losses = made(problem.losses)
+
     def step() -> Outcome:
         problem.model.zero_grad(set_to_none=True)
-        direction = torch.autograd.grad(problem.losses(problem.meta_batch).mean(), list(params.values()))
+        direction = torch.autograd.grad(losses(problem.meta_batch).mean(), list(params.values()))
         values = {name: param.detach() for name, param in params.items()}
         with attention(), torch.no_grad():
-            _, dots = torch.func.jvp(losses_at, (values,), (dict(zip(params, direction, strict=True)),))
+            dots = along(values, dict(zip(params, direction, strict=True)))
         weights = clip_normalise(dots)
-        problem.losses(problem.batch).backward(weights)
+        losses(problem.batch).backward(weights)
         return Outcome(dots, weights)
 
     return step
@@ -198,7 +261,7 @@ def by_per_example_gradients(problem: Problem, gradients: PerExample) -> Step:
     return step
 
 
-def vmap(problem: Problem) -> Step:
+def vmap(problem: Problem, made: Callable[[Function], Function] = _as_it_is) -> Step:
     """Per-example gradients by torch.func.vmap(grad)."""
     params = _params(problem)
 
@@ -206,7 +269,7 @@ def vmap(problem: Problem) -> Step:
         logits = torch.func.functional_call(problem.model, values, (x.unsqueeze(0),))
         return per_example(logits, y.unsqueeze(0)).squeeze(0)
 
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    gradients = made(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0)))
     values = {name: param.detach() for name, param in params.items()}
     return by_per_example_gradients(problem, lambda x, y: gradients(values, x, y))
 
@@ -234,6 +297,17 @@ PROVIDERS: dict[str, Callable[[Problem], Step]] = {
 COMPILED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {
     "plain compiled": plain_compiled,
     "metakern compiled": ours_compiled,
+}
+
+COMPILED_PEERS: dict[str, Callable[[Problem], Step]] = {
+    "vmap compiled": partial(vmap, made=_compiled),
+    "jvp compiled": partial(jvp, made=_compiled),
+}
+
+# On a GPU, for steps of many short kernels.
+CAPTURED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {
+    "plain captured": plain_captured,
+    "metakern captured": ours_captured,
 }
 
 ROUNDED_PROVIDERS: dict[str, Callable[[Problem], Step]] = {"metakern bf16 dots": ours_rounded}

@@ -10,9 +10,13 @@ from benchmarks.cases import CPU_CASES, Case, Problem, problem_of
 from benchmarks.measure import count
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import Row
-from benchmarks.suite_variants import TRAINED
+from benchmarks.suite_variants import TRAINED, require_transformers
 
-PLANNED = [*CPU_CASES, *TRAINED]
+GPT2 = pytest.mark.xfail(
+    reason="calls without a rule (addmm) are counted wrongly, and tied weights have two gradients at a time",
+    strict=True,
+)
+PLANNED = [*CPU_CASES, *(pytest.param(case, marks=GPT2) if "gpt2" in case.name else case for case in TRAINED)]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ class PlanRow(Row):
 @pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.name)
 def test_plan(case: Case, collected: dict[str, list[Row]]) -> None:
     """Within a twentieth."""
-    if "bert" in case.name:
-        pytest.importorskip("transformers")
+    require_transformers(case)
     rows = planned_rows(case)
     collected["plan"] += rows
     assert not far_off(rows, 0.05)

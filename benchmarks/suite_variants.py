@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,23 @@ from benchmarks.ways import compare
 STEPS = {case.name: case for case in CPU_CASES}
 REAL = {case.name: case for case in real_cases(small=False)}
 BERT = "bert-base-32-8"
+SENTENCES: dict[str, Any] = dict(shape=(32,), targets=(32,), n=4, m=1)
 
 COMPILED = [
     *(STEPS[name] for name in ("lenet-100-10", "mlp-256-16", "conv-64-16", "conv-bn-64-16", "sdpa-64-4")),
     REAL["resnet-32-bn-128-16"],
 ]
 ROUNDED = [STEPS[name] for name in ("mlp-256-16", "conv-64-16", "transformer-64-4", "sdpa-64-4")]
+# Of the large ones few examples, so that a plain step stays near a second on two cores.
 TRAINED = [
     REAL["resnet-32-gn-128-16"],
     REAL["resnet-32-bn-128-16"],
+    REAL["resnet-32-gn-100-100"],
+    replace(REAL["wrn-28-10-128-16"], name="wrn-28-10-4-1", n=4, m=1),
+    replace(REAL["vit-s-64-8"], name="vit-s-4-1", n=4, m=1),
     replace(REAL[BERT], name="bert-base-4-1, 64 tokens", shape=(64,), n=4, m=1),
+    replace(REAL["gpt2-124m-16-2"], name="gpt2-124m-4-1, 32 tokens", **SENTENCES),
+    replace(REAL["llama-130m-12-2"], name="llama-130m-4-1, 32 tokens", **SENTENCES, dtype=torch.float32),
 ]
 
 
@@ -63,10 +71,14 @@ def test_rounded(case: Case, collected: dict[str, list[Row]], seconds: float) ->
 
 @pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
 def test_real(case: Case, collected: dict[str, list[Row]], seconds: float) -> None:
-    if "bert" in case.name:
-        pytest.importorskip("transformers")
+    require_transformers(case)
     ways = ["double_backward (short)", "double_backward (short, math)", "metakern", "metakern two_pass"]
     collected["real"] += _measured(case, seconds, ways[:3] if case.interacting else ways)
+
+
+def require_transformers(case: Case) -> None:
+    if case.name.startswith(("bert", "gpt2")):
+        pytest.importorskip("transformers")
 
 
 def compile_seconds(case: Case) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Tables and plots of all but the steps themselves: operators, growing sizes, plans, variants; from the rows alone."""
+"""Tables and plots beside those of README, from the rows: meta-steps, operators, growing sizes, plans, variants."""
 
 import csv
 from collections.abc import Callable
@@ -17,13 +17,10 @@ def runs_of(suite: str, threads: str = "2") -> Runs:
         return {}
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if row["threads"] == threads and row["dirty"] == "no"]
-    found: Runs = {}
+    runs: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        run = found.setdefault(row["case"], {})
-        if row["provider"] in run or any(row["date"] != other["date"] for other in run.values()):
-            run.clear()  # another, later run begins
-        run[row["provider"]] = row
-    return {case: run for case, run in found.items() if "metakern" in run}
+        runs.setdefault((row["case"], row["date"]), {})[row["provider"]] = row
+    return {case: run for (case, _), run in runs.items() if "metakern" in run}
 
 
 def where(runs: Runs) -> str:
@@ -55,7 +52,8 @@ def _cell(row: Row | None, column: str) -> str:
     if row is None:
         return "-"
     if row["status"] != "measured":
-        return "stops" if row["status"].startswith("stops") else "not measured"
+        known = (end for end in ("stops", "over the error budget") if row["status"].startswith(end))
+        return next(known, "not measured")
     value = row[column]
     if not value:
         return "-"
@@ -99,9 +97,49 @@ def compiled() -> str:
     return f"{made}\n\nCompiling took, of the plain step and of metakern's, in processor seconds: {'; '.join(taken)}."
 
 
+META_STEPS = {
+    "mwnet": {"mwnet": "metakern", "compiled": "metakern compiled", "two_pass": "metakern two_pass"},
+    "mlc": {"mlc, fused": "metakern fused", "mlc": "metakern"},
+    "metabalance": {"metabalance": "metakern", "central_difference": "metakern central_difference"},
+}
+"""Headings and ways of each step, beside its published sequence and the quickest of the other libraries."""
+OTHER_LIBRARIES = ("higher", "torchopt", "betty (finite difference)")
+
+
+def meta_steps() -> str:
+    """A table for each step: time with its spread, and peak memory, of every way; one line per case."""
+    runs = runs_of("meta-steps")
+    if not runs:
+        return "Not measured yet."
+    return f"Medians on {where(runs)}\n\n" + "\n\n".join(_meta_table(runs, step) for step in META_STEPS)
+
+
+def _meta_table(runs: Runs, step: str) -> str:
+    ways = {**META_STEPS[step], "published": "double_backward (published)"}
+    heads = [head for way in (*ways, "best other library") for head in (way, "memory")]
+    lines = [f"| case | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+    for name, run in runs.items():
+        kind, case = name.split(" ", 1)
+        if kind == step:
+            cells = [cell for way in ways.values() for cell in _time_and_memory(run.get(way))]
+            others = [row for way in OTHER_LIBRARIES if (row := run.get(way)) and row["status"] == "measured"]
+            best = min(others, key=lambda row: float(row["ratio"]), default=None)
+            time, memory = _time_and_memory(best)
+            cells += [f"{time}, {best['provider']}" if best else "not measured", memory]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time_and_memory(row: Row | None) -> tuple[str, str]:
+    """No memory of what was not measured, or what the counter does not see into."""
+    peak = row["peak_ratio"] if row else ""
+    return _cell(row, "ratio"), f"{float(peak):.2f}" if peak else "-"
+
+
 STEPS = {"time": "ratio", "operations": "flop_ratio", "memory": "peak_ratio"}
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "meta-steps": meta_steps,
     "ops": table(
         "ops", {"metakern": "metakern", "compiled": "composition compiled"}, {"time": "ratio", "ms": "milliseconds"}
     ),

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import product
 
 import torch
 
@@ -40,7 +39,8 @@ def candidates(element_size: int, shapes: str) -> list[tiles.Tile]:
     """Blocks that tensor cores can fill, deeper ones for narrower elements: few enough to compile while one waits."""
     return [
         tiles.Tile(m, n, DEPTHS[element_size], 8 if m * n >= 128 * 128 else 4, stages)
-        for (m, n), stages in product(BLOCKS[shapes], (3, 4))
+        for m, n in BLOCKS[shapes]
+        for stages in (3, 4)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,7 +10,16 @@ from benchmarks.cases import Case, problem_of
 from benchmarks.gate import Gate, Shares
 from benchmarks.measure import count, interleaved
 from benchmarks.peers import PEERS
-from benchmarks.providers import COMPILED_PROVIDERS, FUSED_PROVIDERS, PROVIDERS, ROUNDED_PROVIDERS, Outcome, Step
+from benchmarks.providers import (
+    CAPTURED_PROVIDERS,
+    COMPILED_PEERS,
+    COMPILED_PROVIDERS,
+    FUSED_PROVIDERS,
+    PROVIDERS,
+    ROUNDED_PROVIDERS,
+    Outcome,
+    Step,
+)
 from benchmarks.rows import Row
 
 
@@ -21,7 +31,7 @@ class Subject:
     shapes: str
     dtype: torch.dtype
 
-    def row(self, provider: str, status: str, **figures: object) -> Row:
+    def row(self, provider: str, status: str, **figures: Any) -> Row:
         return Row(self.case, self.shapes, str(self.dtype).removeprefix("torch."), provider, status, **figures)
 
 
@@ -37,7 +47,8 @@ def compare(
     problem = problem_of(case, device)
     usual = PROVIDERS | PEERS | (FUSED_PROVIDERS if case.fused else {})
     asked = ("plain", *only) if only else (*usual, *also)
-    chosen = {name: make for name, make in (usual | COMPILED_PROVIDERS | ROUNDED_PROVIDERS).items() if name in asked}
+    others = COMPILED_PROVIDERS | COMPILED_PEERS | CAPTURED_PROVIDERS | ROUNDED_PROVIDERS
+    chosen = {name: make for name, make in (usual | others).items() if name in asked}
     ways = {name: lambda make=make: make(problem) for name, make in chosen.items()}
     subject = Subject(case.name, case.shapes, case.dtype)
     try:
@@ -80,9 +91,11 @@ def measured(
             used = f"dots {shares[name].dots:.3g}, gradient {shares[name].gradient:.3g}"
             rows[name] = subject.row(name, f"over the error budget, in budgets: {used}")
     for name, timing in interleaved(steps, unit=unit, seconds=seconds, device=device).items():
-        weights = outcomes[name].weights
+        weights = None if outcomes[name].dots is None else outcomes[name].weights
         operations, peak = counts[name]
-        seen = not name.endswith("compiled")  # what inductor fuses, the counters do not see
+        # What inductor fuses, the counters do not see, but a GPU's allocator does; a graph's memory is there before.
+        counted = not name.endswith(("compiled", "captured"))
+        seen = counted or (device == "cuda" and name.endswith("compiled"))
         rows[name] = subject.row(
             name,
             "measured",
@@ -94,8 +107,8 @@ def measured(
             ratio_p20=timing.ratio_p20,
             ratio_p80=timing.ratio_p80,
             processor_ratio=timing.processor_ratio,
-            gigaflops=operations / 1e9 if seen else None,
-            flop_ratio=operations / counts[unit][0] if seen and counts[unit][0] else None,
+            gigaflops=operations / 1e9 if counted else None,
+            flop_ratio=operations / counts[unit][0] if counted and counts[unit][0] else None,
             peak_megabytes=peak / 2**20 if seen else None,
             peak_ratio=peak / counts[unit][1] if seen and counts[unit][1] else None,
             dots_budget_used=shares[name].dots,

@@ -64,6 +64,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks import providers
 from benchmarks.cases import CPU_CASES, problem_of
 from benchmarks.gate import Gate
@@ -78,6 +80,12 @@ wrong = Outcome(outcome.dots + 1e-3 * outcome.dots.abs().max(), outcome.weights)
 assert not gate.judge(wrong).green
 next(problem.model.parameters()).grad.mul_(1.001)
 assert not gate.judge(outcome).green
+
+alike = Outcome(weights=torch.full((20,), 1 / 20))
+providers.plain(problem)()
+assert gate.judge(alike).green
+next(problem.model.parameters()).grad.mul_(1.001)
+assert not gate.judge(alike).green
 
 kept = float((outcome.weights > 0).float().mean())
 for _ in range(2):
@@ -115,24 +123,29 @@ def test_tables_and_plots_are_what_the_rows_give() -> None:
 ONE_OF_EACH = """
 from dataclasses import replace
 import torch
-from benchmarks import meta_steps
+from benchmarks import meta_ways
 from benchmarks.cases import META_CASES, problem_of
+from benchmarks.meta_gate import MetaGate
 from benchmarks.meta_steps import META_STEPS
+from benchmarks.meta_ways import MetaCase, compare_meta
 from benchmarks.operators import OPERATORS, judge, ways
-from benchmarks.suite_meta_steps import meta_rows
 from metakern.testing import models
 
 torch.set_num_threads(1)
 case = replace(META_CASES[2], n=12, m=3, shape=(16,), build=lambda: models.mlp(16, 2))
 for step in META_STEPS:
-    rows = {row.provider: row for row in meta_rows(step, case, 0.0)}
+    rows = {row.provider: row for row in compare_meta(MetaCase(step, case), seconds=0.0)}
+    for name in ("higher", "torchopt"):
+        assert rows[name].measured or rows[name].status.startswith("not installed"), rows
+    assert "metakern compiled" not in rows
     assert rows["double_backward (published)"].measured, rows
     assert rows["metakern"].measured and rows["metakern"].gradient_budget_used <= 1, rows
     assert len({row.case for row in rows.values()}) == 1
 
-problem, network = problem_of(case), META_STEPS[0].network(10)
-gate = meta_steps.MetaGate(META_STEPS[0], problem, network)
-outcome = meta_steps.ways(META_STEPS[0], problem, network)["metakern"]()()
+meta = MetaCase(META_STEPS[0], case)
+problem, network = problem_of(case), meta.network()
+gate = MetaGate(meta.step, problem, network)
+outcome = meta_ways.step_of(meta_ways.ways(meta.step)["metakern"], problem, network)()
 assert gate.judge(outcome).green
 network[0].weight.grad.mul_(1.01)
 assert not gate.judge(outcome).green
