@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metakern.capture.attributes import Attributes
 from metakern.capture.members import keepers_of, parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.registration import nothing_registered
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.uncompiled import uncompiled
@@ -79,6 +80,8 @@ class PassState:
         self._writes = writes  # what the pass writes into parameters
         self._model, self._buffers, self._attributes = model, Buffers(model), Attributes(model)
         self._loss_fn, self._surroundings, self._random = loss_fn, Surroundings(model, loss_fn), random_state()
+        if writes is not None and writes.around is None:
+            writes.around = self._surroundings
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -99,24 +102,23 @@ class PassState:
 
 
 class Start:
-    """What a failed attempt goes back to: buffers, attributes, random state and gradients of a model at one moment, and
-    parameters that `writes` has seen overwritten since.
+    """What a failed attempt goes back to: buffers, attributes and random state of a model at one moment, parameters
+    that `writes` has seen overwritten since, and what functions hold around which it has looked.
     """
 
     def __init__(self, model: nn.Module, writes: Writes | None) -> None:
         self._writes = writes
         self._buffers, self._attributes, self._random = Buffers(model), Attributes(model), random_state()
         self.parameters = parameters_of(model)
-        self._grads = [p.grad for p in self.parameters]
 
     def restore(self) -> None:
         if self._writes is not None:
             self._writes.undo()
         self._buffers.restore()
         self._attributes.restore()
+        if self._writes is not None and self._writes.around is not None:
+            self._writes.around.restore()
         restore_random_state(self._random)
-        for parameter, grad in zip(self.parameters, self._grads):
-            parameter.grad = grad
 
 
 @contextmanager
@@ -128,12 +130,46 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
     Raises: ValueError where the block gives the model a new trainable parameter.
     """
     start = Start(model, writes)
+    grads = [p.grad for p in start.parameters]
     try:
         with uncompiled(), nothing_registered(model, start.parameters):
             yield start
     except BaseException:
         start.restore()
+        for p, grad in zip(start.parameters, grads):
+            p.grad = grad
         raise
+
+
+@contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block the parameters have no gradient: reversible layers call `backward` in their backward passes, and
+    that would add to it in place.
+    """
+    before = [(p, p.grad) for p in parameters]
+    try:
+        for p, _ in before:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+@contextmanager
+def nothing_added(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside the block no backward pass may add to `.grad` by itself: that part of a gradient would be missing.
+
+    Raises: EngineUnavailable naming the parameter.
+    """
+    before = [(name, p, p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.items()]
+    yield
+    for name, p, grad, version in before:
+        if p.grad is not grad or (grad is not None and grad._version != version):
+            raise EngineUnavailable(
+                f"a backward pass inside the model adds to the gradient of parameter '{name}' by itself, as that of a "
+                "custom autograd.Function may that calls backward, so metakern would miss it; return it from there"
+            )
 
 
 @contextmanager

@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import dis
 import functools
-import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from metakern.capture.attributes import LARGEST_ARRAY, LARGEST_LIST, content_of
+from metakern.capture.contents import (
+    LARGEST_ARRAY,
+    LARGEST_LIST,
+    PutBack,
+    attributes_kept,
+    attributes_of,
+    content_of,
+    inside,
+    is_module_of_user,
+    is_of_user,
+    size_of,
+)
 from metakern.capture.members import modules_of
 
 _DEPTH = 4
 
-_OPAQUE = (types.ModuleType, type, str, bytes, int, float, complex, bool, type(None))
+_OPAQUE = (types.ModuleType, str, bytes, int, float, complex, bool, type(None))
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 """Where objects come from that keep no state of a training run: loggers, locks, data loaders, optimizers."""
 
@@ -36,7 +45,7 @@ class Surroundings:
 
     def __init__(self, model: nn.Module, *functions: Any) -> None:
         self._seen: dict[int, Any] = {id(module): module for module in modules_of(model)}
-        self._put_back: list[Callable[[], None]] = []
+        self._put_back: list[PutBack] = []
         for function in (*functions, *_own_functions(model)):
             self._visit(function, _DEPTH)
 
@@ -51,27 +60,41 @@ class Surroundings:
         if isinstance(value, types.FunctionType):
             self._function(value, depth)
         elif isinstance(value, types.MethodType):
-            self._visit(value.__func__, depth)
-            self._visit(value.__self__, depth)
+            self._visit_all((value.__func__, value.__self__), depth)
         elif isinstance(value, functools.partial):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self._visit(part, depth)
-        elif isinstance(value, Tensor):
-            if value.numel() <= LARGEST_ARRAY:
-                self._keep(value)
-        elif isinstance(value, (list, dict, set, deque)):
-            self._collection(value, depth)
-        elif isinstance(value, (torch.Generator, random.Random)) or type(value).__module__.startswith("numpy"):
-            self._keep(value)
+            self._visit_all((value.func, *value.args, *value.keywords.values(), vars(value)), depth)
         elif isinstance(value, nn.Module):
             for module in modules_of(value):
                 if module is value or id(module) not in self._seen:
                     self._seen[id(module)] = module
-                    self._visit(vars(module), 3)
-        elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in FOREIGN:
-            self._visit(vars(value), depth)
+                    self._visit_all((vars(module), type(module), _called(module)), 3)
+        elif not isinstance(value, Tensor) or value.numel() <= LARGEST_ARRAY:
+            self._held(value, depth)
+
+    def _visit_all(self, values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            self._visit(value, depth)
+
+    def _held(self, value: Any, depth: int) -> None:
+        """What collections, objects and classes hold."""
+        kind, size, put_back = type(value), size_of(value), content_of(value)
+        if size > LARGEST_ARRAY or (put_back is None and isinstance(value, (list, dict, set, deque))):
+            return
+        held = inside(value) if size <= LARGEST_LIST else []
+        if isinstance(value, type):  # which of its functions are called is not known
+            held = [each for each in held if not isinstance(each, types.FunctionType)]
+        elif is_of_user(kind):
+            self._visit(_called(value), depth)
+        elif _keeps_state(kind):  # an installed library's
+            self._put_back.append(attributes_kept(value))
+            held += attributes_of(value).values()
+        if put_back is not None:
+            self._put_back.append(put_back)
+        self._visit_all(held, depth - 1)
 
     def _function(self, function: types.FunctionType, depth: int) -> None:
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self._visit_all((vars(function), *defaults), depth - 1)
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -79,25 +102,29 @@ class Surroundings:
                 continue
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
-        for name in globals_of(function.__code__):
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                self._put_back.append(functools.partial(_rebind, function.__globals__, name, value))
+        self._named(globals_of(function.__code__), function.__globals__, function, depth - 1)
+
+    def _named(self, names: Iterable[str], held: dict[str, Any], function: types.FunctionType, depth: int) -> None:
+        """What a function has a word for, among its globals and in modules of the run's own."""
+        for name in names:
+            if name in held:
+                value = held[name]
+                self._put_back.append(functools.partial(_rebind, held, name, value))
+                if isinstance(value, types.ModuleType) and depth and is_module_of_user(value.__name__):
+                    self._named(function.__code__.co_names, vars(value), function, depth - 1)
                 # What functions of another file reach is not followed: it would lead through whole libraries.
-                if not isinstance(value, types.FunctionType) or value.__module__ == function.__module__:
-                    self._visit(value, depth - 1)
+                elif not isinstance(value, types.FunctionType) or value.__module__ == function.__module__:
+                    self._visit(value, depth)
 
-    def _collection(self, value: Any, depth: int) -> None:
-        if len(value) > LARGEST_LIST:
-            return
-        self._keep(value)
-        for item in tuple(value.values() if isinstance(value, dict) else value):
-            self._visit(item, depth - 1)
 
-    def _keep(self, value: Any) -> None:
-        put_back = content_of(value)
-        if put_back is not None:
-            self._put_back.append(put_back)
+def _called(value: Any) -> Any:
+    """The function that runs when an object is called."""
+    return getattr(type(value), "forward" if isinstance(value, nn.Module) else "__call__", None)
+
+
+def _keeps_state(kind: type) -> bool:
+    """Has an object attributes that a pass may change, and is it none of the many that have to do with no training?"""
+    return bool(kind.__dictoffset__) and kind.__module__.partition(".")[0] not in FOREIGN
 
 
 def _own_functions(model: nn.Module) -> Iterator[Any]:

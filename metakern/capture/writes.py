@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from metakern.capture.function import Function, function_of, may_write, written_by
 from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
+from metakern.capture.surroundings import Surroundings
 
 
 class _Kept(NamedTuple):
@@ -58,6 +59,7 @@ class Writes:
         self._parameters: dict[int, list[nn.Parameter]] | None = None
         self._kept: dict[int, _Kept] = {}
         self.seen_pass = False  # whether a whole pass was looked at
+        self.around: Surroundings | None = None
         self._made: set[int] = set()  # places of tensors that the pass itself made
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
@@ -101,6 +103,11 @@ class Writes:
         found = {_place(t) for t in tensors_in(output) if t.grad_fn is None} - self._made
         if found:
             self._made |= found.difference(map(_place, tensors_in([*args, *kwargs.values()])))
+
+    def look_around(self, *functions: Any) -> None:
+        """Keep what these functions hold, unless that was done: they may fail after passes that do not count."""
+        if self.around is None:
+            self.around = Surroundings(self._model, *functions)
 
     def undo(self) -> None:
         for kept in self._kept.values():

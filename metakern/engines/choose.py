@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakSet
 
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 from metakern.capture.members import modules_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Start
-from metakern.capture.surroundings import Surroundings
 from metakern.engines import double_backward, ghost, jvp
 from metakern.engines.problem import Answer, Problem
 
@@ -35,7 +34,8 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
     if engine != "auto":
         if engine not in ENGINES:
             raise ValueError(f"engine must be 'auto' or one of {sorted(ENGINES)}, got {engine!r}")
-        return ENGINES[engine](problem), engine
+        with ghost_first(problem) if engine == "ghost" else nullcontext():
+            return ENGINES[engine](problem), engine
     if normalises_over_batch(problem.model):
         return jvp.solve(problem), "jvp"
     try:
@@ -55,16 +55,14 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
 
 @contextmanager
 def ghost_first(problem: Problem) -> Iterator[None]:
-    """Where ghost refuses, what it moved on outside the model goes back for the next engine."""
-    model = problem.model
-    around = None if model in _SERVED else Surroundings(model, problem.loss_fn)
+    """Where ghost refuses, or its proof fails, what it moved on outside the model can go back."""
+    if problem.model not in _SERVED:
+        problem.writes.look_around(problem.loss_fn)
     try:
         yield
-        _SERVED.add(model)
+        _SERVED.add(problem.model)
     except EngineUnavailable:
-        _SERVED.discard(model)
-        if around is not None:
-            around.restore()
+        _SERVED.discard(problem.model)
         raise
 
 

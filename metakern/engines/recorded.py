@@ -17,7 +17,7 @@ from metakern.capture.graph import output_gradients, require_complete, visit_out
 from metakern.capture.poison import poisoned_losses
 from metakern.capture.record import Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state import nothing_added, unchanged_buffers
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.rule import Tangents
@@ -35,7 +35,8 @@ class Recorded:
         self._problem = problem
         self.trace, axes = _traced(problem)
         self.losses = self.trace.losses.detach()
-        grads = output_gradients(self.trace)
+        with nothing_added(problem.trainable):
+            grads = output_gradients(self.trace)
         _require_participation(problem, self.trace, [any(g is not None for g in found) for found in grads])
         self.records = [
             _record(use, found, line, problem.dot_precision)

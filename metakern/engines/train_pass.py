@@ -113,7 +113,8 @@ def open_pass(problem: Problem, engine: str) -> tuple[TrainPass, str]:
     if engine != "auto":
         if engine not in _PASSES:
             raise ValueError(f"engine must be 'auto' or one of {sorted(_PASSES)}, got {engine!r}")
-        return _PASSES[engine](problem), engine
+        with choose.ghost_first(problem) if engine == "ghost" else nullcontext():
+            return _PASSES[engine](problem), engine
     if choose.normalises_over_batch(problem.model):
         return _Dual(problem), "jvp"
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state import nothing_added, unchanged_buffers
 from metakern.engines.problem import Problem
 
 
@@ -29,7 +29,7 @@ def weighted_backward(
     Raises: ValueError if a trainable parameter took no part, unless only some were asked for.
     """
     parameters = problem.trainable if only is None else only
-    with unchanged_buffers(problem.model) if keep else nullcontext(), form():
+    with unchanged_buffers(problem.model) if keep else nullcontext(), form(), nothing_added(problem.trainable):
         found = torch.autograd.grad(
             losses, list(parameters.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
         )

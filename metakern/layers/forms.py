@@ -25,7 +25,16 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Te
     return norms.masked_fill(same, 0.0)
 
 
-TWICE_DIFFERENTIABLE: Mapping[Callable[..., Any], Callable[..., Any]] = {F.embedding_bag: bags, torch.cdist: _distances}
+def _whole_logits(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """`linear_cross_entropy` without parts, which lose tangents without a word and have no second derivative."""
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
+TWICE_DIFFERENTIABLE: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding_bag: bags,
+    torch.cdist: _distances,
+    **({F.linear_cross_entropy: _whole_logits} if hasattr(F, "linear_cross_entropy") else {}),
+}
 
 
 class Forms(LastingMode):

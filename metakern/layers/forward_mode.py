@@ -35,6 +35,37 @@ def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
+def _scatter_reduce(
+    input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """With the derivative that a backward pass takes: torch's forward mode has none of products, and shares extremes
+    with no entry of `input` that is as large and left out.
+    """
+    if reduce == "prod" and (_is_dual(input) or _is_dual(src)):
+        raise NotImplementedError("scatter_reduce(..., reduce='prod') has no forward mode")
+    output = torch.scatter_reduce(input, dim, index, src, reduce, include_self=include_self)
+    output, tangent = forward_ad.unpack_dual(output)
+    if tangent is None:
+        return output
+    if reduce in ("amax", "amin") and not include_self:
+        value = output.detach()
+        largest = (src.detach() == value.gather(dim, index)).to(value.dtype)
+        count = torch.zeros_like(value).scatter_add(dim, index, largest)
+        tangent = torch.where((input.detach() == value) & (count > 0), tangent * count / (count + 1), tangent)
+    return forward_ad.make_dual(output, tangent)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """At zero the slope of the left side, as in a backward pass; in torch's forward mode it is that of the right."""
+    columns = (1, -1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 and input.dim() > 1 else ()
+    return torch.where(input > 0, input, weight.reshape(columns) * input)
+
+
+def _larger(input: Tensor, other: Tensor) -> Tensor:
+    """Of two equal ones the first, as in a backward pass of `torch.fmax`."""
+    return torch.where((input >= other) | other.isnan(), input, other)
+
+
 def _retained(tensor: Tensor) -> None:
     """Nothing to keep: the tensors of a dual pass require no gradient."""
     if tensor.requires_grad:
@@ -45,6 +76,11 @@ _FORMS = {
     **TWICE_DIFFERENTIABLE,
     F.group_norm: _in_rows(F.group_norm),
     torch.group_norm: _in_rows(torch.group_norm),
+    **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
+    **dict.fromkeys((torch.fmax, Tensor.fmax), _larger),
+    torch.scatter_reduce: _scatter_reduce,
+    Tensor.scatter_reduce: _scatter_reduce,
+    Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),
     Tensor.retain_grad: _retained,
     torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]

@@ -175,7 +175,7 @@ def compile_mwnet_step(
         ValueError: the virtual step reads momentum that is not there yet; let the optimizer step once before.
         The others: as `mwnet_step`.
     """
-    require_weight_net(weight_net, weight_optimizer, normalise)
+    require_weight_net(weight_net, weight_optimizer, normalise, model)
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)

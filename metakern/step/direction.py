@@ -62,6 +62,7 @@ def solve_along(
         return _directed(problem, v, direction)
 
     if _freezes(problem, engine, size, batchnorm):
+        problem.writes.look_around(problem.loss_fn)
         try:
             return frozen_statistics.solve(problem, along), FROZEN
         except EngineUnavailable:
@@ -69,6 +70,7 @@ def solve_along(
                 raise
             start.restore()
     if size is not None and micro_batch.several_parts(problem, engine, size):
+        problem.writes.look_around(problem.loss_fn)
         return micro_batch.solve(problem, size, along), "ghost"
     if direction is None:
         return solve(problem, engine, start)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metakern.capture.host import finite_sum
 from metakern.capture.losses import LossFunction, evaluate_losses
-from metakern.capture.state import PassState, unchanged_on_error
+from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
 from metakern.engines import jvp, pose
 from metakern.engines.problem import Problem
 
@@ -34,7 +34,7 @@ class LogitPass:
 
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
-        self._start = PassState(problem.model, problem.loss_fn, problem.writes)
+        self._start = PassState(problem.model, self._problem.loss_fn, problem.writes)
         # The form that the dual pass takes, with the same masks.
         with jvp.first_pass(problem) as self._products, problem.writes.watching():
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
@@ -85,7 +85,7 @@ def logit_tangents(
     Raises: as `l2rw_step`; NotImplementedError where an operation of the model has no forward mode.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
-    with unchanged_on_error(model, problem.writes):
+    with unchanged_on_error(model, problem.writes), gradients_aside(problem.trainable.values()):
         meta_loss, direction = problem.meta_gradient()
         with PassState(model).replayed():
             given = LogitPass(problem, logits_fn)

@@ -11,18 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, losses_of
+from metakern.capture.members import parameters_of
 from metakern.capture.state import unchanged_on_error
 from metakern.engines.problem import Problem
 from metakern.step.hand_over import separate
 
 
-def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_argument: str) -> None:
-    """Raise unless `network` is a module with something to train and `optimizer` None or an optimizer of it."""
+def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_argument: str, model: Any) -> None:
+    """Raise unless `network` is a module with something to train, of which the model trains nothing, and `optimizer`
+    None or an optimizer of it.
+    """
     if not isinstance(network, nn.Module):
         raise TypeError(f"{argument} must be a torch.nn.Module, got {type(network).__name__}")
     trainable = {id(p) for p in network.parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(f"{argument} has no parameter with requires_grad=True; there is nothing to learn")
+    if isinstance(model, nn.Module) and not trainable.isdisjoint(map(id, parameters_of(model))):
+        shared = next(name for name, p in model.named_parameters() if id(p) in trainable)
+        raise ValueError(
+            f"{argument} shares parameter '{shared}' with the model, and the gradient of either would leave the other "
+            f"out; give {argument} a copy of it (copy.deepcopy), or freeze it with requires_grad_(False)"
+        )
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern.capture.graph import differentiable_functions
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.state import PassState, unchanged_on_error
+from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
 from metakern.engines import pose, twice_differentiable
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import require_replaced, substituted
@@ -84,16 +84,17 @@ def metabalance_step(
     problem = pose(model, inner_batch, outer_batch, loss_fn, params, "reuse")
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model, problem.writes):
-        inner = _Inner(problem, differentiable=order == 2 and hessian == "double_backward")
-        outer_loss, outer = _outer(problem, inner.gradient, inner_lr)
-        alignment = _inner_product(inner.gradient, outer, problem.chosen)
-        if not torch.isfinite(alignment):
-            raise ValueError("the gradients of inner_batch or outer_batch are not finite although their losses are")
-        total = outer
-        if order == 2:
-            total = _plus(total, inner.times_hessian(outer), -inner_lr)
-        if leak:
-            total = _plus(total, inner.gradient, leak)
+        with gradients_aside(problem.trainable.values()):
+            inner = _Inner(problem, differentiable=order == 2 and hessian == "double_backward")
+            outer_loss, outer = _outer(problem, inner.gradient, inner_lr)
+            alignment = _inner_product(inner.gradient, outer, problem.chosen)
+            if not torch.isfinite(alignment):
+                raise ValueError("the gradients of inner_batch or outer_batch are not finite although their losses are")
+            total = outer
+            if order == 2:
+                total = _plus(total, inner.times_hessian(outer), -inner_lr)
+            if leak:
+                total = _plus(total, inner.gradient, leak)
         problem.require_participation({id(problem.trainable[name]) for name in total})
         total = total if scale == 1 else {name: g * scale for name, g in total.items()}
         hand_over(problem.trainable, total, optimizer, accumulate)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metakern.capture.host import host_may_wait
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.capture.state import gradients_aside, unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
@@ -94,32 +94,33 @@ def mlc_step(
 
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """
-    require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer")
+    require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer", model)
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     rule.require_usable(problem.chosen)
     with unchanged_on_error(model, problem.writes), undone_on_error(label_net, label_optimizer):
-        train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
-        labels = train.propose()
-        again = step_label_net and not fused
-        gradient = train.gradient(labels.detach(), last=not again)
-        step = rule.step(problem.chosen, gradient)
-        if again:
-            gradient = {}  # as large as the model, and taken anew with the next labels
-        meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
-        after = {} if carry is None else dict(meta_gradient)
-        tangents = train.log_tangents(step.pulled_back(meta_gradient))
-        found = gradient_of(label_net, (tangents.to(labels) * labels).sum() / train.examples)
-        if carry is not None:
-            found = _with_carry(found, carry, _discount(problem, step, after))
-        if step_label_net:
-            step_meta_network(label_net, label_optimizer, found)
-        labels = labels.detach()
-        if again:
-            with torch.no_grad():
-                labels = train.propose()
-            gradient = train.gradient(labels, last=True)
+        with gradients_aside(problem.trainable.values()):
+            train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
+            labels = train.propose()
+            again = step_label_net and not fused
+            gradient = train.gradient(labels.detach(), last=not again)
+            step = rule.step(problem.chosen, gradient)
+            if again:
+                gradient = {}  # as large as the model, and taken anew with the next labels
+            meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
+            after = {} if carry is None else dict(meta_gradient)
+            tangents = train.log_tangents(step.pulled_back(meta_gradient))
+            found = gradient_of(label_net, (tangents.to(labels) * labels).sum() / train.examples)
+            if carry is not None:
+                found = _with_carry(found, carry, _discount(problem, step, after))
+            if step_label_net:
+                step_meta_network(label_net, label_optimizer, found)
+            labels = labels.detach()
+            if again:
+                with torch.no_grad():
+                    labels = train.propose()
+                gradient = train.gradient(labels, last=True)
         hand_over(problem.trainable, gradient, optimizer, accumulate)
     held = None if step_label_net else found
     return CorrectionResult(labels, tangents, train.losses(labels).detach(), meta_loss, held, "jvp")

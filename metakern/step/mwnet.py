@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state import unchanged_on_error
+from metakern.capture.state import gradients_aside, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
@@ -85,7 +85,7 @@ def mwnet_step(
 
     Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, equations 3 to 7.
     """
-    require_weight_net(weight_net, weight_optimizer, normalise)
+    require_weight_net(weight_net, weight_optimizer, normalise, model)
     problem = pose(model, batch, meta_batch, loss_fn, params, memory)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
@@ -95,13 +95,15 @@ def mwnet_step(
         weighting = Weighting(weight_net, normalise, detach_losses)
         given = Features(features)
         dots = meta_loss = None
-        if update_weight_net:
-            train, used, dots, meta_loss, gradient = meta_gradient(problem, weighting, given, rule, engine)
-            step_meta_network(weight_net, weight_optimizer, gradient)
-        else:
-            train, used = plain_pass(given.listening(problem))
-        weights = weighting.weights(train.losses, given.values)
-        hand_over(problem.trainable, train.weighted_gradient(weights), optimizer, accumulate)
+        with gradients_aside(problem.trainable.values()):
+            if update_weight_net:
+                train, used, dots, meta_loss, wanted = meta_gradient(problem, weighting, given, rule, engine)
+                step_meta_network(weight_net, weight_optimizer, wanted)
+            else:
+                train, used = plain_pass(given.listening(problem))
+            weights = weighting.weights(train.losses, given.values)
+            gradient = train.weighted_gradient(weights)
+        hand_over(problem.trainable, gradient, optimizer, accumulate)
     return MetaStepResult(weights, dots, train.losses, meta_loss, used)
 
 
@@ -127,7 +129,7 @@ def meta_gradient(
     return MetaGradient(train, used, dots, meta_loss, gradient_of(weighting.weight_net, surrogate))
 
 
-def require_weight_net(weight_net: Any, optimizer: Any, normalise: str) -> None:
+def require_weight_net(weight_net: Any, optimizer: Any, normalise: str, model: Any) -> None:
     if normalise not in NORMALISATIONS:
         raise ValueError(f"normalise must be one of {list(NORMALISATIONS)}, got {normalise!r}")
-    require_meta_network(weight_net, optimizer, "weight_net", "weight_optimizer")
+    require_meta_network(weight_net, optimizer, "weight_net", "weight_optimizer", model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state import unchanged_buffers, unchanged_on_error
+from metakern.capture.state import gradients_aside, unchanged_buffers, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.group import sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along, solve_pairwise
@@ -50,7 +50,8 @@ def grad_dots(
         2020, section 3: times the learning rate, and summed over checkpoints, they are TracInCP.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision)
-    with unchanged_on_error(model, problem.writes) as start, unchanged_buffers(model):
+    aside = gradients_aside(problem.trainable.values())
+    with unchanged_on_error(model, problem.writes) as start, unchanged_buffers(model), aside:
         if pairwise:
             answer, used = solve_pairwise(problem, engine, micro_batch, batchnorm)
         else:
@@ -94,13 +95,14 @@ def reweight_step(
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model, problem.writes) as start:
-        answer, used = solve_along(problem, start, engine, direction, micro_batch, batchnorm)
-        require_finite(answer.dots, problem)
-        with torch.no_grad():
-            weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
-        if not isinstance(rule, str):
-            require_finite_weights(weights, problem)
-        gradient = answer.weighted_gradient(weights)
+        with gradients_aside(problem.trainable.values()):
+            answer, used = solve_along(problem, start, engine, direction, micro_batch, batchnorm)
+            require_finite(answer.dots, problem)
+            with torch.no_grad():
+                weights = weights_over_group(lambda dots: apply_rule(function, dots), answer.dots, process_group)
+            if not isinstance(rule, str):
+                require_finite_weights(weights, problem)
+            gradient = answer.weighted_gradient(weights)
         sum_over_group(gradient, process_group)
         hand_over(problem.trainable, gradient, optimizer, accumulate)
     return StepResult(weights, answer.dots, answer.losses, answer.meta_loss, used)

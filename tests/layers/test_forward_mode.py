@@ -1,5 +1,6 @@
 """The dual level in which tangents are computed, where torch's own forward mode falls short."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -112,3 +113,112 @@ def refused(setup: Setup, engine: str, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine=engine)
     before.assert_unchanged(setup.model)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Three groups, taken in turn."""
+    return (torch.arange(len(x)) % 3)[:, None].expand_as(x)
+
+
+class Grouped(nn.Module):
+    """Reduces features, many of them zero, over groups of examples."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.reduce = reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm(self.first(x)))
+        return self.second(hidden + self.reduce(hidden)[rows(x)[:, 0]])
+
+
+def scattered(reduce: str, **settings: bool) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_ones(3, 8).scatter_reduce(0, rows(x), x, reduce, **settings)
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        scattered("amax", include_self=False),
+        scattered("amin", include_self=False),
+        scattered("amax"),
+        scattered("mean", include_self=False),
+        lambda x: x.new_zeros(3, 8).scatter_reduce_(0, rows(x), x.cos(), "amax", include_self=False),
+        lambda x: torch.scatter_reduce(2 * x[:3], 0, rows(x), src=x, reduce="amin", include_self=False),
+        lambda x: x.prod(0, keepdim=True).expand(3, 8),
+        lambda x: x.cumprod(0)[:3],
+    ],
+)
+def test_reductions_over_groups_with_zeros(reduce: Callable[[Tensor], Tensor]) -> None:
+    setup = scaled_setup(Grouped(reduce))
+    found = [metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, engine=engine).dots for engine in ENGINES]
+    budget.assert_within(found[0], found[1], 100 * found[1].abs().max())
+
+
+ENGINES = ("jvp", "double_backward")
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        scattered("prod"),
+        lambda x: torch.scatter_reduce(x[:3], 0, rows(x), x.detach(), reduce="prod"),
+        lambda x: x.new_ones(3, 8).scatter_reduce_(0, rows(x), x, "prod"),
+        lambda x: x.new_ones(3, 8).index_reduce(0, rows(x)[:, 0], x, "prod"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:index_reduce")
+def test_products_over_groups_are_refused(reduce: Callable[[Tensor], Tensor]) -> None:
+    """Torch's forward mode loses their tangents without a word."""
+    setup = scaled_setup(Grouped(reduce))
+    refused(setup, "jvp", r"_reduce.* forward mode|forward.*_reduce.*engine='double_backward'")
+
+
+def test_products_of_constants_are_not_refused() -> None:
+    setup = scaled_setup(Grouped(lambda x: scattered("prod")(x.detach().cos())))
+    judge_step(metakern.l2rw_step, setup, engine="jvp")
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "prelu": lambda x: F.prelu(x, x.new_tensor([0.3])),
+    "prelu of channels": lambda x: x.prelu(torch.linspace(0.1, 0.5, 8, dtype=x.dtype)),
+    "fmax": lambda x: torch.fmax(x, -2 * x),
+    "fmin": lambda x: x.fmin(-2 * x),
+    "amax": lambda x: x.new_zeros(3, 8).scatter_reduce(0, rows(x), x, "amax", include_self=False),
+    "amin": lambda x: x.new_zeros(3, 8).scatter_reduce_(0, rows(x), x, "amin", include_self=False),
+}
+
+
+@pytest.mark.parametrize("kink", KINKS)
+def test_slopes_at_kinks_are_those_of_a_backward_pass(kink: str) -> None:
+    """Features that are exactly zero with a tangent that is not."""
+    x, tangent = inputs.normal(5, 8, seed=1), inputs.normal(5, 8, seed=2)
+    x[:2] = 0
+    with dual_level():
+        found = forward_ad.unpack_dual(KINKS[kink](forward_ad.make_dual(x, tangent))).tangent
+    rows = torch.autograd.functional.jacobian(KINKS[kink], x)  # type: ignore[arg-type]
+    budget.assert_within(found, (rows * tangent).sum((-1, -2)), 10.0)
+
+
+class LargeVocabulary(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 8), norm
+        self.head = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.first(x)))
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has no linear_cross_entropy")
+@pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
+def test_cross_entropy_in_parts(engine: str) -> None:
+    """In parts it is an operator that loses tangents without a word, and has no second derivative."""
+
+    def in_parts(model: Any, batch: Any) -> Tensor:
+        parts = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+        return F.linear_cross_entropy(model(batch[0]), model.head.weight, batch[1], reduction="none", options=parts)
+
+    setup = scaled_setup(LargeVocabulary(nn.LayerNorm(8)))
+    judge_step(metakern.l2rw_step, Setup(setup.model, setup.batch, setup.meta_batch, loss_fn=in_parts), engine=engine)

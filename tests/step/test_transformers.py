@@ -1,5 +1,6 @@
 """Models of the transformers library, unmodified, from configuration: exact by the cheap engine, in train mode too."""
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -39,6 +40,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {**BERT, "num_key_value_heads": 1},
         "classes",
     ),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {**BERT, "pooler_hidden_size": 16},
+        "classes",
+    ),
+    "convbert": ("ConvBertForSequenceClassification", "ConvBertConfig", {**BERT, "embedding_size": 16}, "classes"),
+    "yoso": ("YosoForSequenceClassification", "YosoConfig", {**BERT, "num_hash": 2}, "classes"),
     "vit": (
         "ViTForImageClassification",
         "ViTConfig",
@@ -87,6 +96,7 @@ def test_exact_in_train_mode(name: str, memory: str) -> None:
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(getattr(transformers, config)(**settings)).double().train()
     batch, meta_batch = batch_of(kind, 5), batch_of(kind, 3)
+    activations = list(OrderedDict.items(transformers.activations.ACT2FN))  # a global table that some models ask
 
     def step(engine: str) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
@@ -98,3 +108,4 @@ def test_exact_in_train_mode(name: str, memory: str) -> None:
     want_dots, want_gradient = step("double_backward")
     budget.assert_within(dots, want_dots, want_dots.abs().max(), terms=1000, dtype=torch.float32)
     budget.assert_within(gradient, want_gradient, want_gradient.abs().max(), terms=1000, dtype=torch.float32)
+    assert list(OrderedDict.items(transformers.activations.ACT2FN)) == activations

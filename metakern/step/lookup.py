@@ -1,0 +1,90 @@
+"""How functions find what they look at: the names that they have a word for, and where these are looked up."""
+
+from __future__ import annotations
+
+import functools
+import types
+from argparse import Namespace
+from collections.abc import Mapping
+from threading import local
+from typing import Any
+
+from metakern.capture.contents import is_module_of_user
+from metakern.capture.surroundings import FOREIGN
+
+
+class OwnWords(set[str]):
+    """The words of all functions of a run's own, which grow while these are found."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+Words = OwnWords | frozenset[str] | None
+"""The attributes of an object that count: by own words, by those of a library's function, or all, as in a model."""
+
+_BY_STRING = frozenset("getattr attrgetter vars __dict__ __getattribute__".split())
+"""A function with one of these words may name attributes in strings."""
+
+_UNNAMED = frozenset(
+    f"__{name}__"
+    for name in "call getitem getattr getattribute get iter next len contains bool float int index enter exit add radd "
+    "sub rsub mul rmul truediv rtruediv matmul rmatmul pow rpow neg abs lt le gt ge".split()
+)
+"""Methods that run without a word."""
+
+
+_HOLDERS = (types.SimpleNamespace, Namespace, local)
+"""Of the standard library, and made to hold what others put into them."""
+
+
+@functools.lru_cache(4096)
+def words_of(code: types.CodeType) -> frozenset[str]:
+    """Names of globals and attributes that a function has a word for, also in functions defined inside it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    found = frozenset(code.co_names).union(*map(words_of, inner))
+    return found.union(_strings(code.co_consts)) if found & _BY_STRING else found
+
+
+def _strings(constants: tuple[object, ...]) -> frozenset[str]:
+    held = (c for c in constants if isinstance(c, (tuple, frozenset)))
+    own = (c for c in constants if isinstance(c, str) and c.isidentifier())
+    return frozenset(own).union(*(_strings(tuple(each)) for each in held))
+
+
+@functools.lru_cache(4096)
+def unnamed(kind: type) -> frozenset[str]:
+    """Methods of a class that run without a word: when its objects are called, indexed, added."""
+    return _UNNAMED.intersection(*[[name for each in kind.__mro__ for name in vars(each)]])
+
+
+def function_of(held: Any) -> types.FunctionType | None:
+    """The function that an attribute of a class is, or that its value is made by."""
+    if isinstance(held, property):
+        held = held.fget
+    elif isinstance(held, (staticmethod, classmethod)):
+        held = held.__func__
+    elif isinstance(held, functools.cached_property):
+        held = held.func
+    return held if isinstance(held, types.FunctionType) else None
+
+
+@functools.lru_cache(4096)
+def classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
+    """Where the attributes of a class are looked up, but for libraries that look at no setting of a training run."""
+    return tuple(vars(each) for each in kind.__mro__ if not is_foreign(each))
+
+
+def _origin(value: Any) -> str:
+    """The module that a class, a function, a module or an object comes from."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    return (value if isinstance(value, (type, types.FunctionType)) else type(value)).__module__ or ""
+
+
+def is_foreign(value: Any) -> bool:
+    return _origin(value).partition(".")[0] in FOREIGN and not isinstance(value, _HOLDERS)
+
+
+def is_own(value: Any) -> bool:
+    """Does it come from a training run's own code?"""
+    return isinstance(value, _HOLDERS) or is_module_of_user(_origin(value))
