@@ -24,9 +24,13 @@ def trace_batch(
     trainable: Mapping[str, nn.Parameter],
     argument: str,
     writes: Writes | None = None,
+    rows: bool = True,
 ) -> Trace:
-    """Forward pass of one batch, with every use of a trainable parameter noted; `writes` sees what it overwrites."""
-    tracer = Tracer(trainable.values(), constants_of(model), writes)
+    """Forward pass of one batch, with every use of a trainable parameter noted; `writes` sees what it overwrites.
+
+    Where only sums over the batch are wanted, `rows=False` spares looking whose rows are whose.
+    """
+    tracer = Tracer(trainable.values(), constants_of(model), writes, rows)
     with registered_modules_as_wholes(model, tracer), tracer:
         losses = per_example_losses(model, batch, loss_fn, argument)
     if writes is not None:

@@ -4,17 +4,20 @@ Layers see the batch first, second (time-major attention), or folded into anothe
 Per-layer dots are right only if the loss of one example reaches the output of a layer at that example's own rows. The
 proof lets NaN loose: the backward pass runs with NaN as the cotangent of a set S of examples, and NaN may arrive only
 at rows that belong to S. NaN times zero is NaN, so the strength of an interaction does not matter, and no tolerance is
-needed. With S the examples whose number has bit b, and its complement, for every b, all pairs are covered. That finds
-the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs); then this engine refuses.
-The same is then asked of the forward pass (`capture.poison`), which also sees couplings that sleep in this batch.
+needed. Each S is half of the examples, and for any two of them one S holds the first and not the second, so all pairs
+are covered. That finds the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs);
+then this engine refuses. The same is then asked of the forward pass (`capture.poison`), which also sees couplings that
+sleep in this batch.
 
-The verdict is kept per model and structure, so later steps do not pay. Where a pass has other sizes or other Python
-numbers than any before it, whether rows line up is checked once more for these (`capture.order`); where it may pick
-rows by data (sorting, routing), in every step. Either costs two or three more backward passes.
+The verdict is kept per model and structure, so later steps do not pay. Where a pass has other sizes or other numbers
+than any before it, whether rows line up is checked once more for these (`capture.order`), which costs two or three more
+backward passes, and the forward passes of the proof are run for them. Where a pass may pick rows by data (sorting,
+routing), rows are checked in every step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,68 +26,40 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from metakern.capture.axes import ExampleAxis as ExampleAxis
+from metakern.capture.axes import Kind, candidates, kind_of, sized
 from metakern.capture.graph import Fingerprint, output_gradients
-from metakern.capture.host import host_may_wait
+from metakern.capture.host import host_may_wait, is_traced
 from metakern.capture.order import require_linear, require_order
 from metakern.capture.record import Pick, Trace
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
 
-
-class ExampleAxis(NamedTuple):
-    """Dimension `dim` of an output has size outer * n * inner, and the middle factor counts examples."""
-
-    dim: int
-    outer: int
-    inner: int
-
-    def folded(self, tensor: Tensor, examples: int) -> Tensor:
-        """View `tensor` with that dimension split in three; the examples are at `dim + 1`."""
-        return tensor.unflatten(self.dim, (self.outer, examples, self.inner))
-
-    def spread(self, per_example: Tensor, shape: Sequence[int]) -> Tensor:
-        """One value per example, repeated along dimension `dim` and broadcastable against an output of `shape`."""
-        line = per_example.view(1, -1, 1).expand(self.outer, -1, self.inner).reshape(-1)
-        return line.view(*(shape[self.dim] if d == self.dim else 1 for d in range(len(shape))))
-
-    def total(self, tensor: Tensor, examples: int) -> Tensor:
-        """Sum of `tensor` over everything but the examples."""
-        folded = self.folded(tensor, examples)
-        return folded.sum([d for d in range(folded.dim()) if d != self.dim + 1])
-
-    @property
-    def leading(self) -> bool:
-        """Examples come first, each as one contiguous block."""
-        return self.dim == 0 and self.outer == 1
-
-
 Poisoned = Callable[[Sequence[Sequence[ExampleAxis | None]], Tensor], Tensor]
 
 
-class _Kind(NamedTuple):
-    """An axis without the sizes that vary from batch to batch."""
-
-    dim: int
-    fold: str  # "none", "inner", "outer", or "mixed" when both factors exceed 1
-
-
 class _Proved(NamedTuple):
-    """The axes of every output of every use; whether a pass of this form may still pick rows by data."""
+    """The axes of every output of every use; whether a pass of this form may still pick rows by data; whether couplings
+    that sleep are ruled out.
+    """
 
     axes: list[list[ExampleAxis]]
     moves: bool
+    lasting: bool
 
 
 class _Known(NamedTuple):
     """Of one model: the kinds of axes by structure, the axes by structure, sizes and numbers; or why it is refused."""
 
-    kinds: dict[Hashable, list[list[_Kind]] | str]
+    kinds: dict[Hashable, list[list[Kind]] | str]
     axes: dict[Hashable, _Proved | str]
 
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
 _MOST = 4096
 """Sizes and numbers that are remembered of one model."""
+_AT_ONCE = 32
+"""Of these are proved where they are first met. With more, most may never come again: those that do are proved then."""
 
 
 def example_axes(
@@ -104,19 +79,23 @@ def example_axes(
     found = known.axes.get(form)
     if isinstance(found, str):
         raise EngineUnavailable(found)
-    if (found is None or found.moves) and not host_may_wait():
+    if (found is None or found.moves or not found.lasting) and not host_may_wait():
         raise EngineUnavailable(
             "whose rows are whose has to be looked up in every pass of this model, which a CUDA graph cannot; take "
             "the step without capturing it"
         )
-    if found is not None:
-        if found.moves:
-            with unchanged_buffers(model):
-                require_order(trace, found.axes)
+    if found is not None and not found.moves and found.lasting:
         return found.axes
     # The NaN of the proof is meant; what checkpointed layers do in its backward passes does not count.
     with torch.autograd.set_detect_anomaly(False), unchanged_buffers(model):
-        return _found_out(trace, known, form, (fingerprint.operations, context), poisoned)
+        if found is None:
+            moves = trace.reorders or fingerprint.unseen
+            return _found_out(trace, known, form, (fingerprint.operations, context), moves, poisoned)
+        if found.moves or is_traced():
+            require_order(trace, found.axes)
+        else:
+            known.axes[form] = _lasting(trace, found, known.axes, form, poisoned)
+    return found.axes
 
 
 def _sizes(trace: Trace) -> Hashable:
@@ -124,9 +103,9 @@ def _sizes(trace: Trace) -> Hashable:
 
 
 def _found_out(
-    trace: Trace, known: _Known, form: Hashable, structure: Hashable, poisoned: Poisoned
+    trace: Trace, known: _Known, form: Hashable, structure: Hashable, moves: bool, poisoned: Poisoned
 ) -> list[list[ExampleAxis]]:
-    """The axes of a form that was not met before: of a known structure at other sizes, or proved."""
+    """The axes of a form that was not met before: of a known structure at other sizes or numbers, or proved."""
     structure = (structure, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
     kinds = known.kinds.get(structure)
     if isinstance(kinds, str):
@@ -135,19 +114,34 @@ def _found_out(
     proved = axes is None
     if axes is None:
         axes = _prove(trace, known.kinds, structure, poisoned)
-    moves = trace.reorders or any(_may_move_examples(trace, pick) for pick in trace.picks)
+    moves = moves or any(_may_move_examples(trace, pick) for pick in trace.picks)
     try:
         if moves or not proved:
             require_order(trace, axes)
     except EngineUnavailable as refusal:
         if not moves:
-            known.axes[form] = str(refusal)
+            _remember(known, form, str(refusal))
         raise
+    found = _Proved(axes, moves, lasting=proved or moves)
+    if not found.lasting and len(known.axes) < _AT_ONCE and not is_traced():
+        found = _lasting(trace, found, known.axes, form, poisoned)
     if structure in known.kinds:
-        if len(known.axes) >= _MOST:
-            known.axes.clear()
-        known.axes[form] = _Proved(axes, moves)
+        _remember(known, form, found)
     return axes
+
+
+def _remember(known: _Known, form: Hashable, found: _Proved | str) -> None:
+    if len(known.axes) >= _MOST:
+        known.axes.clear()
+    known.axes[form] = found
+
+
+def _lasting(
+    trace: Trace, found: _Proved, verdicts: dict[Hashable, Any], form: Hashable, poisoned: Poisoned
+) -> _Proved:
+    """The same once nothing couples examples but what the axes allow: what these numbers wake may still sleep."""
+    _require_no_forward_path(trace, found.axes, verdicts, form, poisoned)
+    return found._replace(lasting=True)
 
 
 def _may_move_examples(trace: Trace, pick: Pick) -> bool:
@@ -165,11 +159,11 @@ def _may_move_examples(trace: Trace, pick: Pick) -> bool:
     return not left or any(axis.dim in dims for axis in left)
 
 
-def _sized_all(verdict: list[list[_Kind]], trace: Trace) -> list[list[ExampleAxis]] | None:
+def _sized_all(verdict: list[list[Kind]], trace: Trace) -> list[list[ExampleAxis]] | None:
     """The known axes at the sizes of this pass; None where a size does not fit."""
     axes = []
     for kinds, use in zip(verdict, trace.uses):
-        line = [_sized(kind, shape, trace.examples) for kind, shape in zip(kinds, use.output_shapes)]
+        line = [sized(kind, shape, trace.examples) for kind, shape in zip(kinds, use.output_shapes)]
         if any(axis is None for axis in line):
             return None
         axes.append(line)
@@ -197,20 +191,22 @@ def _prove(
                     reached = grad.isnan() if finite or b is None else grad.isnan() & b.isfinite()
                     line[k] = [axis for axis in line[k] if _stays_inside(reached, axis, inside)]
     _require_axes(trace, plain, fitting, known, structure)
-    _require_no_forward_path(trace, fitting, known, structure, poisoned)
+    axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
+    _require_no_forward_path(trace, axes, known, structure, poisoned)
     shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
     if finite and shown and all(len(found) == 1 for line in fitting for found in line):
-        known[structure] = [[_Kind(found[0].dim, _fold(found[0])) for found in line] for line in fitting]
+        known[structure] = [[kind_of(found[0]) for found in line] for line in fitting]
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
 
 
 def _sets(examples: int, device: torch.device) -> Iterator[Tensor]:
-    """Sets of examples, as masks, such that every ordered pair has a set with the first in it and not the second."""
-    numbers = torch.arange(examples, device=device)
-    for bit in range((examples - 1).bit_length()):
-        inside = (numbers >> bit) % 2 == 1
-        yield inside
-        yield ~inside
+    """Sets of examples, as masks, such that every ordered pair has a set with the first in it and not the second: each
+    example is in half of the sets, and in others than any other example.
+    """
+    count = next(count for count in itertools.count(2) if math.comb(count, count // 2) >= examples)
+    codes = list(itertools.islice(itertools.combinations(range(count), count // 2), examples))
+    masks = torch.zeros(examples, count, dtype=torch.bool).scatter_(1, torch.tensor(codes), True)
+    yield from masks.t().contiguous().to(device)
 
 
 def _stays_inside(reached: Tensor, axis: ExampleAxis, inside: Tensor) -> bool:
@@ -229,10 +225,13 @@ def _require_axes(trace: Trace, plain: list, fitting: list, known: dict[Hashable
 
 
 def _require_no_forward_path(
-    trace: Trace, fitting: list, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
+    trace: Trace,
+    axes: Sequence[Sequence[ExampleAxis | None]],
+    verdicts: dict[Hashable, Any],
+    key: Hashable,
+    poisoned: Poisoned,
 ) -> None:
-    """Raise where NaN in some examples reaches the loss of others."""
-    axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
+    """Raise where NaN in some examples reaches the loss of others; the verdict is kept under `key`."""
     for inside in _sets(trace.examples, trace.losses.device):
         try:
             reached = poisoned(axes, inside).isnan()
@@ -245,31 +244,5 @@ def _require_no_forward_path(
                 "examples interact: what one example computes reaches the loss of another, though perhaps not its "
                 "gradient in this batch; engine='jvp' is exact"
             )
-        known[structure] = reason
+        verdicts[key] = reason
         raise EngineUnavailable(reason)
-
-
-def candidates(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:
-    """Every way in which a dimension of `shape` may hold the examples, the usual ones first."""
-    for dim, size in enumerate(shape):
-        if size and size % examples == 0:
-            rest = size // examples
-            divisors = [d for d in range(1, math.isqrt(rest) + 1) if rest % d == 0]
-            outers = sorted({*divisors, *(rest // d for d in divisors)})
-            outers.sort(key=lambda outer: outer not in (1, rest))
-            for outer in outers:
-                yield ExampleAxis(dim, outer, rest // outer)
-
-
-def _fold(axis: ExampleAxis) -> str:
-    if axis.outer > 1:
-        return "outer" if axis.inner == 1 else "mixed"
-    return "inner" if axis.inner > 1 else "none"
-
-
-def _sized(kind: _Kind, shape: Sequence[int], examples: int) -> ExampleAxis | None:
-    size = shape[kind.dim]
-    rest, left = divmod(size, examples)
-    if left or rest == 0 or kind.fold == "mixed" or (kind.fold == "none" and rest != 1):
-        return None
-    return ExampleAxis(kind.dim, rest, 1) if kind.fold == "outer" else ExampleAxis(kind.dim, 1, rest)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.capture.reordering import KEEPS_ROWS, REORDERING
+from metakern.capture.reordering import ENTRY_BY_ENTRY, KEEPS_ROWS, REORDERING
 
 # Called on tensors all the time and never part of a gradient.
 _METADATA = frozenset(
@@ -33,7 +33,13 @@ _DETERMINISTIC = frozenset(
 _ROW_BY_ROW = frozenset(
     "linear matmul __matmul__ __rmatmul__ bmm mm mv addmm embedding relu relu_ gelu silu elu leaky_relu tanh sigmoid "
     "dropout alpha_dropout softplus exp log sqrt rsqrt neg __neg__ sin cos abs square float double half bfloat16 "
-    "contiguous clone detach".split()
+    "contiguous clone detach ctc_loss".split()
+)
+
+# What they make follows from the numbers that autograd keeps of them, and the sizes of what they take.
+_TOLD_BY_GRAPH = frozenset(
+    "softmax log_softmax sum mean cat stack transpose permute t unsqueeze squeeze unbind chunk split layer_norm "
+    "group_norm max_pool1d max_pool2d avg_pool2d conv1d conv2d".split()
 )
 
 # Views and casts: of a tensor that is the same in every pass they make one that is too.
@@ -43,6 +49,9 @@ _IN_PLACE_OPERATORS = frozenset(
     "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ __ixor__ __imatmul__ "
     "__setitem__ __delitem__".split()
 )
+
+# Of operators whose names say what they do, as torch's functions do.
+_NAMESPACES = frozenset(("aten", "prims", "metakern"))
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -72,7 +81,9 @@ class Function(NamedTuple):
     in_place: bool
     may_reorder: bool  # by the position of its arguments
     may_pick: bool  # by the type of its arguments
+    opaque: bool  # not torch's own: it may pick by whatever it takes
     numbered: bool  # by Python numbers among its arguments
+    told_by_graph: bool  # all of which its node keeps
     static: bool  # of static tensors and plain numbers it makes a tensor that is the same in every pass
     inplace_at: int | None  # position of its argument `inplace`
     statistics: slice | None  # positions of the running statistics that it may update
@@ -125,7 +136,7 @@ def only_watches(hook: Any) -> bool:
 def _looked_up(func: Callable[..., Any]) -> Function:
     name = getattr(func, "__name__", "")
     in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    inplace_at, statistics = _inplace_at(func), _STATISTICS.get(func)
+    inplace_at, statistics, opaque = _inplace_at(func), _STATISTICS.get(func), not _is_known(func)
     return Function(
         name,
         _kind(func, name),
@@ -133,15 +144,25 @@ def _looked_up(func: Callable[..., Any]) -> Function:
         name.startswith("rand"),
         name in _DETERMINISTIC,
         in_place,
-        name in REORDERING,
-        name not in REORDERING and name not in KEEPS_ROWS,
-        name not in KEEPS_ROWS and name not in _ROW_BY_ROW,
+        name in REORDERING and not opaque,
+        name not in REORDERING and name not in KEEPS_ROWS and not opaque,
+        opaque,
+        opaque or (name not in ENTRY_BY_ENTRY and name not in _ROW_BY_ROW),
+        not opaque and (name in KEEPS_ROWS or name in _TOLD_BY_GRAPH),
         name in _STATIC,
         inplace_at,
         statistics,
         func in _TABLES,
         any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics)),
     )
+
+
+def _is_known(func: Callable[..., Any]) -> bool:
+    """Is it a function of torch, or our own? Operators of extensions live in `torch._ops` as well."""
+    module = getattr(func, "__module__", None) or "torch"
+    if module.startswith("torch._ops."):
+        return module.split(".")[2] in _NAMESPACES
+    return module.split(".")[0] in ("torch", "metakern")
 
 
 def _inplace_at(func: Callable[..., Any]) -> int | None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import marshal
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from metakern.capture.numbers import numbers_of
+from metakern.capture.nodes import may_pick_rows, numbers_at, unseen_nodes, unseen_numbers
 from metakern.capture.record import Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 
 
 class Fingerprint(NamedTuple):
-    """Of a pass: which operations it is made of, and in which order they take one another's outputs."""
+    """Of a pass: which operations it is made of; in which order they take one another's outputs, and by which numbers;
+    whether rows may be picked by tensors in a way that was not seen.
+    """
 
     operations: int
     order: int
+    unseen: bool
 
 
 def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
@@ -32,28 +37,43 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     the trace does not know. Returns a fingerprint of the operations met: it differs when the model takes another
     branch, or puts rows into another order.
     """
-    known = {edge.node: k for k, use in enumerate(trace.uses) for edge in use.edges}
-    stack = [trace.losses.grad_fn, *(node for use in trace.uses for node in use.upstream)]
-    seen, met, order = set(known), [], []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        met.append(node.name())
-        if isinstance(node, BackwardCFunction):  # what a custom Function does is not seen, but the numbers it keeps are
-            order.append(numbers_of(tuple(vars(node).values()), {}))
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
+    places: dict[Any, int] = {None: -1}  # nodes by when they were met
+    for edge in (edge for use in trace.uses for edge in use.edges):
+        places.setdefault(edge.node, len(places))
+    ends, ahead = len(places), []
+    first = math.inf if trace.reorders else trace.first  # where rows may go anywhere, they are checked in every step
+
+    def place(node: Any) -> int:
+        found = places.get(node)
+        if found is None:
+            found = places[node] = len(places)
+            ahead.append(node)
+        return found
+
+    met, order = [], [place(trace.losses.grad_fn), *(tuple([place(n) for n in use.upstream]) for use in trace.uses)]
+    while ahead:
+        node = ahead.pop()
+        name = node.name()
+        met.append(name)
+        if name.endswith("AccumulateGrad") and id(node.variable) in names:
             raise EngineUnavailable(
-                f"parameter '{names[id(variable)]}' is used in a way that tracing a forward pass does not see (a "
+                f"parameter '{names[id(node.variable)]}' is used in a way that tracing a forward pass does not see (a "
                 "custom autograd.Function, a scripted module, reentrant checkpointing, a write through a "
                 "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
             )
-        for following, output in node.next_functions:
-            stack.append(following)
-            order.append((known.get(following), output))
-    return Fingerprint(hash(tuple(met)), hash(tuple(order)))
+        inputs = [(place(before), output) for before, output in node.next_functions]
+        if node._sequence_nr() >= first:  # what came before the pass put the rows of its inputs where it liked
+            order.append((inputs, numbers_at(node, name)))
+    unseen = unseen_nodes(list(places)[ends:], trace.gaps) if trace.gaps and not trace.reorders else []
+    may_pick = any([may_pick_rows(node, trace.constants) for node in unseen])
+    return Fingerprint(hash(tuple(met)), _hash([order, [unseen_numbers(node) for node in unseen]]), may_pick)
+
+
+def _hash(numbers: Any) -> int:
+    try:
+        return hash(marshal.dumps(numbers, 2))  # nested lists of numbers, in a tenth of the time that `hash` takes
+    except ValueError:  # sizes of nested tensors are no numbers
+        return hash(repr(numbers))
 
 
 def output_gradients(
@@ -105,11 +125,11 @@ def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | Non
     """
     if not trace.uses:
         return
-    lowest = [k for k, use in enumerate(trace.uses) if not use.upstream]
+    lowest = _lowest(trace.uses)
     handles = []
     try:
         for k, use in enumerate(trace.uses):
-            if use.upstream:
+            if k not in lowest:
                 handles.extend(_watch(k, use, visit))
         edges = [edge for k in lowest for edge in trace.uses[k].edges]
         grads = iter(
@@ -122,6 +142,23 @@ def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | Non
             handle.remove()
     for k in lowest:
         visit(k, [_shaped(next(grads), shape) for shape in trace.uses[k].output_shapes])
+
+
+def _lowest(uses: Sequence[Use]) -> list[int]:
+    """Uses whose data come from no other use; the user's inputs may have a graph of their own."""
+    known, free = {edge.node for use in uses for edge in use.edges}, set[Any]()
+    found = []
+    for k, use in enumerate(uses):
+        met, ahead = set[Any](), list(use.upstream)
+        while ahead and ahead[-1] not in known:
+            node = ahead.pop()
+            if node is not None and node not in free and node not in met:
+                met.add(node)
+                ahead += [before for before, _ in node.next_functions]
+        if not ahead:
+            free |= met
+            found.append(k)
+    return found
 
 
 def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:

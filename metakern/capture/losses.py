@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.capture.attributes import PutBack, content_of
+from metakern.capture.contents import PutBack, content_of
 from metakern.capture.host import finite_sum, host_may_wait, is_traced
 from metakern.capture.row_losses import row_losses
 
@@ -56,8 +56,8 @@ def _contents(batch: Any) -> Iterator[PutBack]:
         batch = batch.data
     if isinstance(batch, (dict, list)):
         put_back = content_of(batch)
-        assert put_back is not None
-        yield put_back
+        if put_back is not None:
+            yield put_back
     if isinstance(batch, (dict, list, tuple)):
         for value in batch.values() if isinstance(batch, dict) else batch:
             if isinstance(value, (dict, list, tuple, UserDict)):

@@ -6,34 +6,66 @@ a view into other groups, another list of rows, padding that moves rows by one. 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from operator import index
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def numbers_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
+def numbers_of(args: tuple[Any, ...], kwargs: dict[str, Any], fractions: bool = False) -> tuple[Hashable, ...]:
     """Whole numbers, words and truth values among the arguments, in nested lists too. Of fractions only those that are
-    whole: others scale values, and pick no rows.
+    whole: torch's functions scale values by others, and pick no rows. Of functions unknown `fractions` count as well.
     """
-    found = [_plain(value) for value in args if not isinstance(value, Tensor)]
+    found = [plain(value, fractions) for value in args if not isinstance(value, Tensor)]
     if kwargs:
-        found += [(key, _plain(value)) for key, value in kwargs.items() if not isinstance(value, Tensor)]
+        found += [(key, plain(value, fractions)) for key, value in kwargs.items() if not isinstance(value, Tensor)]
     return tuple(found)
 
 
-def _plain(value: Any) -> Hashable:
+def plain(value: Any, fractions: bool = False) -> Hashable:
+    """What is hashed for a value, None for what holds no numbers."""
     kind = type(value)
     if kind is int:
         return 2 * value + 1  # odd numbers: hash(-1) == hash(-2), and dim=-1 must not be taken for dim=-2
-    if kind is float:
-        return 2 * int(value) + 1 if value.is_integer() else None
+    if kind is tuple or kind is list:
+        return tuple([plain(item, fractions) for item in value])
+    if value is None:
+        return None
     if kind is str or kind is bool:
-        return value
+        return str(value)
     if kind is slice:
-        return _plain(value.start), _plain(value.stop), _plain(value.step)
-    if isinstance(value, (tuple, list)):
-        return tuple([_plain(item) for item in value])
+        return plain(value.start), plain(value.stop), plain(value.step)
+    return _of_any_kind(value, fractions)
+
+
+def _of_any_kind(value: Any, fractions: bool) -> Hashable:
+    """Subclasses of numbers and words, arrays, and whatever else torch takes for a number or a list of them."""
+    if isinstance(value, float):
+        if value.is_integer():
+            return 2 * int(value) + 1
+        return repr(float(value)) if fractions or not math.isfinite(value) else None
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, range):
         return value.start, value.stop, value.step
-    return value.tobytes() if hasattr(value, "tobytes") else None  # arrays of NumPy
+    if isinstance(value, (type, torch.nn.Module)) or (isinstance(value, Tensor) and not _is_number(value)):
+        return None
+    if hasattr(value, "tobytes"):
+        return value.tobytes()
+    if isinstance(value, torch.SymInt):  # that of a nested tensor has no value
+        return str(value)
+    if hasattr(value, "__index__"):
+        return 2 * index(value) + 1
+    if isinstance(value, Mapping):
+        return tuple([(plain(key), plain(item, fractions)) for key, item in value.items()])
+    if isinstance(value, Sequence):
+        return tuple([plain(item, fractions) for item in value])
+    return None
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """May it stand for a Python number, as a bound of a slice?"""
+    return tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex())

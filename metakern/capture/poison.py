@@ -6,7 +6,8 @@ selects, it does not multiply). Forward, NaN passes relu, clamp and max, so a co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +22,44 @@ from metakern.capture.record import Call
 from metakern.capture.state import PassState
 from metakern.capture.trace import Tracer
 
-# They leave out one side, entry by entry; the other side may be taken in the next batch.
-_SELECTIONS = frozenset("where masked_fill masked_fill_ fmax fmin nan_to_num nan_to_num_".split())
-_WITHOUT_NAN = {"nansum": torch.sum, "nanmean": torch.mean}
+# They leave out one side, or what the other one makes no difference to, entry by entry; in the next batch they may not.
+_SELECTIONS = frozenset(
+    "where masked_fill masked_fill_ fmax fmin nan_to_num nan_to_num_ pow pow_ __pow__ __rpow__ __ipow__ float_power "
+    "float_power_".split()
+)
 # What is ignored now may have a label in the next batch.
-_LABELLED = frozenset(("cross_entropy", "cross_entropy_rows", "nll_loss"))
+_LABELLED = frozenset(
+    "cross_entropy cross_entropy_rows nll_loss cosine_embedding_loss multilabel_margin_loss ctc_loss".split()
+)
+
+
+def _mode(input: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
+    return input.sum(dim, keepdim)
+
+
+def _renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    return input + input.sum([d for d in range(input.dim()) if d != dim % input.dim()], keepdim=True)
+
+
+_WITHOUT_NAN: dict[str, Callable[..., Any]] = {
+    "nansum": torch.sum, "nanmean": torch.mean, "nanmedian": torch.median, "nanquantile": torch.quantile,
+    "mode": _mode, "renorm": _renorm, "renorm_": _renorm,
+}  # fmt: skip
+"""Functions that leave out NaN, or are stopped by it, and what lets it through."""
+
+_KEPT_BACK = _SELECTIONS | _LABELLED | _WITHOUT_NAN.keys()
+
+
+def _left_out(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Where NaN should come out of a call that may keep it back, as masks; looked at before a call in place."""
+    given = [t.detach() for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    if name in _WITHOUT_NAN and given:
+        return [next(tensors_in(_WITHOUT_NAN[name](*args, **kwargs))).detach().isnan()]
+    masks = [t.isnan() for t in given]
+    if name in _SELECTIONS:
+        return masks
+    over = (0, -1) if name == "ctc_loss" else (1,)  # classes lie along the second dimension, or the last of [t, n, C]
+    return [mask.any(over) if mask.dim() > 1 else mask.any() for mask in masks]
 
 
 class _Poisoner(Tracer):
@@ -36,17 +70,12 @@ class _Poisoner(Tracer):
         self._axes, self._inside = axes, inside
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
-        if name in _SELECTIONS and isinstance(output, Tensor):
-            for candidate in (*args, *(kwargs or {}).values()):
-                if isinstance(candidate, Tensor) and candidate.is_floating_point():
-                    _fill(output, candidate.detach().isnan())
-        elif name in _WITHOUT_NAN:
-            _fill(output, _WITHOUT_NAN[name](*args, **(kwargs or {})).detach().isnan())
-        elif name in _LABELLED and args:
-            missing = args[0].detach().isnan().any(1 if args[0].dim() > 1 else 0)
-            _fill(output, missing if missing.shape == output.shape else missing.any())
+        masks = _left_out(name, args, kwargs or {}) if name in _KEPT_BACK else ()
+        output = super().__torch_function__(func, types, args, kwargs)
+        for tensor in itertools.islice(tensors_in(output), 1):
+            for mask in masks:
+                _fill(tensor, mask if name not in _LABELLED or mask.shape == tensor.shape else mask.any())
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ of a weight, a normalised weight, a slice of positional embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ class Use(NamedTuple):
 
 
 Place = tuple[Any, int]
+Gap = tuple[int, int]
+"""The number of a node in order of making, and that of the first one after it that is none of these."""
 
 
 def place_of(edge: GradientEdge) -> Place:
@@ -93,10 +95,13 @@ class Trace:
     picks: tuple[Pick, ...] = ()  # where entries are picked by data along other dimensions than the first
     numbers: int = 0  # fingerprint of the Python numbers that calls on activations were made with
     hooked: frozenset[Place] = frozenset()  # tensors with a hook that may change their gradient
+    first: int = 0  # the number of the first node that the pass made
+    gaps: tuple[Gap, ...] = ()  # where nodes were made while no call was under way
+    constants: Sequence[Tensor] = ()  # parameters and buffers of the model without a gradient
 
     def released(self) -> Trace:
         """Without the uses and derivations, and so without what they keep."""
-        return replace(self, losses=self.losses.detach(), uses=(), derivations=(), picks=())
+        return replace(self, losses=self.losses.detach(), uses=(), derivations=(), picks=(), constants=())
 
     @property
     def examples(self) -> int:

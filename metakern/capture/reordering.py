@@ -10,20 +10,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from metakern.capture.outputs import tensors_in
 
 # name -> position of `dim`; along any other dimension than the first, examples stay where they are
 _ALONG = {
     "index_select": 1, "gather": 1, "scatter": 1, "scatter_": 1, "scatter_add": 1, "scatter_add_": 1,
     "scatter_reduce": 1, "index_add": 1, "index_add_": 1, "index_copy": 1, "index_copy_": 1, "take_along_dim": 2,
-    "sort": 1, "topk": 2, "kthvalue": 2,
+    "sort": 1, "topk": 2, "kthvalue": 2, "mode": 1,
 }  # fmt: skip
 _OVER = {"roll": (2, "dims"), "flip": (1, "dims")}
-_ANYWHERE = frozenset("masked_select masked_scatter masked_scatter_ take put put_ index_put index_put_".split())
+_ANYWHERE = frozenset("masked_select masked_scatter masked_scatter_ take put put_ index_put index_put_ msort".split())
+_BY_PLACE = frozenset(("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"))  # along all dims after two
 _BY_INDEX = frozenset(("__getitem__", "__setitem__"))
 
 # These take each entry with its own number or mask. What `where` leaves out of a batch, `capture.poison` lets show.
-_ENTRY_BY_ENTRY = frozenset(
+ENTRY_BY_ENTRY = frozenset(
     "add add_ sub sub_ mul mul_ div div_ true_divide pow lerp maximum minimum fmax fmin clamp where masked_fill "
     "masked_fill_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
     "__rtruediv__ __itruediv__ __pow__ to type_as eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__".split()
@@ -35,20 +38,20 @@ _LOSSES = frozenset(
     "ctc_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss cosine_embedding_loss kl_div gaussian_nll_loss "
     "scaled_dot_product_attention multi_head_attention_forward".split()
 )
-KEEPS_ROWS = _ENTRY_BY_ENTRY | _LOSSES
+KEEPS_ROWS = ENTRY_BY_ENTRY | _LOSSES
 """Names of functions whose whole numbers, truth values and sparse matrices pick no rows."""
 
-REORDERING = _ANYWHERE | _BY_INDEX | _OVER.keys() | _ALONG.keys()
+REORDERING = _ANYWHERE | _BY_INDEX | _BY_PLACE | _OVER.keys() | _ALONG.keys()
 """Names of the functions that `picked_dims` has to look at."""
 
 
 def picked_dims(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_static: Callable[[Tensor], bool]
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], from_data: bool, is_static: Callable[[Tensor], bool]
 ) -> Sequence[int] | None:
     """Dimensions but the first along which this call picks by data; None if it may pick along the first.
 
-    `is_static` tells index tensors that are the same in every pass. Indices that are Python numbers are noted with
-    the other numbers of a call.
+    `from_data` says whether what it picks from is an activation, and `is_static` tells index tensors that are the same
+    in every pass. Indices that are Python numbers are noted with the other numbers of a call.
     """
     rank = args[0].dim() if args and isinstance(args[0], Tensor) else 0
     if name in _ANYWHERE or rank == 0:
@@ -58,27 +61,37 @@ def picked_dims(
         if not all(map(is_static, first)):
             return None
         return () if all(map(is_static, rest)) else range(1, rank)
+    if name in _BY_PLACE:
+        return range(2, rank) if from_data else ()
     if name in _OVER:
         position, keyword = _OVER[name]
         dims = args[position] if len(args) > position else kwargs.get(keyword, 0)
         dims = dims if isinstance(dims, (tuple, list)) else (dims,)
         return None if any(dim % rank == 0 for dim in dims) else ()
-    dim = args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim", -1)
+    default = None if name == "take_along_dim" else -1
+    dim = args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim", default)
     return (dim % rank,) if isinstance(dim, int) and dim % rank != 0 else None
 
 
-def picks_rows(tensors: list[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
+def picks_rows(tensors: Sequence[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
     """Do activations come together with something that is no number to calculate with, and not the same every time?"""
-    return any(_picks(t) and not is_static(t) for t in tensors)
+    return any(is_index(t) and not is_static(t) for t in tensors)
 
 
-def _picks(tensor: Tensor) -> bool:
+def is_index(tensor: Tensor) -> bool:
+    """Is it no number to calculate with?"""
     return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def picks_unseen(tensors: Sequence[Tensor], constants: Sequence[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
+    """The same of a function that is not torch's: it may pick by any tensor that is neither activation nor weight."""
+    others = [t for t in tensors if not (t.requires_grad or isinstance(t, nn.Parameter) or is_static(t))]
+    return any(is_index(t) or not any(t is constant for constant in constants) for t in others)
 
 
 def _index_tensors(index: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors that may index the first dimension (a mask may cover it too), and those that index any other."""
     parts = index if isinstance(index, tuple) else (index,)
-    found = [[t for t in (part if isinstance(part, list) else [part]) if isinstance(t, Tensor)] for part in parts]
+    found = [list(tensors_in(part)) for part in parts]
     leading = 1 if parts and parts[0] is not None and parts[0] is not Ellipsis else len(found)
     return [t for part in found[:leading] for t in part], [t for part in found[leading:] for t in part]

@@ -8,23 +8,21 @@ scripted module) is found afterwards by `capture.graph.require_complete`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
-from metakern.capture.numbers import numbers_of
 from metakern.capture.outputs import owner_of, separated, tensors_in
 from metakern.capture.random_state import RandomState, same_state, torch_random_state
-from metakern.capture.record import ArgPath, Call, Pick, Trace, Use, place_of
+from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.reordering import picked_dims, picks_rows
+from metakern.capture.row_notes import RowNotes, next_node
 from metakern.capture.unrolled import dispatched, dispatches, unrolled
 from metakern.capture.writes import Writes
 
@@ -50,7 +48,13 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | 
 class Tracer(TorchFunctionMode):
     """Notes uses and derivations of `parameters` while active; the calls themselves run unchanged."""
 
-    def __init__(self, parameters: Iterable[Tensor], constants: Iterable[Tensor], writes: Writes | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        constants: Sequence[Tensor],
+        writes: Writes | None = None,
+        rows: bool = True,
+    ) -> None:
         super().__init__()
         self.uses: list[Use] = []
         self.derivations: list[Call] = []
@@ -59,17 +63,14 @@ class Tracer(TorchFunctionMode):
         self._parametric: dict[int, Tensor] = {id(p): p for p in parameters}
         self._derived_versions: dict[int, int] = {}
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
-        self._static: dict[int, Tensor] = {}  # constants that are the same in every pass
-        self.reorders = False
-        self._picks, self._numbers = list[Pick](), list[Hashable]()
+        self._rows = RowNotes(constants, self._parametric, wanted=rows)
         self._hooked = list[GradientEdge]()
         self._writes = writes  # into parameters, so that they can be undone
         self.paused = False  # inside a registered module, whose call is noted as a whole
 
     def trace(self, losses: Tensor) -> Trace:
         noted = tuple(self.uses), tuple(self.derivations), tuple(self.couplings)
-        hooked = frozenset(map(place_of, self._hooked))
-        return Trace(losses, *noted, self.reorders, tuple(self._picks), hash(tuple(self._numbers)), hooked)
+        return Trace(losses, *noted, hooked=frozenset(map(place_of, self._hooked)), **self._rows.found())
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -78,7 +79,7 @@ class Tracer(TorchFunctionMode):
         function = function_of(func)
         if self._writes is not None and may_write(function, args, kwargs):
             self._writes.before(function, args, kwargs)
-        if self.paused or function.kind == "metadata":
+        if function.kind == "metadata" or (self.paused and function.kind != "call"):
             return func(*args, **kwargs)
         if types and dispatches(types):
             with self:
@@ -92,9 +93,18 @@ class Tracer(TorchFunctionMode):
             if function.kind == "attribute":  # x.shape, x.device, x.T: only views of a parameter matter here
                 return self._attribute(func, args)
             self._note_batch_statistics(args, kwargs)
-        return self._call(func, function, args, kwargs)
+        rows = self._rows
+        if next_node() != rows.next:
+            rows.before_call()
+        output = self._call(func, function, args, kwargs)
+        rows.next = next_node()
+        return output
 
     def _call(self, func: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.paused:
+            output = func(*args, **kwargs)
+            self._rows.note(function, args, kwargs, [tensor for _, _, tensor in _tensors(args, kwargs)])
+            return output
         parametric, data = [], []
         for key, item, tensor in _tensors(args, kwargs):
             if id(tensor) in self._parametric:
@@ -106,12 +116,12 @@ class Tracer(TorchFunctionMode):
             output = func(*args, **kwargs)
             if (not data and not function.random_constant) or function.shape_only:
                 self._mark_constant(output)
-                self._mark_static(function, args, kwargs, output)
+                self._rows.note_constant(function, args, kwargs, output)
                 return output
             if is_in_place(function, args, kwargs) and args:
                 self._constant.pop(id(args[0]), None)  # data was written into it
-                self._static.clear()
-            self._note_order(function, args, kwargs, data)
+                self._rows.note_write()
+            self._rows.note(function, args, kwargs, data, in_graph=True)
             return output
         if not torch.is_grad_enabled():
             output = func(*args, **kwargs)
@@ -119,7 +129,7 @@ class Tracer(TorchFunctionMode):
                 self._mark_constant(output)
             return output
         if data:
-            self._note_order(function, args, kwargs, data)
+            self._rows.note(function, args, kwargs, data)
             return self._use(func, function, args, kwargs, tuple(parametric), data)
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
@@ -174,11 +184,8 @@ class Tracer(TorchFunctionMode):
         found = [(place, t) for place, t in enumerate(tensors_in(output)) if t.requires_grad]
         if found:
             places, tensors = zip(*found)
-            if any(t.is_complex() for t in tensors):
-                raise EngineUnavailable(
-                    f"the output of {call.name}, which takes a parameter, is complex, and per-layer dots are of real "
-                    "tensors; engine='jvp' is exact"
-                )
+            if any([t.is_complex() or t.is_nested for t in tensors]):
+                raise EngineUnavailable(_unserved(call.name, tensors))
             edges = tuple(get_gradient_edge(t if call.in_place else owner_of(t, data)) for t in tensors)
             self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
 
@@ -186,6 +193,7 @@ class Tracer(TorchFunctionMode):
         """Add the call of a registered module as one use of all its trainable parameters; returns its output."""
         named = {PARAMETER + name: p for name, p in module.module.named_parameters() if id(p) in self._parametric}
         data = [t for _, t in tensor_arguments(args, kwargs)]
+        self._rows.note_module(args, kwargs, data)
         if not named or not data:
             return output
         parametric = tuple((ArgPath(key), p) for key, p in named.items())
@@ -232,41 +240,13 @@ class Tracer(TorchFunctionMode):
             )
         if args[0].requires_grad:
             self._hooked.append(get_gradient_edge(args[0]))
-            self._numbers.append("hook")
+            self._rows.numbers.append("hook")
         return func(*args, **kwargs)
 
     def _mark_constant(self, output: Any) -> None:
         for tensor in tensors_in(output):
             if not tensor.requires_grad:
                 self._constant[id(tensor)] = tensor
-
-    def _mark_static(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """`arange(n)` and its views hold the same numbers in every pass; a tensor made of a list need not."""
-        whole = function.name == "arange" and len(args) == 1 and not {"start", "step"} & kwargs.keys()
-        if whole or (self._static and function.static and args and self._is_static(args[0])):
-            self._static[id(output)] = output
-            self._numbers.append(numbers_of(args, kwargs))
-        elif self._static and is_in_place(function, args, kwargs):
-            self._static.clear()  # which of them share memory with what was written need not be known
-
-    def _is_static(self, tensor: Any) -> bool:
-        return id(tensor) in self._static
-
-    def _note_order(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], data: Any) -> None:
-        if self.reorders or not (any([t.requires_grad for t in data]) or peek_interpreter_stack()):
-            return  # no activation; inside vmap none requires a gradient
-        if function.numbered:
-            self._numbers.append(numbers_of(args, kwargs))
-        if function.may_reorder:
-            if id(args[0]) not in self._parametric:  # rows of a parameter belong to nobody
-                dims = picked_dims(function.name, args, kwargs, self._is_static)
-                self.reorders = dims is None
-                if dims:
-                    edge = get_gradient_edge(args[0]) if args[0].requires_grad else None
-                    self._picks.append(Pick(edge, args[0].shape, tuple(dims)))
-        elif function.may_pick:
-            tensors = [t for _, _, t in _tensors(args, kwargs) if id(t) not in self._parametric]
-            self.reorders = picks_rows(tensors, self._is_static)
 
     def _require_unchanged(self, tensor: Tensor) -> None:
         version = self._derived_versions.get(id(tensor))
@@ -289,6 +269,18 @@ def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) 
     before = torch_random_state()
     output = func(*args, **kwargs)
     return output, None if same_state(before, torch_random_state()) else before
+
+
+def _unserved(name: str, tensors: Sequence[Tensor]) -> str:
+    if any(t.is_nested for t in tensors):
+        return (
+            f"the output of {name}, which takes a parameter, is a nested tensor, in which per-layer dots do not tell "
+            "examples apart; engine='double_backward' may be exact, or pad the batch"
+        )
+    return (
+        f"the output of {name}, which takes a parameter, is complex, and per-layer dots are of real tensors; "
+        "engine='jvp' is exact"
+    )
 
 
 def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:

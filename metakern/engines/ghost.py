@@ -48,7 +48,8 @@ def _meta_pass(problem: Problem, trace: Trace) -> Meta:
         mean_over_group(gradient, problem.process_group)
         return Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {})
     with unchanged_buffers(problem.model), problem.writes.taken_back():
-        meta_trace = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
+        meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable
+        meta_trace = trace_batch(*meta, "meta_batch", rows=False)
         return meta_gradients(problem, trace, meta_trace, candidates)
 
 
