@@ -44,7 +44,7 @@ format: setup  ## apply ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter-out %.txt,$(NATIVE))
 
-# The steps of README's table, some nine minutes on two quiet cores. All suites, most of an hour: make bench BENCH=benchmarks
+# The steps of README's table, some nine minutes on two quiet cores. All suites, more than an hour: make bench BENCH=benchmarks
 BENCH ?= benchmarks/suite_steps.py -k test_step --seconds 3
 
 bench: setup  ## metakern and its peers, in plain steps; README's table and the plots from the rows
