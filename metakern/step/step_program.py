@@ -53,11 +53,9 @@ class StepProgram:
         """The batches of the last run."""
         return self._batches.built()
 
-    def settle(self, found: list[Tensor]) -> list[Tensor]:
-        """Write into the buffers what the last part has left for them; the rest of what it has found."""
-        end = len(found) - len(self._buffers.tensors)
-        self._buffers.take(found[end:])
-        return found[:end]
+    def settle(self, found: list[Tensor]) -> None:
+        """Write into the buffers what the last part has left for them, at the end of what it has found."""
+        self._buffers.take(found[len(found) - len(self._buffers.tensors) :])
 
 
 def compiled(
