@@ -25,7 +25,7 @@ from metakern.step.own_batches import OwnBatches
 from metakern.step.program import Backend
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
-from metakern.step.step_program import StepProgram, compiled
+from metakern.step.step_program import AnotherWay, StepProgram, compiled
 
 
 class CompiledStep:
@@ -51,9 +51,14 @@ class CompiledStep:
             model, loss function and rule look at has changed by more than the values of tensors; else as
             `reweight_step`.
         """
-        found = next(self._program.run(batch, meta_batch))
-        if found is None:
+        try:
+            with self._program.nothing_drawn_on_error():
+                return self._taken(batch, meta_batch, accumulate)
+        except AnotherWay:
             return self._uncompiled(*self._program.given(), accumulate=accumulate)
+
+    def _taken(self, batch: Any, meta_batch: Any, accumulate: bool) -> StepResult:
+        found = next(self._program.run(batch, meta_batch))
         weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._trainable)]
         hand_over(self._trainable, dict(zip(self._trainable, gradient)), self._optimizer, accumulate)
         self._program.settle(found)

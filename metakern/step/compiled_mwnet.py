@@ -28,7 +28,7 @@ from metakern.step.meta_network import Features, step_meta_network, undone_on_er
 from metakern.step.mwnet import MetaStepResult, meta_gradient, mwnet_step, require_weight_net
 from metakern.step.own_batches import OwnBatches
 from metakern.step.program import Backend
-from metakern.step.step_program import StepProgram, compiled
+from metakern.step.step_program import AnotherWay, StepProgram, compiled
 from metakern.step.virtual import VirtualRule
 from metakern.step.weighting import Weighting
 
@@ -54,29 +54,18 @@ class CompiledMetaStep:
         try:
             with undone_on_error(self._step.weight_net, self._step.weight_optimizer):
                 return self._taken(run, accumulate)
-        except _AnotherWay:
+        except AnotherWay:
             return self._step.uncompiled(*self._program.given(), accumulate=accumulate)
 
-    def _taken(self, run: Iterator[list[Tensor] | None], accumulate: bool) -> MetaStepResult:
+    def _taken(self, run: Iterator[list[Tensor]], accumulate: bool) -> MetaStepResult:
         step, trainable = self._step, self._trainable
-        dots, meta_loss, *gradient = _next(run)
+        dots, meta_loss, *gradient = next(run)
         step_meta_network(step.weight_net, step.weight_optimizer, dict(zip(step.learnt, gradient, strict=True)))
-        found = _next(run)
+        found = next(run)
         weights, losses, *gradient = found[: 2 + len(trainable)]
         hand_over(trainable, dict(zip(trainable, gradient)), step.optimizer, accumulate)
         self._program.settle(found)
         return MetaStepResult(weights, dots, losses, meta_loss, self._program.engine)
-
-
-class _AnotherWay(Exception):
-    """The batches take another branch than the compiled one."""
-
-
-def _next(run: Iterator[list[Tensor] | None]) -> list[Tensor]:
-    found = next(run)
-    if found is None:
-        raise _AnotherWay
-    return found
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from metakern.step.program import Backend, Program, traced
 
 Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
 """What a step finds out part by part, given batches, numbers and the name of an engine."""
+
+
+class AnotherWay(Exception):
+    """Batches take another branch than the compiled one."""
 
 
 class StepProgram:
@@ -35,19 +40,30 @@ class StepProgram:
         self._granted, self._known = granted, granted()
         self.engine = engine
 
-    def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor] | None]:
-        """What each part finds out about new batches; None where they take another way, the generators as before.
+    def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+        """What each part finds out about new batches.
 
-        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
+        Raises: AnotherWay where a batch takes another branch than the compiled one (a loss that is not finite among
+            them); ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
             the step looks at has changed by more than that.
         """
         self._known.require(self._granted())
         self._batches.take(*given)
-        start = torch_random_state() if self._draws else None
         for found in self._program([*self._batches.tensors, *numbers, *self._buffers.tensors]):
-            if found is None and start is not None:
-                restore_random_state(start)
+            if found is None:
+                raise AnotherWay
             yield found
+
+    @contextmanager
+    def nothing_drawn_on_error(self) -> Iterator[None]:
+        """Torch's default generators are as before if an exception leaves the block."""
+        start = torch_random_state() if self._draws else None
+        try:
+            yield
+        except BaseException:
+            if start is not None:
+                restore_random_state(start)
+            raise
 
     def given(self) -> list[Any]:
         """The batches of the last run."""

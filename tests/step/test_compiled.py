@@ -141,6 +141,20 @@ def test_dropout_of_a_batch_that_is_taken_uncompiled_is_drawn_once() -> None:
     assert torch.equal(torch.get_rng_state(), left)
 
 
+def test_dropout_of_a_step_whose_optimizer_fails_is_not_drawn() -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            raise OSError("no step today")
+
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    optimizer = Failing(model.parameters(), lr=0.1)
+    step = compile_step(model, *batches(), optimizer=optimizer)
+    before = Snapshot.of(model, optimizer)
+    with pytest.raises(OSError, match="no step today"):
+        step(*batches(1))
+    before.assert_unchanged(model, optimizer)
+
+
 def test_a_batch_that_takes_another_branch_is_taken_uncompiled() -> None:
     model = Branching()
     step = compile_step(model, *batches())
