@@ -41,6 +41,11 @@ def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_
         raise ValueError(f"{optimizer_argument} holds none of the trainable parameters of {argument}")
 
 
+def are_asked_for(features: Any) -> bool:
+    """Are they a function of model and batch?"""
+    return callable(features) and not isinstance(features, Tensor)
+
+
 def features_of(features: Any) -> tuple[Any, ...]:
     """A tensor or a tuple as extra arguments, constants."""
     if features is None:
@@ -58,7 +63,7 @@ class Features:
 
     def __init__(self, features: Any) -> None:
         self._features = features
-        self._asked = callable(features) and not isinstance(features, Tensor)
+        self._asked = are_asked_for(features)
         self.values: tuple[Any, ...] = () if self._asked else features_of(features)
 
     def listening(self, problem: Problem) -> Problem:

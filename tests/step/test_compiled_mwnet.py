@@ -317,6 +317,31 @@ def test_features_by_a_function() -> None:
     close(got.weights, want.weights, "weights")
 
 
+def test_a_loss_that_goes_backward_by_itself_leaves_gradients_alone() -> None:
+    """As adversarial training does; what its backward passes leave in `.grad` is no part of the step."""
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        nn.functional.cross_entropy(model(x), batch[1]).backward()
+        assert x.grad is not None
+        return nn.functional.cross_entropy(model(batch[0] + 0.1 * x.grad.sign()), batch[1], reduction="none")
+
+    model, batch, meta_batch = make("mlp")
+    net = weight_net()
+    other, other_net = twin(model), twin(net)
+    for p in (*model.parameters(), *other.parameters()):
+        p.grad = torch.ones_like(p)
+    before = Snapshot.of(model)
+    given = {"weight_optimizer": None, "virtual_lr": 0.1, "loss_fn": losses}
+    step = compile_mwnet_step(model, net, batch, meta_batch, **given)
+    before.assert_unchanged(model)
+    for _ in range(2):
+        step(batch, meta_batch, accumulate=True)
+        metakern.mwnet_step(other, other_net, batch, meta_batch, accumulate=True, **given)
+    assert_same(net, other_net, "weight net")
+    assert_same(model, other, "model")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
 def test_inductor_is_exact() -> None:

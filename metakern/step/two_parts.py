@@ -1,0 +1,160 @@
+"""A step that trains a second network beside the model, as a program in two parts.
+
+The first part ends with the gradient of the second network, which then learns, its optimizer uncompiled; the other ends
+with the gradient of the model. What that needs of the first part is handed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction
+from metakern.capture.parameters import trainable_parameters
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import gradients_aside, unchanged_on_error
+from metakern.engines import pose
+from metakern.engines.problem import Problem
+from metakern.step.compilable import Found
+from metakern.step.granted import Granted
+from metakern.step.hand_over import hand_over
+from metakern.step.meta_network import step_meta_network, undone_on_error
+from metakern.step.own_batches import OwnBatches
+from metakern.step.program import Backend
+from metakern.step.step_program import compiled
+from metakern.step.virtual import VirtualRule
+
+
+class Half(NamedTuple):
+    """What one part finds out."""
+
+    engine: str
+    values: list[Tensor]
+    gradient: Mapping[Any, Tensor]  # of the second network by parameter, of the model by name
+
+
+Learn = Callable[[list[Tensor], dict[nn.Parameter, Tensor]], None]
+"""What comes between the parts, given the values of the first and the gradient of the second network."""
+
+
+@dataclass(frozen=True)
+class TwoParts:
+    """A step of a model and a second network, but for its batches."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    network: nn.Module
+    network_optimizer: torch.optim.Optimizer | None
+    rule: VirtualRule
+    loss_fn: LossFunction | None
+    params: Any
+    features: Any  # of the second network: a function, or None where they come with the batches
+    functions: Sequence[Any]  # what else it calls beside networks and loss function
+    halves: Callable[[Problem, Sequence[Any], VirtualRule, str], Iterator[Half]]
+    """Its parts, given the first two batches as a problem, features and what else comes with them, the rule at the
+    rates of that step, and the name of an engine."""
+
+    def parts(self, given: Sequence[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Half]:
+        """One after the other; nothing learns between them."""
+        batch, meta_batch, *others = self.with_features(given)
+        problem = pose(self.model, batch, meta_batch, self.loss_fn, self.params, "reuse")
+        with unchanged_on_error(self.model, problem.writes), gradients_aside(problem.trainable.values()):
+            yield from self.halves(problem, others, self.rule.at(rates), engine)
+
+    def with_features(self, given: Sequence[Any]) -> list[Any]:
+        """Batch, meta batch, features and what else there is."""
+        batch, meta_batch, features, *others = given
+        return [batch, meta_batch, features if self.features is None else self.features, *others]
+
+    def called(self) -> list[Any]:
+        return [self.loss_fn, self.features, *self.functions]
+
+    def granted(self) -> Granted:
+        return Granted(self.both(), *self.called(), *_looked_at(self.rule, self.model))
+
+    def both(self) -> nn.Module:
+        return nn.ModuleList([self.model, self.network])
+
+    def rates(self) -> list[Tensor]:
+        device = next(self.model.parameters()).device
+        return [torch.tensor(rate, dtype=torch.float64, device=device) for rate in self.rule.rates()]
+
+
+class CompiledParts:
+    """Such a step compiled, for batches of the shapes and dtypes that it was made with."""
+
+    def __init__(self, step: TwoParts, batches: OwnBatches, engine: str, backend: str | Backend) -> None:
+        self._step, self._trainable = step, trainable_parameters(step.model)
+        self._layout: list[tuple[int, tuple[Any, ...]]] = [(0, ()), (0, ())]  # number of values, keys of the gradient
+
+        def parts(given: list[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Found]:
+            for place, half in enumerate(step.parts(given, rates, engine)):
+                self._layout[place] = len(half.values), tuple(half.gradient)
+                yield Found(half.engine, [*half.values, *half.gradient.values()], more=place == 0)
+
+        compiler = torch._dynamo.lookup_backend(backend)
+        self._program = compiled(
+            step.both(), step.called(), step.granted, batches, parts, engine, compiler, step.rates()
+        )
+
+    @property
+    def engine(self) -> str:
+        return self._program.engine
+
+    def given(self) -> list[Any]:
+        """What the last step was given."""
+        return self._step.with_features(self._program.given())
+
+    def take(self, *given: Any, accumulate: bool, learn: Learn | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """One step on new batches: what each part has found but for gradients.
+
+        Between the parts the second network's optimizer steps, unless `learn` is what happens there.
+
+        Raises: AnotherWay where the batches take another branch than the compiled one; ValueError where they differ
+            by more than the values of their tensors, or what the step looks at has changed by more than that. All is
+            as before then.
+        """
+        step = self._step
+        run = self._program.run(*given, numbers=step.rates())
+        with undone_on_error(step.network, step.network_optimizer):
+            first, gradient = self._read(0, next(run))
+            if learn is None:
+                step_meta_network(step.network, step.network_optimizer, gradient)
+            else:
+                learn(first, gradient)
+            found = next(run)
+            second, gradient = self._read(1, found)
+            hand_over(self._trainable, gradient, step.optimizer, accumulate)
+            self._program.settle(found)
+        return first, second
+
+    def _read(self, place: int, found: list[Tensor]) -> tuple[list[Tensor], dict[Any, Tensor]]:
+        values, keys = self._layout[place]
+        return found[:values], dict(zip(keys, found[values:]))
+
+
+def require_compilable(rule: VirtualRule, chosen: Mapping[str, nn.Parameter], uncompiled: str) -> None:
+    """Raise where a virtual step cannot be part of a program; `uncompiled` names the step that takes all of them."""
+    if not rule.affine:
+        raise EngineUnavailable(f"virtual={rule.name!r} reads the optimizer's count of steps; use {uncompiled}")
+    if rule.reads_state and rule.optimizer is not None:
+        held = {id(p): group["momentum"] for group in rule.optimizer.param_groups for p in group["params"]}
+        for name, p in chosen.items():
+            if held[id(p)] and "momentum_buffer" not in rule.optimizer.state.get(p, {}):
+                raise ValueError(
+                    f"optimizer has no momentum of parameter '{name}' yet, which virtual={rule.name!r} reads: let it "
+                    "step once before the step is compiled"
+                )
+
+
+def _looked_at(rule: VirtualRule, model: nn.Module) -> list[Any]:
+    """What a virtual step reads of its optimizer, but for learning rates."""
+    if not rule.reads_state or rule.optimizer is None:
+        return []
+    read = ("momentum", "dampening", "weight_decay", "maximize")
+    groups = [[group[name] for name in read] for group in rule.optimizer.param_groups]
+    return [*groups, *(rule.optimizer.state.get(p, {}).get("momentum_buffer") for p in model.parameters())]
