@@ -101,38 +101,27 @@ def mlc_step(
     rule.require_usable(problem.chosen)
     with unchanged_on_error(model, problem.writes), undone_on_error(label_net, label_optimizer):
         with gradients_aside(problem.trainable.values()):
-            train = _Corrected(problem, label_net, logits_fn, features, clean_batch)
-            labels = train.propose()
+            train = Corrected(problem, label_net, logits_fn, features, clean_batch)
             again = step_label_net and not fused
-            gradient = train.gradient(labels.detach(), last=not again)
-            step = rule.step(problem.chosen, gradient)
-            if again:
-                gradient = {}  # as large as the model, and taken anew with the next labels
-            meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
-            after = {} if carry is None else dict(meta_gradient)
-            tangents = train.log_tangents(step.pulled_back(meta_gradient))
-            found = gradient_of(label_net, (tangents.to(labels) * labels).sum() / train.examples)
-            if carry is not None:
-                found = _with_carry(found, carry, _discount(problem, step, after))
+            found = label_gradient(problem, train, rule, again=again, carried=carry is not None)
+            learnt = found.gradient
+            if carry is not None and found.gamma is not None:
+                learnt = with_carry(learnt, carry, found.gamma)
             if step_label_net:
-                step_meta_network(label_net, label_optimizer, found)
-            labels = labels.detach()
-            if again:
-                with torch.no_grad():
-                    labels = train.propose()
-                gradient = train.gradient(labels, last=True)
+                step_meta_network(label_net, label_optimizer, learnt)
+            labels, gradient = train.corrected() if again else (found.labels, found.virtual)
         hand_over(problem.trainable, gradient, optimizer, accumulate)
-    held = None if step_label_net else found
-    return CorrectionResult(labels, tangents, train.losses(labels).detach(), meta_loss, held, "jvp")
+    held = None if step_label_net else learnt
+    return CorrectionResult(labels, found.tangents, train.losses(labels).detach(), found.meta_loss, held, "jvp")
 
 
-class _Corrected:
+class Corrected:
     """The train pass: logits with their graph, the losses of clean examples beside them, and the label net."""
 
     def __init__(
         self, problem: Problem, label_net: nn.Module, logits_fn: LogitsFunction | None, features: Any, clean: Any
     ) -> None:
-        self._problem, self._label_net = problem, label_net
+        self._problem, self.label_net = problem, label_net
         self._pass = LogitPass(problem, logits_fn)
         self._log_q = torch.log_softmax(self._pass.logits, 1)
         given = Features(features)
@@ -149,7 +138,7 @@ class _Corrected:
         """Soft labels, [n, C]."""
         batch = self._problem.batch
         targets = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-        labels = ask(self._label_net, targets, self._features)
+        labels = ask(self.label_net, targets, self._features)
         if not isinstance(labels, Tensor) or labels.shape != self._log_q.shape:
             got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
@@ -169,6 +158,12 @@ class _Corrected:
         self._problem.require_participation({id(self._problem.trainable[name]) for name in found})
         return found
 
+    def corrected(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The labels of the present phi and dL/dtheta with them, the last that is asked for."""
+        with torch.no_grad():
+            labels = self.propose()
+        return labels, self.gradient(labels, last=True)
+
     def _mean_gradient(self, losses: Tensor, keep: bool = False) -> dict[str, Tensor]:
         share = torch.full_like(losses, 1 / self.examples)
         return weighted_backward(self._problem, losses, share, keep, self._problem.trainable, PLAIN_ATTENTION)
@@ -178,6 +173,37 @@ class _Corrected:
         tangents = self._pass.tangents(direction)
         require_finite(tangents, self._problem)
         return tangents - (self._log_q.detach().exp() * tangents).sum(1, keepdim=True)
+
+
+class LabelGradient(NamedTuple):
+    """How the label net should change, and what the virtual step was taken with."""
+
+    labels: Tensor  # [n, C], of the present phi
+    virtual: dict[str, Tensor]  # dL/dtheta with them; empty if the real step takes others
+    tangents: Tensor  # [n, C]
+    meta_loss: Tensor  # []
+    gamma: Tensor | None  # [], how much of an older gradient survives, where one is carried
+    gradient: dict[nn.Parameter, Tensor]  # d meta_loss(theta^)/dphi
+
+
+def label_gradient(
+    problem: Problem, train: Corrected, rule: VirtualRule, *, again: bool, carried: bool
+) -> LabelGradient:
+    """d meta_loss(theta^)/dphi = 1/(n + k) sum_nk <d log q_nk/dtheta, v> dp_nk/dphi.
+
+    `again` says that the train pass will be asked for the gradient of new labels.
+    """
+    labels = train.propose()
+    virtual = train.gradient(labels.detach(), last=not again)
+    step = rule.step(problem.chosen, virtual)
+    if again:
+        virtual = {}  # as large as the model, and taken anew with the next labels
+    meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
+    after = dict(meta_gradient) if carried else {}
+    tangents = train.log_tangents(step.pulled_back(meta_gradient))
+    gradient = gradient_of(train.label_net, (tangents.to(labels) * labels).sum() / train.examples)
+    gamma = _discount(problem, step, after) if carried else None
+    return LabelGradient(labels.detach(), virtual, tangents, meta_loss, gamma, gradient)
 
 
 def _require_distributions(labels: Tensor) -> None:
@@ -203,7 +229,8 @@ def _discount(problem: Problem, step: VirtualStep, after: Mapping[str, Tensor]) 
     return along / (norm + (norm == 0))
 
 
-def _with_carry(found: dict[nn.Parameter, Tensor], carry: Carry, gamma: Tensor) -> dict[nn.Parameter, Tensor]:
+def with_carry(found: dict[nn.Parameter, Tensor], carry: Carry, gamma: Tensor) -> dict[nn.Parameter, Tensor]:
+    """A gradient of the label net and gamma times an older one."""
     every = [*found, *(p for p in carry if p not in found)]
     return {
         p: found[p] + gamma * carry[p] if p in found and p in carry else found[p] if p in found else gamma * carry[p]
