@@ -142,6 +142,12 @@ def _mlc(problem: Problem, network: nn.Module, **settings: Any) -> Run:
     return lambda: metakern.mlc_step(*given, label_optimizer=None, virtual_lr=RATE, **settings).engine
 
 
+def _mlc_compiled(problem: Problem, network: nn.Module, **settings: Any) -> Run:
+    given = problem.model, network, problem.batch, problem.meta_batch
+    step = metakern.compile_mlc_step(*given, label_optimizer=None, virtual_lr=RATE, **settings)
+    return lambda: step(problem.batch, problem.meta_batch).engine
+
+
 def _metabalance(problem: Problem, network: None, hessian: str = "double_backward") -> Run:
     def run() -> str:
         metakern.metabalance_step(problem.model, problem.batch, problem.meta_batch, inner_lr=RATE, hessian=hessian)
@@ -168,6 +174,7 @@ META_STEPS = [
         _logits,
         _soft_loss,
         {"metakern": _mlc, "metakern fused": partial(_mlc, fused=True)},
+        {"metakern compiled": _mlc_compiled, "metakern fused compiled": partial(_mlc_compiled, fused=True)},
     ),
     MetaStep(
         "metabalance",

@@ -99,7 +99,12 @@ def compiled() -> str:
 
 META_STEPS = {
     "mwnet": {"mwnet": "metakern", "compiled": "metakern compiled", "two_pass": "metakern two_pass"},
-    "mlc": {"mlc, fused": "metakern fused", "mlc": "metakern"},
+    "mlc": {
+        "mlc, fused": "metakern fused",
+        "fused, compiled": "metakern fused compiled",
+        "mlc": "metakern",
+        "compiled": "metakern compiled",
+    },
     "metabalance": {"metabalance": "metakern", "central_difference": "metakern central_difference"},
 }
 """Headings and ways of each step, beside its published sequence and the quickest of the other libraries."""

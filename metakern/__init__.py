@@ -29,6 +29,7 @@ from metakern.planning import Explanation as Explanation
 from metakern.planning import explain as explain
 from metakern.planning import plan as plan
 from metakern.step import CapturedStep as CapturedStep
+from metakern.step import CompiledCorrectionStep as CompiledCorrectionStep
 from metakern.step import CompiledMetaStep as CompiledMetaStep
 from metakern.step import CompiledStep as CompiledStep
 from metakern.step import CorrectionResult as CorrectionResult
@@ -38,6 +39,7 @@ from metakern.step import MetaBalanceResult as MetaBalanceResult
 from metakern.step import MetaStepResult as MetaStepResult
 from metakern.step import StepResult as StepResult
 from metakern.step import capture_step as capture_step
+from metakern.step import compile_mlc_step as compile_mlc_step
 from metakern.step import compile_mwnet_step as compile_mwnet_step
 from metakern.step import compile_step as compile_step
 from metakern.step import grad_dots as grad_dots

@@ -4,6 +4,8 @@ from metakern.step.captured import CapturedStep as CapturedStep
 from metakern.step.captured import capture_step as capture_step
 from metakern.step.compiled import CompiledStep as CompiledStep
 from metakern.step.compiled import compile_step as compile_step
+from metakern.step.compiled_mlc import CompiledCorrectionStep as CompiledCorrectionStep
+from metakern.step.compiled_mlc import compile_mlc_step as compile_mlc_step
 from metakern.step.compiled_mwnet import CompiledMetaStep as CompiledMetaStep
 from metakern.step.compiled_mwnet import compile_mwnet_step as compile_mwnet_step
 from metakern.step.label_net import LabelNet as LabelNet

@@ -41,6 +41,8 @@ def test_is_refused() -> None:
         metakern.compile_mwnet_step(network, weight_net, *given, weight_optimizer=None, virtual_lr=0.1)
     with pytest.raises(ValueError, match="label_net shares parameter"):
         metakern.mlc_step(network, label_net, *given, label_optimizer=None, virtual_lr=0.1)
+    with pytest.raises(ValueError, match="label_net shares parameter"):
+        metakern.compile_mlc_step(network, label_net, *given, label_optimizer=None, virtual_lr=0.1)
     before.assert_unchanged(network)
 
 

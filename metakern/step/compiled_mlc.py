@@ -1,0 +1,181 @@
+"""A whole step of meta label correction as a program in two parts; between them the label net's optimizer steps.
+
+    step = compile_mlc_step(model, label_net, batch, meta_batch, label_optimizer=..., virtual_lr=0.1)
+    for batch, meta_batch in loader:
+        result = step(batch, meta_batch)
+
+The second part takes the gradient of the new labels, or hands out that of the virtual step where it is the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.losses import LossFunction
+from metakern.engines import pose
+from metakern.engines.problem import Problem
+from metakern.step.hand_over import require_optimizer
+from metakern.step.logit_tangents import LogitsFunction
+from metakern.step.meta_network import are_asked_for, require_meta_network, step_meta_network
+from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, with_carry
+from metakern.step.own_batches import OwnBatches
+from metakern.step.program import Backend
+from metakern.step.step_program import AnotherWay
+from metakern.step.two_parts import CompiledParts, Half, TwoParts, require_compilable
+from metakern.step.virtual import VirtualRule
+
+
+class CompiledCorrectionStep:
+    """The step that `compile_mlc_step` compiled; call it with batches of the shapes and dtypes it was made with."""
+
+    def __init__(
+        self,
+        programs: Mapping[bool, CompiledParts],
+        learn: Callable[[dict[nn.Parameter, Tensor]], None],
+        uncompiled: Callable[..., CorrectionResult],
+    ) -> None:
+        self._programs = programs  # by whether the label net steps; one alone carries nothing
+        self._learn, self._uncompiled = learn, uncompiled
+
+    def __call__(
+        self,
+        batch: Any,
+        meta_batch: Any,
+        features: Any = None,
+        clean_batch: Any = None,
+        *,
+        step_label_net: bool = True,
+        carry: Carry | None = None,
+        accumulate: bool = False,
+    ) -> CorrectionResult:
+        """One step on new batches and features, as `mlc_step` takes it.
+
+        Where they take another branch of the code than the compiled one (labels that are no distributions among them),
+        the step is taken uncompiled.
+
+        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, what the
+            step looks at has changed by more than the values of tensors, or something is to be carried by a step that
+            was compiled without; else as `mlc_step`.
+        """
+        if len(self._programs) == 1 and (carry is not None or not step_label_net):
+            what = "step_label_net=False" if carry is None else "carry"
+            raise ValueError(f"{what}: this step was compiled to carry nothing; compile it with carries=True")
+        parts, learnt = self._programs[step_label_net], dict[nn.Parameter, Tensor]()
+
+        def learn(found: list[Tensor], gradient: dict[nn.Parameter, Tensor]) -> None:
+            learnt.update(gradient if carry is None else with_carry(gradient, carry, gamma=found[-1]))
+            if step_label_net:
+                self._learn(learnt)
+
+        try:
+            first, second = parts.take(batch, meta_batch, features, clean_batch, learn=learn, accumulate=accumulate)
+        except AnotherWay:
+            batch, meta_batch, features, clean_batch = parts.given()
+            return self._uncompiled(
+                batch,
+                meta_batch,
+                features=features,
+                clean_batch=clean_batch,
+                step_label_net=step_label_net,
+                carry=carry,
+                accumulate=accumulate,
+            )
+        (tangents, meta_loss, *_), (labels, losses) = first, second
+        held = None if step_label_net else learnt
+        return CorrectionResult(labels, tangents, losses, meta_loss, held, parts.engine)
+
+
+def compile_mlc_step(
+    model: nn.Module,
+    label_net: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    label_optimizer: torch.optim.Optimizer | None,
+    virtual_lr: float | None,
+    features: Any = None,
+    clean_batch: Any = None,
+    virtual: str = "sgd",
+    fused: bool = False,
+    carries: bool = False,
+    loss_fn: LossFunction | None = None,
+    logits_fn: LogitsFunction | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    params: Any = None,
+    backend: str | Backend = "inductor",
+) -> CompiledCorrectionStep:
+    """Compile `mlc_step`; model, label net, gradients, buffers and random state stay as they are.
+
+    p_n = label_net(y_n, features_n; phi),  l_n = - sum_k p_nk log q_nk,  L = (sum_n l_n + sum_i l_i) / (n + k)
+    theta^ = theta - update(dL/dtheta),  d meta_loss(theta^)/dphi = 1/(n + k) sum_nk <d log q_nk/dtheta, v> dp_nk/dphi
+    .grad = dL/dtheta with the labels of the new phi, or with those of the old one if `fused`
+
+    Both optimizers step uncompiled, so they may be any, and their learning rates may change, with virtual_lr=None that
+    of the virtual step as well. The rest is as for `compile_step`: shapes are those given here, numbers and functions
+    that the step looks at are those of this call.
+
+    Args:
+        batch, meta_batch, clean_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same
+            shapes.
+        features: tensors are given anew with every step; a function is called in each, and keeps nothing.
+        virtual: "sgd", "momentum" or "nesterov".
+        carries: whether the label net may step every K steps: the compiled step then takes `step_label_net=False` and
+            `carry`. Each of its steps finds gamma, by one more pass of the meta batch, and unless `fused` those in
+            which the label net does not step are a program of their own.
+        backend: as for `torch.compile`.
+        The others: as for `mlc_step`.
+    Returns: `CompiledCorrectionStep`, called as `step(batch, meta_batch, features=None, clean_batch=None) ->
+        CorrectionResult`.
+    Raises:
+        NotImplementedError: as for `compile_step`, and for other virtual steps; `mlc_step` serves all of these.
+        ValueError: the virtual step reads momentum that is not there yet; let the optimizer step once before.
+        The others: as `mlc_step`.
+
+    Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
+    """
+    require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer", model)
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    require_optimizer(optimizer, problem.trainable)
+    rule = VirtualRule(virtual, virtual_lr, optimizer)
+    rule.require_usable(problem.chosen)
+    require_compilable(rule, problem.chosen, "mlc_step")
+    asked = features if are_asked_for(features) else None
+    batches = OwnBatches(
+        batch=batch, meta_batch=meta_batch, features=features if asked is None else None, clean_batch=clean_batch
+    )
+
+    def program(again: bool) -> CompiledParts:
+        def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[Half]:
+            train = Corrected(problem, label_net, logits_fn, *others)
+            found = label_gradient(problem, train, rule, again=again, carried=carries)
+            gamma = [] if found.gamma is None else [found.gamma]
+            yield Half(engine, [found.tangents, found.meta_loss, *gamma], found.gradient)
+            labels, gradient = train.corrected() if again else (found.labels, found.virtual)
+            ordered = {name: gradient[name] for name in problem.trainable}
+            yield Half(engine, [labels, train.losses(labels).detach()], ordered)
+
+        step = TwoParts(model, optimizer, label_net, label_optimizer, rule, loss_fn, params, asked, [logits_fn], halves)
+        return CompiledParts(step, batches, "jvp", backend)
+
+    programs = {True: program(again=not fused)}
+    if carries:
+        programs[False] = programs[True] if fused else program(again=False)
+    uncompiled = partial(
+        mlc_step,
+        model,
+        label_net,
+        label_optimizer=label_optimizer,
+        virtual_lr=virtual_lr,
+        virtual=virtual,
+        fused=fused,
+        loss_fn=loss_fn,
+        logits_fn=logits_fn,
+        optimizer=optimizer,
+        params=params,
+    )
+    return CompiledCorrectionStep(programs, partial(step_meta_network, label_net, label_optimizer), uncompiled)
