@@ -154,42 +154,55 @@ def _logits(output: Any) -> Tensor:
 
 
 def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -> Tensor:
-    """Losses of a model that takes its labels as a keyword, as those of transformers do."""
+    """Losses of a model that takes its labels as a keyword, as those of transformers do: cross entropy of its logits,
+    whose mean must be the model's own loss where it returns one.
+    """
     if "labels" not in batch:
         raise ValueError(f"{argument} is a mapping without 'labels' (it has {sorted(batch)}); add them or pass loss_fn")
     output = model(**batch)
     logits, labels = _logits(output), batch["labels"]
+    readings = [labels]
     if logits.dim() == 3 and labels.dim() == 2:
-        logits, labels = _token_logits(model, logits, labels)
-    losses = cross_entropy(logits, labels, argument)
+        logits, readings = logits.transpose(1, 2), _token_labels(model, labels)
     own: Any = getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.dim() == 0 and host_may_wait() and bool(own.isfinite()):
-        _require_same_loss(own, losses, labels, argument)
-    return losses
+    comparable = isinstance(own, Tensor) and own.dim() == 0 and host_may_wait() and bool(own.isfinite())
+    means = []
+    for labels in readings:
+        losses = cross_entropy(logits, labels, argument)
+        if not comparable:
+            return losses
+        means.append(_mean(losses, labels))
+        if _same_loss(own, means[-1], losses.dtype):
+            return losses
+    raise ValueError(
+        f"{argument}: the model's own loss is {own.item():.6g}, but cross entropy of its logits gives "
+        f"{means[0].item():.6g}; this model trains on another loss, so pass loss_fn(model, batch) -> losses[n]"
+    )
 
 
-def _token_logits(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [n, t, C] as cross entropy wants them, [n, C, t]; a causal model predicts the next token."""
-    if "CausalLM" in f"{getattr(model, 'loss_type', '')} {type(model).__name__}" or type(model).__name__.endswith(
-        "LMHeadModel"
-    ):
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # the logits stay whole: a slice of them would be copied
-    return logits.transpose(1, 2), labels
+def _token_labels(model: nn.Module, labels: Tensor) -> list[Tensor]:
+    """Labels [n, t] of tokens in the two readings there are, that of the model's name first: a causal model predicts
+    the next token. Names mislead (decoders that take shifted labels, vision-language models); own losses do not.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100)  # the logits stay whole: a slice of them would be copied
+    kind = type(model).__name__
+    causal = "CausalLM" in f"{getattr(model, 'loss_type', '')} {kind}" or kind.endswith("LMHeadModel")
+    return [following, labels] if causal else [labels, following]
 
 
-def _require_same_loss(own: Tensor, losses: Tensor, labels: Tensor, argument: str) -> None:
-    """The own loss of the model must be the mean of ours, over examples or counted tokens; else ours is another."""
-    mean = losses.detach().double().mean()
-    if labels.dim() > 1 and not labels.is_floating_point():
-        counts = (labels != -100).flatten(1).sum(1).double()
-        mean = (losses.detach().double() * counts).sum() / counts.sum().clamp(min=1)
-    tolerance = 64 * torch.finfo(losses.dtype).eps if losses.dtype != torch.float32 else 1e-4
+def _mean(losses: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the losses over examples, or over counted tokens where an example has several."""
+    losses = losses.detach().double()
+    if labels.dim() == 1 or labels.is_floating_point():
+        return losses.mean()
+    counts = (labels != -100).flatten(1).sum(1).double()
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _same_loss(own: Tensor, mean: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 64 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4
     tolerance = max(tolerance, 64 * torch.finfo(own.dtype).eps)
-    if not torch.isclose(own.detach().double(), mean, rtol=tolerance, atol=tolerance):
-        raise ValueError(
-            f"{argument}: the model's own loss is {own.item():.6g}, but cross entropy of its logits gives "
-            f"{mean.item():.6g}; this model trains on another loss, so pass loss_fn(model, batch) -> losses[n]"
-        )
+    return bool(torch.isclose(own.detach().double(), mean, rtol=tolerance, atol=tolerance))
 
 
 def _validate(losses: Any, argument: str) -> None:

@@ -112,6 +112,42 @@ def test_token_logits_by_default_are_a_mean_over_counted_positions() -> None:
     judge_step(metakern.l2rw_step, setup, truth=setup.oracle(loss_fn=losses))
 
 
+class Decoder(TokenTagger):
+    """A language model whose own loss is that of the next token, or of labels that are shifted already."""
+
+    follows = True
+
+    def forward(self, *, input_ids: Tensor, labels: Tensor) -> Output:
+        logits = super().forward(input_ids)
+        counted, targets = (logits[:, :-1], labels[:, 1:]) if self.follows else (logits, labels)
+        return Output(logits, F.cross_entropy(counted.flatten(0, 1), targets.flatten()))
+
+
+class VisionLanguageModel(Decoder):
+    pass
+
+
+class DecoderForCausalLM(Decoder):
+    follows = False
+
+
+@pytest.mark.parametrize("kind", [VisionLanguageModel, DecoderForCausalLM])
+def test_token_labels_are_read_as_by_the_own_loss_of_the_model(kind: type[Decoder]) -> None:
+    """The name of neither tells; it decides where the model returns no loss of its own."""
+
+    def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits, labels = model(**batch).logits, batch["labels"]
+        if kind.follows:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return each.sum(1) / (labels != -100).sum(1).clamp(min=1)
+
+    torch.manual_seed(0)
+    batches = [dict(zip(("input_ids", "labels"), tagging(size, size))) for size in (6, 3)]
+    setup = Setup(kind().double(), *batches)
+    assert judge_step(metakern.l2rw_step, setup, truth=setup.oracle(loss_fn=losses)).result.engine == "ghost"
+
+
 def test_time_major_batch() -> None:
     """Positions first already in the batch: only the loss knows where the examples are."""
 
