@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from metakern.capture.attributes import Attributes
@@ -125,20 +126,32 @@ class Start:
 def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[Start]:
     """The model is as before if an exception leaves the block, which may go back to where it started as well.
 
-    What is compiled of the model runs uncompiled in the block.
+    What is compiled of the model runs uncompiled in the block, and what autocast has cast is cast anew.
 
     Raises: ValueError where the block gives the model a new trainable parameter.
     """
     start = Start(model, writes)
     grads = [p.grad for p in start.parameters]
     try:
-        with uncompiled(), nothing_registered(model, start.parameters):
+        with uncompiled(), nothing_registered(model, start.parameters), _cast_anew():
             yield start
     except BaseException:
         start.restore()
         for p, grad in zip(start.parameters, grads):
             p.grad = grad
         raise
+
+
+@contextmanager
+def _cast_anew() -> Iterator[None]:
+    """Autocast keeps what it has cast of a weight until its outermost block ends: a second step in one block, and what
+    comes after it, would take the weights from before the optimizer's step.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -88,6 +88,23 @@ def test_a_step_that_overflows_is_skipped_by_the_scaler(memory: str) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
 
 
+def test_several_steps_in_one_autocast_block() -> None:
+    """Each is one of the present weights, and so is what is evaluated in between, although autocast keeps what it has
+    cast of a weight until the block ends.
+    """
+    setup, other = setup_of(), setup_of()
+    optimizer, others = (torch.optim.SGD(each.model.parameters(), lr=1.0) for each in (setup, other))
+    with half(torch.bfloat16):
+        for _ in range(3):
+            metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, optimizer=optimizer)
+            logits = setup.model(setup.batch[0])
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                metakern.l2rw_step(other.model, other.batch, other.meta_batch, optimizer=others)
+                assert torch.equal(logits, other.model(other.batch[0]))
+    for p, q in zip(setup.model.parameters(), other.model.parameters()):
+        assert torch.equal(p, q)
+
+
 STEPS = 200
 
 
