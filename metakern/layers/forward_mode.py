@@ -66,6 +66,21 @@ def _larger(input: Tensor, other: Tensor) -> Tensor:
     return torch.where((input >= other) | other.isnan(), input, other)
 
 
+def _grouped_product(input: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Tokens, group by group, times the matrix of their expert: linear in either, and torch has no forward mode of it."""
+    product = torch._grouped_mm  # type: ignore[attr-defined]
+    (input, rows), (weights, matrices) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weights)
+    output = product(input, weights, *args, **kwargs)
+    parts = [] if rows is None else [product(_laid_out_as(input, rows), weights, *args, **kwargs)]
+    parts += [] if matrices is None else [product(input, _laid_out_as(weights, matrices), *args, **kwargs)]
+    return forward_ad.make_dual(output, sum(parts[1:], parts[0])) if parts else output
+
+
+def _laid_out_as(primal: Tensor, tangent: Tensor) -> Tensor:
+    """Grouped products take few layouts."""
+    return tangent if tangent.stride() == primal.stride() else torch.empty_like(primal).copy_(tangent)
+
+
 def _retained(tensor: Tensor) -> None:
     """Nothing to keep: the tensors of a dual pass require no gradient."""
     if tensor.requires_grad:
@@ -83,6 +98,7 @@ _FORMS = {
     Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),
     Tensor.retain_grad: _retained,
     torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
+    torch._grouped_mm: _grouped_product,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
     torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]
 }

@@ -51,6 +51,37 @@ def test_weight_normalisation_beneath_batch_normalisation(dim: int | None) -> No
     judge_step(metakern.l2rw_step, setup)
 
 
+class Experts(nn.Module):
+    """Tokens sorted by the expert that they are routed to, as mixtures of experts in transformers compute them; torch
+    has these products in single precision and below, so the oracle goes expert by expert.
+    """
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.route, self.head, self.transposed = nn.Linear(4, 3), nn.Linear(8, 3), transposed
+        self.weight = nn.Parameter(inputs.normal(3, *((8, 4) if transposed else (4, 8)), seed=5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        score, expert = self.route(x).flatten(0, 1).softmax(1).max(1)
+        order = expert.argsort(stable=True)
+        counts = expert.bincount(minlength=3)
+        tokens, weight = x.flatten(0, 1)[order], self.weight.transpose(1, 2) if self.transposed else self.weight
+        if tokens.dtype == torch.float64:
+            hidden = torch.cat([rows @ w for rows, w in zip(tokens.split(counts.tolist()), weight)])
+        else:
+            hidden = F.grouped_mm(tokens, weight, offs=counts.cumsum(0).int())
+        hidden = torch.empty_like(hidden).index_copy(0, order, hidden) * score.unsqueeze(1)
+        return self.head(torch.tanh(hidden).view(*x.shape[:2], 8).mean(1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_with_experts(transposed: bool) -> None:
+    torch.manual_seed(0)
+    setup = Setup(Experts(transposed).float(), *inputs.pair(6, 4, 5, 4, classes=3, dtype=torch.float32))
+    judgement = judge_step(metakern.l2rw_step, setup, plain=setup.oracle(dtype=torch.float32))
+    assert judgement.result.engine == "jvp"
+
+
 @torch.library.custom_op("metakern_test::scaled", mutates_args=())
 def scaled(x: Tensor, weight: Tensor) -> Tensor:
     """x * weight as an operator whose derivative is written in Python: forward mode would lose its tangent."""
