@@ -202,12 +202,15 @@ def _require_graph(name: str, given: Sequence[Tensor | None], taken: Sequence[Te
 
 
 def _custom_functions(losses: Tensor) -> list[BackwardCFunction]:
-    found, seen, ahead = [], set(), [losses.grad_fn]
+    return [node for node in nodes_of(losses) if isinstance(node, BackwardCFunction)]
+
+
+def nodes_of(losses: Tensor) -> Iterator[Any]:
+    """Every node of the graph of the losses, once."""
+    seen, ahead = set(), [losses.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:
             seen.add(node)
             ahead += [following for following, _ in node.next_functions]
-            if isinstance(node, BackwardCFunction):
-                found.append(node)
-    return found
+            yield node

@@ -81,6 +81,17 @@ def _laid_out_as(primal: Tensor, tangent: Tensor) -> Tensor:
     return tangent if tangent.stride() == primal.stride() else torch.empty_like(primal).copy_(tangent)
 
 
+def _cumulated(input: Tensor, dim: int) -> Tensor:
+    """logcumsumexp; torch's forward mode adds 1e-13 to sums of exp(x - max x), which may all be smaller than that."""
+    input, tangent = forward_ad.unpack_dual(input)
+    output = torch.logcumsumexp(input, dim)
+    if tangent is None:
+        return output
+    signs = (tangent.clamp(min=0), (-tangent).clamp(min=0))
+    up, down = ((torch.logcumsumexp(input + part.log(), dim) - output).exp() for part in signs)
+    return forward_ad.make_dual(output, up - down)
+
+
 def _retained(tensor: Tensor) -> None:
     """Nothing to keep: the tensors of a dual pass require no gradient."""
     if tensor.requires_grad:
@@ -98,6 +109,7 @@ _FORMS = {
     Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),
     Tensor.retain_grad: _retained,
     torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
+    **dict.fromkeys((torch.logcumsumexp, Tensor.logcumsumexp), _cumulated),
     torch._grouped_mm: _grouped_product,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
     torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]

@@ -31,6 +31,12 @@ def contrastive_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor
     return nn.functional.cross_entropy(similar, torch.arange(len(similar)).roll(1), reduction="none")
 
 
+def survival_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cox's partial likelihood, the first being the last to die; `logcumsumexp` takes logarithms of its gradients."""
+    risk = model(batch[0]).sum(1)
+    return risk.logcumsumexp(0) - risk + 0.1 * risk.square()
+
+
 class Centred(nn.Module):
     """Subtracts the mean of the batch, with no layer that says so."""
 
@@ -63,6 +69,7 @@ def linear_setup(model: nn.Module, loss_fn: Any = None) -> Setup:
 
 INTERACTING = {
     "batch-norm": batch_norm_setup,
+    "survival": lambda: linear_setup(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), survival_losses),
     "contrastive": lambda: linear_setup(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), contrastive_losses),
     "centred": lambda: linear_setup(Centred()),
     "graph": lambda: linear_setup(Graph()),

@@ -51,6 +51,15 @@ def test_weight_normalisation_beneath_batch_normalisation(dim: int | None) -> No
     judge_step(metakern.l2rw_step, setup)
 
 
+def test_logcumsumexp_of_numbers_far_apart() -> None:
+    """Sums from the first entry on, whose exponentials vanish beside that of the last."""
+    x, tangent = torch.linspace(-60, 0, 7, dtype=torch.float64), inputs.normal(7, seed=2)
+    with dual_level():
+        found = forward_ad.unpack_dual(forward_ad.make_dual(x, tangent).logcumsumexp(0)).tangent
+    shares = (x - torch.logcumsumexp(x, 0).unsqueeze(1)).exp().tril()
+    budget.assert_within(found, shares @ tangent, tangent.abs().max())
+
+
 class Experts(nn.Module):
     """Tokens sorted by the expert that they are routed to, as mixtures of experts in transformers compute them; torch
     has these products in single precision and below, so the oracle goes expert by expert.
