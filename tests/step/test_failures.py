@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.overrides import TorchFunctionMode
 
 import metakern
@@ -396,6 +399,17 @@ def test_models_that_cannot_be_served() -> None:
         metakern.l2rw_step(nn.Linear(4, 3, dtype=torch.complex64), *batches())
     with pytest.raises(TypeError, match=r"model\.module"):
         metakern.l2rw_step(nn.DataParallel(mlp()), *batches())
+
+
+def test_sharded_parameters() -> None:
+    model = mlp()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match="whole parameters"):
+            metakern.l2rw_step(model, *batches())
+    finally:
+        dist.destroy_process_group()
 
 
 class Doubled(TorchFunctionMode):
