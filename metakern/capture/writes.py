@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
@@ -80,7 +81,7 @@ class Writes:
             self._generators.setdefault(id(generator), (generator, generator.get_state()))
 
     def _keep(self, target: Tensor) -> None:
-        if target.grad_fn is not None or unpack_dual(target).tangent is not None:
+        if is_functorch_wrapped_tensor(target) or target.grad_fn is not None or unpack_dual(target).tangent is not None:
             return  # an activation of this pass
         place = _place(target)
         if place == 0 or place in self._kept or place in self._made:

@@ -285,6 +285,20 @@ def test_losses_that_take_a_backward_pass_of_their_own(settings: Any) -> None:
     judge_step(metakern.l2rw_step, setup, **settings)
 
 
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
+def test_losses_made_of_jacobians(engine: str) -> None:
+    """What functorch writes into inside `vmap` is its own."""
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        jacobians = torch.func.vmap(torch.func.jacrev(model))(batch[0])
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none") + jacobians.square().sum((1, 2))
+
+    torch.manual_seed(0)
+    setup = setup_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double())
+    setup.loss_fn = losses
+    judge_step(metakern.l2rw_step, setup, engine=engine)
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("engine", ["auto", "double_backward"])
 def test_distances_of_all_pairs(p: float, engine: str) -> None:
