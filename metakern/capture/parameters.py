@@ -26,8 +26,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             raise TypeError(f"parameter '{name}' is complex ({p.dtype}); metakern takes real parameters")
         if hasattr(p, "device_mesh"):
             raise TypeError(
-                f"parameter '{name}' is a {type(p).__name__}, a part of which lies on each process (fully_shard, tensor "
-                "parallelism); metakern takes whole parameters: pass the model as it was, together with process_group="
+                f"parameter '{name}' is a {type(p).__name__}, a part of which lies on each process (fully_shard, "
+                "tensor parallelism); metakern takes whole ones: pass the model as it was, together with process_group="
             )
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             raise NotImplementedError(

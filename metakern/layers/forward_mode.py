@@ -67,7 +67,7 @@ def _larger(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _grouped_product(input: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Tokens, group by group, times the matrix of their expert: linear in either, and torch has no forward mode of it."""
+    """Tokens, group by group, times the matrix of their expert: linear in either; torch has no forward mode of it."""
     product = torch._grouped_mm  # type: ignore[attr-defined]
     (input, rows), (weights, matrices) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weights)
     output = product(input, weights, *args, **kwargs)

@@ -33,7 +33,8 @@ def grad_dots(
     dot_precision: str = "same",
     pairwise: bool = False,
 ) -> Dots:
-    """Dot product of each example's gradient with the meta gradient; only the random state moves on.
+    """Dot product of each example's gradient with the meta gradient; only the random state moves on, and what modules
+    and loss functions keep outside of parameters and buffers.
 
     dots_n = < dl_n/dtheta, (1/m) sum_j dl'_j/dtheta >
     dots_nj = < dl_n/dtheta, dl'_j/dtheta >, whose mean over j is dots_n, with `pairwise`
