@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from metakern.capture.host import finite_sum, host_may_wait, is_traced
 from metakern.capture.row_losses import row_losses
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+_MISNAMED: WeakSet[nn.Module] = WeakSet()
+"""Models whose own loss was found to read token labels otherwise than their name says, for where it cannot be asked."""
 
 _ANOTHER_LOSS = "regression, several labels at once or any other loss pass loss_fn(model, batch) -> losses[n]"
 
@@ -173,6 +177,8 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
             return losses
         means.append(_mean(losses, labels))
         if _same_loss(own, means[-1], losses.dtype):
+            if means[1:]:
+                _MISNAMED.symmetric_difference_update({model})
             return losses
     raise ValueError(
         f"{argument}: the model's own loss is {own.item():.6g}, but cross entropy of its logits gives "
@@ -181,13 +187,13 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
 
 
 def _token_labels(model: nn.Module, labels: Tensor) -> list[Tensor]:
-    """Labels [n, t] of tokens in the two readings there are, that of the model's name first: a causal model predicts
+    """Labels [n, t] of tokens in the two readings there are, the likelier first: a causal model, by its name, predicts
     the next token. Names mislead (decoders that take shifted labels, vision-language models); own losses do not.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=-100)  # the logits stay whole: a slice of them would be copied
     kind = type(model).__name__
     causal = "CausalLM" in f"{getattr(model, 'loss_type', '')} {kind}" or kind.endswith("LMHeadModel")
-    return [following, labels] if causal else [labels, following]
+    return [following, labels] if causal != (model in _MISNAMED) else [labels, following]
 
 
 def _mean(losses: Tensor, labels: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _cumulated(input: Tensor, dim: int) -> Tensor:
         return output
     signs = (tangent.clamp(min=0), (-tangent).clamp(min=0))
     up, down = ((torch.logcumsumexp(input + part.log(), dim) - output).exp() for part in signs)
-    return forward_ad.make_dual(output, up - down)
+    return forward_ad.make_dual(output, (up - down).masked_fill(output == -torch.inf, 0.0))
 
 
 def _retained(tensor: Tensor) -> None:
