@@ -137,7 +137,11 @@ def _peak(step: Callable[[], T], device: str) -> tuple[T, int]:
 
 
 class LiveStorage(TorchDispatchMode):
-    """Adds up the storages that operators return while anybody holds them; scratch inside a kernel is not seen."""
+    """Adds up the storages that operators return while anybody holds them; scratch inside a kernel is not seen.
+
+    A sum of gradients that autograd makes out of place since somebody watches counts as what it is otherwise: into the
+    first of them, where nobody else holds it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,8 +149,10 @@ class LiveStorage(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         # Held although only looked up: a reference that dies gives its number to another storage.
         self._known: dict[int, StorageWeakRef] = {}
+        self._summed: tuple[StorageWeakRef, int] | None = None  # a gradient that was added to, and what that took
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._settle()
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self._meet(leaf, new=False)
@@ -155,8 +161,23 @@ class LiveStorage(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self._meet(leaf, new=True)
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        held = sum(size for _, size in self._live.values())
+        if _may_add_in_place(func, args):
+            self._summed = StorageWeakRef(args[0].untyped_storage()), held
+        else:
+            self.peak = max(self.peak, held)
         return output
+
+    def _settle(self) -> None:
+        """Whether the gradient that was added to in the call before is gone shows only now."""
+        if self._summed is not None:
+            first, held = self._summed
+            self.peak = max(self.peak, 0 if first.expired() else held)
+            self._summed = None
+
+    def __exit__(self, *error: Any) -> None:
+        self._settle()
+        super().__exit__(*error)
 
     def _meet(self, tensor: torch.Tensor, new: bool) -> None:
         """A storage first seen as an argument was there before the step; first seen as a result, it is new.
@@ -171,3 +192,14 @@ class LiveStorage(TorchDispatchMode):
             self._live.setdefault(reference.cdata, (reference, storage.nbytes()))
         elif not new and reference.cdata not in self._live:
             self._known.setdefault(reference.cdata, reference)
+
+
+def _may_add_in_place(func: Any, args: Any) -> bool:
+    """Whether autograd, in a backward pass, sums gradients of a tensor that was used more than once.
+
+    A view keeps its base alive, so that nothing is added to the gradient of a linear layer's weight, which is one. The
+    formulas of second derivatives have sums of their own.
+    """
+    node = torch._C._current_autograd_node()
+    by_engine = node is not None and not torch.is_grad_enabled() and "BackwardBackward" not in node.name()
+    return by_engine and func is torch.ops.aten.add.Tensor and not args[0]._is_view()
