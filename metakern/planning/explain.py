@@ -31,17 +31,9 @@ from metakern.layers.table import rule_for
 from metakern.planning import pass_counts
 from metakern.planning.explanation import Explanation, UseCost
 from metakern.planning.forward_mode_memory import by_forward_mode
+from metakern.planning.kept_pass import Sizes, inputs_of, kept_pass, sizes, there_before
 from metakern.planning.pass_counts import NONE, Passes
-from metakern.planning.peak_memory import (
-    Memory,
-    Sizes,
-    foretold,
-    foretold_by_parts,
-    inputs_of,
-    kept_pass,
-    sizes,
-    there_before,
-)
+from metakern.planning.peak_memory import Memory, foretold, foretold_by_parts
 
 
 def explain(

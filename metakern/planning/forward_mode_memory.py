@@ -18,17 +18,8 @@ from metakern.capture.losses import evaluate_losses
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import substituted
-from metakern.planning.peak_memory import (
-    Memory,
-    Sizes,
-    backward_peak,
-    bytes_of,
-    gradients,
-    graph_of,
-    kept_pass,
-    sizes,
-    there_before,
-)
+from metakern.planning.kept_pass import Sizes, bytes_of, kept_pass, sizes, there_before
+from metakern.planning.peak_memory import Memory, backward_peak, gradients, graph_of
 
 _PRODUCTS = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 

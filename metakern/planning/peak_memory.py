@@ -8,23 +8,11 @@ that are there already, and what is on its way. Buffers inside kernels and what 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
-
-from metakern.capture.losses import per_example_losses
-from metakern.capture.members import constants_of
-from metakern.capture.record import Call, Use
-from metakern.capture.trace import Tracer, tensor_arguments
-from metakern.capture.whole_modules import registered_modules_as_wholes
-from metakern.engines.problem import Problem
-
-Sizes = dict[int, int]
-"""Bytes by storage, or by identity of a parameter: what is held twice counts once."""
+from metakern.planning.kept_pass import KeptPass, Sizes, total
 
 
 class Memory(NamedTuple):
@@ -42,42 +30,6 @@ class Memory(NamedTuple):
         return max(self.train, self.meta, self.dots, self.gradient)
 
 
-class KeptPass(NamedTuple):
-    """What one forward pass keeps for its backward pass, use by use in the order of the calls."""
-
-    saved: Sequence[Sequence[Sizes]]  # by autograd before use k, in the order in which it is saved; last, after all
-    inputs: Sequence[Sizes]  # A
-    outputs: Sequence[int]  # B
-    downwards: Sequence[int]  # the gradient of A, where one is asked for
-    parameters: Sequence[Sizes]  # of the use, and with that of their gradients
-
-
-def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
-    """Trace a batch as `trace_batch` does, and note what the graph of its losses keeps.
-
-    Raises: RuntimeError where the model differentiates by torch.func, which forbids to look.
-    """
-    tracer, noted = Tracer(problem.trainable.values(), constants_of(problem.model)), list[tuple[int, Tensor]]()
-
-    def note(tensor: Tensor) -> Tensor:
-        noted.append((len(tracer.uses), tensor))
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor), registered_modules_as_wholes(problem.model, tracer), tracer:
-        losses = per_example_losses(problem.model, batch, problem.loss_fn, argument)
-    uses, before = tracer.trace(losses).uses, there_before(problem.model, batch)
-    saved: list[list[Sizes]] = [[] for _ in range(len(uses) + 1)]
-    for k, tensor in noted:
-        saved[k].append(sizes([tensor], before))
-    return KeptPass(
-        saved,
-        [sizes(inputs_of(use.call), before) for use in uses],
-        [_output_bytes(use) for use in uses],
-        [sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
-        [{id(p): bytes_of(p) for _, p in use.call.parameters} for use in uses],
-    )
-
-
 def foretold(train: KeptPass, meta: KeptPass, without_v: Collection[int], paired: Collection[int]) -> Memory:
     """The peaks of a step.
 
@@ -93,12 +45,13 @@ def foretold(train: KeptPass, meta: KeptPass, without_v: Collection[int], paired
     v += sum(meta.outputs[j] for j in paired)
     plain = backward_peak(train, {}, (), ())
     left = (sum(total(train.inputs[: k + 1]).values()) + sum(train.outputs[: k + 1]) for k in uses)
+    further = ((1 if train.within[k] else 2) * sum(_waiting(train, k).values()) for k in uses)
     return Memory(
         plain=plain,
         train=_record_peak(train),
         meta=records + meta_pass,
         dots=records + v,
-        gradient=max((some + gradients(train, k, ()) for k, some in enumerate(left)), default=0),
+        gradient=max((gradients(train, k, ()) + sum(held) for k, held in enumerate(zip(left, further))), default=0),
         two_pass=max(graph + meta_pass, graph + v + _passing(train), plain),
     )
 
@@ -148,7 +101,7 @@ def _times(parts: float, kept: KeptPass) -> KeptPass:
         list(map(grown, kept.inputs)),
         [round(parts * size) for size in kept.outputs],
         [round(parts * size) for size in kept.downwards],
-        kept.parameters,
+        *(kept.parameters, kept.views, kept.within, round(parts * kept.loss)),
     )
 
 
@@ -162,17 +115,42 @@ def backward_peak(kept: KeptPass, held: Sizes, outputs: Collection[int], without
 
     B of the uses `outputs` stays; gradients are formed of all parameters but those `without`, or of none.
     """
-    peak = sum(graph_of(kept, held).values())
+    peak = sum(graph_of(kept, held).values()) + kept.loss
     for k in reversed(range(len(kept.outputs))):
         staying = sum(kept.outputs[j] for j in outputs if j > k)
         staying += 0 if without is None else gradients(kept, k, without)
+        waiting = {} if without is None else _waiting(kept, k, without)
+        second, below = sum(waiting.values()), kept.downwards[k]
+        own = kept.outputs[k] if k in outputs else 0
         earlier = total(_flat(kept.saved[:k]), held)
-        at = sum(total(kept.saved[k], earlier).values()) + kept.outputs[k] + kept.downwards[k]
+        at = sum(total(kept.saved[k], earlier).values()) + kept.outputs[k] + below + second
+        adding = sum(total(_others(kept, k), earlier).values()) + own + below + second + _sums(kept, k, waiting)
         # On the way to the use before, the last operation has its output's gradient and makes its input's, while what
         # it saved, first of all since that use, is still there.
-        between = sum(total(kept.saved[k][:1], earlier).values()) + (2 * kept.outputs[k - 1] if k else 0)
-        peak = max(peak, staying + at, staying + between + (kept.outputs[k] if k in outputs else 0))
+        between = sum(total(kept.saved[k][:1], earlier).values()) + own + (2 * kept.outputs[k - 1] if k else 0)
+        peak = max(peak, staying + max(at, adding, between))
     return peak
+
+
+def _others(kept: KeptPass, k: int) -> Sequence[Sizes]:
+    """Saved since the use before, and not by use k itself, which saves its input last."""
+    parts = [part for part in kept.saved[k] if part]
+    return parts[:-1] if parts and parts[-1].keys() <= kept.inputs[k].keys() else parts
+
+
+def _waiting(kept: KeptPass, k: int, without: Collection[int] = ()) -> Sizes:
+    """Gradients of parameters of use k that later uses gave: there when its own are made, and added to them."""
+    later = total(kept.parameters[k + 1 :])
+    return {key: size for key, size in kept.parameters[k].items() if key in later and key not in without}
+
+
+def _sums(kept: KeptPass, k: int, waiting: Sizes) -> int:
+    """What sums take beside their terms. Autograd adds to the gradient that waits, unless that is a view: the first one
+    of a weight that is transposed.
+    """
+    later = [(key, kept.views[j]) for j in range(k + 1, len(kept.outputs)) for key in kept.parameters[j]]
+    times = Counter(key for key, _ in later)
+    return sum(waiting[key] for key, view in later if view and key in waiting and times[key] == 1)
 
 
 def graph_of(kept: KeptPass, held: Sizes | None = None) -> Sizes:
@@ -185,41 +163,5 @@ def gradients(kept: KeptPass, k: int, without: Collection[int]) -> int:
     return sum(size for key, size in total(kept.parameters[k:]).items() if key not in without)
 
 
-def inputs_of(call: Call) -> list[Tensor]:
-    """A: the tensors that a use reads beside its parameters; a sum keeps none."""
-    parameters = {id(p) for _, p in call.parameters}
-    given = tensor_arguments(call.args, call.kwargs) if call.versions else ()
-    return [tensor for _, tensor in given if id(tensor) not in parameters]
-
-
-def there_before(model: nn.Module, batch: Any) -> Sizes:
-    """Storages of the model and of its batch."""
-    return sizes([*model.parameters(), *model.buffers(), *tree_leaves(batch)], ())
-
-
-def sizes(tensors: Iterable[Any], before: Collection[int]) -> Sizes:
-    """Bytes by storage, without those that were there before."""
-    strided = [t for t in tensors if isinstance(t, Tensor) and t.layout == torch.strided]
-    storages = [tensor.untyped_storage() for tensor in strided]
-    return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() and s.data_ptr() not in before}
-
-
-def total(parts: Iterable[Sizes], start: Sizes | None = None) -> Sizes:
-    """All of them, each storage once."""
-    found = dict(start or {})
-    for part in parts:
-        found.update(part)
-    return found
-
-
 def _flat(saved: Iterable[Iterable[Sizes]]) -> Iterable[Sizes]:
     return (part for parts in saved for part in parts)
-
-
-def _output_bytes(use: Use) -> int:
-    dtype = use.call.autocast[1] if use.call.autocast else use.call.parameters[0][1].dtype
-    return sum(shape.numel() for shape in use.output_shapes) * dtype.itemsize
-
-
-def bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

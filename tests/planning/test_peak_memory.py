@@ -14,7 +14,7 @@ from metakern.planning.forward_mode_memory import by_forward_mode
 from metakern.planning.peak_memory import Memory
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
-from metakern.testing.models import Transformer, conv_net, lenet, mlp
+from metakern.testing.models import Block, Transformer, conv_net, lenet, mlp
 from metakern.testing.networks import convnext, resnet
 
 Batch = tuple[Tensor, Tensor]
@@ -40,6 +40,67 @@ def tokens(n: int, m: int) -> tuple[Batch, Batch]:
 
 def transformer(fused: bool = False) -> nn.Module:
     return Transformer(width=32, depth=2, heads=2, classes=10, vocabulary=50, fused=fused)
+
+
+class Tied(nn.Module):
+    """A language model whose head has the weight of its embedding."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.block, self.norm = Block(width, 4, fused=True), nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.embedding(tokens)))).transpose(1, 2)
+
+
+class Albert(nn.Module):
+    """One block, used again and again.
+
+    Source: Lan et al., ALBERT, ICLR 2020.
+    """
+
+    def __init__(self, width: int, times: int) -> None:
+        super().__init__()
+        self.embedding, self.up = nn.Embedding(50, 16), nn.Linear(16, width)
+        self.block, self.head, self.times = Block(width, 4, fused=True), nn.Linear(width, 10), times
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.up(self.embedding(tokens))
+        for _ in range(self.times):
+            x = self.block(x)
+        return self.head(x.mean(1))
+
+
+class Repeated(nn.Module):
+    """A layer used three times, and for the last time transposed or not."""
+
+    def __init__(self, layer: nn.Module, transposed: bool = False) -> None:
+        super().__init__()
+        self.layer, self.head, self.transposed = layer, nn.LazyLinear(10), transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        if self.transposed:
+            x = F.linear(x, self.layer.weight.t())  # pyright: ignore
+        return self.head(x.flatten(1))
+
+
+def repeated(layer: nn.Module, example: Tensor, transposed: bool = False) -> nn.Module:
+    model = Repeated(layer, transposed)
+    model(example)
+    return model
+
+
+def texts(n: int, m: int, vocabulary: int) -> tuple[Batch, Batch]:
+    """With a token to be foretold at each position."""
+    train, meta = (
+        tuple(inputs.labels(size, 16, classes=vocabulary, seed=seed) for seed in (place, place + 1))
+        for place, size in ((1, n), (11, m))
+    )
+    return train, meta
 
 
 def with_batch_norm(inplace: bool) -> nn.Module:
@@ -90,6 +151,39 @@ def test_whole_batches(name: str) -> None:
     make, batches = WHOLE[name]
     model = make()
     assert_memory_foretold(metakern.plan(model, *batches).memory, model, *batches)
+
+
+SHARED: dict[str, tuple[Callable[[], nn.Module], tuple[Batch, Batch]]] = {
+    "tied, large": (lambda: Tied(2000, 64), texts(4, 1, 2000)),
+    "tied, many tokens": (lambda: Tied(500, 64), texts(32, 8, 500)),
+    "linear, large": (lambda: repeated(nn.Linear(512, 512), torch.ones(1, 512)), images(16, 4, 512)),
+    "linear, many rows": (lambda: repeated(nn.Linear(256, 256), torch.ones(1, 256)), images(128, 16, 256)),
+    "transposed": (lambda: repeated(nn.Linear(512, 512), torch.ones(1, 512), True), images(16, 4, 512)),
+    "convolution": (
+        lambda: repeated(nn.Conv2d(64, 64, 3, padding=1), torch.ones(1, 64, 4, 4)),
+        images(4, 1, 64, 4, 4),
+    ),
+    "block": (lambda: Albert(128, 4), tokens(2, 1)),
+    "block, many tokens": (lambda: Albert(64, 4), tokens(32, 8)),
+}
+"""Parameters that are used more than once."""
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_parameters(name: str) -> None:
+    """Gradients wait for those of other uses, and are added up in place or not."""
+    make, batches = SHARED[name]
+    model = make()
+    found = metakern.plan(model, *batches).memory
+    assert_memory_foretold(found, model, *batches)
+    assert_memory_foretold(by_forward_mode(pose(model, *batches, None, None, "reuse")), model, *batches, engine="jvp")
+
+    def plain() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+
+    assert found is not None
+    assert found.plain == pytest.approx(count(plain, "cpu")[2], rel=WITHIN)
 
 
 @pytest.mark.parametrize("size", [8, 4])
