@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import marshal
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,14 +80,21 @@ def output_gradients(
     trace: Trace, weights: Tensor | None = None, retain_graph: bool = False
 ) -> list[list[Tensor | None]]:
     """B of every use: d(sum_n weights_n loss_n)/d(output), by one backward pass that forms no parameter gradient."""
-    edges = [edge for use in trace.uses for edge in use.edges]
-    if not edges:
-        return []
     cotangent = torch.ones_like(trace.losses) if weights is None else weights
+    return list(_grads_of(trace, trace.uses, cotangent, retain_graph))
+
+
+def _grads_of(
+    trace: Trace, uses: Sequence[Use], cotangent: Tensor, retain_graph: bool
+) -> Iterator[list[Tensor | None]]:
+    edges = [edge for use in uses for edge in use.edges]
+    if not edges:
+        return
     with _after_hooks(trace, edges) as after:
         found = torch.autograd.grad(trace.losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True)
     grads = (after.get(k, grad) for k, grad in enumerate(found))
-    return [[_shaped(next(grads), shape) for shape in use.output_shapes] for use in trace.uses]
+    for use in uses:
+        yield [_shaped(next(grads), shape) for shape in use.output_shapes]
 
 
 @contextmanager
@@ -117,39 +124,39 @@ def _shaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
     return None if grad is None else grad.view(shape) if grad.shape != shape else grad
 
 
-def visit_output_gradients(trace: Trace, visit: Callable[[int, list[Tensor | None]], None]) -> None:
-    """Call `visit(use index, B)` as each B comes by in one backward pass, without keeping it; the graph is retained.
+def visit_output_gradients(
+    trace: Trace,
+    visit: Callable[[int, list[Tensor | None]], None],
+    passing: Collection[int],
+    retain_graph: bool = False,
+) -> None:
+    """Call `visit(use index, B)` for every use of one backward pass: where it is of `passing`, as its B comes by, which
+    is then not kept; for the others after the pass.
 
-    A gradient can be seen in passing only at a node that runs, so the pass asks for the outputs of the uses that have
-    no use below them and watches all the others.
+    A gradient can be seen in passing only at a node that runs, so uses that have no use below them are among the
+    others.
     """
-    if not trace.uses:
-        return
-    lowest = _lowest(trace.uses)
-    handles = []
+    late = {*range(len(trace.uses))}.difference(passing) | _lowest(trace.uses, passing)
+    handles, asked = [], sorted(late)
     try:
-        for k, use in enumerate(trace.uses):
-            if k not in lowest:
-                handles.extend(_watch(k, use, visit))
-        edges = [edge for k in lowest for edge in trace.uses[k].edges]
-        grads = iter(
-            torch.autograd.grad(
-                trace.losses, edges, torch.ones_like(trace.losses), retain_graph=True, allow_unused=True
-            )
-        )
+        for k in passing:
+            if k not in late:
+                handles.extend(_watch(k, trace.uses[k], visit))
+        uses = [trace.uses[k] for k in asked]
+        found = list(_grads_of(trace, uses, torch.ones_like(trace.losses), retain_graph))
     finally:
         for handle in handles:
             handle.remove()
-    for k in lowest:
-        visit(k, [_shaped(next(grads), shape) for shape in trace.uses[k].output_shapes])
+    for k, grads in zip(asked, found, strict=True):
+        visit(k, grads)
 
 
-def _lowest(uses: Sequence[Use]) -> list[int]:
-    """Uses whose data come from no other use; the user's inputs may have a graph of their own."""
+def _lowest(uses: Sequence[Use], among: Iterable[int]) -> set[int]:
+    """Those `among` the uses whose data come from no other use; the user's inputs may have a graph of their own."""
     known, free = {edge.node for use in uses for edge in use.edges}, set[Any]()
-    found = []
-    for k, use in enumerate(uses):
-        met, ahead = set[Any](), list(use.upstream)
+    found = set[int]()
+    for k in among:
+        met, ahead = set[Any](), list(uses[k].upstream)
         while ahead and ahead[-1] not in known:
             node = ahead.pop()
             if node is not None and node not in free and node not in met:
@@ -157,7 +164,7 @@ def _lowest(uses: Sequence[Use]) -> list[int]:
                 ahead += [before for before, _ in node.next_functions]
         if not ahead:
             free |= met
-            found.append(k)
+            found.add(k)
     return found
 
 

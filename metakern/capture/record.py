@@ -7,7 +7,7 @@ of a weight, a normalised weight, a slice of positional embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -37,6 +37,10 @@ class Call(NamedTuple):
     autocast: tuple[str, torch.dtype] | None = None  # device type and dtype, when the call ran under autocast
     versions: tuple[tuple[Tensor, int], ...] = ()  # data arguments with their version counters at the call
 
+    def without_arguments(self) -> Call:
+        """The call without what it read, so that this may go."""
+        return self._replace(args=(), kwargs={}, versions=())
+
     def argument(self, position: int, keyword: str, default: Any = None) -> Any:
         """The argument that the function calls `keyword`, however it was passed."""
         if position < len(self.args):
@@ -63,6 +67,9 @@ class Use(NamedTuple):
     @property
     def name(self) -> str:
         return self.call.name
+
+    def without_arguments(self) -> Use:
+        return self._replace(call=self.call.without_arguments())
 
 
 Place = tuple[Any, int]
@@ -116,7 +123,7 @@ class Record:
     output_grads: tuple[Tensor | None, ...]
     axes: tuple[Any, ...]
     dot_precision: str = "same"  # what the products behind the dots may be rounded to: "same", "tf32", "bf16" or "fp8"
-    memo: dict[int, Tensor] = field(default_factory=dict)  # what the dots computed and the weighted gradient reuses
+    gradients: Mapping[int, Tensor] = field(default_factory=dict)  # of single examples, in place of A and B
 
     @property
     def call(self) -> Call:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
@@ -34,9 +33,8 @@ def direction_dots(record: Record, tangents: Tangents, examples: int) -> Tensor 
         return rule_for(record.call).dots(record, tangents, examples)
 
 
-@torch.no_grad()
 def folded(record: Record, examples: int) -> Record:
     """The record with gradients of single examples in place of A and B, where its layer forms them."""
-    form = rule_for(record.call).per_example
-    gradients = None if form is None else form(record, examples)
-    return record if gradients is None else per_example.folded(record, gradients)
+    rule = rule_for(record.call)
+    gradients = None if rule.per_example is None else rule.per_example(record, examples)
+    return record if gradients is None else per_example.folded(record, gradients, rule)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
 from metakern.capture.examples import ExampleAxis, example_axes
-from metakern.capture.graph import output_gradients, require_complete, visit_output_gradients
+from metakern.capture.graph import require_complete, visit_output_gradients
 from metakern.capture.poison import poisoned_losses
 from metakern.capture.record import Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
@@ -21,38 +21,61 @@ from metakern.capture.state import nothing_added, unchanged_buffers
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.rule import Tangents
+from metakern.layers.table import rule_for
 from metakern.weighted_grad import weighted_gradients
 
 Names = Mapping[str, nn.Parameter]
 
 NONE_PAIRED: Mapping[int, Record] = {}
+NONE_FOLDED: Names = {}
 
 
 class Recorded:
     """A and B of every use are kept, and no graph: any number of directions and weightings, without a backward."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, fold: Names = NONE_FOLDED) -> None:
         self._problem = problem
-        self.trace, axes = _traced(problem)
-        self.losses = self.trace.losses.detach()
+        trace, axes = _traced(problem)
+        self.losses = trace.losses.detach()
+        uses = list(trace.uses)
+        self.records: list[Record | None] = [None] * len(uses)
+        self.trace = replace(trace, uses=tuple(use.without_arguments() for use in uses))
+        del trace  # so that the backward pass lets go of what no record reads
+        reached, folding = [False] * len(uses), self._foldable(uses, fold)
+
+        def visit(k: int, grads: list[Tensor | None]) -> None:
+            reached[k] = any(g is not None for g in grads)
+            record = _record(uses[k], grads, axes[k], problem.dot_precision)
+            if record is not None and k in folding:
+                record = _folded(record, self.trace)
+                uses[k] = record.use
+            self.records[k] = record
+
         with nothing_added(problem.trainable):
-            grads = output_gradients(self.trace)
-        _require_participation(problem, self.trace, [any(g is not None for g in found) for found in grads])
-        self.records = [
-            _record(use, found, line, problem.dot_precision)
-            for use, found, line in zip(self.trace.uses, grads, axes, strict=True)
-        ]
+            visit_output_gradients(self.trace, visit, folding)
+        self.trace = replace(self.trace, uses=tuple(uses))
+        _require_participation(problem, self.trace, reached)
 
     def fold(self, names: Names) -> None:
         """Keep gradients of single examples in these parameters, in place of A and B, where several answers cost less
-        by them.
+        by them. Given to the constructor, A and B go as they come by.
         """
-        wanted, uses = self._served(names), list(self.trace.uses)
-        for k, record in enumerate(self.records):
-            if record is not None and all(id(p) in wanted for _, p in record.call.parameters):
-                self.records[k] = folded = stage_dots.folded(record, self.trace.examples)
+        uses = list(self.trace.uses)
+        for k in self._foldable(uses, names):
+            record = self.records[k]
+            if record is not None:
+                self.records[k] = folded = _folded(record, self.trace)
                 uses[k] = folded.use
         self.trace = replace(self.trace, uses=tuple(uses))
+
+    def _foldable(self, uses: Sequence[Use], names: Names) -> set[int]:
+        """Uses whose layer forms gradients of single examples in any case, or may for these parameters."""
+        wanted, found = self._served(names), set[int]()
+        for k, use in enumerate(uses):
+            rule = rule_for(use.call)
+            if rule.by_example or (rule.per_example and all(id(p) in wanted for _, p in use.call.parameters)):
+                found.add(k)
+        return found
 
     def dots_along(
         self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0
@@ -120,7 +143,7 @@ class InPassing:
                     total.add(record, paired.get(k), tangents)
 
         with unchanged_buffers(self._problem.model):  # checkpointed layers run again, and once more for the gradient
-            visit_output_gradients(trace, visit)
+            visit_output_gradients(trace, visit, range(len(trace.uses)), retain_graph=True)
         _require_participation(self._problem, trace, reached)
         return total.dots
 
@@ -165,6 +188,12 @@ def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_p
     return Record(use, tuple(grads), tuple(axes), dot_precision)
 
 
+def _folded(record: Record, trace: Trace) -> Record:
+    """The record with gradients of single examples in place of A and B, where its layer forms them."""
+    with torch.no_grad(), _without_autocast(trace.losses.device.type):
+        return stage_dots.folded(record, trace.examples)
+
+
 def _let_go(records: list[Record]) -> Iterator[Record]:
     """One record at a time, so that the memory of each is free for the gradient of the next."""
     while records:
@@ -177,8 +206,8 @@ def restricted(record: Record, wanted: Set[int]) -> Record | None:
     if len(parameters) == len(record.call.parameters):
         return record
     use = record.use._replace(call=record.call._replace(parameters=parameters))
-    memo = {key: gradients for key, gradients in record.memo.items() if key in wanted}
-    return replace(record, use=use, memo=memo) if parameters else None
+    gradients = {key: found for key, found in record.gradients.items() if key in wanted}
+    return replace(record, use=use, gradients=gradients) if parameters else None
 
 
 def require_unchanged(use: Use) -> None:

@@ -1,10 +1,9 @@
 """The affine part of normalisations: Y = x^ * gamma + beta, with x^ the normalised input of the call itself.
 
-This is the one place where per-example gradients are formed, because they are small: G_n = sum_t B_nt x^_nt and
-H_n = sum_t B_nt have one entry per channel. dots_n = <G_n, V> + <H_n, v>, and the weighted gradients are
-sum_n w_n G_n and sum_n w_n H_n, so the activations are read once for both. Layer, group, instance and RMS normalisation
-take their statistics per example; batch normalisation only when its statistics are frozen (capture refuses it
-otherwise).
+Per-example gradients are formed, because they are small: G_n = sum_t B_nt x^_nt and H_n = sum_t B_nt have one entry
+per channel. dots_n = <G_n, V> + <H_n, v>, and the weighted gradients are sum_n w_n G_n and sum_n w_n H_n, so the
+activations are read once for both, as B comes by, and let go. Layer, group, instance and RMS normalisation take their
+statistics per example; batch normalisation only when its statistics are frozen (capture refuses it otherwise).
 """
 
 from __future__ import annotations
@@ -74,26 +73,24 @@ def _parameters(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return call.parameter(weight, "weight"), None if bias is None else call.parameter(bias, "bias")
 
 
-def per_example_gradients(record: Record, examples: int) -> dict[int, Tensor]:
-    """Identity of an affine parameter -> its gradient for every example, [n, channels]; kept for the weighted sum."""
-    if record.memo:
-        return record.memo
+def per_example_gradients(record: Record, examples: int) -> Gradients:
+    """Identity of an affine parameter -> its gradient for every example, [n, channels]."""
     weight, bias = _parameters(record.call)
     grad = record.output_grad
     if weight is not None and record.call.func in (F.layer_norm, F.rms_norm):
         return _by_rows(record, weight, bias, examples)
     grad = grad if grad.dtype == torch.float64 else grad.float()
-    by_channel = _by_channel(record, grad, examples)
+    by_channel, found = _by_channel(record, grad, examples), Gradients()
     if weight is not None:
         x = record.call.argument(0, "input").detach().to(grad.dtype)
         normalised = _by_channel(record, NORMS[record.call.func].normalise(record.call, x), examples)
-        record.memo[id(weight)] = _sum_positions(record.call, normalised, by_channel)
+        found[id(weight)] = _sum_positions(record.call, normalised, by_channel)
     if bias is not None:
-        record.memo[id(bias)] = _sum_positions(record.call, None, by_channel)
-    return record.memo
+        found[id(bias)] = _sum_positions(record.call, None, by_channel)
+    return found
 
 
-def _by_rows(record: Record, weight: Tensor, bias: Tensor | None, examples: int) -> dict[int, Tensor]:
+def _by_rows(record: Record, weight: Tensor, bias: Tensor | None, examples: int) -> Gradients:
     """The same where every row of channels is normalised on its own: in one pass, by the operator for that."""
     call, grad = record.call, record.output_grad
     x = call.argument(0, "input").detach()
@@ -103,10 +100,7 @@ def _by_rows(record: Record, weight: Tensor, bias: Tensor | None, examples: int)
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     rows = _by_channel(record, x.to(grad.dtype), examples), _by_channel(record, grad, examples)
     scale, shift = ops.affine_grads(*rows, eps=eps, centred=centred, shift=bias is not None)
-    record.memo[id(weight)] = scale
-    if bias is not None:
-        record.memo[id(bias)] = shift
-    return record.memo
+    return {id(weight): scale} if bias is None else {id(weight): scale, id(bias): shift}
 
 
 def _by_channel(record: Record, tensor: Tensor, examples: int) -> Tensor:
@@ -138,4 +132,4 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     return weighted(per_example_gradients(record, weights.examples), weights)
 
 
-RULE = LayerRule(_applies, dots, weighted_grads)
+RULE = LayerRule(_applies, dots, weighted_grads, per_example=per_example_gradients, by_example=True)

@@ -37,6 +37,7 @@ class LayerRule:
     matrices(record, n)          -> A[n,t,i], B[n,t,o] when the use is a matrix product with its weight
     per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
                                     else None
+    by_example                   the other answers are made of these in any case, so that A and B need not be kept
     """
 
     applies: Callable[[Call], bool]
@@ -44,3 +45,4 @@ class LayerRule:
     weighted_grads: Callable[[Record, Weights], Gradients]
     matrices: Callable[[Record, int], tuple[Tensor, Tensor]] | None = None
     per_example: Callable[[Record, int], Gradients | None] | None = None
+    by_example: bool = False

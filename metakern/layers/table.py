@@ -25,7 +25,6 @@ _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
     F.embedding: embedding.RULE,
     F.embedding_bag: bag.RULE,
     **{function: norm.RULE for function in norm.NORMS},
-    per_example.folded: per_example.RULE,
 }
 
 
@@ -34,6 +33,8 @@ _BY_MODULE: dict[type[nn.Module], LayerRule] = {}
 
 def rule_for(call: Call) -> LayerRule:
     """The rule of a call; calls without one are served by forward mode through the call alone."""
+    if isinstance(call.func, per_example.Folded):
+        return per_example.RULE
     if isinstance(call.func, ModuleCall):
         kinds = type(call.func.module).__mro__
         rule = next((_BY_MODULE[kind] for kind in kinds if kind in _BY_MODULE), None)

@@ -26,6 +26,7 @@ from metakern.engines.micro_batch import several_parts
 from metakern.engines.part import examples_in, part_of
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
+from metakern.layers.per_example import Folded
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
 from metakern.planning import pass_counts
@@ -175,7 +176,7 @@ def _costs(problem: Problem, train: Recorded, forms: _Forms, v: dict[str, Tensor
         yield UseCost(
             _listed(dict.fromkeys(names[id(p)] for _, p in record.call.parameters)),
             record.call.name,
-            rule_for(record.call).applies.__module__.rpartition(".")[2],
+            _rule_name(record.call),
             form,
             why,
             tuple(record.use.output_shapes[0]),
@@ -232,6 +233,11 @@ def _names(problem: Problem, trace: Trace) -> dict[int, str]:
     return names
 
 
+def _rule_name(call: Call) -> str:
+    rule = call.func.rule if isinstance(call.func, Folded) else rule_for(call)
+    return rule.applies.__module__.rpartition(".")[2]
+
+
 def _listed(names: Iterable[str]) -> str:
     first, *others = names
     return f"{first} and {len(others)} more" if len(others) > 2 else ", ".join([first, *others])
@@ -243,6 +249,6 @@ def _short(call: Call) -> str:
 
 def _newly_kept(record: Record, held: Sizes) -> int:
     """Bytes of A and B that are not among `held`, which they join."""
-    found = sizes([*inputs_of(record.call), *record.output_grads], held)
+    found = sizes([*inputs_of(record.call), *record.output_grads, *record.gradients.values()], held)
     held.update(found)
     return sum(found.values())

@@ -16,6 +16,7 @@ from metakern.capture.record import Call, Use
 from metakern.capture.trace import Tracer, tensor_arguments
 from metakern.capture.whole_modules import registered_modules_as_wholes
 from metakern.engines.problem import Problem
+from metakern.layers.table import rule_for
 
 _WITHIN = frozenset("linear matmul __matmul__ mm addmm".split())
 """Products with a weight: what other uses have given is added to within the product (`layers/linear.py`)."""
@@ -30,11 +31,22 @@ class KeptPass(NamedTuple):
     saved: Sequence[Sequence[Sizes]]  # by autograd before use k, in the order in which it is saved; last, after all
     inputs: Sequence[Sizes]  # A
     outputs: Sequence[int]  # B
+    by_example: Sequence[bool]  # whether gradients of single examples, far smaller, are kept in place of A and B
     downwards: Sequence[int]  # the gradient of A, where one is asked for
     parameters: Sequence[Sizes]  # of the use, and with that of their gradients
     views: Sequence[bool]  # whether autograd gets the gradient of its weight as a view, into which it adds nothing
     within: Sequence[bool]  # whether our weighted gradient adds to what later uses gave within its product
     loss: int  # gradients on the way from the loss to the output of the last use
+
+    @property
+    def recorded(self) -> list[int]:
+        """Uses whose A and B are kept."""
+        return [k for k, folds in enumerate(self.by_example) if not folds]
+
+    def records(self, before: int | None = None) -> int:
+        """Every A and B that is kept, or those of the uses before one."""
+        uses = [k for k in self.recorded if before is None or k < before]
+        return sum(total(self.inputs[k] for k in uses).values()) + sum(self.outputs[k] for k in uses)
 
 
 def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
@@ -59,6 +71,7 @@ def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
         saved,
         [sizes(inputs_of(use.call), before) for use in uses],
         [_output_bytes(use) for use in uses],
+        [rule_for(use.call).by_example for use in uses],
         [sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
         [{owners.get(_place(p), id(p)): bytes_of(p) for _, p in use.call.parameters} for use in uses],
         [_transposed(use.call, owners) for use in uses],

@@ -38,13 +38,12 @@ def foretold(train: KeptPass, meta: KeptPass, without_v: Collection[int], paired
         paired: uses of the meta pass whose A and B stay for the pairs form.
     """
     uses = range(len(train.outputs))
-    inputs = total(train.inputs)
-    graph, records = sum(graph_of(train, inputs).values()), sum(inputs.values()) + sum(train.outputs)
+    graph, records = sum(graph_of(train, total(train.inputs)).values()), train.records()
     meta_pass = backward_peak(meta, total(meta.inputs), paired, without_v)
     v = gradients(meta, 0, without_v) + sum(total(meta.inputs[j] for j in paired).values())
     v += sum(meta.outputs[j] for j in paired)
     plain = backward_peak(train, {}, (), ())
-    left = (sum(total(train.inputs[: k + 1]).values()) + sum(train.outputs[: k + 1]) for k in uses)
+    left = (train.records(k + 1) for k in uses)
     further = ((1 if train.within[k] else 2) * sum(_waiting(train, k).values()) for k in uses)
     return Memory(
         plain=plain,
@@ -79,7 +78,7 @@ def foretold_by_parts(
         plain=backward_peak(_times(parts, train), {}, (), ()),
         train=v + _record_peak(train),
         meta=meta_pass,
-        dots=v + sum(total(train.inputs).values()) + sum(train.outputs),
+        dots=v + train.records(),
         gradient=gradient,
         two_pass=max(meta_two_pass, in_passing, gradient),
     )
@@ -87,7 +86,7 @@ def foretold_by_parts(
 
 def _record_peak(kept: KeptPass) -> int:
     """Of a backward pass to every B."""
-    return backward_peak(kept, total(kept.inputs), range(len(kept.outputs)), None)
+    return backward_peak(kept, total(kept.inputs[k] for k in kept.recorded), kept.recorded, None)
 
 
 def _times(parts: float, kept: KeptPass) -> KeptPass:
@@ -100,6 +99,7 @@ def _times(parts: float, kept: KeptPass) -> KeptPass:
         [list(map(grown, some)) for some in kept.saved],
         list(map(grown, kept.inputs)),
         [round(parts * size) for size in kept.outputs],
+        kept.by_example,
         [round(parts * size) for size in kept.downwards],
         *(kept.parameters, kept.views, kept.within, round(parts * kept.loss)),
     )
