@@ -12,8 +12,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.rows import Row
 from benchmarks.suite_variants import TRAINED, require_transformers
 
-GPT2 = pytest.mark.xfail(reason="tied weights have two gradients at a time, of which memory counts one", strict=True)
-PLANNED = [*CPU_CASES, *(pytest.param(case, marks=GPT2) if "gpt2" in case.name else case for case in TRAINED)]
+PLANNED = [*CPU_CASES, *TRAINED]
 
 
 @dataclass(frozen=True)
