@@ -69,6 +69,7 @@ def check(
     loss_fn: LossFunction | None = None,
     engine: str = "auto",
     examples: int = 8,
+    allow_unused: bool = False,
 ) -> CheckReport:
     """Compare the engine that `l2rw_step` would take with the definition, on a float64 copy of the model.
 
@@ -92,7 +93,7 @@ def check(
     batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
     truth = _Truth(replica, batch, meta_batch, loss_fn, examples)
     found = reweight_step(
-        replica, batch, meta_batch, rule=truth.weights_like, loss_fn=loss_fn, engine=engine, accumulate=False
+        replica, batch, meta_batch, rule=truth.weights_like, loss_fn=loss_fn, engine=engine, allow_unused=allow_unused
     )
     uses, why_not = _uses(replica, batch, loss_fn, found.engine)
     named = trainable_parameters(replica)

@@ -106,9 +106,10 @@ class _Parts:
         finally:
             restore_random_state(after)
         trainable = self._problem.trainable
-        return {
+        found = {
             name: total[name].to(p.dtype) if name in total else torch.zeros_like(p) for name, p in trainable.items()
         }
+        return self._problem.without_unused(found)
 
     def _add(self, total: dict[str, Tensor], batch: Any, losses: Tensor, weights: Tensor) -> None:
         part = part_of(self._problem, batch, set())

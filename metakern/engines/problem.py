@@ -31,6 +31,7 @@ class Problem:
     memory: str
     process_group: Any = None
     dot_precision: str = "same"  # what the ghost engine's products behind the dots may be rounded to
+    unused: set[str] | None = None  # parameters that took no part in the pass; None where that is an error
 
     @property
     def argument(self) -> str:
@@ -62,15 +63,25 @@ class Problem:
         return meta_loss.detach(), named_gradients(self.chosen, found)
 
     def require_participation(self, reached: set[int]) -> None:
-        """Raise ValueError for a trainable parameter whose identity is not among those the losses depend on."""
+        """Raise ValueError for a trainable parameter whose identity is not among those the losses depend on, or note
+        its name.
+        """
         missing = [name for name, p in self.trainable.items() if id(p) not in reached]
-        if missing:
+        if self.unused is not None:
+            self.unused.clear()
+            self.unused.update(missing)
+        elif missing:
             owner = missing[0].rpartition(".")[0] or "the model itself"
             raise ValueError(
                 f"parameter '{missing[0]}' (of module '{owner}') did not take part in the losses of batch"
                 + (f", nor did {len(missing) - 1} more" if missing[1:] else "")
-                + "; freeze it with requires_grad_(False), or make the forward pass use it"
+                + "; freeze it with requires_grad_(False), make the forward pass use it, or say allow_unused=True, which "
+                "leaves it without a gradient"
             )
+
+    def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Only of parameters that took part, as autograd hands them out."""
+        return {name: g for name, g in gradient.items() if name not in self.unused} if self.unused else gradient
 
 
 def named_gradients(names: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
@@ -98,6 +109,7 @@ def pose(
     memory: str,
     process_group: Any = None,
     dot_precision: str = "same",
+    allow_unused: bool = False,
 ) -> Problem:
     """Validate the arguments that all public functions share.
 
@@ -112,5 +124,8 @@ def pose(
     trainable = trainable_parameters(model)
     chosen = select_parameters(model, trainable, params)
     require_precision(dot_precision, next(iter(chosen.values())).device)
-    writes = Writes(model, parameters_only=True)
-    return Problem(model, batch, meta_batch, loss_fn, trainable, chosen, writes, memory, process_group, dot_precision)
+    if allow_unused and process_group is not None:
+        raise ValueError("allow_unused=True with a process_group: every rank sums the gradients of the same parameters")
+    writes, unused = Writes(model, parameters_only=True), set[str]() if allow_unused else None
+    given = model, batch, meta_batch, loss_fn, trainable, chosen, writes, memory, process_group, dot_precision, unused
+    return Problem(*given)

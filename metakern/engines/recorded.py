@@ -107,7 +107,8 @@ class Recorded:
         if not keep:
             self.records, self.trace = [], self.trace.released()
         records = kept if keep else _let_go(kept)
-        return weighted_gradients(records, derivations, weights, self._problem.trainable if only is None else only)
+        asked = self._problem.trainable if only is None else only
+        return self._problem.without_unused(weighted_gradients(records, derivations, weights, asked))
 
     def _served(self, names: Names) -> set[int]:
         """Identities of the parameters and of all derived tensors."""

@@ -45,6 +45,7 @@ def explain(
     loss_fn: LossFunction | None = None,
     params: Any = None,
     micro_batch: int | None = None,
+    allow_unused: bool = False,
 ) -> Explanation:
     """Which rule and which form each use of a parameter takes in `l2rw_step`, why, and what it costs.
 
@@ -59,7 +60,8 @@ def explain(
     Raises: TypeError, ValueError as `l2rw_step`. Where ghost refuses, the explanation says why; NotImplementedError
         with `micro_batch`, which only ghost takes.
     """
-    problem, parts = pose(model, batch, meta_batch, loss_fn, params, "reuse"), WHOLE
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
+    parts = WHOLE
     if micro_batch is not None and several_parts(problem, "auto", micro_batch):
         problem, parts = _largest_part(problem, micro_batch)
     state = random_state()

@@ -38,7 +38,7 @@ def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_
     rule.require_usable(parameters)
 
     def along(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return rule.step({name: parameters[name] for name in v}, {}).pulled_back(dict(v))
+        return rule.origin({name: parameters[name] for name in v}).pulled_back(dict(v))
 
     return along
 

@@ -30,14 +30,18 @@ def hand_over(
     optimizer: torch.optim.Optimizer | None,
     accumulate: bool,
 ) -> None:
-    """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer.
+    """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer. Who has
+    none in it has none afterwards, or what was there.
 
     Where the optimizer or a hook of its own raises, `.grad` is as before. Parameters and state that the optimizer has
     moved by then stay moved: only a copy of all of them, made before every step, could put them back.
     """
     own, before = separate(gradient, trainable), {p: p.grad for p in trainable.values()}
     for name, p in trainable.items():
-        p.grad = _sum(p.grad, own[name]) if accumulate and p.grad is not None else own[name]
+        if not accumulate or p.grad is None:
+            p.grad = own.get(name)
+        elif name in own:
+            p.grad = _sum(p.grad, own[name])
     if optimizer is not None:
         try:
             optimizer.step()

@@ -43,6 +43,7 @@ def metabalance_step(
     optimizer: torch.optim.Optimizer | None = None,
     params: Any = None,
     accumulate: bool = False,
+    allow_unused: bool = False,
 ) -> MetaBalanceResult:
     """Gradient of the outer loss through one inner step, with respect to where that step began.
 
@@ -53,7 +54,7 @@ def metabalance_step(
     `accumulate=True` and `scale=1/pairs` and no graph outlives a call; pass `optimizer` with the last pair.
 
     Args:
-        inner_batch, outer_batch, loss_fn, optimizer, accumulate: batches and the rest as for `l2rw_step`.
+        inner_batch, outer_batch, loss_fn, optimizer, accumulate, allow_unused: batches and the rest as for `l2rw_step`.
         inner_lr: learning rate of the inner step.
         order: 2 is the gradient as the paper defines it; 1 leaves out the Hessian term, as the authors' released code
             does.
@@ -81,7 +82,7 @@ def metabalance_step(
     for name, value in (("inner_lr", inner_lr), ("leak", leak), ("scale", scale)):
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
-    problem = pose(model, inner_batch, outer_batch, loss_fn, params, "reuse")
+    problem = pose(model, inner_batch, outer_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model, problem.writes):
         with gradients_aside(problem.trainable.values()):

@@ -62,6 +62,7 @@ def mlc_step(
     optimizer: torch.optim.Optimizer | None = None,
     params: Any = None,
     accumulate: bool = False,
+    allow_unused: bool = False,
 ) -> CorrectionResult:
     """One step of meta label correction: virtual step on proposed labels, step of the label net, real step.
 
@@ -85,7 +86,7 @@ def mlc_step(
             gamma = <(1 - J) g_meta(theta^), g_meta(theta)> / |g_meta(theta)|^2, J the diagonal d update/d gradient: the
             Hessian of L is taken as the identity, which is the method's own approximation.
         logits_fn: as for `logit_tangents`.
-        optimizer, accumulate: as for `l2rw_step`.
+        optimizer, accumulate, allow_unused: as for `l2rw_step`.
 
     Returns: `CorrectionResult(labels [n, C], tangents [n, C], losses [n], meta_loss [], carry, engine)`.
 
@@ -95,7 +96,7 @@ def mlc_step(
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """
     require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer", model)
-    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     rule.require_usable(problem.chosen)

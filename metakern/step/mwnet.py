@@ -54,6 +54,7 @@ def mwnet_step(
     params: Any = None,
     accumulate: bool = False,
     memory: str = "reuse",
+    allow_unused: bool = False,
 ) -> MetaStepResult:
     """One step of the weight-net family: virtual step, step of the weight net, real step with the new weights.
 
@@ -67,8 +68,8 @@ def mwnet_step(
 
     Args:
         weight_net: called as `weight_net(losses [n, 1], *features)`, returns weights [n] or [n, 1].
-        batch, meta_batch, loss_fn, optimizer, engine, params, accumulate, memory: as for `l2rw_step`. `params` are
-            those that the virtual step moves.
+        batch, meta_batch, loss_fn, optimizer, engine, params, accumulate, memory, allow_unused: as for `l2rw_step`.
+            `params` are those that the virtual step moves.
         weight_optimizer: steps with the meta-gradient. None leaves that in the weight net's `.grad`, and the real
             step then uses the weights of the present phi.
         virtual_lr: learning rate of the virtual step; None takes that of `optimizer`, group by group.
@@ -86,7 +87,7 @@ def mwnet_step(
     Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, equations 3 to 7.
     """
     require_weight_net(weight_net, weight_optimizer, normalise, model)
-    problem = pose(model, batch, meta_batch, loss_fn, params, memory)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory, allow_unused=allow_unused)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     if update_weight_net:

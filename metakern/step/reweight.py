@@ -31,6 +31,7 @@ def grad_dots(
     micro_batch: int | None = None,
     batchnorm: str = "exact",
     dot_precision: str = "same",
+    allow_unused: bool = False,
     pairwise: bool = False,
 ) -> Dots:
     """Dot product of each example's gradient with the meta gradient; only the random state moves on, and what modules
@@ -50,7 +51,7 @@ def grad_dots(
     Source of the pairwise dots: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS
         2020, section 3: times the learning rate, and summed over checkpoints, they are TracInCP.
     """
-    problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision, allow_unused)
     aside = gradients_aside(problem.trainable.values())
     with unchanged_on_error(model, problem.writes) as start, unchanged_buffers(model), aside:
         if pairwise:
@@ -79,6 +80,7 @@ def reweight_step(
     batchnorm: str = "exact",
     dot_precision: str = "same",
     process_group: Any = None,
+    allow_unused: bool = False,
 ) -> StepResult:
     """One re-weighted step with any rule from dots to weights.
 
@@ -93,7 +95,7 @@ def reweight_step(
     Raises: as `l2rw_step`; ValueError if the rule does not return one weight per example.
     """
     function = weight_rule(rule)
-    problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision)
+    problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision, allow_unused)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model, problem.writes) as start:
         with gradients_aside(problem.trainable.values()):
@@ -124,6 +126,7 @@ def l2rw_step(
     batchnorm: str = "exact",
     dot_precision: str = "same",
     process_group: Any = None,
+    allow_unused: bool = False,
 ) -> StepResult:
     """One step of learning to re-weight examples: keep what agrees with a small clean meta batch, drop the rest.
 
@@ -158,6 +161,9 @@ def l2rw_step(
             dots, which only decide the weights; the gradient for those weights stays as it is. "same" rounds nothing.
             Where "auto" takes another engine its dots are exact. Effect and cost: docs/numerics.md.
         process_group: weights normalised, and gradients summed, over the ranks of a torch.distributed group.
+        allow_unused: trainable parameters that the losses of this batch do not depend on (a pooler that is not asked, a
+            dropped layer, an expert without tokens) are no error: they count nothing in the dots and are left without
+            a gradient, as by a backward pass. Excludes `process_group`.
 
     Returns:
         `StepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`.
@@ -184,4 +190,5 @@ def l2rw_step(
         batchnorm=batchnorm,
         dot_precision=dot_precision,
         process_group=process_group,
+        allow_unused=allow_unused,
     )

@@ -175,15 +175,18 @@ class VirtualRule:
 
     @torch.no_grad()
     def step(self, chosen: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> VirtualStep:
-        """theta^ and J; neither parameters nor optimizer are changed. A missing gradient is zero."""
+        """theta^ and J of those that have a gradient, since an optimizer passes over the others; neither parameters nor
+        optimizer are changed.
+        """
         groups = self._groups()
         parameters: dict[str, Tensor] = {}
         jacobian: dict[str, Diagonal] = {}
         for name, p in chosen.items():
+            if name not in gradient:
+                continue
             group = groups.get(id(p), {})
             state = {} if self.optimizer is None else self.optimizer.state.get(p, {})
-            grad = gradient[name] if name in gradient else torch.zeros_like(p)
-            grad = grad.to_dense() if grad.is_sparse else grad
+            grad = gradient[name].to_dense() if gradient[name].is_sparse else gradient[name]
             parameters[name], jacobian[name] = _RULES[self.name].function(
                 p.detach(), grad, self._rate(group), group, state
             )
@@ -192,7 +195,7 @@ class VirtualRule:
     def origin(self, chosen: Mapping[str, nn.Parameter]) -> VirtualStep:
         """theta^ at gradient zero, from where an affine rule moves by -J times the gradient; theta itself for "sgd"."""
         if self.name != "sgd":
-            return self.step(chosen, {})
+            return self.step(chosen, {name: p.new_zeros(()).expand_as(p) for name, p in chosen.items()})
         groups = self._groups()
         return VirtualStep(dict(chosen), {name: self._rate(groups.get(id(p), {})) for name, p in chosen.items()})
 

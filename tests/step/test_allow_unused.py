@@ -1,0 +1,172 @@
+"""`allow_unused`: parameters that took no part are no error, and all else is as if they were frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metakern
+from metakern.testing import inputs
+from metakern.testing.judge import Snapshot
+
+ENGINES = pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
+
+
+class Dropped(nn.Module):
+    """Of three layers one is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 3)
+        self.dropped = 1
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, layer in enumerate(self.layers):
+            x = x if k == self.dropped else torch.tanh(layer(x))
+        return self.head(x)
+
+
+def batches() -> Any:
+    return inputs.pair(6, 3, 4, classes=3)
+
+
+def weight_net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid()).double()
+
+
+class LabelNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.logits = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+
+    def forward(self, targets: Tensor) -> Tensor:
+        return torch.softmax(self.logits[targets], 1)
+
+
+def mwnet(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Any:
+    net = weight_net()
+    rates = torch.optim.Adam(net.parameters(), 0.1)
+    rest = {"virtual_lr": None, "virtual": "momentum", "optimizer": optimizer, "weight_optimizer": rates}
+    return metakern.mwnet_step(model, net, *batches(), **rest, **settings)
+
+
+def mlc(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Any:
+    net = LabelNet()
+    rates = torch.optim.Adam(net.parameters(), 0.1)
+    rest = {"virtual_lr": None, "virtual": "momentum", "optimizer": optimizer, "label_optimizer": rates}
+    return metakern.mlc_step(model, net, *batches(), **rest, **settings)
+
+
+def metabalance(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Any:
+    return metakern.metabalance_step(model, *batches(), inner_lr=0.1, optimizer=optimizer, **settings)
+
+
+def l2rw(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Any:
+    return metakern.l2rw_step(model, *batches(), optimizer=optimizer, **settings)
+
+
+STEPS = {
+    **{f"l2rw {engine}": (l2rw, {"engine": engine}) for engine in ("ghost", "jvp", "double_backward")},
+    "l2rw two passes": (l2rw, {"memory": "two_pass"}),
+    "l2rw by parts": (l2rw, {"micro_batch": 2}),
+    **{f"mwnet {engine}": (mwnet, {"engine": engine}) for engine in ("ghost", "jvp", "double_backward")},
+    "mwnet without learning": (mwnet, {"update_weight_net": False}),
+    "mlc": (mlc, {}),
+    "mlc fused": (mlc, {"fused": True}),
+    "metabalance": (metabalance, {}),
+}
+
+
+def trained(taken: Callable[..., Any], steps: int, frozen: bool, **settings: Any) -> tuple[Dropped, list[Any]]:
+    """After some steps with every layer, and then without one of them."""
+    model = Dropped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model.dropped = 3
+    taken(model, optimizer, **settings)
+    model.dropped = 1
+    model.zero_grad()
+    if frozen:
+        model.layers[1].requires_grad_(False)
+    more = {} if frozen else {"allow_unused": True}
+    return model, [taken(model, optimizer, **settings, **more) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_as_if_frozen(name: str) -> None:
+    taken, settings = STEPS[name]
+    model, found = trained(taken, 3, frozen=False, **settings)
+    want_model, want = trained(taken, 3, frozen=True, **settings)
+    for one, other in zip(found, want, strict=True):
+        for got, expected in zip(one, other, strict=True):
+            assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
+    for (parameter, p), q in zip(model.named_parameters(), want_model.parameters(), strict=True):
+        assert torch.equal(p, q), parameter
+    assert all(p.grad is None for p in model.layers[1].parameters())
+
+
+@ENGINES
+def test_gradients_that_are_there_stay_with_accumulate(engine: str) -> None:
+    model = Dropped()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    metakern.l2rw_step(model, *batches(), engine=engine, accumulate=True, allow_unused=True)
+    assert all(p.grad is not None and bool((p.grad == 1).all()) for p in model.layers[1].parameters())
+    assert not bool((model.head.weight.grad == 1).all())  # pyright: ignore
+    metakern.l2rw_step(model, *batches(), engine=engine, allow_unused=True)
+    assert all(p.grad is None for p in model.layers[1].parameters())
+
+
+def test_dots_alone_a_plan_and_a_check() -> None:
+    model, frozen = Dropped(), Dropped()
+    frozen.layers[1].requires_grad_(False)
+    for pairwise in (False, True):
+        found = metakern.grad_dots(model, *batches(), pairwise=pairwise, allow_unused=True)
+        assert torch.equal(found.dots, metakern.grad_dots(frozen, *batches(), pairwise=pairwise).dots)
+    plan = metakern.plan(model, *batches(), allow_unused=True)
+    assert len(plan.uses) == len(metakern.plan(frozen, *batches()).uses)
+    assert metakern.check(model, *batches(), allow_unused=True).ok
+
+
+def test_is_an_error_unless_allowed() -> None:
+    model = Dropped()
+    before = Snapshot.of(model)
+    for step in (metakern.grad_dots, metakern.l2rw_step, metakern.plan, metakern.check):
+        with pytest.raises(ValueError, match=r"'layers\.1\.weight'.*took no part|did not take part.*allow_unused"):
+            step(model, *batches())
+    with pytest.raises(ValueError, match="process_group"):
+        metakern.l2rw_step(model, *batches(), allow_unused=True, process_group=object())
+    before.assert_unchanged(model)
+
+
+def test_uses_out_of_sight_are_still_refused() -> None:
+    """A parameter that takes part where tracing does not see it is not an unused one."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x * w
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+            x, w = ctx.saved_tensors
+            return grad * w, (grad * x).sum(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Custom.apply(x, self.scale))
+
+    with pytest.raises(NotImplementedError, match="scale"):
+        metakern.l2rw_step(Model().double(), *batches(), engine="ghost", allow_unused=True)
