@@ -75,8 +75,8 @@ class Problem:
             raise ValueError(
                 f"parameter '{missing[0]}' (of module '{owner}') did not take part in the losses of batch"
                 + (f", nor did {len(missing) - 1} more" if missing[1:] else "")
-                + "; freeze it with requires_grad_(False), make the forward pass use it, or say allow_unused=True, which "
-                "leaves it without a gradient"
+                + "; freeze it with requires_grad_(False), make the forward pass use it, or let it go without a "
+                "gradient by allow_unused=True"
             )
 
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -68,15 +68,15 @@ def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
     for k, tensor in noted:
         saved[k].append(sizes([tensor], before))
     return KeptPass(
-        saved,
-        [sizes(inputs_of(use.call), before) for use in uses],
-        [_output_bytes(use) for use in uses],
-        [rule_for(use.call).by_example for use in uses],
-        [sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
-        [{owners.get(_place(p), id(p)): bytes_of(p) for _, p in use.call.parameters} for use in uses],
-        [_transposed(use.call, owners) for use in uses],
-        [use.call.name in _WITHIN for use in uses],
-        _loss_gradients(uses, [tensor for k, tensor in noted if k == len(uses)]),
+        saved=saved,
+        inputs=[sizes(inputs_of(use.call), before) for use in uses],
+        outputs=[_output_bytes(use) for use in uses],
+        by_example=[rule_for(use.call).by_example for use in uses],
+        downwards=[sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
+        parameters=[{owners.get(_place(p), id(p)): bytes_of(p) for _, p in use.call.parameters} for use in uses],
+        views=[_transposed(use.call, owners) for use in uses],
+        within=[use.call.name in _WITHIN for use in uses],
+        loss=_loss_gradients(uses, [tensor for k, tensor in noted if k == len(uses)]),
     )
 
 

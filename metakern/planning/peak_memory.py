@@ -95,13 +95,12 @@ def _times(parts: float, kept: KeptPass) -> KeptPass:
     def grown(found: Sizes) -> Sizes:
         return {key: round(parts * size) for key, size in found.items()}
 
-    return KeptPass(
-        [list(map(grown, some)) for some in kept.saved],
-        list(map(grown, kept.inputs)),
-        [round(parts * size) for size in kept.outputs],
-        kept.by_example,
-        [round(parts * size) for size in kept.downwards],
-        *(kept.parameters, kept.views, kept.within, round(parts * kept.loss)),
+    return kept._replace(
+        saved=[list(map(grown, some)) for some in kept.saved],
+        inputs=list(map(grown, kept.inputs)),
+        outputs=[round(parts * size) for size in kept.outputs],
+        downwards=[round(parts * size) for size in kept.downwards],
+        loss=round(parts * kept.loss),
     )
 
 
