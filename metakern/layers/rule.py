@@ -37,7 +37,7 @@ class LayerRule:
     matrices(record, n)          -> A[n,t,i], B[n,t,o] when the use is a matrix product with its weight
     per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
                                     else None
-    by_example                   the other answers are made of these in any case, so that A and B need not be kept
+    by_example                   form these in any pass, as B comes by, so that A and B need not be kept
     """
 
     applies: Callable[[Call], bool]

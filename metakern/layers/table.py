@@ -13,7 +13,18 @@ from metakern.capture.module_call import ModuleCall
 from metakern.capture.record import Call
 from metakern.capture.trace import ADDITIONS
 from metakern.capture.whole_modules import REGISTERED
-from metakern.layers import addition, bag, convolution, embedding, generic, linear, matrix_product, norm, per_example
+from metakern.layers import (
+    addition,
+    bag,
+    convolution,
+    embedding,
+    generic,
+    linear,
+    matrix_product,
+    norm,
+    per_example,
+    scale,
+)
 from metakern.layers.rule import LayerRule
 
 _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
@@ -25,6 +36,7 @@ _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
     F.embedding: embedding.RULE,
     F.embedding_bag: bag.RULE,
     **{function: norm.RULE for function in norm.NORMS},
+    **dict.fromkeys(scale.PRODUCTS, scale.RULE),
 }
 
 

@@ -113,7 +113,7 @@ def _by_ghost(problem: Problem, parts: _Parts) -> Explanation:
     costs = tuple(_times(cost, parts.train) for cost in _costs(problem, train, forms, v))
     forward, backward, meta_passes, _ = pass_counts.by_ghost(problem, meta, pairs=parts is WHOLE)
     passes = Passes(round(parts.train * forward), round(parts.train * backward), round(parts.meta * meta_passes))
-    return Explanation("ghost", "", costs, passes, _memory(problem, forms, parts), parts.size)
+    return Explanation("ghost", "", costs, passes, _memory(problem, forms, parts, _folded(train)), parts.size)
 
 
 def _times(cost: UseCost, parts: float) -> UseCost:
@@ -143,11 +143,16 @@ def _not_seen(error: RuntimeError) -> None:
         raise error
 
 
-def _memory(problem: Problem, forms: _Forms, parts: _Parts) -> Memory | None:
+def _folded(train: Recorded) -> set[int]:
+    """Uses of which gradients of single examples are kept in place of A and B."""
+    return {k for k, use in enumerate(train.trace.uses) if isinstance(use.call.func, Folded)}
+
+
+def _memory(problem: Problem, forms: _Forms, parts: _Parts, folded: set[int]) -> Memory | None:
     """The peaks of a step; None where the model forbids to see what its graph keeps."""
     try:
-        train = kept_pass(problem, problem.batch, "batch")
-        meta = kept_pass(problem, problem.meta_batch, "meta_batch")
+        train = kept_pass(problem, problem.batch, "batch", folded)
+        meta = kept_pass(problem, problem.meta_batch, "meta_batch", folded)
     except RuntimeError as error:
         return _not_seen(error)
     paired = forms.paired

@@ -16,7 +16,6 @@ from metakern.capture.record import Call, Use
 from metakern.capture.trace import Tracer, tensor_arguments
 from metakern.capture.whole_modules import registered_modules_as_wholes
 from metakern.engines.problem import Problem
-from metakern.layers.table import rule_for
 
 _WITHIN = frozenset("linear matmul __matmul__ mm addmm".split())
 """Products with a weight: what other uses have given is added to within the product (`layers/linear.py`)."""
@@ -49,9 +48,11 @@ class KeptPass(NamedTuple):
         return sum(total(self.inputs[k] for k in uses).values()) + sum(self.outputs[k] for k in uses)
 
 
-def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
+def kept_pass(problem: Problem, batch: Any, argument: str, folded: Collection[int] = ()) -> KeptPass:
     """Trace a batch as `trace_batch` does, and note what the graph of its losses keeps.
 
+    Args:
+        folded: uses of which gradients of single examples are kept in place of A and B.
     Raises: RuntimeError where the model differentiates by torch.func, which forbids to look.
     """
     tracer, noted = Tracer(problem.trainable.values(), constants_of(problem.model)), list[tuple[int, Tensor]]()
@@ -71,7 +72,7 @@ def kept_pass(problem: Problem, batch: Any, argument: str) -> KeptPass:
         saved=saved,
         inputs=[sizes(inputs_of(use.call), before) for use in uses],
         outputs=[_output_bytes(use) for use in uses],
-        by_example=[rule_for(use.call).by_example for use in uses],
+        by_example=[k in folded for k in range(len(uses))],
         downwards=[sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
         parameters=[{owners.get(_place(p), id(p)): bytes_of(p) for _, p in use.call.parameters} for use in uses],
         views=[_transposed(use.call, owners) for use in uses],

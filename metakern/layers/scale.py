@@ -1,0 +1,49 @@
+"""Y = x * s entry by entry, with s broadcast: LayerScale, gates, normalisations written by hand (RMSNorm of LLMs).
+
+Where s is small beside an example's part of Y, gradients of single examples are formed as B comes by, and x and B are
+let go: G_n = sum of B_n * x_n over all that s is broadcast along. Otherwise this is any differentiable call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metakern.capture.record import Call, Record
+from metakern.layers import generic
+from metakern.layers.rule import Gradients, LayerRule
+
+PRODUCTS = (
+    *(torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply),
+    *(torch.Tensor.__mul__, torch.Tensor.__rmul__),
+)
+SMALL = 4
+"""How many times as large as all its gradients of single examples the output must be."""
+
+
+def _applies(call: Call) -> bool:
+    strided = (isinstance(factor, Tensor) and factor.layout == torch.strided for factor in _factors(call))
+    return len(call.parameters) == 1 and all(strided)
+
+
+def _factors(call: Call) -> tuple[object, object]:
+    return call.argument(0, "input"), call.argument(1, "other")
+
+
+def per_example(record: Record, examples: int) -> Gradients | None:
+    """G_n by the parameter, [n, its entries]; None where it is not small, or has entries for different examples."""
+    ((_, scale),) = record.call.parameters
+    first, second = _factors(record.call)
+    x, grad, axis = second if first is scale else first, record.output_grad, record.axes[0]
+    assert isinstance(x, Tensor)
+    sizes = (*(1 for _ in range(grad.dim() - scale.dim())), *scale.shape)
+    if SMALL * scale.numel() * examples > grad.numel() or sizes[axis.dim] != 1:
+        return None
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    product = axis.folded(grad.to(dtype) * x.detach().to(dtype), examples).movedim(axis.dim + 1, 0)
+    # The dimension of the examples has left two factors where it was.
+    summed = [size == 1 for size in (*sizes[: axis.dim], 1, 1, *sizes[axis.dim + 1 :])]
+    return {id(scale): product.sum([d + 1 for d, yes in enumerate(summed) if yes]).reshape(examples, -1)}
+
+
+RULE = LayerRule(_applies, generic.dots, generic.weighted_grads, per_example=per_example, by_example=True)
