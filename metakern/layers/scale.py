@@ -6,6 +6,8 @@ let go: G_n = sum of B_n * x_n over all that s is broadcast along. Otherwise thi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def _applies(call: Call) -> bool:
     return len(call.parameters) == 1 and all(strided)
 
 
-def _factors(call: Call) -> tuple[object, object]:
+def _factors(call: Call) -> tuple[Any, Any]:
     return call.argument(0, "input"), call.argument(1, "other")
 
 
@@ -35,7 +37,6 @@ def per_example(record: Record, examples: int) -> Gradients | None:
     ((_, scale),) = record.call.parameters
     first, second = _factors(record.call)
     x, grad, axis = second if first is scale else first, record.output_grad, record.axes[0]
-    assert isinstance(x, Tensor)
     sizes = (*(1 for _ in range(grad.dim() - scale.dim())), *scale.shape)
     if SMALL * scale.numel() * examples > grad.numel() or sizes[axis.dim] != 1:
         return None
