@@ -155,13 +155,13 @@ class InPassing:
         return weighted_backward(self._problem, losses, weights, keep, only)
 
 
-def recorded(problem: Problem) -> Recorded | InPassing:
-    """The train pass as `problem.memory` asks for it.
+def recorded(problem: Problem, fold: Names = NONE_FOLDED) -> Recorded | InPassing:
+    """The train pass as `problem.memory` asks for it; where it keeps records, those of `fold` as `Recorded.fold` says.
 
     Raises:
         EngineUnavailable: examples interact, or a parameter is used where tracing cannot see it.
     """
-    return InPassing(problem) if problem.memory == "two_pass" else Recorded(problem)
+    return InPassing(problem) if problem.memory == "two_pass" else Recorded(problem, fold)
 
 
 def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:

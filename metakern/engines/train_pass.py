@@ -17,7 +17,7 @@ from metakern.capture.state import PassState, unchanged_on_error
 from metakern.engines import choose, jvp
 from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
-from metakern.engines.recorded import InPassing, Names, Recorded
+from metakern.engines.recorded import Names, recorded
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forms import twice_differentiable
 
@@ -43,9 +43,7 @@ class GhostPass:
     """Dots by the per-use records, see `metakern.engines.recorded`."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        two_pass = problem.memory == "two_pass"
-        self.records = InPassing(problem) if two_pass else Recorded(problem, fold=problem.chosen)
+        self._problem, self.records = problem, recorded(problem, fold=problem.chosen)
         self.losses = self.records.losses
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:

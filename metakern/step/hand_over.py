@@ -30,8 +30,9 @@ def hand_over(
     optimizer: torch.optim.Optimizer | None,
     accumulate: bool,
 ) -> None:
-    """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer. Who has
-    none in it has none afterwards, or what was there.
+    """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer.
+
+    A parameter that it does not name has no gradient afterwards; with `accumulate` it has the one that was there.
 
     Where the optimizer or a hook of its own raises, `.grad` is as before. Parameters and state that the optimizer has
     moved by then stay moved: only a copy of all of them, made before every step, could put them back.
