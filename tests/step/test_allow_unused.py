@@ -139,7 +139,7 @@ def test_is_an_error_unless_allowed() -> None:
     model = Dropped()
     before = Snapshot.of(model)
     for step in (metakern.grad_dots, metakern.l2rw_step, metakern.plan, metakern.check):
-        with pytest.raises(ValueError, match=r"'layers\.1\.weight'.*took no part|did not take part.*allow_unused"):
+        with pytest.raises(ValueError, match=r"'layers\.1\.weight'.*did not take part.*allow_unused"):
             step(model, *batches())
     with pytest.raises(ValueError, match="process_group"):
         metakern.l2rw_step(model, *batches(), allow_unused=True, process_group=object())
