@@ -13,6 +13,7 @@ import metakern
 from metakern.step.label_net import LabelNet
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
+from tests.step.awkward import Failing, Worn, drawing_model
 from tests.step.virtual_reference import MODELS, assert_same, close, make, twin
 
 # What inductor does to a program but the code: in-place writes become values, views are followed.
@@ -154,10 +155,7 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_draws_and_running_statistics_of_model_and_label_net(fused: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 3)
-    ).double()
+    model = drawing_model()
     net = Noisy().double()
     other, other_net = twin(model), twin(net)
     given = {"virtual_lr": 0.2, "fused": fused}
@@ -186,19 +184,6 @@ class Shifting(nn.Module):
     def forward(self, targets: Tensor) -> Tensor:
         found = self.net(targets) * (1 + (self.bias > 500))
         return found if bool(self.bias < 50) else found.flip(1)
-
-
-class Worn(torch.optim.SGD):
-    """Its steps move the bias by a lot."""
-
-    def __init__(self, net: Shifting, by: float) -> None:
-        super().__init__(net.parameters(), lr=0.01)
-        self.bias, self.by = net.bias, by
-
-    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().step()
-        with torch.no_grad():
-            self.bias.add_(self.by)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -238,10 +223,6 @@ def test_failures_leave_no_trace() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_optimizer_that_fails_leaves_no_trace(fused: bool) -> None:
-    class Failing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            raise OSError("no step today")
-
     model, batch, meta_batch = make("batch-norm")
     model = nn.Sequential(model, nn.Dropout(0.5), nn.Linear(3, 3).double())
     net = label_net(0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import metakern
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
+from tests.step.awkward import Failing, Worn, drawing_model
 from tests.step.virtual_reference import MODELS, WeightNet, assert_same, close, make, twin
 
 # What inductor does to a program but the code: in-place writes become values, views are followed.
@@ -138,10 +139,7 @@ class Noisy(nn.Module):
 
 
 def test_draws_and_running_statistics_of_model_and_weight_net() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 3)
-    ).double()
+    model = drawing_model()
     net = Noisy().double()
     other, other_net = twin(model), twin(net)
     _, batch, meta_batch = make("mlp")
@@ -172,19 +170,6 @@ class Picky(nn.Module):
         return found if bool((losses < 50).all()) else found.square()
 
 
-class Worn(torch.optim.SGD):
-    """Its steps leave the first bias so large that the weight net takes another branch."""
-
-    def __init__(self, net: nn.Module, bias: nn.Parameter) -> None:
-        super().__init__(net.parameters(), lr=0.01)
-        self.bias = bias
-
-    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().step()
-        with torch.no_grad():
-            self.bias.add_(100)
-
-
 class Branching(nn.Module):
     """Another function of its weights once its bias is large."""
 
@@ -203,7 +188,7 @@ def test_another_branch_is_taken_uncompiled(late: bool) -> None:
     model, batch, meta_batch = make("mlp")
     net = Branching() if late else Picky()
     other, other_net = twin(model), twin(net)
-    optimizers = [Worn(n, n.bias) if late else adam(n) for n in (net, other_net)]  # type: ignore[arg-type]
+    optimizers = [Worn(n, 100.0) if late else adam(n) for n in (net, other_net)]
     step = compile_mwnet_step(model, net, batch, meta_batch, weight_optimizer=optimizers[0], virtual_lr=0.1)
     batch = (100 * batch[0], batch[1]) if not late else batch
     got = step(batch, meta_batch)
@@ -245,10 +230,6 @@ def test_failures_leave_no_trace() -> None:
 
 
 def test_an_optimizer_that_fails_leaves_no_trace() -> None:
-    class Failing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            raise OSError("no step today")
-
     model, batch, meta_batch = make("batch-norm")
     net = weight_net()
     optimizer, weight_optimizer = Failing(model.parameters(), lr=0.1), adam(net)
