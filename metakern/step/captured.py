@@ -37,7 +37,7 @@ class CapturedStep:
         self,
         replay: Callable[[], None],
         batches: OwnBatches,
-        gradient: Mapping[nn.Parameter, Tensor],
+        gradient: Mapping[nn.Parameter, Tensor | None],
         result: StepResult,
         granted: Callable[[], Granted],
     ) -> None:
@@ -53,7 +53,7 @@ class CapturedStep:
         self._known.require(self._granted())
         self._batches.take(batch, meta_batch)
         self._replay()
-        for parameter, grad in self._gradient.items():  # zero_grad may have taken it away
+        for parameter, grad in self._gradient.items():  # zero_grad may have taken it away, or a backward pass left one
             parameter.grad = grad
         weights, dots, losses, meta_loss, engine = self._result
         return StepResult(weights.clone(), dots.clone(), losses.clone(), meta_loss.clone(), engine)
@@ -70,6 +70,7 @@ def capture_step(
     engine: str = "auto",
     params: Any = None,
     memory: str = "reuse",
+    allow_unused: bool = False,
 ) -> CapturedStep:
     """Capture `reweight_step` into a CUDA graph; parameters, optimizer, buffers and random state stay as they are.
 
@@ -103,6 +104,7 @@ def capture_step(
             engine=engine,
             params=params,
             memory=memory,
+            allow_unused=allow_unused,
             optimizer=optimizer,
         )
 
@@ -119,7 +121,7 @@ def capture_step(
                     result = step(optimizer)
             except RuntimeError as error:
                 raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
-        gradient = {p: p.grad for p in trainable.values() if p.grad is not None}
+        gradient = {p: p.grad for p in trainable.values()}
     return CapturedStep(graph.replay, batches, gradient, result, granted)
 
 

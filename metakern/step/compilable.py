@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -103,11 +103,6 @@ def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
                 "a program of the step gives other values than the step, so the pass looks at something that changes "
                 "from call to call, as a clock does; take the step uncompiled"
             )
-
-
-def gradients_of(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The gradients that a step has left, by name."""
-    return {name: p.grad for name, p in trainable.items() if p.grad is not None}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ The step is traced down to torch's own operators (both passes, dots, weights, we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
 from metakern.step.captured import gradients_as_before
-from metakern.step.compilable import Found, gradients_of
+from metakern.step.compilable import Found
 from metakern.step.granted import Granted
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.own_batches import OwnBatches
@@ -34,12 +34,14 @@ class CompiledStep:
     def __init__(
         self,
         program: StepProgram,
-        model: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        names: Sequence[str],
         optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[..., StepResult],
     ) -> None:
         self._program, self._optimizer, self._uncompiled = program, optimizer, uncompiled
-        self._trainable = trainable_parameters(model)
+        self._trainable = trainable
+        self._names = names  # of the parameters that the program has a gradient of
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` takes it.
@@ -59,8 +61,8 @@ class CompiledStep:
 
     def _taken(self, batch: Any, meta_batch: Any, accumulate: bool) -> StepResult:
         found = next(self._program.run(batch, meta_batch))
-        weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._trainable)]
-        hand_over(self._trainable, dict(zip(self._trainable, gradient)), self._optimizer, accumulate)
+        weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._names)]
+        hand_over(self._trainable, dict(zip(self._names, gradient)), self._optimizer, accumulate)
         self._program.settle(found)
         return StepResult(weights, dots, losses, meta_loss, self._program.engine)
 
@@ -76,6 +78,7 @@ def compile_step(
     engine: str = "auto",
     params: Any = None,
     dot_precision: str = "same",
+    allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledStep:
     """Compile `reweight_step` into one program; parameters, gradients, buffers and random state stay as they are.
@@ -103,6 +106,7 @@ def compile_step(
     trainable = trainable_parameters(model)
     require_optimizer(optimizer, trainable)
     batches = OwnBatches(batch=batch, meta_batch=meta_batch)
+    names: list[str] = []  # of the parameters that take part
 
     def take(batch: Any, meta_batch: Any, engine: str = engine, **settings: Any) -> StepResult:
         return reweight_step(
@@ -114,12 +118,15 @@ def compile_step(
             engine=engine,
             params=params,
             dot_precision=dot_precision,
+            allow_unused=allow_unused,
             **settings,
         )
 
     def parts(given: list[Any], numbers: Sequence[Tensor], engine: str) -> Iterator[Found]:
         *result, used = take(given[0], given[1], engine)
-        yield Found(used, [*result, *gradients_of(trainable).values()])
+        gradient = {name: p.grad for name, p in trainable.items() if p.grad is not None}
+        names[:] = gradient
+        yield Found(used, [*result, *gradient.values()])
 
     def granted() -> Granted:
         return Granted(model, loss_fn, rule)
@@ -131,4 +138,4 @@ def compile_step(
     def uncompiled(*given: Any, accumulate: bool) -> StepResult:
         return take(*given, optimizer=optimizer, accumulate=accumulate)
 
-    return CompiledStep(program, model, optimizer, uncompiled)
+    return CompiledStep(program, trainable, names, optimizer, uncompiled)

@@ -107,6 +107,7 @@ def compile_mlc_step(
     logits_fn: LogitsFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     params: Any = None,
+    allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledCorrectionStep:
     """Compile `mlc_step`; model, label net, gradients, buffers and random state stay as they are.
@@ -139,11 +140,11 @@ def compile_mlc_step(
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """
     require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer", model)
-    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     rule.require_usable(problem.chosen)
-    require_compilable(rule, problem.chosen, "mlc_step")
+    require_compilable(rule, "mlc_step")
     asked = features if are_asked_for(features) else None
     batches = OwnBatches(
         batch=batch, meta_batch=meta_batch, features=features if asked is None else None, clean_batch=clean_batch
@@ -156,10 +157,10 @@ def compile_mlc_step(
             gamma = [] if found.gamma is None else [found.gamma]
             yield Half(engine, [found.tangents, found.meta_loss, *gamma], found.gradient)
             labels, gradient = train.corrected() if again else (found.labels, found.virtual)
-            ordered = {name: gradient[name] for name in problem.trainable}
-            yield Half(engine, [labels, train.losses(labels).detach()], ordered)
+            yield Half(engine, [labels, train.losses(labels).detach()], gradient)
 
-        step = TwoParts(model, optimizer, label_net, label_optimizer, rule, loss_fn, params, asked, [logits_fn], halves)
+        own = model, optimizer, label_net, label_optimizer, rule, loss_fn, params, allow_unused
+        step = TwoParts(*own, asked, [logits_fn], halves)
         return CompiledParts(step, batches, "jvp", backend)
 
     programs = {True: program(again=not fused)}
@@ -177,5 +178,6 @@ def compile_mlc_step(
         logits_fn=logits_fn,
         optimizer=optimizer,
         params=params,
+        allow_unused=allow_unused,
     )
     return CompiledCorrectionStep(programs, partial(step_meta_network, label_net, label_optimizer), uncompiled)

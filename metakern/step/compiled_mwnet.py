@@ -72,6 +72,7 @@ def compile_mwnet_step(
     optimizer: torch.optim.Optimizer | None = None,
     engine: str = "auto",
     params: Any = None,
+    allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledMetaStep:
     """Compile `mwnet_step`; model, weight net, gradients, buffers and random state stay as they are.
@@ -96,11 +97,11 @@ def compile_mwnet_step(
         The others: as `mwnet_step`.
     """
     require_weight_net(weight_net, weight_optimizer, normalise, model)
-    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     rule.require_usable(problem.chosen)
-    require_compilable(rule, problem.chosen, "mwnet_step")
+    require_compilable(rule, "mwnet_step")
     asked = features if are_asked_for(features) else None
     weighting = Weighting(weight_net, normalise, detach_losses)
 
@@ -109,8 +110,7 @@ def compile_mwnet_step(
         train, used, dots, meta_loss, gradient = meta_gradient(problem, weighting, given, rule, engine)
         yield Half(used, [dots, meta_loss], gradient)
         weights = weighting.weights(train.losses, given.values)
-        weighted = train.weighted_gradient(weights)
-        yield Half(used, [weights, train.losses], {name: weighted[name] for name in problem.trainable})
+        yield Half(used, [weights, train.losses], train.weighted_gradient(weights))
 
     uncompiled = partial(
         mwnet_step,
@@ -125,7 +125,9 @@ def compile_mwnet_step(
         optimizer=optimizer,
         engine=engine,
         params=params,
+        allow_unused=allow_unused,
     )
-    step = TwoParts(model, optimizer, weight_net, weight_optimizer, rule, loss_fn, params, asked, [], halves)
+    own = model, optimizer, weight_net, weight_optimizer, rule, loss_fn, params, allow_unused
+    step = TwoParts(*own, asked, [], halves)
     batches = OwnBatches(batch=batch, meta_batch=meta_batch, features=features if asked is None else None)
     return CompiledMetaStep(CompiledParts(step, batches, engine, backend), uncompiled)

@@ -223,10 +223,13 @@ def _require_distributions(labels: Tensor) -> None:
 
 def _discount(problem: Problem, step: VirtualStep, after: Mapping[str, Tensor]) -> Tensor:
     """gamma: how much of an older gradient of the label net survives this step of the model."""
-    _, before = problem.meta_gradient()
-    shared = [name for name in before if name in after]
-    along = torch.stack([((1 - step.jacobian[name]) * after[name] * before[name]).sum() for name in shared]).sum()
-    norm = torch.stack([g.square().sum() for g in before.values()]).sum()
+    meta_loss, before = problem.meta_gradient()
+    along, norm = torch.zeros_like(meta_loss), torch.zeros_like(meta_loss)
+    for name, jacobian in step.jacobian.items():  # of the parameters that it moves
+        if name in before:
+            norm = norm + before[name].square().sum()
+        if name in before and name in after:
+            along = along + ((1 - jacobian) * after[name] * before[name]).sum()
     return along / (norm + (norm == 0))
 
 

@@ -52,6 +52,7 @@ class TwoParts:
     rule: VirtualRule
     loss_fn: LossFunction | None
     params: Any
+    allow_unused: bool
     features: Any  # of the second network: a function, or None where they come with the batches
     functions: Sequence[Any]  # what else it calls beside networks and loss function
     halves: Callable[[Problem, Sequence[Any], VirtualRule, str], Iterator[Half]]
@@ -61,9 +62,14 @@ class TwoParts:
     def parts(self, given: Sequence[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Half]:
         """One after the other; nothing learns between them."""
         batch, meta_batch, *others = self.with_features(given)
-        problem = pose(self.model, batch, meta_batch, self.loss_fn, self.params, "reuse")
+        posed = self.model, batch, meta_batch, self.loss_fn, self.params, "reuse"
+        problem = pose(*posed, allow_unused=self.allow_unused)
         with unchanged_on_error(self.model, problem.writes), gradients_aside(problem.trainable.values()):
-            yield from self.halves(problem, others, self.rule.at(rates), engine)
+            halves = self.halves(problem, others, self.rule.at(rates), engine)
+            yield next(halves)
+            second = next(halves)
+            _require_momentum(self.rule, {name: p for name, p in problem.chosen.items() if name in second.gradient})
+            yield second
 
     def with_features(self, given: Sequence[Any]) -> list[Any]:
         """Batch, meta batch, features and what else there is."""
@@ -137,13 +143,17 @@ class CompiledParts:
         return found[:values], dict(zip(keys, found[values:]))
 
 
-def require_compilable(rule: VirtualRule, chosen: Mapping[str, nn.Parameter], uncompiled: str) -> None:
+def require_compilable(rule: VirtualRule, uncompiled: str) -> None:
     """Raise where a virtual step cannot be part of a program; `uncompiled` names the step that takes all of them."""
     if not rule.affine:
         raise EngineUnavailable(f"virtual={rule.name!r} reads the optimizer's count of steps; use {uncompiled}")
+
+
+def _require_momentum(rule: VirtualRule, moved: Mapping[str, nn.Parameter]) -> None:
+    """Raise where there is no momentum yet of a parameter that the virtual step moves: later runs would read some."""
     if rule.reads_state and rule.optimizer is not None:
         held = {id(p): group["momentum"] for group in rule.optimizer.param_groups for p in group["params"]}
-        for name, p in chosen.items():
+        for name, p in moved.items():
             if held[id(p)] and "momentum_buffer" not in rule.optimizer.state.get(p, {}):
                 raise ValueError(
                     f"optimizer has no momentum of parameter '{name}' yet, which virtual={rule.name!r} reads: let it "

@@ -1,11 +1,12 @@
-"""Models and optimizers that a compiled step of two networks must cope with."""
+"""Models and optimizers that a step must cope with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def drawing_model() -> nn.Module:
@@ -32,3 +33,32 @@ class Worn(torch.optim.SGD):
 class Failing(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise OSError("no step today")
+
+
+class Dropped(nn.Module):
+    """Of three layers one is left out: that of `dropped`, or of what `by_size` says for the number of examples."""
+
+    def __init__(self, by_size: Mapping[int, int] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 3)
+        self.dropped, self.by_size = 1, dict(by_size or {})
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.by_size.get(len(x), self.dropped)
+        for k, layer in enumerate(self.layers):
+            x = x if k == dropped else torch.tanh(layer(x))
+        return self.head(x)
+
+
+class TableOfLabels(nn.Module):
+    """A label net with a distribution for each label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.logits = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+
+    def forward(self, targets: Tensor) -> Tensor:
+        return torch.softmax(self.logits[targets], 1)

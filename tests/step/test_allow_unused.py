@@ -12,24 +12,9 @@ from torch import Tensor, nn
 import metakern
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
+from tests.step.awkward import Dropped, TableOfLabels
 
 ENGINES = pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
-
-
-class Dropped(nn.Module):
-    """Of three layers one is left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 3)
-        self.dropped = 1
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for k, layer in enumerate(self.layers):
-            x = x if k == self.dropped else torch.tanh(layer(x))
-        return self.head(x)
 
 
 def batches() -> Any:
@@ -41,16 +26,6 @@ def weight_net() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid()).double()
 
 
-class LabelNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.logits = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
-
-    def forward(self, targets: Tensor) -> Tensor:
-        return torch.softmax(self.logits[targets], 1)
-
-
 def mwnet(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Any:
     net = weight_net()
     rates = torch.optim.Adam(net.parameters(), 0.1)
@@ -59,7 +34,7 @@ def mwnet(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -
 
 
 def mlc(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> Any:
-    net = LabelNet()
+    net = TableOfLabels()
     rates = torch.optim.Adam(net.parameters(), 0.1)
     rest = {"virtual_lr": None, "virtual": "momentum", "optimizer": optimizer, "label_optimizer": rates}
     return metakern.mlc_step(model, net, *batches(), **rest, **settings)
@@ -85,13 +60,19 @@ STEPS = {
 }
 
 
-def trained(taken: Callable[..., Any], steps: int, frozen: bool, **settings: Any) -> tuple[Dropped, list[Any]]:
-    """After some steps with every layer, and then without one of them."""
+ELSEWHERE = [name for name in STEPS if name not in ("l2rw by parts", "metabalance")]
+"""Steps that leave alone what the meta batch alone uses; parts have other sizes, and an outer gradient is one."""
+
+
+def trained(
+    taken: Callable[..., Any], steps: int, frozen: bool, elsewhere: bool = False, **settings: Any
+) -> tuple[Dropped, list[Any]]:
+    """After some steps with every layer, and then without one of them; `elsewhere` the meta batch drops another."""
     model = Dropped()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     model.dropped = 3
     taken(model, optimizer, **settings)
-    model.dropped = 1
+    model.dropped, model.by_size = 1, {3: 2} if elsewhere else {}
     model.zero_grad()
     if frozen:
         model.layers[1].requires_grad_(False)
@@ -99,11 +80,13 @@ def trained(taken: Callable[..., Any], steps: int, frozen: bool, **settings: Any
     return model, [taken(model, optimizer, **settings, **more) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_as_if_frozen(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "elsewhere"), [*((name, False) for name in STEPS), *((name, True) for name in ELSEWHERE)]
+)
+def test_as_if_frozen(name: str, elsewhere: bool) -> None:
     taken, settings = STEPS[name]
-    model, found = trained(taken, 3, frozen=False, **settings)
-    want_model, want = trained(taken, 3, frozen=True, **settings)
+    model, found = trained(taken, 3, frozen=False, elsewhere=elsewhere, **settings)
+    want_model, want = trained(taken, 3, frozen=True, elsewhere=elsewhere, **settings)
     for one, other in zip(found, want, strict=True):
         for got, expected in zip(one, other, strict=True):
             assert torch.equal(got, expected) if isinstance(got, Tensor) else got == expected
@@ -122,6 +105,18 @@ def test_gradients_that_are_there_stay_with_accumulate(engine: str) -> None:
     assert not bool((model.head.weight.grad == 1).all())  # pyright: ignore
     metakern.l2rw_step(model, *batches(), engine=engine, allow_unused=True)
     assert all(p.grad is None for p in model.layers[1].parameters())
+
+
+def test_what_a_label_net_carries_is_as_if_frozen() -> None:
+    carries = []
+    for frozen in (False, True):
+        model, net = Dropped({6: 1, 3: 2}), TableOfLabels()
+        model.layers[1].requires_grad_(not frozen)
+        given = {"label_optimizer": None, "virtual_lr": 0.1, "step_label_net": False, "allow_unused": True}
+        carry = metakern.mlc_step(model, net, *batches(), **given).carry
+        carries.append(metakern.mlc_step(model, net, *batches(), carry=carry, **given).carry)
+    for got, want in zip(carries[0].values(), carries[1].values(), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_dots_alone_a_plan_and_a_check() -> None:
