@@ -13,7 +13,7 @@ from metakern.check import check
 from metakern.planning import explain
 
 
-def check_target(target: str, *, examples: int = 8, explained: bool = False) -> int:
+def check_target(target: str, *, examples: int = 8, explained: bool = False, allow_unused: bool = False) -> int:
     """Print the report of `check` on what `module:function` returns; 0 if exact, 1 if not or if no engine serves.
 
     Raises: ValueError if the target cannot be imported or does not return (model, batch, meta_batch[, loss_fn]).
@@ -21,8 +21,8 @@ def check_target(target: str, *, examples: int = 8, explained: bool = False) -> 
     model, batch, meta_batch, loss_fn = _made(target)
     try:
         if explained:
-            print(explain(model, batch, meta_batch, loss_fn=loss_fn), end="\n\n")
-        report = check(model, batch, meta_batch, loss_fn=loss_fn, examples=examples)
+            print(explain(model, batch, meta_batch, loss_fn=loss_fn, allow_unused=allow_unused), end="\n\n")
+        report = check(model, batch, meta_batch, loss_fn=loss_fn, examples=examples, allow_unused=allow_unused)
     except NotImplementedError as refusal:
         print(f"refused: {refusal}")
         return 1

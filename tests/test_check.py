@@ -104,6 +104,11 @@ def refused():
     tokens = [(torch.randint(9, (n,)), torch.randint(3, (n,))) for n in (6, 3)]
     return (nn.Embedding(9, 3, scale_grad_by_freq=True), *tokens)
 
+def pooled():
+    model, *batches = good()
+    model.register_parameter("pooler", nn.Parameter(torch.ones(3)))
+    return (model, *batches)
+
 def nothing():
     return nn.Linear(4, 3)
 """
@@ -130,6 +135,13 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(linear, "bias_dots", lambda b, direction: torch.zeros(b.shape[0], dtype=b.dtype))
     assert main(["check", "own_models:good"]) == 1
     assert "NOT EXACT" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+def test_command_with_parameters_that_take_no_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "own_models:pooled"]) == 2
+    assert "'pooler'" in capsys.readouterr().err
+    assert main(["check", "own_models:pooled", "--allow-unused", "--explain"]) == 0
 
 
 @pytest.mark.usefixtures("models")

@@ -82,6 +82,7 @@ def _add_check(commands: Any) -> None:
     checked.add_argument("target", metavar="MODULE:FUNCTION", help="returns (model, batch, meta_batch[, loss_fn])")
     checked.add_argument("--examples", type=int, default=8, metavar="X", help="compared (default: %(default)s)")
     checked.add_argument("--explain", action="store_true", help="which rule and form each layer takes, and its cost")
+    checked.add_argument("--allow-unused", action="store_true", help="parameters that take no part are no error")
     checked.set_defaults(command=_check)
 
 
@@ -181,7 +182,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    return check_target(options.target, examples=options.examples, explained=options.explain)
+    given = {"examples": options.examples, "explained": options.explain, "allow_unused": options.allow_unused}
+    return check_target(options.target, **given)
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from metakern.data import NodeTask, Task
 from metakern.testing.networks import resnet
 from metakern.trainers.graph_network import GraphConvolution
 from metakern.trainers.lenet import LeNet, initialise
-from metakern.trainers.pretrained import Encoder, folder_of
+from metakern.trainers.pretrained import Encoder, folder_of, with_unused_frozen
 from metakern.trainers.transformer import Transformer
 
 
@@ -74,7 +74,7 @@ def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if folder is not None:
-            return Encoder(folder, len(task.class_names))
+            return with_unused_frozen(Encoder(folder, len(task.class_names)), task.train.inputs[:1])
         if name in IMAGE_MODELS:
             return _image_network(task, name)
         return _fitting(task, seed) if name is None else _text_network(task)

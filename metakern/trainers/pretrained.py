@@ -95,3 +95,14 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, attention_mask=(tokens != self.padding).long()).logits
+
+
+def with_unused_frozen(encoder: Encoder, tokens: Tensor) -> Encoder:
+    """The encoder, its parameters frozen where the logits of `tokens` do not depend on them: poolers and layers for
+    other tasks, which no training would move.
+    """
+    trainable = [p for p in encoder.parameters() if p.requires_grad]
+    found = torch.autograd.grad(encoder(tokens).sum(), trainable, allow_unused=True)
+    for p, grad in zip(trainable, found, strict=True):
+        p.requires_grad_(grad is not None)
+    return encoder

@@ -101,6 +101,19 @@ def test_a_head_for_other_classes_starts_anew(config, folder, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_classification_does_not_ask_is_frozen(config, folder, tmp_path):
+    """BigBird's pooler, which its classification head passes by."""
+    bigbird = transformers.BigBirdConfig(**{**small().to_dict(), "attention_type": "original_full"})
+    transformers.BigBirdModel(bigbird).save_pretrained(folder)
+    model = network_for(make_task(config), 0, config.model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.bert.pooler.weight", "model.bert.pooler.bias"]
+    assert all(p.grad is None for p in model.parameters())
+    run = train(replace(config, method="l2rw", meta_batch_size=8), tmp_path / "run", progress=False)
+    assert all(map(math.isfinite, read_metrics(run.folder / "metrics.csv")["meta_loss"]))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_head_for_as_many_classes_is_kept(folder):
     transformers.BertForSequenceClassification(small(num_labels=4)).save_pretrained(folder)
     stored = transformers.BertForSequenceClassification.from_pretrained(folder)
