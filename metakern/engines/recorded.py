@@ -106,7 +106,7 @@ class Recorded:
             kept = [part for part in (restricted(record, wanted) for record in kept) if part is not None]
         if not keep:
             self.records, self.trace = [], self.trace.released()
-        records = kept if keep else _let_go(kept)
+        records = reversed(kept) if keep else _let_go(kept)
         asked = self._problem.trainable if only is None else only
         return self._problem.without_unused(weighted_gradients(records, derivations, weights, asked))
 

@@ -1,4 +1,7 @@
-"""Table look-up, torch.nn.functional.embedding: dots_n = sum_t <B_nt, V[a_nt]>; the padding row takes no part."""
+"""Table look-up, torch.nn.functional.embedding: dots_n = sum_t <B_nt, V[a_nt]>; the padding row takes no part.
+
+Where other uses of the table gave a gradient already, as the head does that is tied to it, rows are added to that.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,22 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
         scaled = grad * w[weights.kept].view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
     else:
         scaled = grad * axis.spread(w, grad.shape).to(grad.dtype)
-    rows = weight.shape[0]
-    found = torch.ops.aten.embedding_dense_backward(scaled, indices, rows, _padding(call, rows), False)
+    padding = _padding(call, weight.shape[0])
+    found = weights.taken_to_write(id(weight), scaled.dtype)
+    if found is None:
+        found = torch.ops.aten.embedding_dense_backward(scaled, indices, weight.shape[0], padding, False)
+    else:
+        _add_rows(found, scaled.masked_fill_((indices == padding).unsqueeze(-1), 0.0), indices)
     return {id(weight): found}
 
 
-RULE = LayerRule(_applies, dots, weighted_grads)
+def _add_rows(table: Tensor, rows: Tensor, indices: Tensor) -> None:
+    """In an order that is the same every time: on a CPU that of the rows; elsewhere `index_put_` sorts them."""
+    indices, rows = indices.reshape(-1), rows.reshape(-1, rows.shape[-1])
+    if table.device.type == "cpu":
+        table.index_add_(0, indices, rows)
+    else:
+        table.index_put_((indices,), rows, accumulate=True)
+
+
+RULE = LayerRule(_applies, dots, weighted_grads, fresh=True)

@@ -115,4 +115,4 @@ def _tangent(record: Record, tangents: Tangents, position: int, keyword: str) ->
     return None if parameter is None else tangents.get(id(parameter))
 
 
-RULE = LayerRule(_applies, dots, weighted_grads, matrices, per_example)
+RULE = LayerRule(_applies, dots, weighted_grads, matrices, per_example, fresh=True)

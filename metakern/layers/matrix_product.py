@@ -64,4 +64,4 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     return found
 
 
-RULE = LayerRule(_applies, dots, weighted_grads)
+RULE = LayerRule(_applies, dots, weighted_grads, fresh=True)

@@ -66,5 +66,6 @@ RULE = LayerRule(
     applies=lambda call: True,
     dots=lambda record, tangents, examples: along(record.gradients, tangents),
     weighted_grads=_shaped,
+    fresh=True,
 )
 """Of folded records."""

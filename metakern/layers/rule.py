@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
@@ -21,10 +22,26 @@ class Weights:
     kept: Tensor | None  # indices of the non-zero weights, None when they are not known or all are kept
     # What uses before this one gave, by parameter. A rule may take an entry out, and return its gradient added to that.
     total: Gradients = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)  # parameters whose entry nobody else holds
 
     @property
     def examples(self) -> int:
         return self.values.shape[0]
+
+    def add(self, key: int, grad: Tensor, fresh: bool) -> None:
+        """What one use gave for a parameter."""
+        if key in self.total:
+            grad, fresh = self.total[key] + grad, True
+        self.total[key] = grad
+        (self.own.add if fresh else self.own.discard)(key)
+
+    def taken_to_write(self, key: int, dtype: torch.dtype) -> Tensor | None:
+        """What uses before this one gave, taken out, in this dtype and to be written into; None where there is nothing,
+        or it would be rounded. An entry that others may hold is copied.
+        """
+        if key not in self.total or torch.promote_types(self.total[key].dtype, dtype) != dtype:
+            return None
+        return self.total.pop(key).to(dtype, copy=key not in self.own)
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class LayerRule:
     per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
                                     else None
     by_example                   form these in any pass, as B comes by, so that A and B need not be kept
+    fresh                        every tensor that weighted_grads returns is made there, one for each parameter, and
+                                 held by nobody else: rules of other uses may write into it
     """
 
     applies: Callable[[Call], bool]
@@ -46,3 +65,4 @@ class LayerRule:
     matrices: Callable[[Record, int], tuple[Tensor, Tensor]] | None = None
     per_example: Callable[[Record, int], Gradients | None] | None = None
     by_example: bool = False
+    fresh: bool = False

@@ -20,6 +20,9 @@ from metakern.engines.problem import Problem
 _WITHIN = frozenset("linear matmul __matmul__ mm addmm".split())
 """Products with a weight: what other uses have given is added to within the product (`layers/linear.py`)."""
 
+_IN_PLACE = frozenset(("embedding",))
+"""Rows that are added in place to what other uses have given (`layers/embedding.py`)."""
+
 Sizes = dict[int, int]
 """Bytes by storage, or by identity of a parameter: what is held twice counts once."""
 
@@ -34,7 +37,7 @@ class KeptPass(NamedTuple):
     downwards: Sequence[int]  # the gradient of A, where one is asked for
     parameters: Sequence[Sizes]  # of the use, and with that of their gradients
     views: Sequence[bool]  # whether autograd gets the gradient of its weight as a view, into which it adds nothing
-    within: Sequence[bool]  # whether our weighted gradient adds to what later uses gave within its product
+    sums: Sequence[int]  # tensors that our weighted gradient takes to add to what later uses gave, which is one of them
     loss: int  # gradients on the way from the loss to the output of the last use
 
     @property
@@ -76,7 +79,7 @@ def kept_pass(problem: Problem, batch: Any, argument: str, folded: Collection[in
         downwards=[sum(bytes_of(t) for t in inputs_of(use.call) if t.requires_grad) for use in uses],
         parameters=[{owners.get(_place(p), id(p)): bytes_of(p) for _, p in use.call.parameters} for use in uses],
         views=[_transposed(use.call, owners) for use in uses],
-        within=[use.call.name in _WITHIN for use in uses],
+        sums=[1 if use.call.name in _IN_PLACE else 2 if use.call.name in _WITHIN else 3 for use in uses],
         loss=_loss_gradients(uses, [tensor for k, tensor in noted if k == len(uses)]),
     )
 

@@ -44,7 +44,7 @@ def foretold(train: KeptPass, meta: KeptPass, without_v: Collection[int], paired
     v += sum(meta.outputs[j] for j in paired)
     plain = backward_peak(train, {}, (), ())
     left = (train.records(k + 1) for k in uses)
-    further = ((1 if train.within[k] else 2) * sum(_waiting(train, k).values()) for k in uses)
+    further = ((train.sums[k] - 1) * sum(_waiting(train, k).values()) for k in uses)
     return Memory(
         plain=plain,
         train=_record_peak(train),

@@ -25,8 +25,9 @@ def weighted_gradients(
     if given.kept is not None and given.kept.numel() == 0:
         return {name: torch.zeros_like(p) for name, p in trainable.items()}
     for record in records:
-        for key, grad in rule_for(record.call).weighted_grads(record, given).items():
-            total[key] = total[key] + grad if key in total else grad
+        rule = rule_for(record.call)
+        for key, grad in rule.weighted_grads(record, given).items():
+            given.add(key, grad, rule.fresh)
     _through_derivations(derivations, total, trainable)
     return {name: _like(total[id(p)], p) if id(p) in total else torch.zeros_like(p) for name, p in trainable.items()}
 

@@ -186,6 +186,17 @@ def test_shared_parameters(name: str) -> None:
     assert found.plain == pytest.approx(count(plain, "cpu")[2], rel=WITHIN)
 
 
+def test_a_tied_table_has_one_gradient() -> None:
+    """Rows are added in place to what the head gave, where autograd has two tables and their sum. The dots do not run
+    over the table, since its V would be the peak.
+    """
+    model, batches = Tied(2000, 64), texts(1, 1, 2000)
+    found = metakern.plan(model, *batches, params="block.*").memory
+    assert_memory_foretold(found, model, *batches, params="block.*")
+    assert found is not None
+    assert found.gradient == found.reuse < 0.5 * found.plain
+
+
 @pytest.mark.parametrize("size", [8, 4])
 @pytest.mark.parametrize("name", ["lenet", "convolutions", "transformer"])
 def test_by_parts(name: str, size: int) -> None:
