@@ -23,10 +23,11 @@ def mean_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
 
 
 def sum_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
-    """Add up weighted gradients over the group, in place."""
+    """Add up weighted gradients over the group, in place; sparse ones, whose rows differ between ranks, as dense."""
     if group is not None:
-        for tensor in tensors.values():
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to_dense()
+            dist.all_reduce(tensors[name], op=dist.ReduceOp.SUM, group=group)
 
 
 def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: Any) -> Tensor:

@@ -64,7 +64,8 @@ def _by_records(problem: Problem, train: GhostPass, meta: Recorded) -> Iterator[
     meta.fold(directed)
 
     def along(one: Tensor, paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0) -> Tensor:
-        v = meta.weighted_gradient(one, keep=True, only=directed) if directed else {}
+        found = meta.weighted_gradient(one, keep=True, only=directed) if directed else {}
+        v = named_gradients(found, found.values())
         return train.records.dots_along({id(directed[name]): g for name, g in v.items()}, paired, columns)
 
     first, *others = torch.eye(m, dtype=meta.losses.dtype, device=meta.losses.device)

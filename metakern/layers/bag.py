@@ -7,6 +7,7 @@ of its bag: dots_n = sum_d B_nd V[r_nd, d], and that row gets the gradient.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
@@ -24,6 +25,10 @@ def _applies(call: Call) -> bool:
             "an embedding bag with scale_grad_by_freq=True couples the examples of a batch; set it to False"
         )
     return call.parameter(1, "weight") is not None and len(call.parameters) == 1
+
+
+def is_sparse(call: Call) -> bool:
+    return call.func is F.embedding_bag and bool(call.argument(7, "sparse", False))
 
 
 def _maximal(call: Call) -> bool:

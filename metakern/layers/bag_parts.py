@@ -35,7 +35,7 @@ def bags(
         counted = tokens != padding_idx % weight.shape[0]
     if mode == "max":
         return _largest(tokens, weight, bag, counted, starts.numel())
-    rows = F.embedding(tokens, weight) * counted.unsqueeze(1)
+    rows = F.embedding(tokens, weight, sparse=sparse) * counted.unsqueeze(1)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.flatten().unsqueeze(1)
     total = rows.new_zeros(starts.numel(), weight.shape[1]).index_add(0, bag, rows)

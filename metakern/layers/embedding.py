@@ -1,11 +1,14 @@
 """Table look-up, torch.nn.functional.embedding: dots_n = sum_t <B_nt, V[a_nt]>; the padding row takes no part.
 
 Where other uses of the table gave a gradient already, as the head does that is tied to it, rows are added to that.
+With sparse=True the gradient is sparse, as a backward pass leaves it: of every row that was looked up, by examples of
+weight zero as well, since SparseAdam moves these too.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import ops
@@ -24,10 +27,10 @@ def _applies(call: Call) -> bool:
     return True
 
 
-def _padding(call: Call, rows: int) -> int:
+def _padding(call: Call) -> int:
     """Index of the row that takes no part, or -1."""
     padding = call.argument(2, "padding_idx")
-    return -1 if padding is None else padding % rows
+    return -1 if padding is None else padding % call.argument(1, "weight").shape[0]
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
@@ -45,20 +48,38 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
-    call, grad, axis = record.call, record.output_grad, record.axes[0]
-    indices, weight, w = call.argument(0, "input"), call.argument(1, "weight"), weights.values
+    call, grad = record.call, record.output_grad
+    indices, weight, padding = call.argument(0, "input"), call.argument(1, "weight"), _padding(call)
+    found = weights.taken_to_write(id(weight), grad.dtype)
+    if found is None and is_sparse(call):
+        rows = _scaled_or_zero(record, weights)
+        return {id(weight): torch.ops.aten.embedding_sparse_backward(rows, indices, weight.shape[0], padding, False)}
+    indices, rows = _kept(record, weights)
+    if found is None:
+        found = torch.ops.aten.embedding_dense_backward(rows, indices, weight.shape[0], padding, False)
+    else:
+        _add_rows(found, rows.masked_fill_((indices == padding).unsqueeze(-1), 0.0), indices)
+    return {id(weight): found}
+
+
+def is_sparse(call: Call) -> bool:
+    return call.func is F.embedding and bool(call.argument(6, "sparse", False))
+
+
+def _kept(record: Record, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Indices and w_n B_n, of examples of another weight than zero where the host knows them."""
+    indices, grad, axis, w = record.call.argument(0, "input"), record.output_grad, record.axes[0], weights.values
     if axis.leading and axis.inner == 1 and weights.kept is not None:
         indices, grad = indices[weights.kept], grad[weights.kept]
-        scaled = grad * w[weights.kept].view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
-    else:
-        scaled = grad * axis.spread(w, grad.shape).to(grad.dtype)
-    padding = _padding(call, weight.shape[0])
-    found = weights.taken_to_write(id(weight), scaled.dtype)
-    if found is None:
-        found = torch.ops.aten.embedding_dense_backward(scaled, indices, weight.shape[0], padding, False)
-    else:
-        _add_rows(found, scaled.masked_fill_((indices == padding).unsqueeze(-1), 0.0), indices)
-    return {id(weight): found}
+        return indices, grad * w[weights.kept].view(-1, *(1,) * (grad.dim() - 1)).to(grad.dtype)
+    return indices, grad * axis.spread(w, grad.shape).to(grad.dtype)
+
+
+def _scaled_or_zero(record: Record, weights: Weights) -> Tensor:
+    """w_n B_n, zero for examples of weight zero whatever their B."""
+    grad = record.output_grad
+    w = record.axes[0].spread(weights.values, grad.shape).to(grad.dtype)
+    return (grad * w).masked_fill_(w == 0, 0.0)
 
 
 def _add_rows(table: Tensor, rows: Tensor, indices: Tensor) -> None:

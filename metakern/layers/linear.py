@@ -107,7 +107,8 @@ def per_example(record: Record, examples: int) -> Gradients | None:
 
 def taken(total: Gradients, key: int, dtype: torch.dtype) -> Tensor | None:
     """What other uses of the weight gave: added to within the product, where it is of the same dtype."""
-    return total.pop(key) if key in total and total[key].dtype == dtype else None
+    there = total.get(key)
+    return None if there is None or there.is_sparse or there.dtype != dtype else total.pop(key)
 
 
 def _tangent(record: Record, tangents: Tangents, position: int, keyword: str) -> Tensor | None:

@@ -117,4 +117,4 @@ def parameter_gradients(
     found = torch.autograd.grad(
         [o for o, _ in wanted], list(leaves.values()), [g.to(o.dtype) for o, g in wanted], allow_unused=True
     )
-    return {key: g.to_dense() if g.is_sparse else g for key, g in zip(leaves, found) if g is not None}
+    return {key: g for key, g in zip(leaves, found) if g is not None}

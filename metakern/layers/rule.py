@@ -14,6 +14,11 @@ Tangents = Mapping[int, Tensor]  # identity of a trainable tensor -> V, the dire
 Gradients = dict[int, Tensor]  # identity of a trainable tensor -> its gradient
 
 
+def added(left: Tensor, right: Tensor) -> Tensor:
+    """Torch adds sparse tensors to dense ones, not the other way round."""
+    return right + left if left.is_sparse else left + right
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights of one batch, and the rows that are not zero where the host knows them."""
@@ -31,15 +36,16 @@ class Weights:
     def add(self, key: int, grad: Tensor, fresh: bool) -> None:
         """What one use gave for a parameter."""
         if key in self.total:
-            grad, fresh = self.total[key] + grad, True
+            grad, fresh = added(self.total[key], grad), True
         self.total[key] = grad
         (self.own.add if fresh else self.own.discard)(key)
 
     def taken_to_write(self, key: int, dtype: torch.dtype) -> Tensor | None:
         """What uses before this one gave, taken out, in this dtype and to be written into; None where there is nothing,
-        or it would be rounded. An entry that others may hold is copied.
+        or it would be rounded, or it is sparse. An entry that others may hold is copied.
         """
-        if key not in self.total or torch.promote_types(self.total[key].dtype, dtype) != dtype:
+        there = self.total.get(key)
+        if there is None or there.is_sparse or torch.promote_types(there.dtype, dtype) != dtype:
             return None
         return self.total.pop(key).to(dtype, copy=key not in self.own)
 

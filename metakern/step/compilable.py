@@ -74,6 +74,11 @@ def see(model: nn.Module, functions: Sequence[Any], granted: Callable[[], Grante
             "the pass draws random numbers from Python or NumPy, which a compiled step would draw once only; draw them "
             "by torch, or take the step uncompiled"
         )
+    if any(value.is_sparse for value in found.values):
+        raise EngineUnavailable(
+            "a gradient is sparse (of an embedding with sparse=True), which a compiled step cannot hand out; make the "
+            "embedding without sparse=True, or take the step uncompiled"
+        )
     if changed:
         raise EngineUnavailable(
             "the pass writes attributes of the model or puts other tensors in place of its buffers, or it counts or "

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from metakern.weighted_grad import added
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -42,7 +44,7 @@ def hand_over(
         if not accumulate or p.grad is None:
             p.grad = own.get(name)
         elif name in own:
-            p.grad = _sum(p.grad, own[name])
+            p.grad = added(p.grad, own[name])
     if optimizer is not None:
         try:
             optimizer.step()
@@ -50,11 +52,6 @@ def hand_over(
             for p, grad in before.items():
                 p.grad = grad
             raise
-
-
-def _sum(left: Tensor, right: Tensor) -> Tensor:
-    """Torch adds sparse tensors to dense ones, not the other way round."""
-    return right + left if left.is_sparse else left + right
 
 
 def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:

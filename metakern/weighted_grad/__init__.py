@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from metakern.capture.host import host_may_wait, is_traced
 from metakern.capture.record import Call, Record
-from metakern.layers.rule import Gradients, Weights
+from metakern.layers import bag, embedding
+from metakern.layers.rule import Gradients, Weights, added
 from metakern.layers.table import rule_for
 
 
@@ -18,12 +19,13 @@ def weighted_gradients(
 ) -> dict[str, Tensor]:
     """sum_n w_n dl_n/dtheta for every trainable parameter, by name; rows of weight zero are not multiplied.
 
-    Shapes and dtypes are those of the parameters. Records are taken one at a time and not held.
+    Shapes and dtypes are those of the parameters. Records are taken one at a time and not held. Look-ups with
+    sparse=True give a table that nothing else uses a sparse gradient.
     """
     total: Gradients = {}
     given = Weights(weights, _kept(weights), total)
     if given.kept is not None and given.kept.numel() == 0:
-        return {name: torch.zeros_like(p) for name, p in trainable.items()}
+        records = _sparse_alone(records)
     for record in records:
         rule = rule_for(record.call)
         for key, grad in rule.weighted_grads(record, given).items():
@@ -45,13 +47,24 @@ def _through_derivations(derivations: Sequence[Call], total: Gradients, trainabl
     derived = [t for call in derivations for t in call.outputs if t is not None and id(t) in total]
     if not derived:
         return
-    grads = [total[id(t)].to(t.dtype).view_as(t) for t in derived]
+    grads = [total[id(t)].to_dense().to(t.dtype).view_as(t) for t in derived]
     # The graph stays: a virtual step asks for the gradient of a second weighting.
     found = torch.autograd.grad(derived, list(trainable.values()), grads, retain_graph=True, allow_unused=True)
     for parameter, grad in zip(trainable.values(), found):
         if grad is not None:
-            total[id(parameter)] = total[id(parameter)] + grad if id(parameter) in total else grad
+            total[id(parameter)] = added(total[id(parameter)], grad) if id(parameter) in total else grad
+
+
+def _sparse_alone(records: Iterable[Record]) -> list[Record]:
+    """Those of tables that get a sparse gradient, which is so too where all of it is zero."""
+    sparse, dense = list[Record](), set[int]()
+    for record in records:
+        if embedding.is_sparse(record.call) or bag.is_sparse(record.call):
+            sparse.append(record)
+        else:
+            dense.update(id(p) for _, p in record.call.parameters)
+    return [record for record in sparse if all(id(p) not in dense for _, p in record.call.parameters)]
 
 
 def _like(grad: Tensor, parameter: Tensor) -> Tensor:
-    return grad.to(parameter.dtype).view_as(parameter)
+    return grad.to(parameter.dtype) if grad.is_sparse else grad.to(parameter.dtype).view_as(parameter)
