@@ -131,7 +131,7 @@ class _Truth:
         self.parts = {
             name: torch.stack([(g[name] * self.direction[name]).sum() for g in self.gradients]) for name in named
         }
-        self.weights = torch.linspace(0.5, 1.5, self.count, dtype=torch.float64)
+        self.weights = torch.linspace(0.5, 1.5, self.count, dtype=torch.float64, device="cpu")
 
     def weights_like(self, dots: Tensor) -> Tensor:
         """Weights on the compared examples only, so that the gradient can be compared without the others."""

@@ -205,8 +205,9 @@ def _sets(examples: int, device: torch.device) -> Iterator[Tensor]:
     """
     count = next(count for count in itertools.count(2) if math.comb(count, count // 2) >= examples)
     codes = list(itertools.islice(itertools.combinations(range(count), count // 2), examples))
-    masks = torch.zeros(examples, count, dtype=torch.bool).scatter_(1, torch.tensor(codes), True)
-    yield from masks.t().contiguous().to(device)
+    masks = torch.zeros(examples, count, dtype=torch.bool, device=device)
+    masks.scatter_(1, torch.tensor(codes, device=device), True)
+    yield from masks.t().contiguous()
 
 
 def _stays_inside(reached: Tensor, axis: ExampleAxis, inside: Tensor) -> bool:

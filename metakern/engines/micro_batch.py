@@ -126,13 +126,13 @@ def _meta_gradient(problem: Problem, size: int) -> tuple[Tensor, dict[str, Tenso
     if len(batches) == 1:
         return problem.meta_gradient()
     m = sum(map(examples_in, batches))
-    loss, total = torch.zeros(()), dict[str, Tensor]()
+    losses, total = list[Tensor](), dict[str, Tensor]()
     for batch in batches:
         share = examples_in(batch) / m
         one, gradient = part_of(problem, problem.batch, set(), meta_batch=batch).meta_gradient()
-        loss = loss.to(one) + share * one
+        losses.append(share * one)
         for name, v in gradient.items():
             total[name] = total[name].add(v, alpha=share) if name in total else v * share
     require_independent(problem, cut(problem.meta_batch, max(size, 2), "meta_batch")[0])
     require_same_in_parts(problem, problem.meta_batch, size, "meta_batch")
-    return loss, total
+    return sum(losses[1:], losses[0]), total

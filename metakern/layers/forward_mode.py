@@ -155,7 +155,7 @@ def dual_level() -> Iterator[None]:
     with _ONE_AT_A_TIME, torch.enable_grad(), forward_ad.dual_level():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+            forward_ad.make_dual(torch.zeros(1, device="cpu"), torch.zeros(1, device="cpu"))
         with _ForwardMode(_FORMS):
             yield
 

@@ -10,7 +10,7 @@ def packed(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, T
     """[t, n, ...] with descending lengths -> the rows of position 0, of position 1, and so on; and their numbers."""
     by_position = input.transpose(0, 1) if batch_first else input
     held = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
-    return torch.cat([by_position[t, :rows] for t, rows in enumerate(held)]), torch.tensor(held)
+    return torch.cat([by_position[t, :rows] for t, rows in enumerate(held)]), torch.tensor(held, device="cpu")
 
 
 def padded(
@@ -23,5 +23,5 @@ def padded(
     ends = [data.new_full((examples - part.shape[0], *data.shape[1:]), padding_value) for part in rows]
     empty = [data.new_full((examples, *data.shape[1:]), padding_value)] * (positions - len(held))
     padded = torch.stack([*(torch.cat(pair) for pair in zip(rows, ends)), *empty])
-    lengths = torch.tensor([sum(rows > n for rows in held) for n in range(examples)])
+    lengths = torch.tensor([sum(rows > n for rows in held) for n in range(examples)], device="cpu")
     return (padded.transpose(0, 1) if batch_first else padded), lengths

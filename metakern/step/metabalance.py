@@ -88,7 +88,7 @@ def metabalance_step(
         with gradients_aside(problem.trainable.values()):
             inner = _Inner(problem, differentiable=order == 2 and hessian == "double_backward")
             outer_loss, outer = _outer(problem, inner.gradient, inner_lr)
-            alignment = _inner_product(inner.gradient, outer, problem.chosen)
+            alignment = _inner_product(inner.gradient, outer, problem.chosen, outer_loss)
             if not torch.isfinite(alignment):
                 raise ValueError("the gradients of inner_batch or outer_batch are not finite although their losses are")
             total = outer
@@ -189,9 +189,9 @@ def _gradient(problem: Problem, loss: Tensor, leaves: Mapping[str, Tensor]) -> G
     return {name: g for name, g in zip(leaves, found) if g is not None}
 
 
-def _inner_product(left: Gradient, right: Gradient, names: Mapping[str, Any]) -> Tensor:
+def _inner_product(left: Gradient, right: Gradient, names: Mapping[str, Any], like: Tensor) -> Tensor:
     terms = [(left[name] * right[name]).sum() for name in names if name in left and name in right]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros_like(like)
 
 
 def _plus(left: Gradient, right: Gradient, factor: float) -> Gradient:

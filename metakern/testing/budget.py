@@ -59,7 +59,7 @@ def verdict(name: str, got: Tensor, want: Tensor, budget: Tensor | float) -> Ver
     if want.numel() == 0:
         return Verdict(name, 0.0, 0.0, 0.0)
     error = (got.detach().to_dense().double().cpu() - want.detach().double().cpu()).abs()
-    allowed = torch.as_tensor(budget, dtype=torch.float64).cpu().expand_as(error)
+    allowed = torch.as_tensor(budget, dtype=torch.float64, device="cpu").expand_as(error)
     # 0/0 is a perfect result where nothing was allowed; anything/0 is infinite.
     share = torch.where(error == 0, torch.zeros_like(error), error / allowed).nan_to_num(nan=math.inf, posinf=math.inf)
     worst = int(share.argmax())
@@ -80,7 +80,7 @@ def assert_within(
     `scale` is what the sum could have been had nothing cancelled, e.g. sum |a||b| for a dot; `terms` how many
     products it has; `dtype` that of the operands (default: got's).
     """
-    allowed = unit(dtype or got.dtype, terms) * torch.as_tensor(scale).detach().double()
+    allowed = unit(dtype or got.dtype, terms) * torch.as_tensor(scale, device="cpu").detach().double()
     result = verdict(name, got, want, allowed)
     if not result.ok:
         raise AssertionError(f"over the error budget: {result}")

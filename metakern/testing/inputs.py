@@ -11,12 +11,13 @@ def generator(seed: int) -> torch.Generator:
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
     """Standard normal numbers, drawn in float64 so that every dtype rounds the same numbers."""
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(device=device, dtype=dtype)
+    drawn = torch.randn(*shape, generator=generator(seed), dtype=torch.float64, device="cpu")
+    return drawn.to(device=device, dtype=dtype)
 
 
 def labels(*shape: int, classes: int, seed: int = 0, device: str = "cpu") -> Tensor:
     """Class indices in [0, classes)."""
-    return torch.randint(classes, shape, generator=generator(seed)).to(device)
+    return torch.randint(classes, shape, generator=generator(seed), device="cpu").to(device)
 
 
 def non_contiguous(tensor: Tensor) -> Tensor:
