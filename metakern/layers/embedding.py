@@ -56,9 +56,10 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
         return {id(weight): torch.ops.aten.embedding_sparse_backward(rows, indices, weight.shape[0], padding, False)}
     indices, rows = _kept(record, weights)
     if found is None:
-        found = torch.ops.aten.embedding_dense_backward(rows, indices, weight.shape[0], padding, False)
-    else:
-        _add_rows(found, rows.masked_fill_((indices == padding).unsqueeze(-1), 0.0), indices)
+        return {id(weight): torch.ops.aten.embedding_dense_backward(rows, indices, weight.shape[0], padding, False)}
+    if padding >= 0:
+        rows.masked_fill_((indices == padding).unsqueeze(-1), 0.0)
+    _add_rows(found, rows, indices)
     return {id(weight): found}
 
 
