@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-
-def host_may_wait() -> bool:
-    """False while a CUDA graph is being captured: values do not exist then, and checks of them are left out."""
-    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+from metakern.ops.waiting import host_may_wait as host_may_wait
+from metakern.ops.waiting import without_waiting as without_waiting
 
 
 def is_traced() -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metakern.capture.host import host_may_wait
+from metakern.ops.waiting import capturing
 
 
 class RandomState(NamedTuple):
@@ -23,7 +23,7 @@ class RandomState(NamedTuple):
 
 def torch_random_state() -> RandomState:
     """The state of torch's default generators; none of CUDA's while a graph is captured."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and host_may_wait() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and not capturing() else None
     return RandomState(torch.get_rng_state(), cuda)
 
 

@@ -22,6 +22,7 @@ from metakern.capture.outputs import owner_of, separated, tensors_in
 from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.repeatable import require_repeatable
 from metakern.capture.row_notes import RowNotes, next_node
 from metakern.capture.unrolled import dispatched, dispatches, unrolled
 from metakern.capture.writes import Writes
@@ -102,8 +103,10 @@ class Tracer(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.paused:
-            output = func(*args, **kwargs)
-            self._rows.note(function, args, kwargs, [tensor for _, _, tensor in _tensors(args, kwargs)])
+            output, data = func(*args, **kwargs), [tensor for _, _, tensor in _tensors(args, kwargs)]
+            if data:
+                require_repeatable(function.name, args, data[0], drew=False)
+            self._rows.note(function, args, kwargs, data)
             return output
         parametric, data = [], []
         for key, item, tensor in _tensors(args, kwargs):
@@ -169,11 +172,7 @@ class Tracer(TorchFunctionMode):
             kept = (args[0].detach().clone(), *args[1:])
             versions = tuple((t, version) for t, version in versions if t is not args[0])
         output, state = _watching_randomness(func, function, args, kwargs)
-        if state is not None and name == "scaled_dot_product_attention" and data[0].is_cuda:
-            raise EngineUnavailable(
-                "attention with dropout takes a parameter (a learned bias or query), and a fused kernel's mask cannot "
-                "be drawn again; set its dropout to 0, or use engine='jvp'"
-            )
+        require_repeatable(name, args, data[0], drew=state is not None)
         call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
         output = output if in_place else separated(output, upstream)
         self._note(call, args[0] if in_place else output, data, upstream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.repeatable import RECURRENT
 from metakern.capture.unrolled import LastingMode
 from metakern.layers.bag_parts import bags
 
@@ -55,13 +56,25 @@ class _TwiceDifferentiable(Forms):
                 f"the gradient of torch's operator {func} cannot be differentiated again, and torch does not say so; "
                 "write it as plain Python"
             )
-        return super().call(func, args, kwargs)
+        with _without_cudnn() if func in RECURRENT else nullcontext():
+            return super().call(func, args, kwargs)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN's recurrent layers have no second derivative. (Its `flags` would set TF32 as well.)"""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside the block attention and bags take forms that have second derivatives, and branches and loops that are
-    operators (`torch.cond`, scans), which have none, are refused.
+    """Inside the block attention, bags and recurrent layers take forms that have second derivatives, and branches and
+    loops that are operators (`torch.cond`, scans), which have none, are refused.
 
     Raises: EngineUnavailable
     """

@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern.capture.host import host_may_wait
 from metakern.capture.module_call import ModuleCall
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
@@ -52,6 +53,11 @@ def _replaced(value: Any, key: int | str, chosen: Mapping[Any, Any]) -> Any:
 @contextmanager
 def _as_recorded(call: Call) -> Iterator[None]:
     """The random state and autocast setting that the call ran under, and torch's own function, not a subclass's."""
+    if call.rng_state is not None and not host_may_wait():
+        raise EngineUnavailable(
+            f"{call.name} draws random numbers, and its derivative is taken by making the call again with the same "
+            "ones, which a CUDA graph cannot; set its dropout to 0, or take the step without capturing it"
+        )
     with ExitStack() as stack:
         if not isinstance(call.func, ModuleCall):  # within a module subclasses do as they did
             stack.enter_context(torch._C.DisableTorchFunctionSubclass())

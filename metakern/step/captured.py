@@ -9,6 +9,7 @@ Everything is in the graph: both forward and backward passes, dots, weights, wei
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.host import without_waiting
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import RandomState, random_state, restore_random_state, same_torch_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
+from metakern.step.captured_optimizer import optimizer_as_before
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
 
 WARM_UP = 3
-"""Steps before the capture: they prove independence, compile kernels, and let the libraries choose theirs."""
+"""Steps before the rehearsal: they prove independence, compile kernels, and let the libraries choose theirs."""
 
 
 class CapturedStep:
@@ -77,8 +80,8 @@ def capture_step(
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta;  optimizer.step()
 
     Losses and dots are not checked for NaN in a captured step, since the host would have to wait for them. Learning
-    rates that change must be tensors (`lr=torch.tensor(0.1)`, `capturable=True`). Capture inside
-    `torch.autocast(..., cache_enabled=False)` for mixed precision.
+    rates that change must be tensors on the device (`lr=torch.tensor(0.1, device="cuda")`, `capturable=True`). Capture
+    inside `torch.autocast(..., cache_enabled=False)` for mixed precision.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of CUDA tensors; the captured step takes others of the same shapes.
@@ -86,14 +89,15 @@ def capture_step(
         The others: as for `reweight_step`.
     Returns: `CapturedStep`, called as `step(batch, meta_batch) -> StepResult`.
     Raises:
-        ValueError: model or batches are not on a CUDA device, or the optimizer has no state yet.
+        ValueError: model or batches are not on one CUDA device, or the optimizer has no state yet, or counts its steps
+            on the host.
         NotImplementedError: the step takes forward mode and draws random numbers.
         RuntimeError: the step cannot be captured, such as when the model makes the host wait; the message says why.
         The others: as `reweight_step`.
     """
     trainable = trainable_parameters(model)
     batches = OwnBatches(batch=batch, meta_batch=meta_batch)
-    _require_cuda(trainable, batches.leaves)
+    device = _device_of(trainable, batches.leaves)
 
     def step(optimizer: torch.optim.Optimizer | None = None) -> StepResult:
         return reweight_step(
@@ -112,15 +116,10 @@ def capture_step(
         groups = () if optimizer is None else optimizer.param_groups
         return Granted(model, loss_fn, rule, *groups, places=True)
 
-    graph = torch.cuda.CUDAGraph()
-    with gradients_as_before(trainable):
+    with torch.cuda.device(device), gradients_as_before(trainable):
         _warm_up(model, step)
-        with _optimizer_as_before(optimizer):
-            try:
-                with torch.cuda.graph(graph):
-                    result = step(optimizer)
-            except RuntimeError as error:
-                raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
+        with optimizer_as_before(optimizer):
+            graph, result = _captured(lambda: step(optimizer))
         gradient = {p: p.grad for p in trainable.values()}
     return CapturedStep(graph.replay, batches, gradient, result, granted)
 
@@ -132,11 +131,60 @@ def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
     try:
         with torch.cuda.stream(stream), unchanged_buffers(model):
             for _ in range(WARM_UP):
-                engine = step().engine
+                step()
+            with _waits_refused():
+                engine = rehearse(step)
         _require_no_repeated_draws(engine, before, random_state())
     finally:
         torch.cuda.current_stream().wait_stream(stream)
         restore_random_state(before)
+
+
+def rehearse(step: Callable[[], StepResult]) -> str:
+    """A step that goes the way it will go in the capture, so that no kernel runs there for the first time, and what
+    cannot be captured is found where it harms nothing; returns the engine that the capture will take.
+
+    Raises: RuntimeError: the step cannot be captured.
+    """
+    try:
+        with without_waiting():
+            return step().engine
+    except RuntimeError as error:
+        raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
+
+
+@contextmanager
+def _waits_refused() -> Iterator[None]:
+    """Inside the block torch raises where the host would wait for a value; a capture that meets one is lost, and takes
+    torch's allocator and generator with it.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it does not find everything
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _captured(step: Callable[[], StepResult]) -> tuple[torch.cuda.CUDAGraph, StepResult]:
+    """The graph of a step, and where its results will be."""
+    # torch's own stream for captures belongs to the device of the first one
+    graph, stream, cause = torch.cuda.CUDAGraph(), torch.cuda.Stream(), None
+    try:
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            try:
+                return graph, step()
+            except RuntimeError as error:  # that the capture has failed is said again when it ends
+                cause = error
+                raise
+    except RuntimeError as error:
+        raise RuntimeError(f"the step cannot be captured into a CUDA graph: {cause or error}") from error
 
 
 def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomState) -> None:
@@ -159,35 +207,22 @@ def gradients_as_before(trainable: Mapping[str, nn.Parameter]) -> Iterator[None]
             parameter.grad = grad
 
 
-@contextmanager
-def _optimizer_as_before(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Refuse state that is made inside the block: a graph would make it anew in every replay."""
-    before = {} if optimizer is None else {p: dict(state) for p, state in optimizer.state.items()}
-    failed = True
-    try:
-        yield
-        failed = optimizer is not None and _tensors(optimizer.state) != _tensors(before)
-    finally:
-        if failed and optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(before)
-    if failed:
-        raise ValueError(
-            "optimizer must have taken a step before the capture, so that its state is there: call "
-            "metakern.reweight_step(..., optimizer=optimizer) once"
-        )
+def _device_of(trainable: Mapping[str, nn.Parameter], leaves: list[Any]) -> torch.device:
+    """The one CUDA device of a model and its batches.
 
-
-def _tensors(state: Mapping[Any, Mapping[str, Any]]) -> set[int]:
-    return {id(value) for entries in state.values() for value in entries.values() if isinstance(value, Tensor)}
-
-
-def _require_cuda(trainable: Mapping[str, nn.Parameter], leaves: list[Any]) -> None:
+    Raises: ValueError
+    """
+    device = next(iter(trainable.values())).device
     for name, p in trainable.items():
         if not p.is_cuda:
             raise ValueError(
                 f"model: parameter '{name}' is on {p.device}; a CUDA graph needs the model on a CUDA device"
             )
+        if p.device != device:
+            raise ValueError(
+                f"model: parameter '{name}' is on {p.device}, others on {device}; a CUDA graph needs them on one device"
+            )
     for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and not leaf.is_cuda:
+        if isinstance(leaf, Tensor) and leaf.device != device:
             raise ValueError(f"batch and meta_batch: tensor {place} is on {leaf.device}; put it on the model's device")
+    return device

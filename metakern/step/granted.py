@@ -41,6 +41,7 @@ class _Tensor(NamedTuple):
     requires_grad: bool
     hooked: bool
     place: int  # in memory; 0 where it does not matter
+    number: str  # where it is one that the host reads; "" where that does not matter
 
 
 _BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), _Tensor))
@@ -54,7 +55,8 @@ class Granted:
     """What the modules of a model hold, and what functions look at, at one moment.
 
     Of objects outside the model only those attributes count that one of the functions has a word for: what a trainer
-    counts elsewhere may change. `places` asks for tensors to be where they were in memory, too.
+    counts elsewhere may change. `places` asks for tensors to be where they were in memory, too, and for numbers in
+    tensors of the host's to be the same: a CUDA graph holds them as they were.
     """
 
     def __init__(self, model: nn.Module, *functions: Any, places: bool = False) -> None:
@@ -134,7 +136,9 @@ class Granted:
 
     def _but_values(self, tensor: Tensor) -> _Tensor:
         hooked, place = bool(tensor._backward_hooks), tensor.data_ptr() if self._places else 0
-        return _Tensor(tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.requires_grad, hooked, place)
+        number = repr(tensor.item()) if self._places and tensor.is_cpu and tensor.dim() == 0 else ""
+        known = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+        return _Tensor(*known, tensor.requires_grad, hooked, place, number)
 
     def _sequence(self, values: Any, words: Words, depth: int) -> None:
         """Items of a collection; neither nesting nor cycles need a limit."""

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern
-from metakern import weighted_grad
-from metakern.capture import examples, losses, random_state
-from metakern.step import captured, finite
+from metakern.capture import random_state
+from metakern.ops.select import Operator
+from metakern.ops.waiting import host_may_wait, without_waiting
+from metakern.step import captured
 from metakern.step.captured import CapturedStep
+from metakern.step.captured_optimizer import optimizer_as_before
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
+from metakern.step.result import StepResult
 from metakern.testing import budget, inputs, models
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
@@ -51,24 +58,60 @@ class HostWaits(TorchDispatchMode):
 def test_a_step_that_may_not_wait_reads_nothing_and_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(network(), *batches())
     metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
-    for module in (losses, examples, finite, weighted_grad, random_state):
-        monkeypatch.setattr(module, "host_may_wait", lambda: False)
-    judge_step(metakern.l2rw_step, setup)
-    with HostWaits() as waits:
-        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
+    with without_waiting():
+        judge_step(metakern.l2rw_step, setup)
+        # past the dispatcher, so that what the operators call is seen as well
+        monkeypatch.setattr(Operator, "__call__", lambda self, *given, impl=None: self.run(*given, impl=impl))
+        with HostWaits() as waits:
+            metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
     assert waits.met == []
 
 
-def test_an_unproven_model_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unproven_model_is_not_captured() -> None:
     model, (batch, meta) = network(), batches()
-    monkeypatch.setattr(examples, "host_may_wait", lambda: False)
-    with pytest.raises(NotImplementedError, match="CUDA graph"):
+    with pytest.raises(NotImplementedError, match="CUDA graph"), without_waiting():
         metakern.l2rw_step(model, batch, meta, engine="ghost")
 
 
-def test_refuses_a_model_that_is_not_on_a_gpu() -> None:
+def test_rehearsal_finds_the_engine_of_the_capture() -> None:
+    """Rows that may be picked by data are looked up in every pass; where they cannot be, forward mode serves."""
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, order, y = batch
+        return F.cross_entropy(model(x)[order], y, reduction="none")
+
+    model, given = network(), [(x, torch.arange(len(x)), y) for x, y in batches()]
+    step = partial(metakern.l2rw_step, model, *given, loss_fn=losses)
+    assert step().engine == "ghost"
+    assert captured.rehearse(step) == "jvp"
+    with pytest.raises(RuntimeError, match=r"cannot be captured into a CUDA graph: .*looked up in every pass"):
+        captured.rehearse(partial(step, engine="ghost"))
+    assert host_may_wait()
+
+
+def test_a_call_that_a_graph_would_repeat_with_other_numbers_is_refused() -> None:
+    """The derivative of a recurrent layer is taken by running it again, with the dropout masks of the first run."""
+    torch.manual_seed(0)
+    cell = nn.LSTM(28, 10, num_layers=2, dropout=0.5, batch_first=True).double()
+    given = [((x.squeeze(1), y), lambda model, batch: model(batch[0])[0].sum((1, 2))) for x, y in batches()]
+    (batch, loss_fn), (meta_batch, _) = given
+    assert metakern.l2rw_step(cell, batch, meta_batch, loss_fn=loss_fn).engine == "ghost"
+    with pytest.raises(NotImplementedError, match="lstm draws random numbers"), without_waiting():
+        metakern.l2rw_step(cell, batch, meta_batch, loss_fn=loss_fn, engine="ghost")
+
+
+def test_refuses_a_model_that_is_not_on_one_gpu() -> None:
     with pytest.raises(ValueError, match=r"parameter '.*' is on cpu; a CUDA graph"):
         metakern.capture_step(network(), *batches())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        first, second = (
+            nn.Parameter(FakeTensor(mode, torch.empty(3, device="meta"), torch.device("cuda", k))) for k in range(2)
+        )
+    assert captured._device_of({"first": first}, [first, 3]) == torch.device("cuda:0")
+    with pytest.raises(ValueError, match=r"parameter 'second' is on cuda:1, others on cuda:0"):
+        captured._device_of({"first": first, "second": second}, [])
+    with pytest.raises(ValueError, match=r"tensor 1 is on cuda:0; put it on the model's device"):
+        captured._device_of({"second": second}, [second, first])
 
 
 def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
@@ -150,12 +193,65 @@ def test_draws_that_forward_mode_would_repeat_are_refused(engine: str, dropout: 
 def test_state_made_inside_a_capture_is_refused_and_taken_back() -> None:
     model, (batch, meta) = network(), batches()
     optimizer = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match="must have taken a step"), captured._optimizer_as_before(optimizer):
+    with pytest.raises(ValueError, match="must have taken a step"), optimizer_as_before(optimizer):
         metakern.l2rw_step(model, batch, meta, optimizer=optimizer)
     assert not optimizer.state
     metakern.l2rw_step(model, batch, meta, optimizer=optimizer)
-    with captured._optimizer_as_before(optimizer):
+    with optimizer_as_before(optimizer):
         metakern.l2rw_step(model, batch, meta, optimizer=optimizer)
+
+
+class Decaying(torch.optim.SGD):
+    """Counts steps in Python, in its state or in its groups."""
+
+    def __init__(self, parameters: Any, place: str) -> None:
+        super().__init__(parameters, 0.1)
+        self.place = place
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for held in (group,) if self.place == "group" else map(self.state.__getitem__, group["params"]):
+                held["taken"] = held.get("taken", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "step"),
+        (lambda p: Decaying(p, "state"), "taken"),
+        (lambda p: Decaying(p, "group"), "taken"),
+    ],
+)
+def test_an_optimizer_that_counts_on_the_host_is_refused_and_taken_back(make: Any, name: str) -> None:
+    """A graph would decay by the count of the capture for ever. (Parameters on "meta", as on any device.)"""
+    p = nn.Parameter(torch.ones(3, device="meta"))
+    p.grad = torch.ones_like(p)
+    optimizer = make([p])
+    optimizer.step()
+    before = deepcopy(optimizer.state_dict())
+    kind = type(optimizer).__name__
+    with pytest.raises(ValueError, match=f"{kind} keeps {name} on the host"), optimizer_as_before(optimizer):
+        optimizer.step()
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"].get(0, {}).get(name) == before["state"].get(0, {}).get(name)
+    with optimizer_as_before(optimizer):
+        pass
+
+
+def test_numbers_of_the_host_are_taken_for_granted_by_a_graph() -> None:
+    """A learning rate in a tensor of the CPU is read when a kernel is launched, which a replay does not do again."""
+    rate, count = torch.tensor(0.1), torch.zeros(3)
+    step = CapturedStep(
+        lambda: None, OwnBatches(), {}, StepResult(*[count] * 4, "ghost"),
+        lambda: Granted(nn.Identity(), None, "softmax", {"lr": rate, "count": count}, places=True),
+    )  # fmt: skip
+    count += 1
+    step._known.require(step._granted())
+    rate.mul_(0.5)
+    with pytest.raises(ValueError, match="make another step"):
+        step._known.require(step._granted())
 
 
 @pytest.mark.gpu
@@ -232,5 +328,24 @@ def test_a_model_that_waits_says_why() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) * (1.0 if x.sum().item() > 0 else 2.0)
 
+    model, stream = Waits().cuda(), torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        metakern.capture_step(Waits().cuda(), *batches(device="cuda"))
+        metakern.capture_step(model, *batches(device="cuda"))
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.get_sync_debug_mode() == 0
+    torch.nn.functional.dropout(torch.ones(3, device="cuda"))  # the generator works on
+    metakern.l2rw_step(model, *batches(device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("other", [False, True])
+def test_captures_on_the_device_of_the_model(other: bool) -> None:
+    """Whatever device is the current one, and whatever device the first capture of the process was on."""
+    if other and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    device = f"cuda:{int(other)}"
+    model, first, second = network(device), batches(0, device), batches(1, device)
+    step = metakern.capture_step(model, *first)
+    weights = step(*second).weights
+    want = metakern.l2rw_step(model, *second).weights
+    budget.assert_within(weights, want, 1.0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops.operands import FLOATING, check_operands
+from metakern.ops.waiting import host_may_wait
 
 SCHEMA = (
     "weighted_grad(Tensor A, Tensor B, Tensor w, bool bias=False, Tensor? start=None, *, str? impl=None)"
@@ -32,9 +33,10 @@ def fake(A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | No
 
 
 def flops(A: Tensor, B: Tensor, w: Tensor, bias: bool = False, start: Tensor | None = None) -> int:
-    """Of the rows that are multiplied; all of them where the weights cannot be read (fake tensors)."""
+    """Of the rows that are multiplied; all of them where the weights cannot be read (fake tensors, a capture)."""
     n, t, i = A.shape
-    kept = n if w.is_meta or type(w) is not Tensor else int(w.count_nonzero())
+    unread = w.is_meta or type(w) is not Tensor or not host_may_wait()
+    kept = n if unread else int(w.count_nonzero())
     return 2 * kept * t * (i + bias) * B.shape[2]
 
 

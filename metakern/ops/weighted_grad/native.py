@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metakern.ops.layout import examples_per_tile
 from metakern.ops.operands import accumulator
+from metakern.ops.waiting import host_may_wait
 
 
 def weighted_grad(
@@ -38,8 +39,9 @@ def weighted_grad(
 
 
 def _parts(A: Tensor, B: Tensor, w: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A, B and w of the kept examples, so many at a time; one part at least, of no example where none is kept."""
-    kept = w.nonzero().squeeze(1)
+    """A, B and w of the kept examples, so many at a time; one part at least, of no example where none is kept. All are
+    taken where the host may not wait to know which."""
+    kept = w.nonzero().squeeze(1) if host_may_wait() else w
     if len(kept) == len(w):
         yield from zip(A.split(size), B.split(size), w.split(size), strict=True)
     elif size == 1 and len(kept):

@@ -34,8 +34,8 @@ def weighted_kernel_grad(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of per-example gradients of a convolution, in its kernel and its bias.
 
-    `G = sum_n w_n d<B_n, conv(A_n; K)>/dK` and `g = sum_nt w_n B_nt`, t over the positions of the output. On a CPU
-    examples of weight zero are not multiplied; on a GPU all are, since the host would have to wait to know them.
+    `G = sum_n w_n d<B_n, conv(A_n; K)>/dK` and `g = sum_nt w_n B_nt`, t over the positions of the output. Examples of
+    weight zero are not multiplied, but in a CUDA graph, where the host cannot wait to know them.
 
     Args:
         A: inputs of the convolution, [n, i, *space], of one to three dimensions of space.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metakern.ops.convolution import Numbers, check_convolution
 from metakern.ops.operands import FLOATING
+from metakern.ops.waiting import host_may_wait
 
 NAME = "weighted_kernel_grad"
 SCHEMA = (
@@ -39,9 +40,9 @@ def flops(
     A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, stride: Numbers, padding: Numbers, dilation: Numbers,
     groups: int = 1, bias: bool = False,
 ) -> int:  # fmt: skip
-    """Of the examples that are multiplied; all of them where the weights cannot be read (fake tensors) or are not."""
-    n = A.shape[0]
-    kept = n if w.is_meta or w.is_cuda or type(w) is not Tensor else int(w.count_nonzero())
+    """Of the examples that are multiplied; all of them where the weights cannot be read (fake tensors, a capture)."""
+    unread = w.is_meta or type(w) is not Tensor or not host_may_wait()
+    kept = A.shape[0] if unread else int(w.count_nonzero())
     return 2 * kept * B.shape[2:].numel() * kernel.numel()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from metakern.ops.convolution import library_gradient
 from metakern.ops.layout import examples_per_chunk
 from metakern.ops.operands import accumulator
+from metakern.ops.waiting import host_may_wait
 from metakern.ops.weighted_kernel_grad.reference import in_kernel_order
 
 
@@ -24,7 +25,7 @@ def weighted_kernel_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like, settings = kernel.to(A.dtype), (stride, padding, dilation, groups, bias)
     w = w.view(-1, *(1,) * (B.dim() - 1))
-    if A.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot wait to know which are kept
+    if not host_may_wait():  # to know which are kept
         return in_kernel_order(*library_gradient(A, (B * w).to(B.dtype), like, *settings), kernel, A.dtype)
     kept = w.flatten().nonzero().squeeze(1)
     if kept.numel() == 0:
