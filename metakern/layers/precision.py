@@ -6,6 +6,7 @@ linear layers to eight bits, each tensor scaled to fill them, and the others to 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -64,12 +65,19 @@ def products(precision: str) -> Iterator[None]:
     if before == 3 * ["tf32"]:
         yield
         return
-    # Set by the older names, which set the newer as well; read by the newer, since reading the older raises where the
-    # user has set the newer alone.
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    _allow_tf32(True, True)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before[0] == "tf32", before[1:] == ["tf32", "tf32"]
+        _allow_tf32(before[0] == "tf32", before[1:] == ["tf32", "tf32"])
         for kind, precision_before in zip(newer, before):
             kind.fp32_precision = precision_before
+
+
+def _allow_tf32(matmul: bool, cudnn: bool) -> None:
+    """By the older names, which set the newer as well, and of which some versions of torch warn; they are read by the
+    newer, since reading the older raises where the user has set the newer alone.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

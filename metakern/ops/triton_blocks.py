@@ -1,5 +1,8 @@
 """What the Triton kernels share: the order of their programs, and blocks that the bulk copy engine of a GPU fetches.
 
+Numbers of rows, examples and parts are not specialised: a kernel compiled anew for a last, shorter batch would take
+a second, and no address depends on what divides them.
+
 On compute capabilities 9 and 10 a *descriptor* tells the copy engine where a tensor lies, and a program asks for whole
 blocks by their place: no addresses in registers (90 of them for a tile of 128 x 128 instead of 250), no masks, and what
 lies outside reads as zero. Operands that do not lie as it wants are read through pointers, as on older chips.

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from metakern.ops import triton_blocks as blocks
 from metakern.ops.direction_dots import triton as direction
+from metakern.ops.pair_dots import triton as pairs
 from metakern.ops.weighted_grad import triton as weighted
 
 pytestmark = [
@@ -89,6 +90,30 @@ def test_offsets_beyond_32_bits(name: str) -> None:
     first, *others = CASES[name].arguments(sizes, torch.float16)
     want = OPERATORS[name](first, *others, impl="triton")
     assert same(OPERATORS[name](far_apart(first), *others, impl="triton"), want)
+
+
+@pytest.mark.parametrize("meta", [(70000, 40), (1, 5_000_000)], ids=str)
+def test_many_meta_examples_and_positions_fit_a_grid(meta: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first dimension of a grid may have more than 65535 programs. (Nothing is computed here.)"""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(pairs, "pair_dots_kernel", Kernel())
+    m, s = meta
+    A, B, A_meta, B_meta = (torch.empty(*shape, 8, device="meta") for shape in ((2, 3), (2, 3), (m, s), (m, s)))
+    assert pairs.pair_dots(A, B, A_meta, B_meta).shape == (2, m)
+    assert len(grids) > 1
+    assert max(size for grid in grids for size in grid[1:]) == 65535
+
+
+def test_pair_dots_in_several_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "MOST", 2)
+    for sizes in ((2, 3, 5, 70, 4, 3), (2, 3, 150, 1, 4, 3), (2, 3, 150, 4, 3)):
+        assert_exact("pair_dots", sizes, CASES["pair_dots"].arguments(sizes, torch.float32), "triton")
 
 
 def test_direction_dots_of_eight_bit_operands() -> None:

@@ -2,6 +2,9 @@
 
 Every program writes the dots of its rows over its columns to a place of its own, and the places are added afterwards
 in a fixed order: no atomics, the same result in every run.
+
+`max_num_imprecise_acc` concerns eight-bit operands on compute capability 9, whose tensor cores keep some 14 bits of a
+sum: K products are summed there, and these sums in float32. Triton would sum all of them there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ GROUP = 8
 and columns that a wave reads are then some 25 MB; one column of tiles after the other would read A 32 times."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def direction_dots_bulk_kernel(
     A, V, B, partial, rows, i, o,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, OUTPUTS_FIRST: tl.constexpr,
@@ -38,14 +41,14 @@ def direction_dots_bulk_kernel(
     for start in range(0, i, K):
         a = A.load([down * M, start])
         v = V.load([across * N, start]).T if OUTPUTS_FIRST else V.load([start, across * N])
-        product = tl.dot(a, v, product, input_precision=PRECISION)
+        product = tl.dot(a, v, product, input_precision=PRECISION, max_num_imprecise_acc=K)
     b = B.load([down * M, across * N])
     dots = tl.sum(product * b.to(tl.float32), axis=1)
     row = down * M + tl.arange(0, M)
     tl.store(partial + across.to(tl.int64) * rows + row, dots, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "t"])
 def direction_dots_kernel(
     A, V, B, partial, rows, t, i, o,
     stride_an, stride_at, stride_ai, stride_vo, stride_vi, stride_bn, stride_bt, stride_bo,
@@ -71,7 +74,7 @@ def direction_dots_kernel(
         v = tl.load(v_row[None, :] + (offset * stride_vi)[:, None], mask=inside[:, None], other=0.0)
         if UPCAST:
             a, v = a.to(tl.float32), v.to(tl.float32)
-        product = tl.dot(a, v, product, input_precision=PRECISION)
+        product = tl.dot(a, v, product, input_precision=PRECISION, max_num_imprecise_acc=K)
     b_row = B + example * stride_bn + position * stride_bt
     b = tl.load(b_row[:, None] + (column.to(tl.int64) * stride_bo)[None, :], mask=(column < o)[None, :], other=0.0)
     # selected, not multiplied by zero: the product may be infinite

@@ -14,6 +14,9 @@ from torch import Tensor
 from metakern.ops.tiles import tile_for
 from metakern.ops.triton_backend import interpreting, precision
 
+MOST = 65535
+"""Programs in the second and third dimension of a grid."""
+
 
 @triton.jit
 def _gram(
@@ -36,7 +39,7 @@ def _gram(
     return gram
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "t", "m", "s"])
 def pair_dots_kernel(
     A, B, A_meta, B_meta, partial, rows, t, m, s, i, o,
     stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
@@ -85,6 +88,12 @@ def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
         return A.new_zeros(n, m, dtype=torch.float32)
     tile = tile_for("pair_dots", A, rows, m * s)
     positions = positions_of(m, s, tile.n)
+    examples, longest = MOST * (tile.n // positions), MOST * positions
+    if m > examples:
+        some = zip(A_meta.split(examples), B_meta.split(examples))
+        return torch.cat([pair_dots(A, B, *meta) for meta in some], 1)
+    if s > longest:
+        return sum(pair_dots(A, B, *meta) for meta in zip(A_meta.split(longest, 1), B_meta.split(longest, 1)))
     parts = triton.cdiv(s, positions)
     grid = (triton.cdiv(rows, tile.m), parts, triton.cdiv(m, tile.n // positions))
     partial = torch.empty(parts, rows, m, dtype=torch.float32, device=A.device)

@@ -23,7 +23,7 @@ WELL_FILLED = 0.6
 """Share of a block's rows that must be an example's own, lest the copy engine fetch padding. Not measured."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def kept_rows_kernel(w, kept, kept_weights, count, n, stride, BLOCK: tl.constexpr):
     """kept[0 .. count) = the examples whose weight is not zero, in order, with their weights. One program."""
     total = 0
@@ -44,7 +44,7 @@ def _added_to(start, total, output, column, stride_so, stride_si, mask):
     return total + tl.load(start + place, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "splits"])
 def weighted_grad_bulk_kernel(
     A, B, kept, kept_weights, count, start, out, blocks, i, o, splits, stride_so, stride_si,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,7 +81,7 @@ def weighted_grad_bulk_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def weighted_grad_kernel(
     A, B, kept, kept_weights, count, start, out, t, i, o, splits, stride_so, stride_si,
     stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
@@ -122,7 +122,7 @@ def weighted_grad_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=b_inside & a_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def kept_sums_kernel(
     B, kept, kept_weights, count, out, t, o, splits, stride_bn, stride_bt, stride_bo,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -146,7 +146,7 @@ def kept_sums_kernel(
     tl.store(out + split.to(tl.int64) * o + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < o)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def add_parts_kernel(parts, out, size, count, BLOCK: tl.constexpr):
     """out[k] = sum over the parts, in order, of parts[., k]; rounded once."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
