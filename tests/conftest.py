@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for tier, reason in _missing_tiers(config).items():
         terminalreporter.write_line(f"tier not run here: {tier} ({reason})", yellow=True)
+
+
+@pytest.fixture
+def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """cuDNN multiplies float32 as it is, where it would take TF32, and adds in a fixed order."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    yield
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from metakern.testing.budget import unit, verdict
 from tests.ops.cases import CASES
 from tests.ops.test_operators import LAYOUTS, doubled, each, parts, same
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_cudnn")]
 
 NAMES = sorted(OPERATORS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,16 +33,6 @@ def moved(tensor: Tensor) -> Tensor:
 
 def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return each(moved, arguments)
-
-
-@pytest.fixture(autouse=True)
-def _exact_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The library's convolutions use TF32 and atomic additions unless told otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

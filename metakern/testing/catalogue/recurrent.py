@@ -28,7 +28,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lengths = 2 + (x[:, 0, 0] > 0).long() + (x[:, 0, 1] > 0).long()
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         return pad_packed_sequence(self.cell(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 
