@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -112,6 +114,66 @@ def test_refuses_a_model_that_is_not_on_one_gpu() -> None:
         captured._device_of({"first": first, "second": second}, [])
     with pytest.raises(ValueError, match=r"tensor 1 is on cuda:0; put it on the model's device"):
         captured._device_of({"second": second}, [second, first])
+
+
+class Cuda:
+    """Stands for `torch.cuda` where there is none: notes what it is asked, and lets what is captured run."""
+
+    Stream = CUDAGraph = MagicMock
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.met: list[Any] = []
+        for name in ("Stream", "CUDAGraph", "device", "stream", "graph", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.met.append)
+        monkeypatch.setattr(captured, "_device_of", lambda *_: torch.device("cuda:1"))
+
+    def device(self, device: torch.device) -> Any:
+        self.met.append(str(device))
+        return nullcontext()
+
+    def stream(self, stream: Any) -> Any:
+        return nullcontext()
+
+    def current_stream(self) -> Any:
+        return MagicMock()
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.met.append("capture")
+        try:
+            with without_waiting():
+                yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+
+
+def test_a_capture_is_rehearsed_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, model, given = Cuda(monkeypatch), network(), batches()
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        cuda.met.append("may wait" if host_may_wait() else "may not")
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    metakern.l2rw_step(model, *given, loss_fn=losses)  # proves independence, for which more passes run
+    cuda.met.clear()
+    step = metakern.capture_step(model, *given, loss_fn=losses)
+    both = 2 * ["may wait"], 2 * ["may not"]  # batch and meta batch
+    assert cuda.met == ["cuda:1", *captured.WARM_UP * both[0], "error", *both[1], 0, "capture", *both[1]]
+    assert torch.equal(step._result.weights, metakern.l2rw_step(model, *given, loss_fn=losses).weights)
+
+
+def test_a_failed_capture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, model = Cuda(monkeypatch), network()
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if cuda.met[-1] == "capture":
+            raise RuntimeError("not permitted")
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph: not permitted"):
+        metakern.capture_step(model, *batches(), loss_fn=losses)
 
 
 def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
