@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from metakern.capture.losses import LossFunction, per_example_losses
@@ -31,7 +32,10 @@ def trace_batch(
     Where only sums over the batch are wanted, `rows=False` spares looking whose rows are whose.
     """
     tracer = Tracer(trainable.values(), constants_of(model), writes, rows)
-    with registered_modules_as_wholes(model, tracer), tracer:
+    # A gradient that the model takes of itself on a GPU would be calculated by another thread, which numbers the nodes
+    # that it makes by itself: they would be taken for older ones than the pass.
+    one_thread = torch.autograd.set_multithreading_enabled
+    with one_thread(False), registered_modules_as_wholes(model, tracer), tracer:
         losses = per_example_losses(model, batch, loss_fn, argument)
     if writes is not None:
         writes.seen_pass = True

@@ -165,4 +165,5 @@ def lacks_forward_mode(error: Exception) -> bool:
     gradients inside its forward pass, which a dual pass has none of?
     """
     words = ("forward ad", "forward mode", "forward gradient", "jvp", "efficientzerotensor", "does not require grad")
+    words += ("_fw_primal",)  # of `requires_grad_` in a dual pass
     return any(word in str(error).lower() for word in words)

@@ -1,5 +1,6 @@
 """Ways to use a parameter that a trace of torch functions cannot see: exact by another engine, or refused by name."""
 
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -334,3 +335,26 @@ def test_hooks_that_only_watch(engine: str) -> None:
     with FlopCounterMode(display=False) as counter:
         judge_step(metakern.l2rw_step, Setup(model, *inputs.pair(4, 3, 4, classes=3)), engine=engine)
     assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_inside_the_forward_pass_are_numbered_like_it(device: str) -> None:
+    """Whether a node belongs to a pass is told by its number, which another thread would count on its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
+    met: SimpleQueue[tuple[bool, bool]] = SimpleQueue()  # a list would be put back as it was
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, first = batch[0].detach().requires_grad_(), torch._C._autograd._get_sequence_nr()
+        logits = model(x)
+        (slope,) = torch.autograd.grad(logits.square().sum(), x, create_graph=True)
+        within = first < slope.grad_fn._sequence_nr() < torch._C._autograd._get_sequence_nr()
+        met.put((within, torch._C._is_multithreading_enabled()))
+        return F.cross_entropy(logits, batch[1], reduction="none") + slope.square().sum(1)
+
+    given = [(x.to(device), y.to(device)) for x, y in inputs.pair(6, 3, 4, classes=3)]
+    # the slope depends on the weights by what no call shows, and forward mode has no gradients inside
+    with pytest.raises(NotImplementedError, match="neither ghost nor jvp is exact here"):
+        metakern.l2rw_step(model, *given, loss_fn=losses)
+    assert met.get() == (True, False)
+    assert torch._C._is_multithreading_enabled()
