@@ -36,5 +36,5 @@ def require_repeatable(name: str, args: tuple[Any, ...], data: Tensor, drew: boo
 def _dropout(args: tuple[Any, ...]) -> float:
     """Its probability in a recurrent call in training mode: behind the list of weights, their bias and their number."""
     weights = next((place for place, value in enumerate(args) if isinstance(value, list)), len(args))
-    dropout, training = args[weights + 3 : weights + 5] or (0.0, False)
+    dropout, training = (*args[weights + 3 : weights + 5], 0.0, False)[:2]
     return dropout if training else 0.0
