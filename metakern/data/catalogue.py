@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metakern.data.cifar10 import cifar10
 from metakern.data.cifar100 import cifar100
-from metakern.data.csv_file import csv_file
+from metakern.data.csv_file import csv_file, table_name
 from metakern.data.digits import digits
 from metakern.data.examples import Source
 from metakern.data.folder import data_dir as find_data_dir
@@ -54,7 +54,7 @@ def is_own(name: str) -> bool:
 def short_name(name: str) -> str:
     """A name that can be part of a folder's: of data of one's own the kind and the last part of the path."""
     kind, _, path = name.partition(":")
-    return f"{kind}-{Path(path.split(',')[0]).stem}" if is_own(name) else name
+    return f"{kind}-{table_name(path.split(',')[0])}" if is_own(name) else name
 
 
 def load(

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from metakern.data.examples import Examples, Origin, Source
-from metakern.data.folder import DataNotFound
+from metakern.data.folder import DataNotFound, read_text
 from metakern.data.labels import numbered
-from metakern.data.split import require_every_class, standardised, stratified
+from metakern.data.split import require_every_class, require_known_classes, standardised, stratified
 from metakern.data.text import Encode, by_frequency, characters, words
 
 LENGTH = 64  # tokens of a text that are read
+LARGEST = 1e100  # the squares of larger numbers overflow
 
 
 def csv_file(names: str, label: str | None, encode: Encode | None = None, group: str | None = None) -> Source:
     """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes, `group` the group of each class.
 
-    Columns of numbers are standardised by the training rows; an empty cell counts as the mean. A column "text", or a
-    single column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the
-    other columns are left out then. The column "split" may say train, test or, of rows whose label is certain, meta.
+    Files may be compressed by gzip. Columns of numbers are standardised by the training rows; an empty cell counts as
+    the mean. A column "text", or a single column that holds no numbers, is read as text, by words, or by characters
+    where there are few spaces, and the other columns are left out then. The column "split" may say train, test or, of
+    rows whose label is certain, meta.
     The test set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
     are row numbers, from 0 below the head, over both files.
     Raises: ValueError for columns that are missing or cannot be read, DataNotFound for a missing file.
@@ -50,14 +54,16 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
     columns = [name for name in head if name not in (label, group, "split")]
     text = _text_column(rows, columns)
     parts = _division(rows, targets, len(class_names), len(tables[0]) if len(tables) == 2 else None)
-    train, _, meta = parts
+    train, test, meta = parts
+    for part, what in ((test, "csv: rows to test on"), (meta, "csv: rows marked as meta")):
+        require_known_classes(part, train, targets, class_names, what)
     if len(meta):
         require_every_class(meta, targets, class_names)
     shown = [_shown(row, columns) if text is None else row[text] for row in rows]
     inputs = _numbers(rows, columns, train, encode) if text is None else _tokens(shown, train, encode)
     training, testing, clean = (Examples(inputs[part], targets[part], part) for part in parts)
     return Source(
-        paths[0].stem,
+        table_name(names.split(",")[0]),
         training,
         testing,
         class_names,
@@ -66,6 +72,11 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
         meta=clean if len(meta) else None,
         origins=[Origin(str(path), k + 1) for path, own in zip(paths, tables, strict=True) for k in range(len(own))],
     )
+
+
+def table_name(file: str) -> str:
+    """The name of a table's file without folders and endings."""
+    return Path(file.removesuffix(".gz")).stem
 
 
 def _shown(row: dict[str, str], columns: list[str]) -> str:
@@ -89,12 +100,14 @@ def _groups(rows: list[dict[str, str]], label: str, group: str, class_names: tup
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise DataNotFound(f"csv: there is no file {str(path)!r}")
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    limit = csv.field_size_limit(sys.maxsize)  # a text may be long
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"csv: {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"csv: {path} cannot be read: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     if not rows or not reader.fieldnames:
         raise ValueError(f"csv: {path} has no rows below its head")
     names = [name.strip() for name in reader.fieldnames]
@@ -152,7 +165,8 @@ def _number(cell: str) -> float:
 
 def _is_number(cell: str) -> bool:
     try:
-        return not math.isinf(_number(cell))
+        # Python reads 12_3 as a number; in a table it is a name.
+        return "_" not in cell and not math.isinf(_number(cell))
     except ValueError:
         return False
 
@@ -182,6 +196,13 @@ def _numbers(rows: list[dict[str, str]], columns: list[str], train: Tensor, enco
     if encode is not None:
         raise ValueError("a tokenizer needs a column of texts, and this table has numbers")
     values = torch.tensor([[_number(row[name]) for name in columns] for row in rows], dtype=torch.float64)
+    large = [
+        name for name, most in zip(columns, values.nan_to_num().abs().amax(0).tolist(), strict=True) if most > LARGEST
+    ]
+    if large:
+        raise ValueError(
+            f"csv: columns with numbers beyond {LARGEST:g}: {', '.join(large)}; leave a missing cell empty"
+        )
     return standardised(values, train).float()
 
 

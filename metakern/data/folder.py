@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from pathlib import Path
 
 VARIABLE = "METAKERN_DATA"
@@ -25,6 +27,20 @@ def data_dir(explicit: str | Path | None = None) -> Path | None:
         origin = "--data-dir" if explicit else VARIABLE
         raise DataNotFound(f"{origin} names {str(folder)!r}, which is not a folder")
     return folder
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file, plain or gzip, with its own ends of lines.
+
+    Raises: ValueError naming the file where it is neither.
+    """
+    raw = path.read_bytes()
+    try:
+        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file: {error}") from error
 
 
 def find_file(

@@ -14,19 +14,20 @@ from metakern.data.folder import DataNotFound
 from metakern.data.labels import numbered
 from metakern.data.split import require_every_class, stratified
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 SIDE = 64
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes that Pillow gives images of 16 bits
 
 
 def image_folder(folder: str) -> Source:
     """FOLDER/CLASS/image, or FOLDER/train/CLASS/image beside test or meta; images [n, c, h, w] float32.
 
     FOLDER/meta has images whose class is certain. Without FOLDER/test a fifth of each class is the test set, the same
-    in every run. One channel where every image
-    is grey, else three; images of several sizes are scaled to a shorter side of 64 and cut to 64 x 64 in the middle.
-    Each channel has mean 0 and deviation 1 over the training images. Ids are places in the sorted list of files.
-    Raises: DataNotFound for a missing folder, ValueError where there are no images or the test set has other classes,
-    ModuleNotFoundError without Pillow.
+    in every run. One channel where every image is grey, else three; of 16 bits the upper eight are read. Images of
+    several sizes are scaled to a shorter side of 64 and cut to 64 x 64 in the middle. Each channel has mean 0 and
+    deviation 1 over the training images. Ids are places in the sorted list of files; hidden ones are not read.
+    Raises: DataNotFound for a missing folder, ValueError where there are no images, where some lie deeper, or the test
+    set has other classes, ModuleNotFoundError without Pillow.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -70,13 +71,24 @@ def _parts(root: Path) -> tuple[list[Path], list[Tensor]]:
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("*/*") if path.suffix.lower() in ENDINGS)
+    """The images of all classes.
+
+    Raises: ValueError for an image in a folder of a class's folder: that it is left out would not be seen.
+    """
+    images = sorted(path for path in root.glob("*/**/*") if path.suffix.lower() in ENDINGS)
+    images = [path for path in images if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    for path in images:
+        if path.parent.parent != root:
+            raise ValueError(
+                f"images: {path} lies deeper than a class's folder in {root}, or in its train beside test or meta"
+            )
+    return images
 
 
 def _pixels(files: list[Path]) -> Tensor:
     """[n, c, h, w] uint8."""
     pictures = [_open(path) for path in files]
-    grey = all(picture.mode in ("1", "L", "I;16") for picture in pictures)
+    grey = all(picture.mode in ("1", "L") for picture in pictures)
     same = len({picture.size for picture in pictures}) == 1
     arrays = [
         np.asarray((picture if same else _squared(picture)).convert("L" if grey else "RGB")) for picture in pictures
@@ -93,9 +105,21 @@ def _open(path: Path) -> Any:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return picture.copy()
-    except (UnidentifiedImageError, OSError) as error:
+            return _of_eight_bits(picture, Image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"images: {path} cannot be read: {error}") from error
+
+
+def _of_eight_bits(picture: Any, library: Any) -> Any:
+    """A copy; of 16 bits the upper eight, where Pillow's own conversion would cut all values off at 255.
+
+    Raises: ValueError for other pixels of more than eight bits.
+    """
+    if picture.mode in SIXTEEN_BITS:
+        return library.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    return picture.copy()
 
 
 def _squared(picture: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -25,8 +26,9 @@ def numbered(labels: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _in_order(name: str) -> tuple[float, str]:
-    """Numbers by value, other names after them by letter."""
+    """Numbers by value, other names, "nan" among them, after them by letter."""
     try:
-        return float(name), name
+        value = float(name)
     except ValueError:
-        return float("inf"), name
+        value = math.inf
+    return (math.inf if math.isnan(value) else value), name

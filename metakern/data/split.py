@@ -35,9 +35,24 @@ def require_every_class(meta: Tensor, targets: Tensor, class_names: Sequence[str
         raise ValueError(f"the examples marked as meta must have each class; there is none of: {', '.join(missing)}")
 
 
+def require_known_classes(part: Tensor, train: Tensor, targets: Tensor, class_names: Sequence[str], what: str) -> None:
+    """The rows `part`[k] of targets[n], called `what`, must be of classes that the rows `train` have.
+
+    Raises: ValueError naming the others.
+    """
+    unknown = sorted(set(targets[part].tolist()) - set(targets[train].tolist()))
+    if unknown:
+        named = ", ".join(repr(class_names[k]) for k in unknown)
+        raise ValueError(f"{what} are of classes that no training example has: {named}")
+
+
 def standardised(values: Tensor, train: Tensor) -> Tensor:
-    """values[n, d] with mean 0 and deviation 1 over the rows `train`; a missing value (nan) becomes the mean, 0."""
+    """values[n, d] with mean 0 and deviation 1 over the rows `train`; a missing value (nan) becomes the mean, 0.
+
+    A column that is the same in all these rows has no deviation: its values stay as far apart as they were.
+    """
     known = values[train]
     mean = known.nanmean(0)
     deviation = (known - mean).square().nanmean(0).mul(len(train) / max(len(train) - 1, 1)).sqrt()
-    return ((values - mean) / deviation.clamp(min=1e-6)).nan_to_num(0)
+    rounding = 16 * torch.finfo(values.dtype).eps * mean.abs()
+    return ((values - mean) / torch.where(deviation > rounding, deviation, 1)).nan_to_num(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metakern.data.examples import Examples, Source
-from metakern.data.folder import find_file
+from metakern.data.folder import find_file, read_text
 
 Rows = tuple[list[str], list[int]]
 Encode = Callable[[list[str]], Tensor]  # texts -> tokens[n, t] int64, by a tokenizer of one's own
@@ -67,13 +66,8 @@ def by_frequency(texts: list[str], split: Callable[[str], list[str]], length: in
     return encode
 
 
-def _read(path: Path) -> str:
-    raw = path.read_bytes()
-    return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
-
-
 def _ag_rows(path: Path) -> Rows:
-    rows = list(csv.reader(io.StringIO(_read(path))))
+    rows = list(csv.reader(io.StringIO(read_text(path))))
     if rows[0][0] == "label":
         column = rows[0].index("text")
         return [row[column] for row in rows[1:]], [int(row[0]) for row in rows[1:]]
@@ -108,7 +102,7 @@ def ag_news_human(root: Path | None, *, length: int = 64, encode: Encode | None 
     Source: "NoisyAG-News: A Benchmark for Instance-Dependent Label Noise in Text Classification", 2024.
     """
     path = _ag_file(root, "train_pool.csv.gz", form="CSV with the header label, human_label, ..., text")
-    rows = [row for row in csv.DictReader(io.StringIO(_read(path))) if row["human_label"] != "-1"]
+    rows = [row for row in csv.DictReader(io.StringIO(read_text(path))) if row["human_label"] != "-1"]
     train = [row["text"] for row in rows], [int(row["human_label"]) for row in rows]
     test = _ag_rows(_ag_file(root, "test.csv.gz", "test.csv"))
     truth = torch.tensor([int(row["label"]) for row in rows])
@@ -141,7 +135,7 @@ def clue(
         published = "https://github.com/CLUEbenchmark/DataCLUE"
         path = find_file(root, ("clue", "."), (stem + ".gz", stem), data=name.upper(), form=form, published=published)
         # At line feeds alone: a text may hold the other ends of lines that Unicode knows.
-        return [json.loads(line) for line in _read(path).split("\n") if line.strip()]
+        return [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
 
     training = _first_copies([row for part in train for row in objects(part)])
     testing = _first_copies(objects(test))

@@ -1,6 +1,7 @@
-"""Data of one's own: tables, texts and folders of images, and what is said about those that cannot be read."""
+"""Data of one's own: tables and texts, and what is said about those that cannot be read."""
 
-import sys
+import csv
+import gzip
 from pathlib import Path
 
 import pytest
@@ -170,54 +171,52 @@ def test_other_refusals(tmp_path):
         load(f"images:{tmp_path}")
 
 
-def paint(path: Path, shade: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, shade if mode == "L" else (shade, 0, 255 - shade)).save(path)
-
-
-def test_images(tmp_path):
-    for k in range(10):
-        for name, shade in (("dark", 10), ("light", 200), ("bright", 250)):
-            paint(tmp_path / name / f"{k}.png", shade + k % 5)
-    source = load(f"images:{tmp_path}")
-    assert source.class_names == ("bright", "dark", "light")
-    assert source.train.inputs.shape == (24, 3, 8, 8)
-    assert source.test.counts(3).tolist() == [2, 2, 2]
-    assert not set(source.train.ids.tolist()) & set(source.test.ids.tolist())
-    torch.testing.assert_close(source.train.inputs[:, 0].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
-    (tmp_path / "dark" / "3.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"3\.png cannot be read"):
-        load(f"images:{tmp_path}")
+def test_a_compressed_table(tmp_path):
+    plain = load(write(tmp_path / "own.csv", table()), label="kind")
+    (tmp_path / "own.csv.gz").write_bytes(gzip.compress((tmp_path / "own.csv").read_bytes()))
+    compressed = load(f"csv:{tmp_path / 'own.csv.gz'}", label="kind")
+    assert torch.equal(plain.train.inputs, compressed.train.inputs)
+    assert compressed.name == "own"
+    assert short_name(f"csv:{tmp_path / 'own.csv.gz'}") == "csv-own"
+    (tmp_path / "own.csv.gz").write_bytes(gzip.compress(b"a,b\n" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"own\.csv\.gz is no whole gzip file"):
+        load(f"csv:{tmp_path / 'own.csv.gz'}", label="kind")
 
 
-def test_images_with_a_test_folder_and_several_sizes(tmp_path):
-    for part, count in (("train", 3), ("test", 2)):
-        for name in ("a", "b"):
-            for k in range(count):
-                paint(tmp_path / part / name / f"{k}.png", 40 * k, size=(70 + k, 90), mode="L")
-    source = load(f"images:{tmp_path}")
-    assert source.train.inputs.shape == (6, 1, 64, 64)
-    assert source.test.inputs.shape == (4, 1, 64, 64)
-    for name in ("a", "b"):
-        paint(tmp_path / "meta" / name / "sure.png", 0, size=(70, 90), mode="L")
-    source = load(f"images:{tmp_path}")
-    assert [Path(source.origins[k].file).name for k in source.meta.ids.tolist()] == ["sure.png"] * 2
-    assert source.train.inputs.shape == (6, 1, 64, 64)
-    paint(tmp_path / "test" / "c" / "0.png", 0)
-    with pytest.raises(ValueError, match="classes that train has not: c"):
-        load(f"images:{tmp_path}")
+def test_a_long_text(tmp_path):
+    limit = csv.field_size_limit()
+    lines = ["text,kind", *(f"{'word ' * 50_000}end{k},{k % 2}" for k in range(10))]
+    assert len(load(write(tmp_path / "own.csv", lines), label="kind").train) == 8
+    assert csv.field_size_limit() == limit
 
 
-def test_images_need_pillow(tmp_path, monkeypatch):
-    paint(tmp_path / "a" / "0.png", 0)
-    paint(tmp_path / "b" / "0.png", 0)
-    for k in range(1, 6):
-        paint(tmp_path / "b" / f"{k}.png", 0)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ModuleNotFoundError, match=r"images need Pillow; try: pip install 'metakern\[train\]'"):
-        load(f"images:{tmp_path}")
+def test_classes_of_the_test_rows_must_be_known(tmp_path):
+    """The usual case: labels that are whole numbers in one file and have a decimal point in the other."""
+    train = write(tmp_path / "train.csv", ["a,kind", *(f"{k},{k % 3}" for k in range(60))])
+    test = write(tmp_path / "test.csv", ["a,kind", *(f"{k},{k % 3}.0" for k in range(60))]).removeprefix("csv:")
+    with pytest.raises(
+        ValueError, match=r"rows to test on are of classes that no training example has: '0\.0', '1\.0'"
+    ):
+        load(f"{train},{test}", label="kind")
+    marked = ["a,kind,split", *(f"{k},{k % 3},{'meta' if k % 3 == 2 else 'train'}" for k in range(60))]
+    with pytest.raises(ValueError, match="rows marked as meta are of classes that no training example has: '2'"):
+        load(write(tmp_path / "own.csv", marked), label="kind")
+
+
+def test_names_that_python_reads_as_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"cells that are no numbers: place \('1_0' in row 1\)"):
+        load(write(tmp_path / "own.csv", ["a,place,kind", *(f"{k},1_{k},{k % 2}" for k in range(20))]), label="kind")
+
+
+def test_numbers_whose_squares_overflow(tmp_path):
+    lines = ["a,b,kind", *(f"{k},{'1.7976931348623157e308' if k == 3 else k},{k % 2}" for k in range(20))]
+    with pytest.raises(ValueError, match=r"columns with numbers beyond 1e\+100: b"):
+        load(write(tmp_path / "own.csv", lines), label="kind")
+
+
+def test_a_class_called_nan_comes_last(tmp_path):
+    lines = ["a,kind", *(f"{k},{('2', 'nan', '10')[k % 3]}" for k in range(30))]
+    assert load(write(tmp_path / "own.csv", lines), label="kind").class_names == ("2", "10", "nan")
 
 
 def test_a_task_takes_the_rows_as_they_are(tmp_path):
@@ -239,3 +238,8 @@ def test_stratified_and_standardised_by_hand():
     values = torch.tensor([[1.0], [3.0], [float("nan")], [5.0]])
     found = standardised(values, torch.tensor([0, 1]))
     torch.testing.assert_close(found, torch.tensor([[-1.0], [1.0], [0.0], [3.0]]) / 2**0.5)
+    # The unit of a column does not count; one that never changes has none: what is new in a test row stays small.
+    assert torch.equal(standardised(values * 2**-40, torch.tensor([0, 1])), found)
+    constant = torch.full((5, 1), 0.1)
+    constant[4] = 1.1
+    torch.testing.assert_close(standardised(constant, torch.arange(4)), constant - 0.1)

@@ -1,0 +1,93 @@
+"""Folders of images of one's own, and what is said about those that cannot be read."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metakern.data import load
+
+
+def paint(path: Path, shade: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, shade if mode == "L" else (shade, 0, 255 - shade)).save(path)
+
+
+def test_images(tmp_path):
+    for k in range(10):
+        for name, shade in (("dark", 10), ("light", 200), ("bright", 250)):
+            paint(tmp_path / name / f"{k}.png", shade + k % 5)
+    source = load(f"images:{tmp_path}")
+    assert source.class_names == ("bright", "dark", "light")
+    assert source.train.inputs.shape == (24, 3, 8, 8)
+    assert source.test.counts(3).tolist() == [2, 2, 2]
+    assert not set(source.train.ids.tolist()) & set(source.test.ids.tolist())
+    torch.testing.assert_close(source.train.inputs[:, 0].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    (tmp_path / "dark" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.png cannot be read"):
+        load(f"images:{tmp_path}")
+
+
+def test_images_with_a_test_folder_and_several_sizes(tmp_path):
+    for part, count in (("train", 3), ("test", 2)):
+        for name in ("a", "b"):
+            for k in range(count):
+                paint(tmp_path / part / name / f"{k}.png", 40 * k, size=(70 + k, 90), mode="L")
+    source = load(f"images:{tmp_path}")
+    assert source.train.inputs.shape == (6, 1, 64, 64)
+    assert source.test.inputs.shape == (4, 1, 64, 64)
+    for name in ("a", "b"):
+        paint(tmp_path / "meta" / name / "sure.png", 0, size=(70, 90), mode="L")
+    source = load(f"images:{tmp_path}")
+    assert [Path(source.origins[k].file).name for k in source.meta.ids.tolist()] == ["sure.png"] * 2
+    assert source.train.inputs.shape == (6, 1, 64, 64)
+    paint(tmp_path / "test" / "c" / "0.png", 0)
+    with pytest.raises(ValueError, match="classes that train has not: c"):
+        load(f"images:{tmp_path}")
+
+
+def test_images_need_pillow(tmp_path, monkeypatch):
+    paint(tmp_path / "a" / "0.png", 0)
+    paint(tmp_path / "b" / "0.png", 0)
+    for k in range(1, 6):
+        paint(tmp_path / "b" / f"{k}.png", 0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ModuleNotFoundError, match=r"images need Pillow; try: pip install 'metakern\[train\]'"):
+        load(f"images:{tmp_path}")
+
+
+def test_images_of_sixteen_bits(tmp_path):
+    """Pillow's own conversion cuts them off at 255, which leaves all of them white."""
+    from PIL import Image
+
+    for k in range(10):
+        for name, shade in (("dark", 20), ("light", 200)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            pixels = np.full((8, 8), 256 * (shade + k), np.uint16)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.{'png' if k % 2 else 'tif'}")
+    wide = load(f"images:{tmp_path}")
+    for k in range(10):
+        for name, shade in (("dark", 20), ("light", 200)):
+            paint(tmp_path / name / f"{k}.png", shade + k, mode="L")
+            (tmp_path / name / f"{k}.tif").unlink(missing_ok=True)
+    assert torch.equal(wide.train.inputs, load(f"images:{tmp_path}").train.inputs)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "dark" / "0.tif")
+    with pytest.raises(ValueError, match=r"0\.tif cannot be read: its pixels are floating-point numbers"):
+        load(f"images:{tmp_path}")
+
+
+def test_hidden_and_deeper_images(tmp_path):
+    for k in range(6):
+        for name in ("a", "b", ".checkpoints"):
+            paint(tmp_path / name / f"{k}.png", 30 * k)
+    (tmp_path / "a" / "._0.png").write_bytes(b"no image")
+    source = load(f"images:{tmp_path}")
+    assert source.class_names == ("a", "b")
+    assert len(source.train) + len(source.test) == 12
+    paint(tmp_path / "a" / "more" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"a/more/0\.png lies deeper than a class's folder"):
+        load(f"images:{tmp_path}")
