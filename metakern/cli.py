@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         status = options.command(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"metakern: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 import json
+import os
 import runpy
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -94,6 +96,7 @@ def test_list_names_everything(capsys):
         (["compare", "--methods", "uniform,l3rw"], "unknown method 'l3rw'"),
         (["report", "no-such-folder"], "holds no finished run"),
         (["train", "uniform", "--data", "mnist-4v9"], "published: "),
+        (["train", "uniform", "--out", f"{__file__}/run", *QUICK], "Not a directory: "),
     ],
 )
 def test_unusable_input_is_said_in_a_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -103,6 +106,36 @@ def test_unusable_input_is_said_in_a_line(arguments, message, capsys, tmp_path, 
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seeds", "4-0", "takes seeds, as in 0-4 or 0,2,5, got '4-0'"),
+        ("--seeds", "one", "takes seeds, as in 0-4 or 0,2,5, got 'one'"),
+        ("--majority", ",", "takes shares, as in 0.9,0.995, got ','"),
+    ],
+)
+def test_words_that_name_no_seed_or_share(option, value, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_files_are_utf8_whatever_the_locale_says(tmp_path):
+    lines = ["text,kind", *(f"{'今天天气很好' if k % 2 else '质量太差了'}{k},{'好差'[k % 2]}" for k in range(40))]
+    (tmp_path / "own.csv").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["train", "mw-net", *QUICK[:-2], "--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind"]
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    command = [sys.executable, "-m", "metakern", *arguments, "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert "<td>好</td>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_the_optional_packages(capsys, monkeypatch):

@@ -8,6 +8,7 @@ task.train, task.meta, task.test                       # Examples: inputs, targe
 from metakern.data.augment import crop_and_flip
 from metakern.data.biased import biased
 from metakern.data.catalogue import NAMES, is_own, load, short_name
+from metakern.data.contents import contents
 from metakern.data.examples import Examples, Source, Task
 from metakern.data.folder import DataNotFound, data_dir
 from metakern.data.idx import read_idx
@@ -31,6 +32,7 @@ __all__ = [
     "Task",
     "biased",
     "binary_imbalance",
+    "contents",
     "crop_and_flip",
     "data_dir",
     "is_own",

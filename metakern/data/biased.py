@@ -69,4 +69,6 @@ def biased(
     parts = [f"imbalance {factor:g}{tail}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
     name = ", ".join([source.name, *filter(None, parts)])
     clean_meta = Examples(held.inputs, truth[meta_rows], held.ids) if source.meta is None else source.meta
-    return Task(name, chosen, clean_meta, source.test, source.class_names, truth[train_rows], corruption)
+    return Task(
+        name, chosen, clean_meta, source.test, source.class_names, truth[train_rows], corruption, source.contents
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from metakern.data.cifar10 import cifar10
 from metakern.data.cifar100 import cifar100
+from metakern.data.contents import contents
 from metakern.data.csv_file import csv_file, table_name
 from metakern.data.digits import digits
 from metakern.data.examples import Source
@@ -75,7 +77,8 @@ def load(
     """
     kind, _, path = name.partition(":")
     if kind == "csv":
-        return csv_file(path, label, encode, group)
+        read = contents(name)
+        return replace(csv_file(path, label, encode, group), contents=read)
     for option, column in (("--label", label), ("--group", group)):
         if column is not None:
             raise ValueError(f"{option} names a column of --data csv:FILE, got {name!r}")
@@ -84,7 +87,8 @@ def load(
     if encode is not None:
         raise ValueError(f"a tokenizer needs a set of texts ({', '.join(_TEXTS)}), got {name!r}")
     if kind == "images":
-        return image_folder(path)
+        read = contents(name)
+        return replace(image_folder(path), contents=read)
     if name not in _LOADERS:
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(NAMES)}, images:DIR, csv:FILE")
     return _LOADERS[name](find_data_dir(data_dir))

@@ -53,6 +53,7 @@ class Source:
     `readable[id]` is what a person reads of the training example with that id, where the inputs say nothing: its text.
     `meta` are the examples whose labels the user vouches for, apart from `train`; `origins[id]` is where each stands.
     `groups`[C] int64 is the group of each class, where the classes have some: of a fish, that it is an animal.
+    `contents` is the digest of the user's own files, see `metakern.data.contents`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Source:
     groups: Tensor | None = None
     meta: Examples | None = None
     origins: Sequence[Origin] | None = None
+    contents: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Task:
     """What one run sees: biased training examples, a small clean meta set, and the test examples.
 
     `train` and `meta` never share an id; `clean_targets`[n] are the labels of `train` from before any noise, and
-    `corruption`[C, C] the probability that it gave true class k the label j; None where no noise was made.
+    `corruption`[C, C] the probability that it gave true class k the label j; None where no noise was made; `contents`
+    is that of the source.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Task:
     class_names: tuple[str, ...]
     clean_targets: Tensor
     corruption: Tensor | None = None
+    contents: str | None = None
 
     @property
     def class_shares(self) -> Tensor:

@@ -52,4 +52,5 @@ def binary_imbalance(
         source.test,
         source.class_names,
         chosen.targets.clone(),
+        contents=source.contents,
     )

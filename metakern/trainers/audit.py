@@ -14,8 +14,8 @@ from metakern.data import Task
 from metakern.data.sampling import shuffled
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.loop import make_optimizer
 from metakern.trainers.networks import network_for
+from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
     for step in tqdm(range(steps), desc="audit", unit="step", disable=not progress):
         rows = next(batches)
         inputs, targets = task.train.inputs[rows], task.train.targets[rows]
+        set_rate(optimizer, config.lr * rate_factor(config, step, steps))
         if step >= steps // 10:
             with torch.no_grad():
                 sums.add_predictions(rows, model(inputs).softmax(1))

@@ -22,6 +22,11 @@ from metakern.trainers.leaderboard import aligned
 from metakern.trainers.report.audit import write_page, write_table
 from metakern.trainers.task import make_source, make_task
 
+# Options of a run that an audit has no use for, and so does not take.
+UNUSED = (
+    *("set", "augment", "meta_batch_size", "early_stopping", "validation", "evaluations"),
+    *("device", "amp", "checkpoint_seconds", "tensorboard"),
+)
 NO_CLEANLAB = "cleanlab: left out, it is not installed; try: pip install 'metakern[audit]'"
 
 
@@ -38,8 +43,8 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
         raise ValueError(f"--folds must be 0 (no cleanlab) or at least 2, got {folds}")
     source = make_source(config)
     task = make_task(config, source)
+    folder.mkdir(parents=True, exist_ok=True)  # before the work whose results could not be left there
     found = audit(config, task, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
     wrong = (task.train.targets != task.clean_targets).cpu().numpy()
     notes, detections = [], {}
     if wrong.any():

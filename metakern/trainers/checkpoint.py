@@ -7,25 +7,31 @@ from typing import Any
 
 import torch
 
-from metakern.trainers.config import TrainConfig
-
 _NAME = "checkpoint.pt"
 
 
-def save_checkpoint(folder: Path, config: TrainConfig, state: dict[str, Any]) -> None:
+def save_state(state: Any, path: Path) -> None:
+    """`torch.save`; raises OSError naming `path` where it cannot be written, for which torch has other words."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written; is the disk full? ({str(error).splitlines()[0]})") from error
+
+
+def save_checkpoint(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
     """Write `state` into `folder`; killed half-way, this leaves the checkpoint from before."""
     draft = folder / (_NAME + ".draft")
-    torch.save({"identity": config.identity(), "state": state}, draft)
+    save_state({"identity": identity, "state": state}, draft)
     draft.replace(folder / _NAME)
 
 
-def load_checkpoint(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The state of an unfinished run of exactly `config` in `folder`, else None."""
+def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of an unfinished run of that `run_folder.identity` in `folder`, else None."""
     path = folder / _NAME
     if not path.is_file():
         return None
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    return stored["state"] if stored["identity"] == config.identity() else None
+    return stored["state"] if stored["identity"] == identity else None
 
 
 def drop_checkpoint(folder: Path) -> None:

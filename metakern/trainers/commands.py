@@ -13,7 +13,7 @@ from metakern.data import NAMES
 from metakern.methods import METHODS, find
 from metakern.methods.pages import page_of
 from metakern.trainers import train
-from metakern.trainers.audit_command import run_audit
+from metakern.trainers.audit_command import UNUSED, run_audit
 from metakern.trainers.compare import chosen, grid, run_missing
 from metakern.trainers.config import add_options, from_options
 from metakern.trainers.demo import demo_config
@@ -91,7 +91,7 @@ def _add_audit(commands: Any) -> None:
     look.add_argument("--top", type=int, default=60, metavar="X", help="examples on the page (default: 60)")
     look.add_argument("--folds", type=int, default=5, metavar="X", help="runs for cleanlab's ranking; 0: without it")
     look.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="X", help="folder (default: %(default)s)")
-    add_options(look)
+    add_options(look, leave_out=UNUSED)
     look.set_defaults(command=_audit)
 
 
@@ -108,16 +108,27 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _shares(text: str) -> list[float]:
-    return [float(word) for word in _words(text)]
+def _shares(text: str) -> list[float | None]:
+    try:
+        shares: list[float | None] = [float(word) for word in _words(text)]
+    except ValueError:
+        shares = []
+    if not shares:
+        raise argparse.ArgumentTypeError(f"takes shares, as in 0.9,0.995, got {text!r}")
+    return shares
 
 
 def _seeds(text: str) -> list[int]:
     seeds: list[int] = []
-    for word in _words(text):
-        first, _, last = word.partition("-")
-        seeds += range(int(first), int(last or first) + 1)
-    return seeds
+    try:
+        for word in _words(text):
+            first, _, last = word.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"takes seeds, as in 0-4 or 0,2,5, got {text!r}")
+    return list(dict.fromkeys(seeds))
 
 
 def _train(options: argparse.Namespace) -> None:

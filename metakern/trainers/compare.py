@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metakern.data import Source
+from metakern.data import Source, contents
 from metakern.methods import METHODS, find
 from metakern.methods.method import NotApplicable
 from metakern.methods.settings import parse, settings_for
@@ -68,10 +68,10 @@ def grid(
     ]
 
 
-def cell(root: Path, config: TrainConfig) -> Cell:
-    """The cell of `config` under `root`, with its result if it has one."""
+def cell(root: Path, config: TrainConfig, contents: str | None = None) -> Cell:
+    """The cell of `config` under `root`, with its result if it has one, of such `contents` where they are known."""
     folder = root / "cells" / config.name()
-    return Cell(config, folder, finished(folder, config))
+    return Cell(config, folder, finished(folder, config, contents))
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +117,8 @@ def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, pr
     """
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
-    missing = [entry for entry in (cell(root, config) for config in configs) if entry.result is None]
+    found = contents(configs[0].data) if configs else None
+    missing = [entry for entry in (cell(root, config, found) for config in configs) if entry.result is None]
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
     with bar:
         for folder, left_out in _folders_done(missing, jobs):
@@ -125,4 +126,4 @@ def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, pr
                 bar.write(left_out, file=sys.stderr)
             bar.set_postfix_str(folder.name, refresh=False)
             bar.update()
-    return [cell(root, config) for config in configs]
+    return [cell(root, config, found) for config in configs]

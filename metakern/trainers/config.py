@@ -13,6 +13,8 @@ from metakern.data import NOISE_KINDS, SHAPES, short_name
 from metakern.methods import Method
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+ENGINES = ("auto", "ghost", "jvp", "double_backward")
+LARGEST_SEED = 2**31 - 16  # seeds of the parts of a run, made from this one, must fit into 64 bits
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -53,7 +55,7 @@ class TrainConfig:
     drops: str = _option("", "shares of the run at which the learning rate is divided by 10, as in 0.5,0.75")
     early_stopping: int | None = _option(None, "stop after that many evaluations without a lower validation error")
     validation: float = _option(0.1, "share of the training examples that --early-stopping holds out")
-    engine: str = _option("auto", "how the dot products are computed: auto, ghost, jvp or double_backward")
+    engine: str = _option("auto", f"how the dot products are computed, one of {', '.join(ENGINES)}")
     evaluations: int = _option(20, "how often in a run the test error is measured")
     device: str = _option("cpu", "where to train: cpu, cuda, cuda:1, ...")
     amp: str | None = _option(None, "bf16: autocast to bfloat16")
@@ -70,8 +72,14 @@ class TrainConfig:
         for name in ("schedule", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        for name in ("momentum", "weight_decay", "checkpoint_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be below 0, got {getattr(self, name)}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"--seed must be from 0 to {LARGEST_SEED}, got {self.seed}")
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
+            ("engine", ENGINES),
             ("amp", (None, "bf16")),
             ("imbalance_shape", SHAPES),
             ("augment", (None, "crop-flip")),
@@ -90,8 +98,14 @@ class TrainConfig:
 
     @property
     def drop_shares(self) -> list[float]:
-        """`drops` as numbers."""
-        return [float(word) for word in self.drops.split(",") if word.strip()]
+        """`drops` as numbers.
+
+        Raises: ValueError for a word that is none.
+        """
+        try:
+            return [float(word) for word in self.drops.split(",") if word.strip()]
+        except ValueError:
+            raise ValueError(f"--drops takes shares of the run, as in 0.5,0.75, got {self.drops!r}") from None
 
     def total_steps(self, method: Method) -> int:
         """The number of steps this run takes with `method`."""

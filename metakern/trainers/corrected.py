@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.data import Task
+from metakern.trainers.metrics import as_cell
 
 NAME = "corrected.csv"
 
@@ -34,12 +35,10 @@ def save_corrected(folder: Path, step: Any, model: nn.Module, task: Task) -> Non
     likeliest = labels.max(1)
     kept = labels.gather(1, given.unsqueeze(1)).squeeze(1)
     columns = (task.train.ids.cpu(), given, task.clean_targets.cpu(), likeliest.indices, likeliest.values, kept)
-    with (folder / NAME).open("w", newline="") as file:
+    with (folder / NAME).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "label", "clean_label", "proposed", "probability", "kept"])
-        writer.writerows(
-            [f"{value:.6g}" for value in row] for row in zip(*(column.tolist() for column in columns), strict=True)
-        )
+        writer.writerows(map(as_cell, row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
 class Correction(NamedTuple):
@@ -59,7 +58,7 @@ def read_correction(folder: Path) -> Correction | None:
     """The quality of the labels in corrected.csv; None for a run without them."""
     if not (folder / NAME).is_file():
         return None
-    with (folder / NAME).open(newline="") as file:
+    with (folder / NAME).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     given, true, proposed = (
         torch.tensor([int(row[name]) for row in rows]) for name in ("label", "clean_label", "proposed")

@@ -91,7 +91,7 @@ def _row(learner: str, balance: str, shape: str, scores: Scores, plain: Scores, 
 
 def _save(rows: list[dict[str, Any]], config: EpisodeConfig, source: Source, split: ClassSplit, folder: Path) -> None:
     columns = [name for name in rows[0] if name != "by_shots"]
-    with (folder / "episodes.csv").open("w", newline="") as file:
+    with (folder / "episodes.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
@@ -103,7 +103,7 @@ def _save(rows: list[dict[str, Any]], config: EpisodeConfig, source: Source, spl
         },
         "rows": rows,
     }
-    (folder / "episodes.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    (folder / "episodes.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _table(rows: list[dict[str, Any]], config: EpisodeConfig) -> str:

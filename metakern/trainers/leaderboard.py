@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     `difference` is the mean over the seeds both have; `interval` is half its 95 % confidence interval (Student's t),
     nan with fewer than two seeds. `area` is the mean area under the ROC curve in percent, nan without two classes;
     `accuracies` the mean accuracy on each class. `cost` is the median time of a run in plain steps: in seconds, over
-    the seconds that the first method's runs took for a step.
+    the seconds that the first method's runs took for a step; nan where that method has no steps.
     """
 
     method: str
@@ -71,7 +71,7 @@ def _entry(method: str, majority: float | None, results: Results, reference: Res
     errors = [result["test_error"] for result in results.values()]
     paired = [results[seed]["test_error"] - reference[seed]["test_error"] for seed in results if seed in reference]
     seconds = median(result["seconds"] for result in results.values())
-    plain = median(result["seconds"] / result["steps"] for result in reference.values()) if reference else math.nan
+    plain = [result["seconds"] / result["steps"] for result in reference.values() if result["steps"]]
     mean, deviation = _spread(errors)
     by_class = zip(*(result["error_by_class"] for result in results.values()), strict=True)
     return Entry(
@@ -86,14 +86,14 @@ def _entry(method: str, majority: float | None, results: Results, reference: Res
         _half_interval(paired),
         _spread([result.get("roc_area", math.nan) for result in results.values()])[0],
         seconds,
-        seconds / plain,
+        seconds / median(plain) if plain else math.nan,
         [100 - _spread(own)[0] for own in by_class],
     )
 
 
 def save(entries: Sequence[Entry], path: Path) -> None:
     """Write the entries as CSV, one row each."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Entry._fields)
         writer.writerows([_field(value) for value in row] for row in entries)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metakern.data import Task
+from metakern.trainers.metrics import as_cell
 
 
 class Ledger:
@@ -57,5 +58,6 @@ class Ledger:
         columns = self.columns()
         np.savez_compressed(folder / "weights.npz", allow_pickle=False, **columns)
         lines = [",".join(columns)]
-        lines += [",".join(f"{value:.6g}" for value in row) for row in zip(*columns.values(), strict=True)]
+        values = [column.tolist() for column in columns.values()]
+        lines += [",".join(map(as_cell, row)) for row in zip(*values, strict=True)]
         (folder / "weights.csv").write_text("\n".join(lines) + "\n")

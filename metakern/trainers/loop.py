@@ -22,6 +22,7 @@ from metakern.trainers.checkpoint import (
     random_states,
     restore_random_states,
     save_checkpoint,
+    save_state,
 )
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.corrected import save_corrected
@@ -32,7 +33,7 @@ from metakern.trainers.ledger import Ledger
 from metakern.trainers.metrics import MetricsFile
 from metakern.trainers.networks import network_for
 from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
-from metakern.trainers.run_folder import finish, start
+from metakern.trainers.run_folder import finish, identity, start
 from metakern.trainers.task import hold_out, make_task, on_device, task_on_device, usable_device
 from metakern.trainers.tensorboard import Board
 from metakern.trainers.weighting import save_weighting
@@ -63,7 +64,7 @@ def train(config: TrainConfig, folder: Path, *, task: Task | None = None, progre
     if config.early_stopping is not None:
         task, validation = hold_out(task, config.validation, config.seed)
     task = method.training_set(task, config.seed)
-    checkpoint = load_checkpoint(folder, config)
+    checkpoint = load_checkpoint(folder, identity(config, task.contents))
     start(folder, config, task)
     with torch.random.fork_rng():
         loop = _Loop(config, method, task, validation, folder, progress)
@@ -86,6 +87,7 @@ class _Loop:
         device = usable_device(config.device)
         self.config, self.method, self.folder, self.progress = config, method, folder, progress
         self.task = task_on_device(task, device)
+        self._identity = identity(config, task.contents)
         self.validation = None if validation is None else on_device(validation, device)
         self.model = network_for(task, config.seed, config.model).to(device)
         self.setup = make_setup(config, method, self.task, self.model, progress=progress)
@@ -149,12 +151,12 @@ class _Loop:
         """The final errors, of the best model where the run stops early, with everything on disk."""
         errors = self._final_errors()
         self.ledger.save(self.folder)
-        torch.save(self.model.state_dict(), self.folder / "model.pt")
+        save_state(self.model.state_dict(), self.folder / "model.pt")
         if isinstance(self.take, Explained):
             save_weighting(self.folder, self.take.weighting_function())
         save_corrected(self.folder, self.take, self.model, self.task)
         best = self.stopping.best_step if self.stopping else None
-        finish(self.folder, self.config, errors, self.seconds, self.step, best)
+        finish(self.folder, self._identity, errors, self.seconds, self.step, best)
         return errors
 
     def _final_errors(self) -> Errors:
@@ -216,7 +218,7 @@ class _Loop:
     def _save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state.update(step=self.step, generator=self.generator.get_state(), random=random_states())
-        save_checkpoint(self.folder, self.config, state)
+        save_checkpoint(self.folder, self._identity, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():

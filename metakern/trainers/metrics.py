@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class MetricsFile:
         self._resumed = time.perf_counter()
 
     def _write(self, mode: str, rows: Sequence[Sequence[str]]) -> None:
-        with self._path.open(mode, newline="") as file:
+        with self._path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
 
     @property
@@ -74,7 +75,7 @@ class MetricsFile:
         averages = [self._sums[name] / self._count for name in _AVERAGED]
         row = [step, *averages, errors.test, errors.balanced, *errors.by_class]
         row += [float("nan") if validation is None else validation, self.seconds, self._count / self._stepping]
-        self._write("a", [[f"{value:.6g}" for value in row]])
+        self._write("a", [[as_cell(value) for value in row]])
         self._clear()
         self._resumed = time.perf_counter()
         return dict(zip(self._columns, row, strict=True))
@@ -91,14 +92,19 @@ class MetricsFile:
         return {"loss": f"{self._last['loss']:.4f}", "kept": f"{100 * self._last['kept']:.0f}%"}
 
 
+def as_cell(value: float) -> str:
+    """A number in six digits; a whole one, such as a step or an id, in all that it has."""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
 def _rows(path: Path) -> list[list[str]]:
     """The rows below the head; a last one that was cut off while it was written is left out."""
-    text = path.read_text()
-    return list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
+    text = path.read_text(encoding="utf-8")
+    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))[1:]
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
     """The columns of a metrics.csv by name; an empty list for each when it has no rows."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     return {name: [float(row[k]) for row in rows[1:]] for k, name in enumerate(rows[0])}

@@ -23,6 +23,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     draft.replace(path)
 
 
+def identity(config: TrainConfig, contents: str | None) -> dict[str, Any]:
+    """What a result is of: the settings, and of data of the user's own what their files held."""
+    return {**config.identity(), **({"contents": contents} if contents else {})}
+
+
 def start(folder: Path, config: TrainConfig, task: Task) -> None:
     """Make `folder` and write config.json; a result of an earlier run there is no longer one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,13 +52,13 @@ def start(folder: Path, config: TrainConfig, task: Task) -> None:
 
 
 def finish(
-    folder: Path, config: TrainConfig, errors: Errors, seconds: float, steps: int, best_step: int | None = None
+    folder: Path, identity: dict[str, Any], errors: Errors, seconds: float, steps: int, best_step: int | None = None
 ) -> None:
     """Write result.json: that it exists says the run is complete."""
     _write(
         folder / "result.json",
         {
-            "identity": config.identity(),
+            "identity": identity,
             "steps": steps,
             **({} if best_step is None else {"best_step": best_step}),
             "test_error": errors.test,
@@ -65,12 +70,14 @@ def finish(
     )
 
 
-def finished(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The result of a complete run of exactly `config` in `folder`, else None."""
+def finished(folder: Path, config: TrainConfig, contents: str | None = None) -> dict[str, Any] | None:
+    """The result of a complete run of exactly `config` in `folder`, and of such `contents` where they are known."""
     path = folder / "result.json"
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
     # A result from before an option existed has that option's default.
-    defaults = TrainConfig(config.method).identity()
-    return result if {**defaults, **result["identity"]} == config.identity() else None
+    known = {**TrainConfig(config.method).identity(), **result["identity"]}
+    if contents is None:
+        known.pop("contents", None)
+    return result if known == identity(config, contents) else None

@@ -13,7 +13,7 @@ NAME = "weighting.csv"
 def save_weighting(folder: Path, function: WeightingFunction) -> None:
     """Write weighting.csv: the quantity in the first column, a column of weights for each curve."""
     columns = [function.at.tolist(), *(weights.tolist() for weights in function.weights.values())]
-    with (folder / NAME).open("w", newline="") as file:
+    with (folder / NAME).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([function.quantity, *function.weights])
         writer.writerows([f"{value:.6g}" for value in row] for row in zip(*columns, strict=True))
@@ -23,7 +23,7 @@ def read_weighting(folder: Path) -> tuple[str, list[float], dict[str, list[float
     """The quantity's name, where it was taken, and the weights there by curve; None when the run has no function."""
     if not (folder / NAME).is_file():
         return None
-    with (folder / NAME).open(newline="") as file:
+    with (folder / NAME).open(newline="", encoding="utf-8") as file:
         (quantity, *names), *rows = csv.reader(file)
     at, *curves = ([float(value) for value in column] for column in zip(*rows, strict=True))
     return quantity, at, dict(zip(names, curves, strict=True))

@@ -14,8 +14,9 @@ from metakern.trainers import audit_command
 from metakern.trainers.audit import Audit, audit
 from metakern.trainers.audit_command import run_audit
 from metakern.trainers.detection import cleanlab_suspicion, detection, has_cleanlab, held_out_probabilities
-from metakern.trainers.loop import make_optimizer, make_task
+from metakern.trainers.loop import make_task
 from metakern.trainers.networks import network_for
+from metakern.trainers.optimizer import make_optimizer
 from metakern.trainers.report.audit import write_page, write_table
 
 
@@ -60,6 +61,31 @@ def made_up() -> Audit:
 def made_up_task(inputs: torch.Tensor) -> Task:
     train = Examples(inputs, torch.tensor([0, 1, 1, 0]), torch.tensor([3, 2, 1, 0]))
     return Task("made-up", train, train, train, ("a", "b"), train.targets)
+
+
+def test_rates_rise_and_fall_as_in_a_run(noisy):
+    """With plain descent and one step the value is proportional to the rate, which a warm-up halves."""
+    config = replace(noisy, steps=1, momentum=0.0, batch_size=20)
+    task = make_task(config)
+    whole, half = audit(config, task, progress=False), audit(replace(config, warmup=1.0, steps=2), task, progress=False)
+    seen = ~np.isnan(whole.value)
+    task_rows = next(shuffled(task.train.targets, 20, torch.Generator().manual_seed(config.seed + 2)))
+    assert seen.nonzero()[0].tolist() == sorted(task_rows.tolist())
+    np.testing.assert_array_equal(half.value[seen] * 2, whole.value[seen])
+
+
+def test_options_without_an_effect_are_not_taken(capsys):
+    for option in ("--device", "--amp", "--early-stopping", "--augment"):
+        with pytest.raises(SystemExit):
+            main(["audit", option, "1"])
+        assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(noisy, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(audit_command, "audit", None)
+    with pytest.raises(FileExistsError):
+        run_audit(noisy, tmp_path / "file")
 
 
 def test_order_and_suggestion():

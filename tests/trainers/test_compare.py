@@ -4,7 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
+from metakern.data import contents
 from metakern.methods import METHODS
 from metakern.trainers import compare, loop
 from metakern.trainers.compare import Cell, cell, chosen, grid, run_missing
@@ -96,6 +98,13 @@ def test_a_method_that_does_not_take_the_data_is_left_out(quick, tmp_path, capsy
     assert [entry.method for entry in leaderboard(cells)] == ["uniform", "random"]
 
 
+def test_a_first_method_without_steps(quick, tmp_path):
+    cells = run_missing(tmp_path, grid(quick, ["adaboost", "uniform"], [0.9], [0]), progress=False)
+    assert [math.isnan(entry.cost) for entry in leaderboard(cells)] == [True, True]
+    assert write_comparison(cells, tmp_path / "report.html").is_file()
+    assert "uniform" in as_text(leaderboard(cells))
+
+
 def test_finished_cells_are_not_run_again(quick, tmp_path, monkeypatch):
     configs = grid(quick, ["uniform"], [0.9], [0])
     run_missing(tmp_path, configs, progress=False)
@@ -124,9 +133,42 @@ def test_a_changed_file_is_read_again_by_the_next_comparison(quick, tmp_path):
     sizes = []
     for rows in (40, 80):
         table.write_text("x,y\n" + "".join(f"{k % 7},{'ab'[k % 2]}\n" for k in range(rows)))
-        cells = run_missing(tmp_path / str(rows), grid(base, ["uniform"], [None], [0]), progress=False)
+        cells = run_missing(tmp_path / "cells", grid(base, ["uniform"], [None], [0]), progress=False)
         sizes.append(json.loads((cells[0].folder / "config.json").read_text())["train_examples"])
     assert sizes == [30, 62]
+    # Where the file is gone the results stay what they were.
+    table.unlink()
+    assert run_missing(tmp_path / "cells", [cells[0].config], progress=False)[0].result is not None
+
+
+def test_a_run_of_a_changed_file_does_not_go_on_from_its_checkpoint(quick, tmp_path, monkeypatch):
+    table = tmp_path / "own.csv"
+    own = {"data": f"csv:{table}", "majority": None, "label": "y", "meta_per_class": 1}
+    config = replace(quick, **own, steps=4, checkpoint_seconds=0.0)
+    table.write_text("x,y\n" + "".join(f"{k % 7},{'ab'[k % 2]}\n" for k in range(40)))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finish", None)
+        with pytest.raises(TypeError):
+            train(config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    table.write_text("x,y\n" + "".join(f"{k % 5},{'ab'[k % 2]}\n" for k in range(40)))
+    again, alone = (train(config, tmp_path / name, progress=False) for name in ("run", "alone"))
+    assert (again.folder / "weights.csv").read_bytes() == (alone.folder / "weights.csv").read_bytes()
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, alone.model.state_dict()[name])
+
+
+def test_a_changed_image_changes_the_contents(tmp_path):
+    for name in ("a/0.png", "b/0.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"0")
+    found = contents(f"images:{tmp_path}")
+    (tmp_path / "b/notes.txt").write_bytes(b"1")
+    assert contents(f"images:{tmp_path}") == found
+    (tmp_path / "b/0.png").write_bytes(b"1")
+    assert contents(f"images:{tmp_path}") != found
+    assert contents("digits") is None
+    assert contents(f"images:{tmp_path}/none") is None
 
 
 def test_comparison_of_many_classes(quick, tmp_path):

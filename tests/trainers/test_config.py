@@ -31,7 +31,20 @@ def test_options_have_the_fields_types():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("batch_size", 0), ("train_size", -1), ("evaluations", 0), ("lr", 0.0), ("schedule", -1)],
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("train_size", -1),
+        ("evaluations", 0),
+        ("lr", 0.0),
+        ("schedule", -1),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("momentum", -0.1),
+        ("weight_decay", -1.0),
+        ("engine", "gost"),
+        ("drops", "half"),
+    ],
 )
 def test_refusals_name_the_option(name, value):
     with pytest.raises(ValueError, match="--" + name.replace("_", "-")):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from metakern.trainers import train
+from metakern.trainers.ledger import Ledger
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.networks import network_for
 from metakern.trainers.run_folder import finished
@@ -41,6 +42,14 @@ def test_ledger_adds_up(quick, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(run.task.train)
     assert float(rows[0]["id"]) == columns["id"][0]
+
+
+def test_ids_are_written_in_all_their_digits(quick, tmp_path):
+    task = make_task(quick)
+    task = replace(task, train=replace(task.train, ids=task.train.ids + 12_345_678))
+    Ledger(task, 10).save(tmp_path)
+    with (tmp_path / "weights.csv").open() as file:
+        assert [int(row["id"]) for row in csv.DictReader(file)] == task.train.ids.tolist()
 
 
 def test_same_seed_same_run(quick, tmp_path):

@@ -3,13 +3,16 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import metakern
 from metakern.trainers import train
 from metakern.trainers.report import write_report
 from metakern.trainers.report.figures import error_by_cost, error_by_majority, weight_distribution
+from metakern.trainers.report.gallery import shades
 from metakern.trainers.step_time import step_time
 
 
@@ -70,6 +73,34 @@ def test_report_is_whole_and_self_contained(quick, tmp_path, stand_in):
     identifiers = re.findall(r'\bid="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)) <= set(identifiers)
+    assert not {tag for tag in page.seen if ":" in tag}  # no elements that HTML does not know
+
+
+def test_runs_of_one_method_are_told_apart(quick, tmp_path, stand_in):
+    configs = [replace(quick, method="l2rw", lr=lr) for lr in (1e-3, 1e-2)]
+    folders = [train(config, tmp_path / f"{config.lr:g}", progress=False).folder for config in configs]
+    text = write_report(folders, tmp_path / "report.html").read_text()
+    for folder in folders:
+        assert f"What l2rw, {folder} learned about the training examples" in text
+        assert f"<td>l2rw, {folder}</td>" in text
+    identifiers = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers))
+    other = train(replace(quick, data="digits", majority=None), tmp_path / "digits", progress=False).folder
+    with pytest.raises(ValueError, match="digits has other classes than"):
+        write_report([folders[0], other], tmp_path / "report.html")
+
+
+def test_class_names_that_matplotlib_has_no_signs_for(recwarn):
+    svg = weight_distribution(torch.rand(50).numpy(), (torch.arange(50) % 2).numpy(), ("好", "差"), "l2rw")
+    assert "好" in svg
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_images_are_stretched_to_what_can_be_seen():
+    values = np.array([[[-2.0, 0.0], [1.0, 2.0]]])
+    assert shades(values).tolist() == [[0.0, 0.5], [0.75, 1.0]]
+    assert shades(values.clip(0, 1)).tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert shades(np.zeros((3, 4, 5))).shape == (4, 5, 3)
 
 
 def test_noise_is_shown_by_what_became_of_the_labels(quick, tmp_path, stand_in):
@@ -119,6 +150,21 @@ def test_report_without_the_data(quick, tmp_path, stand_in, monkeypatch):
 
     monkeypatch.setattr(runs, "load", absent)
     assert "the data set is not at hand" in write_report([run.folder], tmp_path / "report.html").read_text()
+
+
+def test_report_of_images_that_have_changed(quick, tmp_path):
+    """The ids of a run are places in the list of files: with another file they would show other images."""
+    for k in range(12):
+        for name, shade in (("dark", 10), ("light", 200)):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (28, 28), shade + k).save(tmp_path / "photos" / name / f"{k}.png")
+    config = replace(quick, method="l2rw", data=f"images:{tmp_path / 'photos'}", majority=None, steps=2)
+    run = train(config, tmp_path / "run", progress=False)
+    assert "<img" in write_report([run.folder], tmp_path / "report.html").read_text()
+    Image.new("L", (28, 28), 0).save(tmp_path / "photos" / "dark" / "00.png")
+    again = write_report([run.folder], tmp_path / "report.html").read_text()
+    assert "<img" not in again
+    assert "the data set is not at hand, or is another now" in again
 
 
 def test_step_time_is_a_ratio(quick, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from metakern.methods import METHODS, Method
+from metakern.methods import METHODS, Method, Outcome
 from metakern.trainers import checkpoint, loop, train
-from metakern.trainers.metrics import read_metrics
+from metakern.trainers.evaluate import Errors
+from metakern.trainers.metrics import MetricsFile, read_metrics
 from metakern.trainers.run_folder import finished
 
 
@@ -179,10 +180,31 @@ def test_preparation_is_done_once(quick, tmp_path, monkeypatch):
     assert len(prepared) == 1
 
 
+def test_a_full_disk_is_said(quick, tmp_path, monkeypatch):
+    def full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 260288 vs 260240")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint\.pt\.draft cannot be written; is the disk full\? \(\[enforce fail"):
+        train(replace(quick, checkpoint_seconds=0.0), tmp_path, progress=False)
+    with pytest.raises(OSError, match=r"model\.pt cannot be written"):
+        train(quick, tmp_path, progress=False)
+
+
+def test_a_run_goes_on_behind_the_millionth_step(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.csv", ("a", "b"))
+    metrics.begin()
+    for step in (1_000_000, 1_234_567):
+        metrics.add(Outcome(torch.ones(2) / 2, torch.ones(2), None))
+        metrics.write(step, Errors(1.0, 1.0, [1.0, 1.0]))
+    metrics.begin(1_000_000)
+    assert read_metrics(tmp_path / "metrics.csv")["step"] == [1_000_000]
+
+
 def test_another_configs_checkpoint_is_not_used(quick, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         killed_at(patch, "measure_errors", 2)
         with pytest.raises(Killed):
             train(replace(quick, checkpoint_seconds=0.0), tmp_path, progress=False)
-    assert checkpoint.load_checkpoint(tmp_path, quick) is not None
-    assert checkpoint.load_checkpoint(tmp_path, replace(quick, lr=0.5)) is None
+    assert checkpoint.load_checkpoint(tmp_path, quick.identity()) is not None
+    assert checkpoint.load_checkpoint(tmp_path, replace(quick, lr=0.5).identity()) is None

@@ -13,7 +13,7 @@ from metakern.data import Examples, Source, Task
 from metakern.trainers.audit import Audit
 from metakern.trainers.detection import Detection
 from metakern.trainers.report import figures
-from metakern.trainers.report.gallery import picture
+from metakern.trainers.report.gallery import picture, shades
 from metakern.trainers.report.page import page, table
 
 COLUMNS = ("rank", "id", "given_label", "suggested_label", "confidence", "value", "scaled_value", "mean_loss")
@@ -98,7 +98,7 @@ def _examples(found: Audit, task: Task, source: Source, order: np.ndarray) -> st
     rows = _rows(found, task, order)
     if source.readable is None and task.train.inputs.ndim == 4:
         pictures = [
-            picture(_pixels(task.train, row), _labels(line) + _place(source, int(line[1])))
+            picture(shades(task.train.inputs[row].cpu().numpy()), _labels(line) + _place(source, int(line[1])))
             for row, line in zip(order.tolist(), rows, strict=True)
         ]
         return f'<div class="gallery">{"".join(pictures)}</div>'
@@ -116,14 +116,6 @@ def _labels(line: list[str]) -> str:
 
 def _place(source: Source, example: int) -> str:
     return "" if source.origins is None else f" · {Path(source.origins[example].file).name}"
-
-
-def _pixels(examples: Examples, row: int) -> np.ndarray:
-    """Height, width and, in colour, three channels, stretched to 0..1 where the inputs are not."""
-    image = examples.inputs[row].cpu().numpy().transpose(1, 2, 0)
-    if image.min() < 0 or image.max() > 1:
-        image = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
-    return image[..., 0] if image.shape[2] == 1 else image
 
 
 def _numbers(examples: Examples, row: int) -> str:

@@ -32,7 +32,8 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
         ("Accuracy on each class, %", _by_class(entries, _class_names(cells))),
         ("", settings([(name, str(value)) for name, value in config.identity().items() if name not in _VARIED])),
     ]
-    path.write_text(page(f"{len({entry.method for entry in entries})} methods on {config.data}", lead, sections))
+    title = f"{len({entry.method for entry in entries})} methods on {config.data}"
+    path.write_text(page(title, lead, sections), encoding="utf-8")
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+# Left out: they would put addresses, and elements that HTML does not know, into the page.
+_METADATA = ("Date", "Creator", "Format", "Type")
 # Drawn in these and replaced by CSS variables, so that one figure reads on a light and on a dark page.
 _INK, _FAINT = "#010203", "#040506"
 # Of middle lightness and told apart with any colour vision (after Okabe and Ito).
@@ -50,7 +53,10 @@ def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterato
         figure = Figure(figsize=(width, height), layout="constrained")
         yield list(figure.subplots(1, columns, squeeze=False)[0]), svg
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():
+            # Text stays text in the SVG: the page's fonts draw it, also signs that matplotlib's own font lacks.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
     svg.append(_themed(buffer.getvalue(), name))
 
 

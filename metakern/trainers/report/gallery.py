@@ -21,13 +21,20 @@ def picture(pixels: np.ndarray, caption: str) -> str:
     return f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
+def shades(image: np.ndarray) -> np.ndarray:
+    """image[c, h, w] as [h, w], or [h, w, 3] in colour; stretched to 0..1 where it reaches beyond."""
+    if image.min() < 0 or image.max() > 1:
+        image = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
+    return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+
+
 def gallery(train: Examples, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> str:
     """The images at `rows` of the ledger, in that order, each with its mean weight.
 
     `ids` and `weights` are the ledger's columns; the images are looked up in `train` by id.
     """
     place = {int(row): k for k, row in enumerate(train.ids)}
-    images = [train.inputs[place[int(ids[row])], 0].numpy() for row in rows]
+    images = [shades(train.inputs[place[int(ids[row])]].numpy()) for row in rows]
     pictures = [picture(image, f"{weights[row]:.2g} x") for image, row in zip(images, rows, strict=True)]
     return f'<div class="gallery">{"".join(pictures)}</div>'
 

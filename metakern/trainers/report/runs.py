@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from metakern.data import DataNotFound, Source, load
+from metakern.data import DataNotFound, Source, contents, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.corrected import Correction, correction_table, read_correction
@@ -25,6 +25,7 @@ from metakern.trainers.weighting import read_weighting
 
 
 class _Record(NamedTuple):
+    folder: Path
     name: str
     config: dict[str, Any]
     result: dict[str, Any]
@@ -49,7 +50,8 @@ def _read(folder: Path) -> _Record:
         weights = {name: stored[name] for name in stored.files}
     result = json.loads((folder / "result.json").read_text())
     metrics = read_metrics(folder / "metrics.csv")
-    return _Record(config["method"], config, result, metrics, weights, read_weighting(folder), read_correction(folder))
+    learned = read_weighting(folder), read_correction(folder)
+    return _Record(folder, config["method"], config, result, metrics, weights, *learned)
 
 
 def write_report(
@@ -57,26 +59,39 @@ def write_report(
 ) -> Path:
     """Write the report of the finished runs in `folders` to `path` and return it; `step_times` adds a column.
 
-    Raises: FileNotFoundError when a folder holds no finished run.
+    Raises: FileNotFoundError when a folder holds no finished run, ValueError where their classes differ.
     """
     records = [_read(folder) for folder in folders]
-    try:
-        config = records[0].config
-        source = load(
-            config["data"], data_dir or config["data_dir"], label=config.get("label"), group=config.get("group")
-        )
-    except DataNotFound:
-        source = None
+    for record in records:
+        if record.config["class_names"] != records[0].config["class_names"]:
+            raise ValueError(f"{record.folder} has other classes than {folders[0]}: one report is of runs on one task")
     first = records[0].config
+    source = _source(records[0], data_dir)
     sections = [("", _results(records, step_times)), ("Accuracy by class", _accuracies(records))]
     sections.append(("Training", _curves(records)))
-    learned = [record for record in records if find(record.name).needs_meta or record.weighting is not None]
-    sections += [(_weights_heading(record), _weights(record, source)) for record in learned]
+    sections += [
+        (f"What {label} learned about the training examples", _weights(record, source, label))
+        for label, record in zip(_labels(records), records, strict=True)
+        if find(record.name).needs_meta or record.weighting is not None
+    ]
     known = [entry.name for entry in fields(TrainConfig)]
     values = [(name, str(value)) for name, value in first.items() if name in known or len(records) == 1]
     sections.append(("", settings(values)))
-    path.write_text(page(_title(records), _lead(first), sections))
+    path.write_text(page(_title(records), _lead(first), sections), encoding="utf-8")
     return path
+
+
+def _source(record: _Record, data_dir: str | None) -> Source | None:
+    """The data set of a run; None where it is not at hand, or the user's own files have changed since."""
+    config = record.config
+    if contents(config["data"]) != record.result["identity"].get("contents"):
+        return None
+    try:
+        return load(
+            config["data"], data_dir or config["data_dir"], label=config.get("label"), group=config.get("group")
+        )
+    except DataNotFound:
+        return None
 
 
 def _title(records: Sequence[_Record]) -> str:
@@ -109,8 +124,8 @@ def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> s
     noisy = not all(math.isnan(area) for area in areas)
     head = ["method", *shown[0], *(["weight finds the corruption"] if noisy else []), "steps", "seconds"]
     rows = [head + (["step, in plain steps"] if step_times else [])]
-    for record, errors, area in zip(records, shown, areas, strict=True):
-        row = [record.name, *(f"{error:.2f} %" for error in errors.values())]
+    for label, record, errors, area in zip(_labels(records), records, shown, areas, strict=True):
+        row = [label, *(f"{error:.2f} %" for error in errors.values())]
         row += [f"{area:.1f} %"] if noisy else []
         row += [f"{record.result['steps']:,}", f"{record.result['seconds']:.0f}"]
         rows.append(row + ([step_times.get(record.name, "-")] if step_times else []))
@@ -131,8 +146,11 @@ def _accuracies(records: Sequence[_Record]) -> str:
 
 def _labels(records: Sequence[_Record]) -> list[str]:
     names = [record.name for record in records]
-    # Runs of one method are told apart by their seed.
-    return names if len(set(names)) == len(names) else [f"{r.name}, seed {r.config['seed']}" for r in records]
+    # Runs of one method are told apart by their seed, those of one seed by their folder.
+    for told in (names, [f"{r.name}, seed {r.config['seed']}" for r in records]):
+        if len(set(told)) == len(told):
+            return told
+    return [f"{record.name}, {record.folder}" for record in records]
 
 
 def _curves(records: Sequence[_Record]) -> str:
@@ -140,11 +158,7 @@ def _curves(records: Sequence[_Record]) -> str:
     return figures.curves(drawn)
 
 
-def _weights_heading(record: _Record) -> str:
-    return f"What {record.name} learned about the training examples"
-
-
-def _weights(record: _Record, source: Source | None) -> str:
+def _weights(record: _Record, source: Source | None, label: str) -> str:
     columns, class_names = record.weights, record.config["class_names"]
     weights, groups, names = columns["mean_weight"], columns["label"], class_names
     flipped = columns["label"] != columns["clean_label"]
@@ -157,13 +171,13 @@ def _weights(record: _Record, source: Source | None) -> str:
     if flipped.any():
         groups, names = flipped.astype(int), ["label kept", "label flipped"]
         text += _finding(record.corruption_area, flipped)
-    text += figures.weight_distribution(weights, groups, names, record.name)
+    text += figures.weight_distribution(weights, groups, names, label)
     if record.weighting is not None:
-        text += "<h3>The learned weighting function</h3>" + figures.weighting_function(*record.weighting, record.name)
+        text += "<h3>The learned weighting function</h3>" + figures.weighting_function(*record.weighting, label)
     if record.correction is not None:
         text += "<h3>The corrected labels</h3>" + table(correction_table(record.correction))
     if source is None:
-        return text + "<p>The images are not shown: the data set is not at hand.</p>"
+        return text + "<p>The images are not shown: the data set is not at hand, or is another now.</p>"
     if source.train.inputs.ndim != 4 or source.train.inputs.shape[1] != 1:
         return text
     text += (

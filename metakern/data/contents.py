@@ -1,0 +1,31 @@
+"""What files of the user's own held when they were read: results of other contents are not results of these."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from metakern.data.image_folder import ENDINGS
+
+
+def contents(name: str) -> str | None:
+    """A digest of the files behind "csv:FILE" or "images:DIR"; None for a published set, and where they are gone."""
+    kind, _, path = name.partition(":")
+    if kind == "csv":
+        return _digest({part: Path(part).expanduser() for part in path.split(",")})
+    if kind == "images":
+        root = Path(path).expanduser()
+        images = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)
+        return _digest({str(file.relative_to(root)): file for file in images})
+    return None
+
+
+def _digest(files: dict[str, Path]) -> str | None:
+    found = hashlib.sha256()
+    for name, file in files.items():
+        if not file.is_file():
+            return None
+        inside = file.read_bytes()
+        found.update(f"{name} {len(inside)} ".encode("utf-8", "surrogateescape"))
+        found.update(inside)
+    return found.hexdigest()[:16] if files else None
