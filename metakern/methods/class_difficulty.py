@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metakern.methods.class_weights import by_class
 from metakern.methods.method import Batch, Method, Outcome, Setting, Step, always
+from metakern.methods.plain_training import predict
 
 TAU_RULES = ("imagenet", "cifar")
 
@@ -39,17 +40,15 @@ def difficulty_weights(accuracies: Tensor, tau: float | Tensor) -> Tensor:
 def difficulty_step(rule: str = "imagenet") -> Step:
     """A step with weights by difficulty, its exponent by `rule`.
 
-    Difficulty is measured on the meta batch before each step; the paper does it once an epoch on 25 a class.
-
-    A class that the meta batch does not hold counts as perfect.
+    Difficulty is measured on the meta batch before each step, in evaluation mode; the paper does it once an epoch on 25
+    a class. A class that the meta batch does not hold counts as perfect.
     """
 
     def step(
         model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         (inputs, targets), (meta_inputs, meta_targets) = batch, meta_batch
-        with torch.no_grad():
-            meta_logits = model(meta_inputs)
+        meta_logits = predict(model, meta_inputs)
         classes = len(setting.class_counts)
         right = (meta_logits.argmax(1) == meta_targets).to(meta_logits)
         held = torch.bincount(meta_targets, minlength=classes)

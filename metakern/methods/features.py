@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metakern.methods.plain_training import evaluating
+
 
 def last_linear(model: nn.Module) -> nn.Linear:
     """The last `nn.Linear` of the model in the order of its modules, taken to be the one that makes the logits.
@@ -57,14 +59,9 @@ def kept_logits(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 @torch.no_grad()
 def features(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
     """The penultimate features of inputs[n, ...] in evaluation mode, [n, d]; the model keeps its former mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with kept_features(model) as kept:
-            parts = []
-            for part in inputs.split(batch_size):
-                model(part)
-                parts.append(kept(model, part))
-    finally:
-        model.train(was_training)
+    parts = []
+    with evaluating(model), kept_features(model) as kept:
+        for part in inputs.split(batch_size):
+            model(part)
+            parts.append(kept(model, part))
     return torch.cat(parts)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.methods.method import Batch, Method, Outcome, Setting, Step, always
+from metakern.methods.plain_training import predict
 
 
 def hardest(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
@@ -38,14 +39,13 @@ def _division(targets: Tensor, setting: Setting) -> tuple[Tensor, Tensor, int]:
 
 
 def mining_step(select: Callable[[Tensor, Tensor, Setting], Tensor]) -> Step:
-    """Losses of all examples without a graph, then a plain step on the rows that `select` keeps."""
+    """Losses of all examples in evaluation mode, then a plain step on the rows that `select` keeps."""
 
     def step(
         model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         inputs, targets = batch
-        with torch.no_grad():
-            losses = F.cross_entropy(model(inputs), targets, reduction="none")
+        losses = F.cross_entropy(predict(model, inputs), targets, reduction="none")
         rows = select(losses, targets, setting)
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(inputs[rows]), targets[rows]).backward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern.data.sampling import class_balanced
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup
-from metakern.methods.plain_training import train_plainly
+from metakern.methods.plain_training import evaluating, train_plainly
 
 
 def seed_chances(counts: Tensor, target: int, *, beta: float = 0.999) -> Tensor:
@@ -38,10 +38,10 @@ def descend(
 ) -> Tensor:
     """x after `steps` steps of length `size` down CE(guide(x), target) + away * model(x)[seed]; like start[n, ...].
 
-    seeds[n] and targets[n] are classes; every step is normalised by example and clipped to `limits`.
+    seeds[n] and targets[n] are classes; every step is normalised by example, and start and steps clipped to `limits`.
     Source: as `seed_chances`, equation 3.
     """
-    x = start.clone()
+    x = start.clamp(*limits)
     for _ in range(steps):
         x.requires_grad_()
         own = model(x).gather(1, seeds.unsqueeze(1)).sum()
@@ -112,15 +112,11 @@ class TranslationStep:
         start = self.setup.task.train.inputs[torch.cat(rows)]
         drawn = torch.randn(start.shape, generator=generator).to(start)
         unit = drawn / drawn.flatten(1).norm(dim=1).view(-1, *[1] * (drawn.ndim - 1))
-        made = descend(
-            start + self.noise * self._unit * unit,
-            seeds.to(targets.device),
-            targets[chosen],
-            self.guide,
-            model,
-            self._limits,
-            size=0.1 * self._unit,
-        )
+        disturbed = start + self.noise * self._unit * unit
+        to, size = seeds.to(targets.device), 0.1 * self._unit
+        # In evaluation mode, as in the code: what is made must not move the running statistics.
+        with evaluating(model):
+            made = descend(disturbed, to, targets[chosen], self.guide, model, self._limits, size=size)
         with torch.no_grad():
             sure = self.guide(made).softmax(1).gather(1, targets[chosen].unsqueeze(1)).squeeze(1) >= self.gamma
         lucky = torch.rand(len(chosen), generator=generator) < chances.gather(1, seeds.unsqueeze(1)).squeeze(1)

@@ -41,7 +41,8 @@ def predefined_curriculum(differences: Tensor, *, width: float = 1.0) -> Tensor:
 class Percentile:
     """A running percentile of the batches' losses: p <- decay p + (1 - decay) percentile of the batch; first, that.
 
-    Source: the code published with MentorNet: percentile 0.75, decay 0.9.
+    Source: the code published with MentorNet: percentile 0.75 in its commands for PD; decay 0.9, the default of its
+    function, where its training script passes 0.5.
     """
 
     def __init__(self, share: float = 0.75, decay: float = 0.9) -> None:

@@ -78,7 +78,8 @@ class EarlyStopped:
 class FineTuned:
     """The inner step, then, for the last `share` of the run, plain steps on the meta batch.
 
-    The inner step is told of the steps before that only. Afterwards the training batch has no weight.
+    The inner step is told of the steps before that only. Afterwards the training batch has no weight: its losses are
+    only reported, in evaluation mode, so that it does not move the running statistics either.
     """
 
     inner: Step
@@ -93,8 +94,7 @@ class FineTuned:
         before = max(1, round(setting.steps * (1 - self.share)))
         if setting.step < before:
             return self.inner(model, batch, meta_batch, optimizer=optimizer, setting=replace(setting, steps=before))
-        with torch.no_grad():
-            losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        losses = F.cross_entropy(predict(model, batch[0]), batch[1], reduction="none")
         meta_loss = F.cross_entropy(model(meta_batch[0]), meta_batch[1])
         optimizer.zero_grad(set_to_none=True)
         meta_loss.backward()

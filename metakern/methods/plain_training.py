@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,19 @@ def train_plainly(
     return network
 
 
-@torch.no_grad()
-def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Logits[n, C] of inputs[n, ...] in evaluation mode; the model keeps its former mode."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode; afterwards in its former one."""
     was_training = model.training
     model.eval()
     try:
-        return torch.cat([model(part) for part in inputs.split(batch_size)])
+        yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Logits[n, C] of inputs[n, ...] in evaluation mode; the model keeps its former mode."""
+    with evaluating(model):
+        return torch.cat([model(part) for part in inputs.split(batch_size)])

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from metakern.data import Examples
+from metakern.methods.plain_training import predict
 
 
 class Errors(NamedTuple):
@@ -34,13 +34,9 @@ class Errors(NamedTuple):
         return {"test error": self.test, **named}
 
 
-@torch.no_grad()
-def measure_errors(model: nn.Module, examples: Examples, classes: int, *, batch_size: int = 500) -> Errors:
+def measure_errors(model: nn.Module, examples: Examples, classes: int) -> Errors:
     """The share of `examples` whose largest logit is not their target's; the model is left in its former mode."""
-    was_training = model.training
-    model.eval()
-    logits = torch.cat([model(inputs) for inputs in examples.inputs.split(batch_size)])
-    model.train(was_training)
+    logits = predict(model, examples.inputs)
     wrong = (logits.argmax(1) != examples.targets).double()
     by_class = [100 * wrong[examples.targets == target].mean().item() for target in range(classes)]
     present = [error for error in by_class if not math.isnan(error)]
