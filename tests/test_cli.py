@@ -38,6 +38,14 @@ def test_train_leaves_a_report(tmp_path, capsys):
         assert (tmp_path / "run" / name).is_file()
 
 
+def test_a_run_says_that_it_replaces_another(tmp_path, capsys):
+    arguments = ["train", "random", *QUICK, "--out", str(tmp_path / "run")]
+    said = "run held a finished run of other settings, which this one replaces"
+    for more, replaced in (([], False), ([], False), (["--lr", "0.5"], True)):
+        assert main([*arguments, *more]) == 0
+        assert (said in capsys.readouterr().err) is replaced
+
+
 def test_progress_shows_loss_kept_and_speed(tmp_path, capsys):
     main(["train", "random", *QUICK, "--steps", "40", "--out", str(tmp_path)])
     shown = capsys.readouterr().err

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from metakern.check_target import check_target
-from metakern.data import NAMES
+from metakern.data import NAMES, contents
 from metakern.methods import METHODS, find
 from metakern.methods.pages import page_of
 from metakern.trainers import train
@@ -23,6 +24,7 @@ from metakern.trainers.leaderboard import aligned, as_text, leaderboard, save
 from metakern.trainers.loop import Run
 from metakern.trainers.networks import MODELS
 from metakern.trainers.report import write_comparison, write_report
+from metakern.trainers.run_folder import finished
 from metakern.trainers.step_costs import read_costs
 from metakern.trainers.step_time import step_time
 
@@ -134,7 +136,10 @@ def _seeds(text: str) -> list[int]:
 def _train(options: argparse.Namespace) -> None:
     config = from_options(options)
     find(config.method, config.set)
-    run = train(config, options.out or Path("runs") / config.name())
+    folder = options.out or Path("runs") / config.name()
+    if (folder / "result.json").is_file() and finished(folder, config, contents(config.data)) is None:
+        print(f"metakern: {folder} held a finished run of other settings, which this one replaces", file=sys.stderr)
+    run = train(config, folder)
     print(_summary([run]))
     print(f"report: {write_report([run.folder], run.folder / 'report.html', data_dir=config.data_dir)}")
 

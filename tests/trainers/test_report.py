@@ -167,6 +167,17 @@ def test_report_of_images_that_have_changed(quick, tmp_path):
     assert "the data set is not at hand, or is another now" in again
 
 
+def test_images_of_a_meta_set_that_is_trained_on(quick, tmp_path):
+    for part in ("train", "test", "meta"):
+        for k in range(6):
+            for name, shade in (("dark", 10), ("light", 200)):
+                (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (28, 28), shade + k).save(tmp_path / part / name / f"{k}.png")
+    config = replace(quick, method="clean-only", data=f"images:{tmp_path}", majority=None, steps=2)
+    run = train(config, tmp_path / "run", progress=False)
+    assert write_report([run.folder], tmp_path / "report.html").read_text().count("<img") == 12
+
+
 def test_step_time_is_a_ratio(quick, tmp_path):
     run = train(quick, tmp_path, progress=False)
     measured = step_time(quick, run.task, pairs=4)

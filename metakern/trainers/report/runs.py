@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from metakern.data import DataNotFound, Source, contents, load
+from metakern.data import DataNotFound, Examples, Source, contents, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.corrected import Correction, correction_table, read_correction
@@ -184,7 +184,15 @@ def _weights(record: _Record, source: Source | None, label: str) -> str:
         "<h3>Most and least trusted training images</h3><p>Under each image its mean weight. Images of equal weight, "
         "such as the ones never used, come in the order of the data.</p>"
     )
-    return text + trusted(source.train, columns["id"], groups, weights, names)
+    return text + trusted(_trained_on(source), columns["id"], groups, weights, names)
+
+
+def _trained_on(source: Source) -> Examples:
+    """All that a method may train on: its own meta examples too, which some put into the training set."""
+    if source.meta is None:
+        return source.train
+    parts = source.train, source.meta
+    return Examples(*(torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets", "ids")))
 
 
 def _thirds(labels: np.ndarray, classes: int) -> tuple[np.ndarray, list[str]]:
