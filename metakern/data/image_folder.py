@@ -113,13 +113,16 @@ def _open(path: Path) -> Any:
 def _of_eight_bits(picture: Any, library: Any) -> Any:
     """A copy; of 16 bits the upper eight, where Pillow's own conversion would cut all values off at 255.
 
-    Raises: ValueError for other pixels of more than eight bits.
+    Raises: ValueError for pixels of more bits, and floating-point ones.
     """
-    if picture.mode in SIXTEEN_BITS:
-        return library.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
-    return picture.copy()
+    if picture.mode not in SIXTEEN_BITS:
+        return picture.copy()
+    pixels = np.asarray(picture).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() >= 2**16:
+        raise ValueError("its pixels have more than 16 bits; save it with 8 or 16")
+    return library.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _squared(picture: Any) -> Any:

@@ -13,6 +13,7 @@ import metakern
 from metakern.data import Task
 from metakern.data.sampling import shuffled
 from metakern.methods import find
+from metakern.methods.plain_training import predict
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.networks import network_for
 from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
@@ -25,7 +26,8 @@ class Audit:
     value: sum over the steps the example was in of lr / (batch size) * dots_n, by how much it lowered the meta loss to
     first order; the harmful ones are below 0. scaled: the same with each step's dots divided by their root mean
     square, so that early steps, whose gradients are large, do not outvote the rest. loss: the mean of its losses.
-    probabilities: the mean of the predictions for it, the first tenth of the run left out. Never seen: nan.
+    probabilities: the mean of the predictions for it, in evaluation mode, the first tenth of the run left out. Never
+    seen: nan.
     """
 
     value: np.ndarray
@@ -89,8 +91,7 @@ def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
         inputs, targets = task.train.inputs[rows], task.train.targets[rows]
         set_rate(optimizer, config.lr * rate_factor(config, step, steps))
         if step >= steps // 10:
-            with torch.no_grad():
-                sums.add_predictions(rows, model(inputs).softmax(1))
+            sums.add_predictions(rows, predict(model, inputs).softmax(1))
         result = metakern.reweight_step(
             model, (inputs, targets), meta_batch, rule=_equal, optimizer=optimizer, engine=config.engine
         )

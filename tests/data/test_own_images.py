@@ -78,6 +78,9 @@ def test_images_of_sixteen_bits(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "dark" / "0.tif")
     with pytest.raises(ValueError, match=r"0\.tif cannot be read: its pixels are floating-point numbers"):
         load(f"images:{tmp_path}")
+    Image.fromarray(np.full((8, 8), 2**20, np.int32)).save(tmp_path / "dark" / "0.tif")
+    with pytest.raises(ValueError, match=r"0\.tif cannot be read: its pixels have more than 16 bits"):
+        load(f"images:{tmp_path}")
 
 
 def test_hidden_and_deeper_images(tmp_path):

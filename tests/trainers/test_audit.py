@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from metakern.cli import main
 from metakern.data import Examples, Source, Task
@@ -72,6 +73,14 @@ def test_rates_rise_and_fall_as_in_a_run(noisy):
     task_rows = next(shuffled(task.train.targets, 20, torch.Generator().manual_seed(config.seed + 2)))
     assert seen.nonzero()[0].tolist() == sorted(task_rows.tolist())
     np.testing.assert_array_equal(half.value[seen] * 2, whole.value[seen])
+
+
+def test_predictions_leave_no_trace(noisy, monkeypatch):
+    """They are made in evaluation mode: dropout does not blur them, and BatchNorm sees each batch once."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+    monkeypatch.setattr("metakern.trainers.audit.network_for", lambda *_: network)
+    audit(replace(noisy, steps=5), make_task(noisy), progress=False)
+    assert int(network[2].num_batches_tracked) == 5
 
 
 def test_options_without_an_effect_are_not_taken(capsys):
@@ -170,14 +179,16 @@ def test_own_table(tmp_path, capsys):
     assert (rows[0]["row"], rows[0]["given_label"], rows[0]["suggested_label"]) == ("40", "a", "b")
     assert rows[0]["cells"] == "dose 1.039"
     assert "dose 1.039" in page
+    assert "training examples against 8 clean ones" in page
     assert {row["file"] for row in rows} == {str(tmp_path / "own.csv")}
 
 
 def test_own_texts(tmp_path):
     lines = ["text,kind", *(f'"{("good fine", "bad poor")[k % 2]}, text {k}\nand more",{k % 2}' for k in range(60))]
     (tmp_path / "own.csv").write_text("\n".join(lines))
-    rows, _ = audited(tmp_path / "out", f"csv:{tmp_path / 'own.csv'}", "--label", "kind")
+    rows, page = audited(tmp_path / "out", f"csv:{tmp_path / 'own.csv'}", "--label", "kind")
     assert len(rows) == 48 - 10
+    assert "training examples against 10 others, with the labels they have" in page
     for row in rows:
         # A record of the user's file, however many lines it has.
         assert (

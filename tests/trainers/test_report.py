@@ -160,7 +160,9 @@ def test_report_of_images_that_have_changed(quick, tmp_path):
             Image.new("L", (28, 28), shade + k).save(tmp_path / "photos" / name / f"{k}.png")
     config = replace(quick, method="l2rw", data=f"images:{tmp_path / 'photos'}", majority=None, steps=2)
     run = train(config, tmp_path / "run", progress=False)
-    assert "<img" in write_report([run.folder], tmp_path / "report.html").read_text()
+    page = write_report([run.folder], tmp_path / "report.html").read_text()
+    assert "<img" in page
+    assert "; 10 examples in the meta set" in page  # whose labels nobody has called certain
     Image.new("L", (28, 28), 0).save(tmp_path / "photos" / "dark" / "00.png")
     again = write_report([run.folder], tmp_path / "report.html").read_text()
     assert "<img" not in again

@@ -64,8 +64,10 @@ def write_page(
     """Write the page with the `top` most harmful examples; `detections` by ranking where wrong labels are known."""
     order = found.harmful_first()[:top]
     disagreeing = int((found.suggested != task.train.targets.cpu().numpy()).sum())
+    # Of one's own data nobody knows that they are clean, unless they were marked.
+    kind = "clean ones" if source.meta is not None or source.origins is None else "others, with the labels they have"
     lead = (
-        f"{len(task.train):,} training examples against {len(task.meta):,} clean ones. {disagreeing:,} have another "
+        f"{len(task.train):,} training examples against {len(task.meta):,} {kind}. {disagreeing:,} have another "
         f"suggested label than the given one."
     )
     sections = [("", "".join(f"<p>{escape(note)}</p>" for note in notes))]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from metakern.data import DataNotFound, Examples, Source, contents, load
+from metakern.data import DataNotFound, Examples, Source, contents, is_own, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.corrected import Correction, correction_table, read_correction
@@ -103,8 +103,10 @@ def _lead(config: dict[str, Any]) -> str:
     # Of many classes the rarest and the most frequent.
     ends = named if len(named) == 2 else [named[0], named[-1]]
     shares = " and ".join(f"{100 * share:.3g} % are {name}" for share, name in ends)
+    # Of one's own data nobody knows that they are, unless they were marked.
+    kind = "examples" if is_own(config["data"]) else "clean examples"
     return (
-        f"{config['train_examples']:,} training examples, of which {shares}; {config['meta_examples']} clean examples "
+        f"{config['train_examples']:,} training examples, of which {shares}; {config['meta_examples']} {kind} "
         f"in the meta set; {config['test_examples']:,} test examples. Seed {config['seed']}."
     )
 
