@@ -44,9 +44,11 @@ def biased(
     available = torch.bincount(truth, minlength=classes)
     taken = 0 if source.meta is not None else meta_per_class
     if meta_per_class < 1 or int(available.min()) <= taken:
+        smallest = int(available.min())
+        hint = "" if smallest > 1 else "; no number will do: give that class more examples, or leave it out"
         raise ValueError(
-            f"biased: meta_per_class must be at least 1 and below the {int(available.min())} training examples of the "
-            f"smallest class, {source.class_names[int(available.argmin())]!r}, got {meta_per_class}"
+            f"biased: meta_per_class must be at least 1 and below the {smallest} training examples of the smallest "
+            f"class, {source.class_names[int(available.argmin())]!r}, got {meta_per_class}{hint}"
         )
     counts = available - taken
     if size is not None:

@@ -203,6 +203,15 @@ def test_classes_of_the_test_rows_must_be_known(tmp_path):
         load(write(tmp_path / "own.csv", marked), label="kind")
 
 
+def test_a_class_of_one_row(tmp_path):
+    lines = ["a,kind", *(f"{k},{k % 2}" for k in range(40)), "3,rare"]
+    config = TrainConfig("l2rw", data=write(tmp_path / "own.csv", lines), label="kind")
+    with pytest.raises(
+        ValueError, match="smallest class, 'rare', got 5; no number will do: give that class more examples"
+    ):
+        make_task(config)
+
+
 def test_names_that_python_reads_as_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"cells that are no numbers: place \('1_0' in row 1\)"):
         load(write(tmp_path / "own.csv", ["a,place,kind", *(f"{k},1_{k},{k % 2}" for k in range(20))]), label="kind")
