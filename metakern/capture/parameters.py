@@ -78,12 +78,7 @@ def require_servable(model: Any) -> None:
             f"{type(model).__name__} is not supported: pass model.module"
             + ("" if isinstance(model, nn.DataParallel) else " together with process_group=")
         )
-    for mode in _get_current_function_mode_stack():
-        if type(mode).__module__.partition(".")[0] not in ("torch", "metakern"):
-            raise NotImplementedError(
-                f"a TorchFunctionMode, {type(mode).__name__}, is active around the call, and what it makes of the "
-                "model's functions would not be seen; enter it within the forward pass or loss_fn instead"
-            )
+    _require_plain_surroundings()
     for module in modules_of(model):
         if getattr(module, "scale_grad_by_freq", False):
             raise NotImplementedError(
@@ -93,4 +88,26 @@ def require_servable(model: Any) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(
                 f"module '{name_of(model, module)}' is a ScriptModule; its calls cannot be traced: pass the original"
+            )
+
+
+def _require_plain_surroundings() -> None:
+    """Refuse what keeps calls from being seen or differentiated, if it is active around this one."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("the call is inside torch.inference_mode(), where nothing has a gradient; take it outside")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "the call is inside a transform of torch.func (grad, vmap, jvp or their kin), which refuses writes into "
+            "buffers; take the step outside, or use the transform within the forward pass or loss_fn"
+        )
+    if torch._C._is_torch_function_all_disabled():
+        raise NotImplementedError(
+            "torch functions are disabled around the call (torch._C.DisableTorchFunction), and what the model calls "
+            "would not be seen; disable them within the forward pass or loss_fn instead"
+        )
+    for mode in _get_current_function_mode_stack():
+        if type(mode).__module__.partition(".")[0] not in ("torch", "metakern"):
+            raise NotImplementedError(
+                f"a TorchFunctionMode, {type(mode).__name__}, is active around the call, and what it makes of the "
+                "model's functions would not be seen; enter it within the forward pass or loss_fn instead"
             )

@@ -27,6 +27,19 @@ def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda input, *args, **kwargs: group_norm(input.contiguous(), *args, **kwargs)
 
 
+def _in_one_precision(normalisation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch's forward mode gives the tangent in the precision of the weights where the input has another (autocast)."""
+
+    def normalised(*args: Any, **kwargs: Any) -> Tensor:
+        output = normalisation(*args, **kwargs)
+        primal, tangent = forward_ad.unpack_dual(output)
+        if tangent is None or tangent.dtype == primal.dtype:
+            return output
+        return forward_ad.make_dual(primal, tangent.to(primal.dtype))
+
+    return normalised
+
+
 def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Weight normalisation, g v / |v| with one |v| for each index along `dim`, or with -1 one in all; torch's has no
     forward mode.
@@ -102,6 +115,7 @@ _FORMS = {
     **TWICE_DIFFERENTIABLE,
     F.group_norm: _in_rows(F.group_norm),
     torch.group_norm: _in_rows(torch.group_norm),
+    **{f: _in_one_precision(f) for f in (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)},
     **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
     **dict.fromkeys((torch.fmax, Tensor.fmax), _larger),
     torch.scatter_reduce: _scatter_reduce,
@@ -135,7 +149,7 @@ def _require_tangent(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
     Raises: NotImplementedError: something dual went in, or may have by a closure, and nothing dual came out.
     """
-    if str(operator).startswith("aten."):
+    if str(operator).startswith(("aten.", "prims.")):  # of the latter torch's forward mode makes some derivatives
         return
     outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     closures = isinstance(operator, HigherOrderOperator)

@@ -32,15 +32,22 @@ class _Norm(NamedTuple):
 
 def _instance(call: Call, x: Tensor) -> Tensor:
     over_input = call.argument(5, "use_input_stats", True)
-    mean, var = (None, None) if over_input else (call.argument(1, "running_mean"), call.argument(2, "running_var"))
+    mean, var = _statistics(call, x, own=over_input)
     return F.instance_norm(x, mean, var, use_input_stats=over_input, eps=call.argument(7, "eps", 1e-5))
 
 
 def _batch(call: Call, x: Tensor) -> Tensor:
     """With its own statistics in training mode, which is for a batch of one example."""
     training = call.argument(5, "training", False)
-    mean, var = (None, None) if training else (call.argument(1, "running_mean"), call.argument(2, "running_var"))
+    mean, var = _statistics(call, x, own=training)
     return F.batch_norm(x, mean, var, training=training, eps=call.argument(7, "eps", 1e-5))
+
+
+def _statistics(call: Call, x: Tensor, own: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics in the precision of x, unless it is normalised by its own."""
+    if own:
+        return None, None
+    return call.argument(1, "running_mean").to(x.dtype), call.argument(2, "running_var").to(x.dtype)
 
 
 NORMS: dict[Any, _Norm] = {

@@ -191,3 +191,30 @@ def test_spans_that_stay_in_order_stay_with_ghost() -> None:
         setup = Setup(layers, batch, meta_batch, losses, interacting=True)
         assert judge_step(metakern.l2rw_step, setup).result.engine == "ghost"
         layers.zero_grad()
+
+
+class Routed(nn.Module):
+    """Rows go to one of three experts, those of this router to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.head = nn.Linear(4, 3), nn.Linear(5, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 5) for _ in range(3))
+        nn.init.constant_(self.router.weight, 0.1)
+        self.router.bias.data = torch.tensor([1.0, 0.0, 0.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares, chosen = self.router(x).softmax(1).max(1)
+        mixed = x.new_zeros(len(x), 5)
+        for k, expert in enumerate(self.experts):
+            rows = (chosen == k).nonzero().flatten()
+            mixed = mixed.index_add(0, rows, shares[rows, None] * expert(x[rows]))
+        return self.head(torch.tanh(mixed))
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_experts_without_rows(memory: str) -> None:
+    """All go to the first."""
+    setup = Setup(Routed().double(), *inputs.pair(7, 3, 4, classes=3))
+    assert judge_step(metakern.l2rw_step, setup, memory=memory).result.engine == "ghost"

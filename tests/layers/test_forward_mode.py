@@ -51,6 +51,38 @@ def test_weight_normalisation_beneath_batch_normalisation(dim: int | None) -> No
     judge_step(metakern.l2rw_step, setup)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_normalisation_by_running_statistics_under_autocast(norm: type[nn.BatchNorm1d]) -> None:
+    """Of half-precision activations by weights in float32: the tangent is of one dtype with the output."""
+    torch.manual_seed(0)
+    body = nn.Conv1d(2, 4, 2), norm(4, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(16, 3)
+    setup = Setup(nn.Sequential(*body).eval(), *inputs.pair(6, 3, 2, 5, classes=3, dtype=torch.float32))
+    truth = setup.oracle()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = setup.oracle(dtype=torch.float32)
+        dots = metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, engine="jvp", memory="two_pass").dots
+    scale = truth.example_norms * truth.meta_norm
+    lost = float(((plain.dots.double() - truth.dots).abs() / scale).max())
+    found = budget.verdict("dots", dots, truth.dots, (2 * lost + 8 * torch.finfo(torch.bfloat16).eps) * scale)
+    assert found.ok, str(found)
+
+
+def test_gradient_penalty_of_a_cross_entropy() -> None:
+    """torch's forward mode of its backward pass is made of operators of its own."""
+
+    def penalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x = batch[0].detach().requires_grad_()
+        with torch.enable_grad():
+            losses = F.cross_entropy(model(x), batch[1], reduction="none")
+            (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        return losses + slope.square().sum(1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    setup = Setup(model, *inputs.pair(6, 3, 4, classes=3), loss_fn=penalised)
+    assert judge_step(metakern.l2rw_step, setup).result.engine == "jvp"
+
+
 def test_logcumsumexp_of_numbers_far_apart() -> None:
     """Sums from the first entry on, whose exponentials vanish beside that of the last."""
     x, tangent = torch.linspace(-60, 0, 7, dtype=torch.float64), inputs.normal(7, seed=2)

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 import metakern
 from metakern.testing.budget import assert_within
-from metakern.testing.inputs import labels, normal
+from metakern.testing.catalogue.case import Setup
+from metakern.testing.inputs import labels, normal, pair
+from metakern.testing.judge import judge_step
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -25,3 +27,13 @@ def test_rms_norm_without_eps_on_inputs_as_small_as_eps(dtype: torch.dtype) -> N
     g = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses])
     v = g[:2].mean(0)
     assert_within(dots, g @ v, g.norm(dim=1) * v.norm(), dtype=dtype, terms=12)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d, torch.nn.InstanceNorm1d])
+def test_running_statistics_in_half_precision(norm: type[torch.nn.BatchNorm1d]) -> None:
+    """They normalise activations that are taken in float32."""
+    torch.manual_seed(0)
+    body = torch.nn.Conv1d(2, 4, 2), norm(4, affine=True, track_running_stats=True), torch.nn.Tanh()
+    model = torch.nn.Sequential(*body, torch.nn.Flatten(), torch.nn.Linear(16, 3)).bfloat16().eval()
+    setup = Setup(model, *pair(6, 3, 2, 5, classes=3, dtype=torch.bfloat16))
+    judge_step(metakern.l2rw_step, setup, engine="ghost", plain=setup.oracle(dtype=torch.bfloat16))

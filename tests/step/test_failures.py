@@ -439,6 +439,33 @@ def test_inside_no_grad() -> None:
         metakern.l2rw_step(model, *batches())
 
 
+def in_inference_mode(step: Callable[[], Any]) -> None:
+    with torch.inference_mode():
+        step()
+
+
+def in_a_transform(step: Callable[[], Any]) -> None:
+    torch.func.grad(lambda x: (step(), x.sum())[1])(torch.ones(2))
+
+
+def untraceably(step: Callable[[], Any]) -> None:
+    with torch._C.DisableTorchFunction():
+        step()
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("around", "message"),
+    [(in_inference_mode, "inside torch.inference_mode"), (in_a_transform, "torch.func"), (untraceably, "are disabled")],
+)
+def test_where_calls_are_not_seen_or_not_differentiated(engine: str, around: Any, message: str) -> None:
+    """Running statistics could not be put back inside a transform, and hooks are not seen without torch functions."""
+    torch.manual_seed(0)
+    model = Network().double()
+    with untouched(model), pytest.raises((ValueError, NotImplementedError), match=message):
+        around(lambda: metakern.l2rw_step(model, *batches(), engine=engine))
+
+
 def test_inference_tensors() -> None:
     model = mlp()
     with torch.inference_mode():
