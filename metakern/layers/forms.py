@@ -26,6 +26,14 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Te
     return norms.masked_fill(same, 0.0)
 
 
+def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Weight normalisation, g v / |v| with one |v| for each index along `dim`, or with -1 one in all; torch's has no
+    forward mode, and a wrong second derivative in v (2.13, on a CPU).
+    """
+    others = [d for d in range(v.dim()) if d != dim]  # -1 is none of them
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
 def _whole_logits(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
     """`linear_cross_entropy` without parts, which lose tangents without a word and have no second derivative."""
     return F.linear_cross_entropy(*args, **kwargs)
@@ -34,6 +42,7 @@ def _whole_logits(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
 TWICE_DIFFERENTIABLE: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding_bag: bags,
     torch.cdist: _distances,
+    torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
     **({F.linear_cross_entropy: _whole_logits} if hasattr(F, "linear_cross_entropy") else {}),
 }
 

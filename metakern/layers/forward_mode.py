@@ -40,14 +40,6 @@ def _in_one_precision(normalisation: Callable[..., Tensor]) -> Callable[..., Ten
     return normalised
 
 
-def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Weight normalisation, g v / |v| with one |v| for each index along `dim`, or with -1 one in all; torch's has no
-    forward mode.
-    """
-    others = [d for d in range(v.dim()) if d != dim]  # -1 is none of them
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
-
-
 def _scatter_reduce(
     input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
@@ -122,7 +114,6 @@ _FORMS = {
     Tensor.scatter_reduce: _scatter_reduce,
     Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),
     Tensor.retain_grad: _retained,
-    torch._weight_norm: _normalised_weight,  # type: ignore[attr-defined]
     **dict.fromkeys((torch.logcumsumexp, Tensor.logcumsumexp), _cumulated),
     torch._grouped_mm: _grouped_product,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from metakern.engines import pose, twice_differentiable
 from metakern.engines.problem import Problem
 from metakern.engines.substitution import require_replaced, substituted
 from metakern.step.hand_over import hand_over, require_optimizer
+from metakern.weighted_grad import added
 
 HESSIANS = ("double_backward", "central_difference")
 
@@ -62,7 +63,8 @@ def metabalance_step(
         hessian: "double_backward" differentiates the inner gradient once more and is exact, with fused attention and
             bags in their plain forms. "central_difference" takes two more gradients of the inner batch, at theta +- r v
             with r = sqrt(eps) / |v|; it works with any kernel, and costs half the digits of a gradient. Where the
-            interval crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32.
+            interval crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32. What
+            a pass detaches (targets, power iterations) moves with the parameters there, and is a constant otherwise.
         scale: factor of the whole gradient.
         params: the parameters that the inner step moves; the gradient is of all.
 

@@ -28,6 +28,7 @@ from metakern.step.meta_network import (
     undone_on_error,
 )
 from metakern.step.virtual import VirtualRule, VirtualStep, meta_gradient_at
+from metakern.weighted_grad import added
 
 Carry = Mapping[nn.Parameter, Tensor]
 
@@ -155,7 +156,7 @@ class Corrected:
         """dL/dtheta for every trainable parameter, by name; the graph stays but for the `last` time."""
         found = self._mean_gradient(self.losses(labels), keep=not last)
         for name, g in self._clean.items():
-            found[name] = found[name] + g if name in found else g
+            found[name] = added(found[name], g) if name in found else g
         self._problem.require_participation({id(self._problem.trainable[name]) for name in found})
         return found
 

@@ -246,7 +246,8 @@ def _meta_pass_at(
         meta_loss = problem.meta_losses().mean()
         moving.require_served()
         wanted = [*leaves.values(), *others]
-        found = torch.autograd.grad(meta_loss, [*wanted, *(chosen[name] for name in names)], allow_unused=True)
+        asked = [*wanted, *(chosen[name] for name in names)]  # none, where no chosen parameter took part
+        found = torch.autograd.grad(meta_loss, asked, allow_unused=True) if asked else ()
     require_replaced(names, found[len(wanted) :])
     return meta_loss.detach(), list(found[: len(wanted)])
 

@@ -76,6 +76,26 @@ def test_steps_of_a_weight_net(bag: bool, engine: str, virtual: str) -> None:
         budget.assert_within(got, want, 1 + want.abs())
 
 
+def test_label_correction_beside_clean_examples_with_a_dense_gradient() -> None:
+    """That of a penalty on the table, in the loss of clean examples and meta batch."""
+
+    def penalised(model: Tokens, batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return losses + model.embedding.weight.square().sum()
+
+    found = []
+    for sparse in (True, False):
+        model = Tokens(tied=False, normalised=False)
+        model.embedding.sparse = sparse
+        net = nn.Sequential(nn.Embedding(7, 7), nn.Softmax(1)).double()
+        nn.init.constant_(net[0].weight, 0.1)
+        settings: dict[str, Any] = dict(label_optimizer=None, virtual_lr=0.1, loss_fn=penalised)
+        metakern.mlc_step(model, net, *batches(), clean_batch=next(batches()), **settings)
+        found.append([p.grad.to_dense() for p in (*model.parameters(), *net.parameters()) if p.grad is not None])
+    for got, want in zip(*found, strict=True):
+        budget.assert_within(got, want, 1 + want.abs())
+
+
 @pytest.mark.parametrize("first", ["reuse", "two_pass"])
 @pytest.mark.parametrize("second", ["reuse", "two_pass"])
 def test_accumulates(first: str, second: str) -> None:

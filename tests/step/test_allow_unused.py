@@ -119,6 +119,27 @@ def test_what_a_label_net_carries_is_as_if_frozen() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["mwnet ghost", "mwnet jvp", "mwnet double_backward", "mlc", "mlc fused"])
+def test_a_virtual_step_of_nothing_else(name: str) -> None:
+    """Where all that it moves took no part, it goes nowhere, and nothing is learnt."""
+    taken, settings = STEPS[name]
+    model = Dropped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    result = taken(model, optimizer, params="layers.1", allow_unused=True, **settings)
+    dots = result.dots if name.startswith("mwnet") else result.tangents
+    assert not dots.any()
+    assert all(p.grad is None for p in model.layers[1].parameters())
+    assert model.head.weight.grad is not None
+
+
+def test_nothing_is_carried_by_a_virtual_step_of_nothing() -> None:
+    model, net = Dropped(), LabelNet()
+    settings: dict[str, Any] = dict(label_optimizer=None, virtual_lr=0.1, params="layers.1", allow_unused=True)
+    metakern.mlc_step(model, net, *batches(), carry={net.logits: torch.ones(3, 3).double()}, **settings)
+    assert net.logits.grad is not None
+    assert not net.logits.grad.any()
+
+
 def test_dots_alone_a_plan_and_a_check() -> None:
     model, frozen = Dropped(), Dropped()
     frozen.layers[1].requires_grad_(False)

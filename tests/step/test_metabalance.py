@@ -180,6 +180,31 @@ def test_bags_which_torch_does_not_differentiate_twice() -> None:
         budget.assert_within(got, want, 1.0, terms=10)
 
 
+class Normed(nn.Module):
+    """Weight normalisation by torch's function, or written out."""
+
+    def __init__(self, own: bool, dim: int) -> None:
+        super().__init__()
+        self.v, self.own, self.dim = nn.Parameter(inputs.normal(3, 5)), own, dim
+        self.g = nn.Parameter(inputs.normal(*((3, 1) if dim == 0 else (1, 5)), seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        written = self.v * (self.g / self.v.norm(dim=1 - self.dim, keepdim=True))
+        weight = torch._weight_norm(self.v, self.g, self.dim) if self.own else written  # type: ignore[attr-defined]
+        return x @ weight.t()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weight_normalisation_whose_second_derivative_is_wrong_in_torch(dim: int) -> None:
+    grads = []
+    for own in (True, False):
+        model = Normed(own, dim)
+        metabalance_step(model, *inputs.pair(6, 4, 5, classes=3), inner_lr=0.3)
+        grads.append([p.grad for p in model.parameters()])
+    for got, want in zip(*grads, strict=True):
+        budget.assert_within(got, want, 1.0, terms=10)
+
+
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
 def test_failure_leaves_no_trace(fail_at: int) -> None:
     model, inner, outer = make("batch-norm")
