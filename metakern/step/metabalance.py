@@ -63,8 +63,8 @@ def metabalance_step(
         hessian: "double_backward" differentiates the inner gradient once more and is exact, with fused attention and
             bags in their plain forms. "central_difference" takes two more gradients of the inner batch, at theta +- r v
             with r = sqrt(eps) / |v|; it works with any kernel, and costs half the digits of a gradient. Where the
-            interval crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32. What
-            a pass detaches (targets, power iterations) moves with the parameters there, and is a constant otherwise.
+            interval crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32.
+            What a pass detaches (targets, power iterations) moves with the parameters there, and otherwise does not.
         scale: factor of the whole gradient.
         params: the parameters that the inner step moves; the gradient is of all.
 
@@ -198,5 +198,5 @@ def _inner_product(left: Gradient, right: Gradient, names: Mapping[str, Any], li
 
 def _plus(left: Gradient, right: Gradient, factor: float) -> Gradient:
     """left + factor * right, where an entry may be missing on either side."""
-    total = {name: g.add(right[name], alpha=factor) if name in right else g for name, g in left.items()}
+    total = {name: added(g, factor * right[name]) if name in right else g for name, g in left.items()}
     return {**total, **{name: factor * g for name, g in right.items() if name not in left}}

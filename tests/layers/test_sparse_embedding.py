@@ -96,6 +96,19 @@ def test_label_correction_beside_clean_examples_with_a_dense_gradient() -> None:
         budget.assert_within(got, want, 1 + want.abs())
 
 
+@pytest.mark.parametrize("params", [None, "head"])
+def test_metabalance(params: str | None) -> None:
+    """Where the inner step leaves the table in its place, its outer gradient is sparse and its Hessian term dense."""
+    found = []
+    for sparse in (True, False):
+        model = Bags("mean")
+        model.embedding.sparse = sparse
+        metakern.metabalance_step(model, *batches(), inner_lr=0.3, leak=0.2, params=params)
+        found.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    for got, want in zip(*found, strict=True):
+        budget.assert_within(got, want, 1 + want.abs())
+
+
 @pytest.mark.parametrize("first", ["reuse", "two_pass"])
 @pytest.mark.parametrize("second", ["reuse", "two_pass"])
 def test_accumulates(first: str, second: str) -> None:
