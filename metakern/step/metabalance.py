@@ -14,7 +14,7 @@ from metakern.capture.graph import differentiable_functions
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
 from metakern.engines import pose, twice_differentiable
-from metakern.engines.problem import Problem
+from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.substitution import require_replaced, substituted
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.weighted_grad import added
@@ -128,7 +128,8 @@ class _Inner:
 
     def times_hessian(self, v: Gradient) -> Gradient:
         """d <g_in[chosen], v[chosen]> / dtheta for every trainable parameter; entries that are zero may be missing."""
-        moved = {name: v[name] for name in self._problem.chosen if name in v and name in self.gradient}
+        names = [name for name in self._problem.chosen if name in v and name in self.gradient]
+        moved = named_gradients(names, [v[name] for name in names])
         return self._differentiated(moved) if self._differentiable else self._difference(moved)
 
     def _differentiated(self, v: Gradient) -> Gradient:
