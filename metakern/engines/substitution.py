@@ -49,14 +49,21 @@ def require_replaced(names: Iterable[str], gradients: Iterable[Tensor | None]) -
             )
 
 
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
 class _Elsewhere(LastingMode):
-    """Replaces parameters among the arguments of calls."""
+    """Replaces parameters among the arguments of calls; what stands for one is trainable to whoever asks, as penalties
+    on `p for p in model.parameters() if p.requires_grad` do, though dual tensors require no gradient.
+    """
 
     def __init__(self, replacement: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self._replacement = replacement
+        self._replacement, self._standing = replacement, {id(tensor) for tensor in replacement.values()}
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func == _REQUIRES_GRAD and id(args[0]) in self._standing:
+            return True
         if kwargs:
             kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         return func(*[self._replaced(value) for value in args], **kwargs)

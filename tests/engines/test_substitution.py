@@ -57,6 +57,20 @@ def test_forward_mode(place: str, normalised: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_penalty_on_what_is_trainable(normalised: bool) -> None:
+    """Dual tensors require no gradient, but are asked whether they do."""
+
+    def penalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none") + 0.1 * penalty
+
+    model = Network("module", normalised)
+    model.first.requires_grad_(False)
+    setup = Setup(model, *inputs.pair(5, 3, 4, classes=3), loss_fn=penalised, interacting=True)
+    judge_step(metakern.l2rw_step, setup, engine="jvp")
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("place", PLACES[1:])
 def test_metabalance(place: str, order: int) -> None:
