@@ -116,10 +116,9 @@ def _dual_pass(
 ) -> Tensor:
     try:
         with ExitStack() as stack:
-            for context in (dual_level(), PLAIN_ATTENTION(), _without_fused_encoder()):
+            fused = _without_fused_encoder(), without_fused_lstm(problem.model)
+            for context in (dual_level(), PLAIN_ATTENTION(), *fused):
                 stack.enter_context(context)
-            if any(isinstance(module, nn.LSTM) for module in modules_of(problem.model)):
-                stack.enter_context(_without_fused_lstm())
             duals = {id(p): p.detach() for p in problem.trainable.values()}
             for name, v in direction.items():
                 duals[id(problem.chosen[name])] = forward_ad.make_dual(problem.chosen[name].detach(), v)
@@ -160,8 +159,13 @@ def _without_fused_encoder() -> Iterator[None]:
 
 
 @contextmanager
-def _without_fused_lstm() -> Iterator[None]:
-    """oneDNN's LSTM has no forward mode; entering and leaving its flags warns about Intel GPUs."""
+def without_fused_lstm(model: nn.Module) -> Iterator[None]:
+    """oneDNN's LSTM has no forward mode, and its backward pass cannot be part of a program; entering and leaving its
+    flags warns about Intel GPUs.
+    """
+    if not any(isinstance(module, nn.LSTM) for module in modules_of(model)):
+        yield
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with torch.backends.mkldnn.flags(enabled=False):

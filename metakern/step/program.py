@@ -10,6 +10,7 @@ as letting an optimizer step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Program:
 
     def compile(self, backend: Backend) -> None:
         """Let a backend of torch.compile make what runs from now on."""
-        with torch.no_grad():
+        with _as_it_stands():
             values = self._start(self._tensors)
             for k, part in enumerate(self._parts):
                 given = [values[name] for name in part.given]
@@ -57,7 +58,7 @@ class Program:
         """
         values = self._start(tensors)
         for part, run in zip(self._parts, self._run, strict=True):
-            with torch.no_grad():
+            with _as_it_stands():
                 found = run(*(values[name] for name in part.given))
             if not bool(found[part.results]):
                 yield None
@@ -67,6 +68,15 @@ class Program:
 
     def _start(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._inputs, [*tensors, *self._constants], strict=True))
+
+
+@contextmanager
+def _as_it_stands() -> Iterator[None]:
+    """A graph of operators has its derivatives and its casts in it: autocast around a run would cast once more, and also
+    what the step keeps out of autocast.
+    """
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
 
 
 def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Tensor]) -> Program:

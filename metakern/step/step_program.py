@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metakern.capture.random_state import restore_random_state, torch_random_state
 from metakern.capture.state import unchanged_on_error
+from metakern.engines.jvp import without_fused_lstm
 from metakern.step.compilable import Found, require_same, see, torch_random_state_as_before
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
@@ -105,7 +106,8 @@ def compiled(
 
     given = [*batches.tensors, *numbers]
     with unchanged_on_error(model), torch_random_state_as_before():
-        program = traced(step, [*given, *buffers.tensors])
+        with without_fused_lstm(model):
+            program = traced(step, [*given, *buffers.tensors])
         require_same(program, seen, given)
         program.compile(backend)
     return StepProgram(program, batches, buffers, granted, seen.engine, seen.draws)

@@ -92,6 +92,21 @@ def test_steps_with_the_optimizer_and_adds_to_gradients() -> None:
         budget.assert_within(p.grad, 2 * grad, 1 + grad.abs(), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("engine", ["ghost", "jvp"])
+def test_lstm_in_single_precision(engine: str) -> None:
+    """oneDNN's, which a step takes and a program cannot hold."""
+
+    class Last(nn.LSTM):
+        def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(input)[0][:, -1]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Last(3, 4, batch_first=True), nn.Linear(4, 3))
+    setup = Setup(model, *inputs.pair(6, 3, 5, 3, classes=3, dtype=torch.float32))
+    step = compile_step(model, setup.batch, setup.meta_batch, engine=engine)
+    judge_step(lambda model, *given, loss_fn: step(*given), setup, plain=setup.oracle(dtype=torch.float32))
+
+
 class Branching(nn.Module):
     """Another function of its weights where the inputs are large."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.testing import inputs
+from metakern.testing.budget import assert_within
 from metakern.testing.judge import Snapshot
 from tests.step.awkward import Failing, Worn, drawing_model
 from tests.step.virtual_reference import MODELS, WeightNet, assert_same, close, make, twin
@@ -335,3 +336,20 @@ def test_inductor_is_exact() -> None:
     metakern.mwnet_step(other, other_net, batch, meta_batch, weight_optimizer=adam(other_net), virtual_lr=0.2)
     assert_same(net, other_net, "weight net")
     assert_same(model, other, "model")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_autocast_is_that_of_the_making(backend: str) -> None:
+    """The program holds its casts: around a run autocast would cast the weight net too, which a step keeps out of it."""
+    model, batch, meta_batch = make("mlp")
+    model, net = model.float(), weight_net().float()
+    given = (batch[0].float(), batch[1]), (meta_batch[0].float(), meta_batch[1])
+    settings: dict[str, Any] = dict(weight_optimizer=None, virtual_lr=0.1)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        step = metakern.compile_mwnet_step(model, net, *given, backend=backend, **settings)
+        for take in (step, partial(metakern.mwnet_step, model, net, **settings)):
+            result = take(*given)
+            found.append([result.weights, result.dots, *(p.grad for p in net.parameters())])
+    for got, want in zip(*found, strict=True):
+        assert_within(got, want, want.abs().max(), terms=100)
