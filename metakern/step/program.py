@@ -72,7 +72,7 @@ class Program:
 
 @contextmanager
 def _as_it_stands() -> Iterator[None]:
-    """A graph of operators has its derivatives and its casts in it: autocast around a run would cast once more, and also
+    """A graph of operators has its derivatives and its casts in it: autocast around a run would cast once more, also
     what the step keeps out of autocast.
     """
     with torch.no_grad(), torch._C._DisableAutocast():

@@ -340,7 +340,7 @@ def test_inductor_is_exact() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_autocast_is_that_of_the_making(backend: str) -> None:
-    """The program holds its casts: around a run autocast would cast the weight net too, which a step keeps out of it."""
+    """The program holds its casts: around a run autocast would cast the weight net too, which a step does not."""
     model, batch, meta_batch = make("mlp")
     model, net = model.float(), weight_net().float()
     given = (batch[0].float(), batch[1]), (meta_batch[0].float(), meta_batch[1])
