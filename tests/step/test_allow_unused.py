@@ -133,7 +133,7 @@ def test_a_virtual_step_of_nothing_else(name: str) -> None:
 
 
 def test_nothing_is_carried_by_a_virtual_step_of_nothing() -> None:
-    model, net = Dropped(), LabelNet()
+    model, net = Dropped(), TableOfLabels()
     settings: dict[str, Any] = dict(label_optimizer=None, virtual_lr=0.1, params="layers.1", allow_unused=True)
     metakern.mlc_step(model, net, *batches(), carry={net.logits: torch.ones(3, 3).double()}, **settings)
     assert net.logits.grad is not None
