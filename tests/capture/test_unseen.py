@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_full_backward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import metakern
-from metakern.testing import inputs
+from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.catalogue.structures import Checkpointed
 from metakern.testing.judge import Snapshot, judge_step
@@ -353,8 +353,10 @@ def test_gradients_inside_the_forward_pass_are_numbered_like_it(device: str) -> 
         return F.cross_entropy(logits, batch[1], reduction="none") + slope.square().sum(1)
 
     given = [(x.to(device), y.to(device)) for x, y in inputs.pair(6, 3, 4, classes=3)]
-    # the slope depends on the weights by what no call shows, and forward mode has no gradients inside
-    with pytest.raises(NotImplementedError, match="neither ghost nor jvp is exact here"):
-        metakern.l2rw_step(model, *given, loss_fn=losses)
+    # the slope depends on the weights by what no call shows
+    found = metakern.l2rw_step(model, *given, loss_fn=losses)
     assert met.get() == (True, False)
+    assert found.engine == "jvp"
+    exact = metakern.grad_dots(model, *given, loss_fn=losses, engine="double_backward").dots
+    budget.assert_within(found.dots, exact, exact.abs().max())
     assert torch._C._is_multithreading_enabled()

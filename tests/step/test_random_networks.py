@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -257,6 +257,10 @@ def test_random_networks(spec: Spec) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(specs())
 def test_random_networks_in_float32(spec: Spec) -> None:
+    """A channel that is one number everywhere is multiplied by 1 / sqrt(eps) on its way back through every normalisation:
+    by 1e5 through two, where a gradient of zero in front of them is what is left of the last digits.
+    """
+    assume(sum(layer.endswith("-norm") for layer in spec.layers) <= 2)
     spec = replace(spec, single=True)
     assert judge(spec, memory=spec.memory) == "ghost"
 
