@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PUBLISH = ROOT / "experiments" / "leaderboards" / "publish.py"
+NOISE = ROOT / "experiments" / "label_noise"
 WHOLE = ROOT / "experiments" / "l2rw_mnist" / "whole.csv"
 
 
@@ -41,4 +42,19 @@ def test_page_of_the_whole_schedule() -> None:
 @pytest.mark.parametrize("method", ["l2rw", "proportion", "uniform"])
 def test_whole_schedule_on_the_first_page(method: str) -> None:
     errors = whole_schedule()[method, "0.995"]
+    assert f"{statistics.mean(errors):.1f}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["PAGE", "GUIDE"])
+def test_pages_show_the_committed_curves(name: str) -> None:
+    publish = runpy.run_path(str(NOISE / "publish.py"))
+    page = publish[name].read_text()
+    assert "<!-- table: " in page
+    assert publish["with_tables"](page) == page
+
+
+@pytest.mark.parametrize("method", ["uniform", "l2rw", "clean-only"])
+def test_label_noise_on_the_first_page(method: str) -> None:
+    publish = runpy.run_path(str(NOISE / "publish.py"))
+    errors = publish["curves"]()[method, publish["SET_OF_CURVES"]][1000]
     assert f"{statistics.mean(errors):.1f}" in (ROOT / "README.md").read_text()

@@ -257,8 +257,8 @@ def test_random_networks(spec: Spec) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(specs())
 def test_random_networks_in_float32(spec: Spec) -> None:
-    """A channel that is one number everywhere is multiplied by 1 / sqrt(eps) on its way back through every normalisation:
-    by 1e5 through two, where a gradient of zero in front of them is what is left of the last digits.
+    """On its way back through a normalisation a channel that is one number everywhere is multiplied by 1 / sqrt(eps):
+    by 1e5 through two, and a gradient of zero in front of them is what is left of last digits.
     """
     assume(sum(layer.endswith("-norm") for layer in spec.layers) <= 2)
     spec = replace(spec, single=True)
