@@ -27,7 +27,7 @@ def _applies(call: Call) -> bool:
     return call.parameter(1, "weight") is not None and len(call.parameters) == 1
 
 
-def is_sparse(call: Call) -> bool:
+def _is_sparse(call: Call) -> bool:
     return call.func is F.embedding_bag and bool(call.argument(7, "sparse", False))
 
 
@@ -67,4 +67,4 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     return {id(weight): torch.zeros_like(weight, dtype=grad.dtype).scatter_add_(0, rows, scaled)}
 
 
-RULE = LayerRule(_applies, dots, weighted_grads)
+RULE = LayerRule(_applies, dots, weighted_grads, sparse=_is_sparse)

@@ -50,8 +50,8 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
     call, grad = record.call, record.output_grad
     indices, weight, padding = call.argument(0, "input"), call.argument(1, "weight"), _padding(call)
-    found = weights.taken_to_write(id(weight), grad.dtype)
-    if found is None and is_sparse(call):
+    found = weights.total.take_to_write(id(weight), grad.dtype)
+    if found is None and _is_sparse(call):
         rows = _scaled_or_zero(record, weights)
         return {id(weight): torch.ops.aten.embedding_sparse_backward(rows, indices, weight.shape[0], padding, False)}
     indices, rows = _kept(record, weights)
@@ -63,7 +63,7 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     return {id(weight): found}
 
 
-def is_sparse(call: Call) -> bool:
+def _is_sparse(call: Call) -> bool:
     return call.func is F.embedding and bool(call.argument(6, "sparse", False))
 
 
@@ -92,4 +92,4 @@ def _add_rows(table: Tensor, rows: Tensor, indices: Tensor) -> None:
         table.index_put_((indices,), rows, accumulate=True)
 
 
-RULE = LayerRule(_applies, dots, weighted_grads, fresh=True)
+RULE = LayerRule(_applies, dots, weighted_grads, sparse=_is_sparse, fresh=True)

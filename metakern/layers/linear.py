@@ -70,7 +70,7 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     found: Gradients = {}
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     if weight is not None:
-        start = taken(weights.total, id(weight), a.dtype)
+        start = weights.total.take(id(weight), a.dtype)
         found[id(weight)], shift = ops.weighted_grad(a, b, w, bias=bias is not None, start=start)
         if bias is not None:
             found[id(bias)] = shift
@@ -103,12 +103,6 @@ def per_example(record: Record, examples: int) -> Gradients | None:
     if bias is not None:
         found[id(bias)] = b.sum(1)
     return found
-
-
-def taken(total: Gradients, key: int, dtype: torch.dtype) -> Tensor | None:
-    """What other uses of the weight gave: added to within the product, where it is of the same dtype."""
-    there = total.get(key)
-    return None if there is None or there.is_sparse or there.dtype != dtype else total.pop(key)
 
 
 def _tangent(record: Record, tangents: Tangents, position: int, keyword: str) -> Tensor | None:

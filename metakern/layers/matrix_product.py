@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakern import ops
 from metakern.capture.record import Call, Record
-from metakern.layers.linear import bias_dots, bias_gradient, row_weights, rows_of, sum_rows, taken
+from metakern.layers.linear import bias_dots, bias_gradient, row_weights, rows_of, sum_rows
 from metakern.layers.precision import direction_dots
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
@@ -58,7 +58,8 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
     w, (weight, bias) = row_weights(record, weights), _trained(record.call)
     found: Gradients = {}
     if weight is not None:
-        found[id(weight)], _ = ops.weighted_grad(b, a, w, start=taken(weights.total, id(weight), a.dtype))
+        start = weights.total.take(id(weight), a.dtype)
+        found[id(weight)], _ = ops.weighted_grad(b, a, w, start=start)
     if bias is not None:
         found[id(bias)] = bias_gradient(b, w)
     return found

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
+from metakern.layers.total import Total
 
 Tangents = Mapping[int, Tensor]  # identity of a trainable tensor -> V, the direction in it
 Gradients = dict[int, Tensor]  # identity of a trainable tensor -> its gradient
-
-
-def added(left: Tensor, right: Tensor) -> Tensor:
-    """Torch adds sparse tensors to dense ones, not the other way round."""
-    return right + left if left.is_sparse else left + right
 
 
 @dataclass(frozen=True)
@@ -25,29 +20,11 @@ class Weights:
 
     values: Tensor  # [n]
     kept: Tensor | None  # indices of the non-zero weights, None when they are not known or all are kept
-    # What uses before this one gave, by parameter. A rule may take an entry out, and return its gradient added to that.
-    total: Gradients = field(default_factory=dict)
-    own: set[int] = field(default_factory=set)  # parameters whose entry nobody else holds
+    total: Total = field(default_factory=Total)  # what uses before this one gave
 
     @property
     def examples(self) -> int:
         return self.values.shape[0]
-
-    def add(self, key: int, grad: Tensor, fresh: bool) -> None:
-        """What one use gave for a parameter."""
-        if key in self.total:
-            grad, fresh = added(self.total[key], grad), True
-        self.total[key] = grad
-        (self.own.add if fresh else self.own.discard)(key)
-
-    def taken_to_write(self, key: int, dtype: torch.dtype) -> Tensor | None:
-        """What uses before this one gave, taken out, in this dtype and to be written into; None where there is nothing,
-        or it would be rounded, or it is sparse. An entry that others may hold is copied.
-        """
-        there = self.total.get(key)
-        if there is None or there.is_sparse or torch.promote_types(there.dtype, dtype) != dtype:
-            return None
-        return self.total.pop(key).to(dtype, copy=key not in self.own)
 
 
 @dataclass(frozen=True)
@@ -61,6 +38,7 @@ class LayerRule:
     per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
                                     else None
     by_example                   form these in any pass, as B comes by, so that A and B need not be kept
+    sparse(call)                 whether it gives the table a sparse gradient, which is so too where all of it is zero
     fresh                        every tensor that weighted_grads returns is made there, one for each parameter, and
                                  held by nobody else: rules of other uses may write into it
     """
@@ -71,4 +49,5 @@ class LayerRule:
     matrices: Callable[[Record, int], tuple[Tensor, Tensor]] | None = None
     per_example: Callable[[Record, int], Gradients | None] | None = None
     by_example: bool = False
+    sparse: Callable[[Call], bool] = lambda call: False
     fresh: bool = False

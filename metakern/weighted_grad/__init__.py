@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from metakern.capture.host import host_may_wait, is_traced
 from metakern.capture.record import Call, Record
-from metakern.layers import bag, embedding
-from metakern.layers.rule import Gradients, Weights, added
+from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
+from metakern.layers.total import Total
+from metakern.layers.total import added as added
 
 
 def weighted_gradients(
@@ -22,16 +23,17 @@ def weighted_gradients(
     Shapes and dtypes are those of the parameters. Records are taken one at a time and not held. Look-ups with
     sparse=True give a table that nothing else uses a sparse gradient.
     """
-    total: Gradients = {}
+    total = Total()
     given = Weights(weights, _kept(weights), total)
     if given.kept is not None and given.kept.numel() == 0:
         records = _sparse_alone(records)
     for record in records:
         rule = rule_for(record.call)
         for key, grad in rule.weighted_grads(record, given).items():
-            given.add(key, grad, rule.fresh)
+            total.add(key, grad, rule.fresh)
     _through_derivations(derivations, total, trainable)
-    return {name: _like(total[id(p)], p) if id(p) in total else torch.zeros_like(p) for name, p in trainable.items()}
+    found = total.found
+    return {name: _like(found[id(p)], p) if id(p) in found else torch.zeros_like(p) for name, p in trainable.items()}
 
 
 def _kept(weights: Tensor) -> Tensor | None:
@@ -42,24 +44,24 @@ def _kept(weights: Tensor) -> Tensor | None:
     return None if kept.numel() == weights.numel() else kept
 
 
-def _through_derivations(derivations: Sequence[Call], total: Gradients, trainable: Mapping[str, nn.Parameter]) -> None:
+def _through_derivations(derivations: Sequence[Call], total: Total, trainable: Mapping[str, nn.Parameter]) -> None:
     """Carry gradients of derived tensors on to the parameters that they were made from."""
-    derived = [t for call in derivations for t in call.outputs if t is not None and id(t) in total]
+    derived = [t for call in derivations for t in call.outputs if t is not None and id(t) in total.found]
     if not derived:
         return
-    grads = [total[id(t)].to_dense().to(t.dtype).view_as(t) for t in derived]
+    grads = [total.found[id(t)].to_dense().to(t.dtype).view_as(t) for t in derived]
     # The graph stays: a virtual step asks for the gradient of a second weighting.
     found = torch.autograd.grad(derived, list(trainable.values()), grads, retain_graph=True, allow_unused=True)
     for parameter, grad in zip(trainable.values(), found):
         if grad is not None:
-            total[id(parameter)] = added(total[id(parameter)], grad) if id(parameter) in total else grad
+            total.add(id(parameter), grad)
 
 
 def _sparse_alone(records: Iterable[Record]) -> list[Record]:
-    """Those of tables that get a sparse gradient, which is so too where all of it is zero."""
+    """Those of tables that get a sparse gradient and that nothing else uses."""
     sparse, dense = list[Record](), set[int]()
     for record in records:
-        if embedding.is_sparse(record.call) or bag.is_sparse(record.call):
+        if rule_for(record.call).sparse(record.call):
             sparse.append(record)
         else:
             dense.update(id(p) for _, p in record.call.parameters)
