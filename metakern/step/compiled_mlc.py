@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction
 from metakern.engines import pose
 from metakern.engines.problem import Problem
-from metakern.step.hand_over import require_optimizer
 from metakern.step.logit_tangents import LogitsFunction
 from metakern.step.meta_network import are_asked_for, require_meta_network, step_meta_network
 from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, with_carry
 from metakern.step.own_batches import OwnBatches
 from metakern.step.program import Backend
 from metakern.step.step_program import AnotherWay
-from metakern.step.two_parts import CompiledParts, Half, TwoParts, require_compilable
+from metakern.step.two_parts import CompiledParts, Half, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
 
 
@@ -141,10 +140,7 @@ def compile_mlc_step(
     """
     require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer", model)
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
-    require_optimizer(optimizer, problem.trainable)
-    rule = VirtualRule(virtual, virtual_lr, optimizer)
-    rule.require_usable(problem.chosen)
-    require_compilable(rule, "mlc_step")
+    rule = compilable_rule(problem, virtual, virtual_lr, optimizer, "mlc_step")
     asked = features if are_asked_for(features) else None
     batches = OwnBatches(
         batch=batch, meta_batch=meta_batch, features=features if asked is None else None, clean_batch=clean_batch
@@ -159,8 +155,19 @@ def compile_mlc_step(
             labels, gradient = train.corrected() if again else (found.labels, found.virtual)
             yield Half(engine, [labels, train.losses(labels).detach()], gradient)
 
-        own = model, optimizer, label_net, label_optimizer, rule, loss_fn, params, allow_unused
-        step = TwoParts(*own, asked, [logits_fn], halves)
+        step = TwoParts(
+            model,
+            optimizer,
+            network=label_net,
+            network_optimizer=label_optimizer,
+            rule=rule,
+            loss_fn=loss_fn,
+            params=params,
+            allow_unused=allow_unused,
+            features=asked,
+            functions=[logits_fn],
+            halves=halves,
+        )
         return CompiledParts(step, batches, "jvp", backend)
 
     programs = {True: program(again=not fused)}

@@ -19,13 +19,12 @@ from torch import nn
 from metakern.capture.losses import LossFunction
 from metakern.engines import pose
 from metakern.engines.problem import Problem
-from metakern.step.hand_over import require_optimizer
 from metakern.step.meta_network import Features, are_asked_for
 from metakern.step.mwnet import MetaStepResult, meta_gradient, mwnet_step, require_weight_net
 from metakern.step.own_batches import OwnBatches
 from metakern.step.program import Backend
 from metakern.step.step_program import AnotherWay
-from metakern.step.two_parts import CompiledParts, Half, TwoParts, require_compilable
+from metakern.step.two_parts import CompiledParts, Half, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
 from metakern.step.weighting import Weighting
 
@@ -98,10 +97,7 @@ def compile_mwnet_step(
     """
     require_weight_net(weight_net, weight_optimizer, normalise, model)
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
-    require_optimizer(optimizer, problem.trainable)
-    rule = VirtualRule(virtual, virtual_lr, optimizer)
-    rule.require_usable(problem.chosen)
-    require_compilable(rule, "mwnet_step")
+    rule = compilable_rule(problem, virtual, virtual_lr, optimizer, "mwnet_step")
     asked = features if are_asked_for(features) else None
     weighting = Weighting(weight_net, normalise, detach_losses)
 
@@ -127,7 +123,18 @@ def compile_mwnet_step(
         params=params,
         allow_unused=allow_unused,
     )
-    own = model, optimizer, weight_net, weight_optimizer, rule, loss_fn, params, allow_unused
-    step = TwoParts(*own, asked, [], halves)
+    step = TwoParts(
+        model,
+        optimizer,
+        network=weight_net,
+        network_optimizer=weight_optimizer,
+        rule=rule,
+        loss_fn=loss_fn,
+        params=params,
+        allow_unused=allow_unused,
+        features=asked,
+        functions=[],
+        halves=halves,
+    )
     batches = OwnBatches(batch=batch, meta_batch=meta_batch, features=features if asked is None else None)
     return CompiledMetaStep(CompiledParts(step, batches, engine, backend), uncompiled)

@@ -21,7 +21,7 @@ from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.step.compilable import Found
 from metakern.step.granted import Granted
-from metakern.step.hand_over import hand_over
+from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.meta_network import step_meta_network, undone_on_error
 from metakern.step.own_batches import OwnBatches
 from metakern.step.program import Backend
@@ -143,10 +143,19 @@ class CompiledParts:
         return found[:values], dict(zip(keys, found[values:]))
 
 
-def require_compilable(rule: VirtualRule, uncompiled: str) -> None:
-    """Raise where a virtual step cannot be part of a program; `uncompiled` names the step that takes all of them."""
+def compilable_rule(
+    problem: Problem, virtual: str, lr: float | None, optimizer: torch.optim.Optimizer | None, uncompiled: str
+) -> VirtualRule:
+    """The rule of a virtual step that can be part of a program; `uncompiled` names the step that takes all of them.
+
+    Raises: TypeError, ValueError where rule or optimizer is not usable, EngineUnavailable for other rules.
+    """
+    require_optimizer(optimizer, problem.trainable)
+    rule = VirtualRule(virtual, lr, optimizer)
+    rule.require_usable(problem.chosen)
     if not rule.affine:
         raise EngineUnavailable(f"virtual={rule.name!r} reads the optimizer's count of steps; use {uncompiled}")
+    return rule
 
 
 def _require_momentum(rule: VirtualRule, moved: Mapping[str, nn.Parameter]) -> None:
