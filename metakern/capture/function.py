@@ -23,6 +23,9 @@ _SHAPE_ONLY = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
 
+# Of a second tensor they take the shape, or the dtype, alone.
+_LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())
+
 # Frequent calls that never draw random numbers; for all others the generators are compared before and after.
 _DETERMINISTIC = frozenset(
     "linear conv1d conv2d conv3d embedding layer_norm rms_norm group_norm batch_norm add mul sub matmul __matmul__ t "
@@ -76,6 +79,7 @@ class Function(NamedTuple):
     name: str
     kind: str  # "call"; "metadata", "unrolled", "attribute", "batch_norm" and "hook" are met in ways of their own
     shape_only: bool
+    like_another: bool  # takes no number of its second tensor
     random_constant: bool  # makes a tensor of random numbers
     deterministic: bool
     in_place: bool
@@ -141,6 +145,7 @@ def _looked_up(func: Callable[..., Any]) -> Function:
         name,
         _kind(func, name),
         name in _SHAPE_ONLY,
+        name in _LIKE_ANOTHER,
         name.startswith("rand"),
         name in _DETERMINISTIC,
         in_place,

@@ -152,20 +152,24 @@ def visit_output_gradients(
 
 
 def _lowest(uses: Sequence[Use], among: Iterable[int]) -> set[int]:
-    """Those `among` the uses whose data come from no other use; the user's inputs may have a graph of their own."""
+    """Those `among` the uses, an output of which was made of no other use: nothing is to be found below it, so its node
+    does not run. The user's inputs may have a graph of their own, and of two outputs one may be a view of a parameter.
+    """
     known, free = {edge.node for use in uses for edge in use.edges}, set[Any]()
-    found = set[int]()
-    for k in among:
-        met, ahead = set[Any](), list(uses[k].upstream)
-        while ahead and ahead[-1] not in known:
-            node = ahead.pop()
-            if node is not None and node not in free and node not in met:
-                met.add(node)
-                ahead += [before for before, _ in node.next_functions]
-        if not ahead:
-            free |= met
-            found.add(k)
-    return found
+    return {k for k in among if not all([_reaches(known, edge.node, free) for edge in uses[k].edges])}
+
+
+def _reaches(known: set[Any], start: Any, free: set[Any]) -> bool:
+    """Does any way back from a node lead to a `known` one? Nodes from which none does are added to `free`."""
+    met, ahead = set[Any](), [before for before, _ in start.next_functions]
+    while ahead and ahead[-1] not in known:
+        node = ahead.pop()
+        if node is not None and node not in free and node not in met:
+            met.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    if not ahead:
+        free |= met
+    return bool(ahead)
 
 
 def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:

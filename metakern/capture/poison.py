@@ -86,13 +86,19 @@ class _Poisoner(Tracer):
             differentiable = [t for t in tensors_in(output) if t.requires_grad]
             for tensor, axis in zip(differentiable, self._axes[before]):
                 if axis is not None:
-                    _fill(tensor, axis.spread(self._inside, tensor.shape))
+                    _fill_apart(tensor, axis.spread(self._inside, tensor.shape))
 
 
 def _fill(tensor: Tensor, where: Tensor) -> None:
     """NaN into a tensor of this pass: not a write that is undone after it."""
     with torch._C.DisableTorchFunction():
         tensor.data.masked_fill_(where, torch.nan)
+
+
+def _fill_apart(tensor: Tensor, where: Tensor) -> None:
+    """The same in memory of its own: what a call returns may be a view of a parameter, which must not be lost."""
+    with torch._C.DisableTorchFunction():
+        tensor.data = tensor.data.masked_fill(where, torch.nan)
 
 
 @contextmanager

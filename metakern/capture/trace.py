@@ -115,6 +115,11 @@ class Tracer(TorchFunctionMode):
                 parametric.append((ArgPath(key, item), tensor))
             elif tensor.requires_grad or id(tensor) not in self._constant:
                 data.append(tensor)
+        if function.like_another and parametric and len(args) > 1 and isinstance(args[1], Tensor):
+            if id(args[0]) in self._parametric:
+                args, parametric, data = (args[0], _shape_of(args[1]), *args[2:]), [(ArgPath(0), args[0])], []
+            else:
+                parametric = []
         if not parametric:
             output = func(*args, **kwargs)
             if (not data and not function.random_constant) or function.shape_only:
@@ -179,8 +184,9 @@ class Tracer(TorchFunctionMode):
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
-        """Add a use, unless nothing of its output can carry a gradient."""
-        found = [(place, t) for place, t in enumerate(tensors_in(output)) if t.requires_grad]
+        """Add a use, unless nothing of its output can carry a gradient; what it hands back of its arguments is none."""
+        tensors = enumerate(tensors_in(output))
+        found = [(place, t) for place, t in tensors if t.requires_grad and id(t) not in self._parametric]
         if found:
             places, tensors = zip(*found)
             if any([t.is_complex() or t.is_nested for t in tensors]):
@@ -259,6 +265,11 @@ class Tracer(TorchFunctionMode):
         training = args[5] if len(args) > 5 else kwargs.get("training", False)
         if training:
             self.couplings.append("batch_norm in training mode takes its statistics over the batch")
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """Its shape and dtype, in no memory of its own: what `bias.expand_as(hidden)` takes of `hidden`."""
+    return tensor.detach().new_empty(()).expand(tensor.shape)
 
 
 def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:

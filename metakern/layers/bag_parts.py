@@ -21,7 +21,7 @@ def bags(
     padding_idx: int | None = None,
 ) -> Tensor:
     """As F.embedding_bag, which the tests hold it against; bags are [bags, width]."""
-    if max_norm is not None or input.numel() == 0:
+    if max_norm is not None or scale_grad_by_freq or input.numel() == 0:
         return F.embedding_bag(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
             include_last_offset, padding_idx,

@@ -31,7 +31,7 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
     (grad,) = lowered(record.dot_precision, record.output_grad)
     convolve = _along(call, tangents, grad.dtype)
     inputs = call.argument(0, "input").detach().to(grad.dtype)
-    if not (axis.leading and inputs.shape[0] == examples):
+    if not (axis.leading and _batched(call) and inputs.shape[0] == examples):
         return per_example_inner(convolve(inputs), grad, axis, examples)
     chunk = examples_per_chunk(inputs, grad)
     terms = [
@@ -78,7 +78,13 @@ def per_example(record: Record, examples: int) -> Gradients | None:
 def _by_example(record: Record) -> bool:
     """Is every example an image of its own, and the padding one that the kernel gradient takes?"""
     axis = record.axes[0]
-    return axis.leading and axis.inner == 1 and not isinstance(record.call.argument(4, "padding", 0), str)
+    whole = axis.leading and axis.inner == 1 and _batched(record.call)
+    return whole and not isinstance(record.call.argument(4, "padding", 0), str)
+
+
+def _batched(call: Call) -> bool:
+    """Has the input a dimension of its own for examples? With groups, single images may have them as channels."""
+    return call.argument(0, "input").dim() == call.argument(1, "weight").dim()
 
 
 def _operands(record: Record) -> tuple[Tensor, Tensor, tuple[Any, ...]]:

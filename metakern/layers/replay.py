@@ -120,6 +120,9 @@ def parameter_gradients(
     with torch.enable_grad():
         outputs = with_parameters(call, leaf)
     wanted = [(outputs[place], grad) for place, grad in zip(places, output_grads) if grad is not None]
+    wanted = [(output, grad) for output, grad in wanted if output.requires_grad]  # not of a shape, a sign, an index
+    if not wanted:
+        return {}
     found = torch.autograd.grad(
         [o for o, _ in wanted], list(leaves.values()), [g.to(o.dtype) for o, g in wanted], allow_unused=True
     )

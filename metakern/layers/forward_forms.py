@@ -1,0 +1,202 @@
+"""Functions in a form whose forward mode is the derivative that their backward pass takes.
+
+torch's own forward mode of them is missing or fails, or it is another derivative: that of a factorisation which takes
+any tangent where the gradient is symmetric, or of a row that gets no gradient. For a scalar loss l(theta) both must
+give the same number, <dl/dtheta, v>; the tests hold every function of torch's own database against that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakern.layers.forms import TWICE_DIFFERENTIABLE
+from metakern.layers.packing_parts import packed, padded
+
+
+def is_dual(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch's forward mode of group normalisation takes rows of memory in order, and fails for channels_last."""
+    return lambda input, *args, **kwargs: group_norm(input.contiguous(), *args, **kwargs)
+
+
+def _in_one_precision(normalisation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch's forward mode gives the tangent in the precision of the weights where the input has another (autocast)."""
+
+    def normalised(*args: Any, **kwargs: Any) -> Tensor:
+        output = normalisation(*args, **kwargs)
+        primal, tangent = forward_ad.unpack_dual(output)
+        if tangent is None or tangent.dtype == primal.dtype:
+            return output
+        return forward_ad.make_dual(primal, tangent.to(primal.dtype))
+
+    return normalised
+
+
+def _scatter_reduce(
+    input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """With the derivative that a backward pass takes: torch's forward mode has none of products, and shares extremes
+    with no entry of `input` that is as large and left out.
+    """
+    if reduce == "prod" and (is_dual(input) or is_dual(src)):
+        raise NotImplementedError("scatter_reduce(..., reduce='prod') has no forward mode")
+    output = torch.scatter_reduce(input, dim, index, src, reduce, include_self=include_self)
+    output, tangent = forward_ad.unpack_dual(output)
+    if tangent is None:
+        return output
+    if reduce in ("amax", "amin") and not include_self:
+        value = output.detach()
+        largest = (src.detach() == value.gather(dim, index)).to(value.dtype)
+        count = torch.zeros_like(value).scatter_add(dim, index, largest)
+        tangent = torch.where((input.detach() == value) & (count > 0), tangent * count / (count + 1), tangent)
+    return forward_ad.make_dual(output, tangent)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """At zero the slope of the left side, as in a backward pass; in torch's forward mode it is that of the right."""
+    columns = (1, -1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 and input.dim() > 1 else ()
+    return torch.where(input > 0, input, weight.reshape(columns) * input)
+
+
+def _larger(input: Tensor, other: Tensor) -> Tensor:
+    """Of two equal ones the first, as in a backward pass of `torch.fmax`."""
+    return torch.where((input >= other) | other.isnan(), input, other)
+
+
+def _grouped_product(input: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Tokens, group by group, times the matrix of their expert: linear in either; torch has no forward mode of it."""
+    product = torch._grouped_mm  # type: ignore[attr-defined]
+    (input, rows), (weights, matrices) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weights)
+    output = product(input, weights, *args, **kwargs)
+    parts = [] if rows is None else [product(_laid_out_as(input, rows), weights, *args, **kwargs)]
+    parts += [] if matrices is None else [product(input, _laid_out_as(weights, matrices), *args, **kwargs)]
+    return forward_ad.make_dual(output, sum(parts[1:], parts[0])) if parts else output
+
+
+def _laid_out_as(primal: Tensor, tangent: Tensor) -> Tensor:
+    """Grouped products take few layouts."""
+    return tangent if tangent.stride() == primal.stride() else torch.empty_like(primal).copy_(tangent)
+
+
+def _cumulated(input: Tensor, dim: int) -> Tensor:
+    """logcumsumexp; torch's forward mode adds 1e-13 to sums of exp(x - max x), which may all be smaller than that."""
+    input, tangent = forward_ad.unpack_dual(input)
+    output = torch.logcumsumexp(input, dim)
+    if tangent is None:
+        return output
+    signs = (tangent.clamp(min=0), (-tangent).clamp(min=0))
+    up, down = ((torch.logcumsumexp(input + part.log(), dim) - output).exp() for part in signs)
+    return forward_ad.make_dual(output, (up - down).masked_fill(output == -torch.inf, 0.0))
+
+
+def _retained(tensor: Tensor) -> None:
+    """Nothing to keep: the tensors of a dual pass require no gradient."""
+    if tensor.requires_grad:
+        tensor.retain_grad()
+
+
+def _looked_up(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table; that of padding gets no gradient, but it has a tangent where the table is used elsewhere."""
+    weight, tangent = forward_ad.unpack_dual(weight)
+    output = F.embedding(input, weight, padding_idx, max_norm, norm_type)
+    if tangent is None:
+        return output
+    if scale_grad_by_freq:
+        raise NotImplementedError("embedding(..., scale_grad_by_freq=True) has no forward mode")
+    rows = F.embedding(input, tangent)
+    if padding_idx is not None:
+        rows = rows.masked_fill((input == padding_idx % weight.shape[0]).unsqueeze(-1), 0.0)
+    return forward_ad.make_dual(output, rows)
+
+
+def _rows_of(weight: Tensor, indices: Tensor, padding_idx: int = -1, *scaled: bool, **options: bool) -> Tensor:
+    """torch.embedding, which has its arguments in another order, and -1 for no padding."""
+    by_count = scaled[0] if scaled else options.get("scale_grad_by_freq", False)
+    return _looked_up(indices, weight, padding_idx if padding_idx >= 0 else None, scale_grad_by_freq=by_count)
+
+
+def _symmetric(factorisation: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass takes the matrix to be symmetric and gives it a symmetric gradient, whatever triangle is read."""
+
+    def factorised(*args: Any, **kwargs: Any) -> Any:
+        matrices = {key: _with_symmetric_tangent(value) for key, value in kwargs.items()}
+        return factorisation(*map(_with_symmetric_tangent, args), **matrices)
+
+    return factorised
+
+
+def _with_symmetric_tangent(value: Any) -> Any:
+    if not is_dual(value):
+        return value
+    matrix, tangent = forward_ad.unpack_dual(value)
+    return forward_ad.make_dual(matrix, (tangent + tangent.mH) / 2)
+
+
+def _unpooled(unpool: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
+    """Of two entries with one place the last is taken, and both get the gradient of that place."""
+
+    def placed(input: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        input, tangent = forward_ad.unpack_dual(input)
+        output = unpool(input, indices, *args, **kwargs)
+        if tangent is None:
+            return output
+        empty = torch.zeros_like(output).flatten(-dimensions)
+        placed = empty.scatter_add(-1, indices.flatten(-dimensions), tangent.flatten(-dimensions))
+        return forward_ad.make_dual(output, placed.view_as(output))
+
+    return placed
+
+
+def _without(name: str) -> Callable[..., Any]:
+    """torch has a forward mode of this function, and it is not that of its backward pass."""
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name} has no forward mode that agrees with its backward pass")
+
+    return refused
+
+
+FORWARD_FORMS = {
+    **TWICE_DIFFERENTIABLE,
+    F.group_norm: _in_rows(F.group_norm),
+    torch.group_norm: _in_rows(torch.group_norm),
+    **{f: _in_one_precision(f) for f in (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)},
+    **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
+    **dict.fromkeys((torch.fmax, Tensor.fmax), _larger),
+    torch.scatter_reduce: _scatter_reduce,
+    Tensor.scatter_reduce: _scatter_reduce,
+    Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),
+    Tensor.retain_grad: _retained,
+    **dict.fromkeys((torch.logcumsumexp, Tensor.logcumsumexp), _cumulated),
+    torch._grouped_mm: _grouped_product,  # type: ignore[attr-defined]
+    torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
+    torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]
+    F.embedding: _looked_up,
+    torch.embedding: _rows_of,
+    **{f: _symmetric(f) for f in (torch.linalg.eigh, torch.linalg.cholesky, torch.linalg.cholesky_ex)},
+    F.max_unpool1d: _unpooled(F.max_unpool1d, 1),
+    F.max_unpool2d: _unpooled(F.max_unpool2d, 2),
+    F.max_unpool3d: _unpooled(F.max_unpool3d, 3),
+    **{
+        getattr(owner, name): _without(name)
+        for name in ("as_strided_scatter", "cholesky_inverse", "triangular_solve")
+        for owner in (torch, Tensor)
+    },
+}
