@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern.capture.host import is_traced
 from metakern.layers.forms import TWICE_DIFFERENTIABLE
 from metakern.layers.packing_parts import packed, padded
 
@@ -164,6 +165,26 @@ def _unpooled(unpool: Callable[..., Tensor], dimensions: int) -> Callable[..., T
     return placed
 
 
+def _scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """While a program is traced, torch's forward mode multiplies tangents that are not there by `alpha`, `beta` or
+    `value`, which ends the process: zeros stand for them.
+    """
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if is_traced() and not kwargs.keys().isdisjoint(("alpha", "beta", "value")):
+            kept = 1 if function.__name__.endswith("_") else 0  # what is written into stays itself
+            args = (*args[:kept], *map(_with_tangent, args[kept:]))
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _with_tangent(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or is_dual(value):
+        return value
+    return forward_ad.make_dual(value, torch.zeros_like(value))
+
+
 def _without(name: str) -> Callable[..., Any]:
     """torch has a forward mode of this function, and it is not that of its backward pass."""
 
@@ -194,6 +215,12 @@ FORWARD_FORMS = {
     F.max_unpool1d: _unpooled(F.max_unpool1d, 1),
     F.max_unpool2d: _unpooled(F.max_unpool2d, 2),
     F.max_unpool3d: _unpooled(F.max_unpool3d, 3),
+    **{
+        getattr(owner, name + end): _scaled(getattr(owner, name + end))
+        for name in ("add", "sub", "subtract", "addmm", "addmv", "addr", "addbmm", "baddbmm", "addcmul", "addcdiv")
+        for owner, end in ((torch, ""), (Tensor, ""), (Tensor, "_"))
+    },
+    torch.rsub: _scaled(torch.rsub),
     **{
         getattr(owner, name): _without(name)
         for name in ("as_strided_scatter", "cholesky_inverse", "triangular_solve")

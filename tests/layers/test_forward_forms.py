@@ -113,3 +113,29 @@ class Solved(nn.Module):
 def test_without_a_forward_mode_ghost_takes_two_backward_passes() -> None:
     setup = Setup(Solved(), *inputs.pair(6, 3, 4, classes=4))
     assert judge_step(metakern.l2rw_step, setup).result.engine == "ghost"
+
+
+class Mixed(nn.Module):
+    """Sums whose parts are scaled by a number, some of them of parameters, some of data alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.row = nn.BatchNorm1d(4), nn.Parameter(inputs.normal(4, seed=1))
+        self.left, self.right = (nn.Parameter(inputs.normal(*shape, seed=2)) for shape in ((6, 2), (2, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.add(torch.sub(self.norm(x), x, alpha=0.3), self.row, alpha=0.5)
+        h = torch.addmm(x, self.left[: len(x)], self.right, beta=0.2, alpha=0.6) + torch.rsub(h, x, alpha=2)
+        h = torch.addcmul(x, h, self.row, value=0.7) + torch.addcdiv(x, x, 1 + h.square(), value=0.4)
+        return h.add_(x, alpha=0.1).sub_(x.square(), alpha=0.2)
+
+
+def test_scaled_sums_in_a_program() -> None:
+    """torch's forward mode of them ends the process while it is traced, unless all parts have a tangent."""
+    setup = Setup(Mixed().double(), *inputs.pair(6, 3, 4, classes=4), interacting=True)
+    program = metakern.compile_step(setup.model, setup.batch, setup.meta_batch, backend="eager")
+
+    def step(model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any) -> Any:
+        return program(batch, meta_batch)
+
+    assert judge_step(step, setup).result.engine == "jvp"
