@@ -16,12 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.capture.host import is_traced
+from metakern.layers.custom_functions import is_dual
 from metakern.layers.forms import TWICE_DIFFERENTIABLE
 from metakern.layers.packing_parts import packed, padded
-
-
-def is_dual(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves
 
+from metakern.layers.custom_functions import custom_functions_forward, is_dual, through_backward
 from metakern.layers.forms import Forms
-from metakern.layers.forward_forms import FORWARD_FORMS, is_dual
+from metakern.layers.forward_forms import FORWARD_FORMS
 
 _ONE_AT_A_TIME = threading.RLock()
 """torch has one level of dual numbers in a process, whichever thread is at it."""
@@ -25,27 +26,46 @@ class _ForwardMode(Forms):
     """What runs under `torch.no_grad()` is a constant to a backward pass; torch's forward mode differentiates it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if torch.is_grad_enabled():
-            output = super().__torch_function__(func, types, args, kwargs)
-            if isinstance(func, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
-                _require_tangent(func, args, kwargs or {}, output)
-            return output
-        with forward_ad._set_fwd_grad_enabled(False):
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            with forward_ad._set_fwd_grad_enabled(False):
+                return super().__torch_function__(func, types, args, kwargs)
+        if not isinstance(func, _OPERATORS) or str(func).startswith(_TORCHS_OWN):
             return super().__torch_function__(func, types, args, kwargs)
+        given = any(map(is_dual, tree_leaves((args, kwargs))))
+        try:
+            output = super().__torch_function__(func, types, args, kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if not (given and lacks_forward_mode(error) and _may_run_again(func)):
+                raise
+        else:
+            if not _lost(output, given or isinstance(func, HigherOrderOperator)):
+                return output
+        if not _may_run_again(func):
+            raise NotImplementedError(f"operator {func} has no forward mode")
+        return through_backward(func, args, kwargs, f"operator {func}")
 
 
-def _require_tangent(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+_OPERATORS = OpOverload, OpOverloadPacket, HigherOrderOperator
+_TORCHS_OWN = "aten.", "prims."
+"""They say so where they have no forward mode, and of the latter it makes some derivatives."""
+
+
+def _lost(output: Any, given: bool) -> bool:
     """Operators whose derivatives are written in Python (`torch.library.custom_op`, `torch.cond`, scans) lose tangents
-    without a word where no argument requires a gradient; torch's own say so where they have no forward mode.
-
-    Raises: NotImplementedError: something dual went in, or may have by a closure, and nothing dual came out.
+    without a word where no argument requires a gradient: something dual went in, or may have by a closure, and nothing
+    dual came out.
     """
-    if str(operator).startswith(("aten.", "prims.")):  # of the latter torch's forward mode makes some derivatives
-        return
     outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    closures = isinstance(operator, HigherOrderOperator)
-    if outputs and not any(map(is_dual, outputs)) and (closures or any(map(is_dual, tree_leaves((args, kwargs))))):
-        raise NotImplementedError(f"operator {operator} has no forward mode")
+    return given and bool(outputs) and not any(map(is_dual, outputs))
+
+
+def _may_run_again(operator: Any) -> bool:
+    """Is it one of an extension that writes into none of its arguments?"""
+    if isinstance(operator, HigherOrderOperator):
+        return False
+    overloads = [operator] if isinstance(operator, OpOverload) else map(operator.__getattr__, operator.overloads())
+    return not any(each._schema.is_mutable for each in overloads)
 
 
 @contextmanager
@@ -53,7 +73,7 @@ def dual_level() -> Iterator[None]:
     """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
     deprecation warnings that torch raises against itself on first use.
     """
-    with _ONE_AT_A_TIME, torch.enable_grad(), forward_ad.dual_level():
+    with _ONE_AT_A_TIME, torch.enable_grad(), custom_functions_forward(), forward_ad.dual_level():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             forward_ad.make_dual(torch.zeros(1, device="cpu"), torch.zeros(1, device="cpu"))

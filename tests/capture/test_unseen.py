@@ -53,8 +53,9 @@ def test_custom_function_on_a_parameter(memory: str) -> None:
     before.assert_unchanged(setup.model)
 
 
-def test_custom_function_by_double_backward() -> None:
-    """It has no forward mode; its backward is differentiable, so one engine is left."""
+def test_custom_function_by_what_its_backward_pass_says() -> None:
+    """It has no forward mode of its own; its backward is differentiable, so two engines are left."""
+    assert judge_step(metakern.l2rw_step, setup_of(CubeLayer())).result.engine == "jvp"
     judge_step(metakern.l2rw_step, setup_of(CubeLayer()), engine="double_backward")
 
 
