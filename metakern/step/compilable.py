@@ -44,6 +44,7 @@ class Seen(NamedTuple):
     end: RandomState
     values: list[Tensor]
     left: list[Tensor]  # in those buffers
+    around: Surroundings  # as it was before
 
     @property
     def draws(self) -> bool:
@@ -58,33 +59,58 @@ def see(model: nn.Module, functions: Sequence[Any], granted: Callable[[], Grante
     """
     start, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in buffers_of(model)]
     around, writes = Surroundings(model, *functions), Writes(model)
-    try:
-        with unchanged_buffers(model):
-            with writes.watching():
-                found = step()
-            written = [b for b, value in buffers if writes.found(b) or not _same(b, value)]
-            left = [b.clone() for b in written]
-            changed = granted().differs_from(known)
-        end = random_state()
-    finally:
-        restore_random_state(start)
+    with restored_on_error(around):
+        try:
+            with unchanged_buffers(model):
+                with writes.watching():
+                    found = step()
+                written = [b for b, value in buffers if writes.found(b) or not _same(b, value)]
+                left = [b.clone() for b in written]
+                changed = granted().differs_from(known)
+            end = random_state()
+            _require_compilable(start, end, found.values, changed and _changes(model, granted, step))
+        finally:
+            restore_random_state(start)
+    if not changed:
         around.restore()
+    return Seen(found.engine, written, start, end, found.values, left, around)
+
+
+@contextmanager
+def restored_on_error(around: Surroundings) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        around.restore()
+        raise
+
+
+def _require_compilable(start: RandomState, end: RandomState, values: Sequence[Tensor], changes: bool) -> None:
     if not same_elsewhere(start, end):
         raise EngineUnavailable(
             "the pass draws random numbers from Python or NumPy, which a compiled step would draw once only; draw them "
             "by torch, or take the step uncompiled"
         )
-    if any(value.is_sparse for value in found.values):
+    if any(value.is_sparse for value in values):
         raise EngineUnavailable(
             "a gradient is sparse (of an embedding with sparse=True), which a compiled step cannot hand out; make the "
             "embedding without sparse=True, or take the step uncompiled"
         )
-    if changed:
+    if changes:
         raise EngineUnavailable(
             "the pass writes attributes of the model or puts other tensors in place of its buffers, or it counts or "
             "keeps something else from call to call; write into buffers (copy_, mul_), or take the step uncompiled"
         )
-    return Seen(found.engine, written, start, end, found.values, left)
+
+
+def _changes(model: nn.Module, granted: Callable[[], Granted], step: Callable[[], Found]) -> bool:
+    """Does the step change anything when it is taken once more? Some models note on their first call what they were
+    called with, as transformers do in `config.problem_type`.
+    """
+    known = granted()
+    with unchanged_buffers(model):
+        step()
+        return granted().differs_from(known)
 
 
 def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:

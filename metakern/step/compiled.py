@@ -81,7 +81,8 @@ def compile_step(
     allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledStep:
-    """Compile `reweight_step` into one program; parameters, gradients, buffers and random state stay as they are.
+    """Compile `reweight_step` into one program; parameters, gradients, buffers and random state stay as they are, and
+    what the model notes on its first call alone (transformers' `config.problem_type`) stays noted.
 
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metakern.capture.random_state import restore_random_state, torch_random_state
 from metakern.capture.state import unchanged_on_error
 from metakern.engines.jvp import without_fused_lstm
-from metakern.step.compilable import Found, require_same, see, torch_random_state_as_before
+from metakern.step.compilable import Found, require_same, restored_on_error, see, torch_random_state_as_before
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
 from metakern.step.own_buffers import OwnBuffers
@@ -94,20 +94,21 @@ def compiled(
         found = list(parts(batches.built(), numbers, engine))
         return Found(found[-1].engine, [value for part in found for value in part.values])
 
-    seen = see(model, functions, granted, once)
-    buffers = OwnBuffers(model, seen.buffers)
-    own = len(batches.tensors)
-
-    def step(*tensors: Tensor) -> Iterator[list[Tensor]]:
-        end = own + len(numbers)
-        with buffers.copied(tensors[end:]) as written:
-            for part in parts(batches.built(list(tensors[:own])), tensors[own:end], seen.engine):
-                yield part.values if part.more else [*part.values, *written]
-
-    given = [*batches.tensors, *numbers]
     with unchanged_on_error(model), torch_random_state_as_before():
-        with without_fused_lstm(model):
-            program = traced(step, [*given, *buffers.tensors])
-        require_same(program, seen, given)
-        program.compile(backend)
+        seen = see(model, functions, granted, once)
+        buffers = OwnBuffers(model, seen.buffers)
+        own = len(batches.tensors)
+
+        def step(*tensors: Tensor) -> Iterator[list[Tensor]]:
+            end = own + len(numbers)
+            with buffers.copied(tensors[end:]) as written:
+                for part in parts(batches.built(list(tensors[:own])), tensors[own:end], seen.engine):
+                    yield part.values if part.more else [*part.values, *written]
+
+        given = [*batches.tensors, *numbers]
+        with restored_on_error(seen.around):
+            with without_fused_lstm(model):
+                program = traced(step, [*given, *buffers.tensors])
+            require_same(program, seen, given)
+            program.compile(backend)
     return StepProgram(program, batches, buffers, granted, seen.engine, seen.draws)
