@@ -6,7 +6,7 @@ inside the call; a rule that sums over both outputs would count that twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +63,16 @@ def owner_of(output: Tensor, data: list[Tensor]) -> Tensor:
     if base is None or base.numel() != output.numel() or not output.is_contiguous() or not base.is_contiguous():
         return output
     return output if any(base is t or base is t._base for t in data) else base
+
+
+def unserved(name: str, tensors: Sequence[Tensor]) -> str:
+    """Why a call with such outputs cannot be a use."""
+    if any(t.is_nested for t in tensors):
+        return (
+            f"the output of {name}, which takes a parameter, is a nested tensor, in which per-layer dots do not tell "
+            "examples apart; engine='double_backward' may be exact, or pad the batch"
+        )
+    return (
+        f"the output of {name}, which takes a parameter, is complex, and per-layer dots are of real tensors; "
+        "engine='jvp' is exact"
+    )

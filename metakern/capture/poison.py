@@ -83,8 +83,7 @@ class _Poisoner(Tracer):
         super()._note(call, output, data, upstream)
         # What a call changes in place may be the user's own batch; the uses before and after it carry the NaN.
         if before < len(self.uses) <= len(self._axes) and not call.in_place:
-            differentiable = [t for t in tensors_in(output) if t.requires_grad]
-            for tensor, axis in zip(differentiable, self._axes[before]):
+            for (_, tensor), axis in zip(self._made(call, output), self._axes[before]):
                 if axis is not None:
                     _fill_apart(tensor, axis.spread(self._inside, tensor.shape))
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
-from metakern.capture.outputs import owner_of, separated, tensors_in
+from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
 from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
@@ -184,15 +184,24 @@ class Tracer(TorchFunctionMode):
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
-        """Add a use, unless nothing of its output can carry a gradient; what it hands back of its arguments is none."""
-        tensors = enumerate(tensors_in(output))
-        found = [(place, t) for place, t in tensors if t.requires_grad and id(t) not in self._parametric]
+        """Add a use, unless nothing of its output can carry a gradient."""
+        found = self._made(call, output)
         if found:
             places, tensors = zip(*found)
             if any([t.is_complex() or t.is_nested for t in tensors]):
-                raise EngineUnavailable(_unserved(call.name, tensors))
+                raise EngineUnavailable(unserved(call.name, tensors))
             edges = tuple(get_gradient_edge(t if call.in_place else owner_of(t, data)) for t in tensors)
             self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
+
+    def _made(self, call: Call, output: Any) -> list[tuple[int, Tensor]]:
+        """Outputs that carry a gradient, by place; arguments that come back as they were (`atleast_2d`) are none."""
+        same = {id(t) for t, version in call.versions if t._version == version}
+        known = self._parametric
+        return [
+            (place, t)
+            for place, t in enumerate(tensors_in(output))
+            if t.requires_grad and id(t) not in known and id(t) not in same
+        ]
 
     def note_module(self, module: ModuleCall, args: Any, kwargs: Any, output: Any, state: Any) -> Any:
         """Add the call of a registered module as one use of all its trainable parameters; returns its output."""
@@ -279,18 +288,6 @@ def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) 
     before = torch_random_state()
     output = func(*args, **kwargs)
     return output, None if same_state(before, torch_random_state()) else before
-
-
-def _unserved(name: str, tensors: Sequence[Tensor]) -> str:
-    if any(t.is_nested for t in tensors):
-        return (
-            f"the output of {name}, which takes a parameter, is a nested tensor, in which per-layer dots do not tell "
-            "examples apart; engine='double_backward' may be exact, or pad the batch"
-        )
-    return (
-        f"the output of {name}, which takes a parameter, is complex, and per-layer dots are of real tensors; "
-        "engine='jvp' is exact"
-    )
 
 
 def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:

@@ -24,6 +24,7 @@ TAKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "broadcast_tensors": lambda p, h: torch.mul(*torch.broadcast_tensors(h, p)),
     "meshgrid": lambda p, h: torch.mul(*torch.meshgrid(h.sum(1), p[0], indexing="ij")),
     "atleast_2d": lambda p, h: torch.mul(*torch.atleast_2d(h, p)),
+    "atleast_2d, the parameter first": lambda p, h: torch.mul(*torch.atleast_2d(p, h)),
 }
 
 
@@ -67,3 +68,22 @@ def test_a_parameter_that_gives_its_sign_alone() -> None:
     case = setup(lambda p, h: F.hinge_embedding_loss(h, p.expand(len(h), -1), reduction="none"))
     assert metakern.l2rw_step(case.model, case.batch, case.meta_batch).engine == "ghost"
     assert not case.model.get_parameter("row").grad.any()
+
+
+class HandedBack(nn.Module):
+    """The user's input, through a call that takes a parameter as well and returns both as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.last = nn.Parameter(inputs.normal(1, 4, seed=3)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.mul(*torch.atleast_2d(x, self.row)))
+
+
+def test_an_input_that_is_handed_back() -> None:
+    torch.manual_seed(0)
+    case = Setup(HandedBack().double(), *inputs.pair(6, 3, 4, classes=3))
+    x, before = case.batch[0].requires_grad_(), case.batch[0].detach().clone()
+    assert judge_step(metakern.l2rw_step, case).result.engine == "ghost"
+    assert torch.equal(x, before)
