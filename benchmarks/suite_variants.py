@@ -16,12 +16,13 @@ from benchmarks.ways import compare
 
 STEPS = {case.name: case for case in CPU_CASES}
 REAL = {case.name: case for case in real_cases(small=False)}
-BERT = "bert-base-32-8"
+BERT = replace(REAL["bert-base-32-8"], name="bert-base-4-1, 64 tokens", shape=(64,), n=4, m=1)
 SENTENCES: dict[str, Any] = dict(shape=(32,), targets=(32,), n=4, m=1)
 
 COMPILED = [
     *(STEPS[name] for name in ("lenet-100-10", "mlp-256-16", "conv-64-16", "conv-bn-64-16", "sdpa-64-4")),
     REAL["resnet-32-bn-128-16"],
+    BERT,
 ]
 ROUNDED = [STEPS[name] for name in ("mlp-256-16", "conv-64-16", "transformer-64-4", "sdpa-64-4")]
 # Of the large ones few examples, so that a plain step stays near a second on two cores.
@@ -31,7 +32,7 @@ TRAINED = [
     REAL["resnet-32-gn-100-100"],
     replace(REAL["wrn-28-10-128-16"], name="wrn-28-10-4-1", n=4, m=1),
     replace(REAL["vit-s-64-8"], name="vit-s-4-1", n=4, m=1),
-    replace(REAL[BERT], name="bert-base-4-1, 64 tokens", shape=(64,), n=4, m=1),
+    BERT,
     replace(REAL["gpt2-124m-16-2"], name="gpt2-124m-4-1, 32 tokens", **SENTENCES),
     replace(REAL["llama-130m-12-2"], name="llama-130m-4-1, 32 tokens", **SENTENCES, dtype=torch.float32),
 ]
@@ -57,6 +58,7 @@ def test_compiled(
     case: Case, collected: dict[str, list[Row]], seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled once to see what that takes, and once more from the cache for the steps."""
+    require_transformers(case)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     taken = compile_seconds(case)
     rows = _measured(case, seconds, ["plain compiled", "metakern", "metakern compiled"])
