@@ -18,6 +18,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metakern.capture.host import host_may_wait, is_traced
+from metakern.layers.dual import is_dual
 
 
 @contextmanager
@@ -36,10 +37,6 @@ def custom_functions_forward() -> Iterator[None]:
         yield
     finally:
         del _SingleLevelFunction.apply  # type: ignore[attr-defined]
-
-
-def is_dual(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def through_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:

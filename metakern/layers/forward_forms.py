@@ -2,7 +2,7 @@
 
 torch's own forward mode of them is missing or fails, or it is another derivative: that of a factorisation which takes
 any tangent where the gradient is symmetric, or of a row that gets no gradient. For a scalar loss l(theta) both must
-give the same number, <dl/dtheta, v>; the tests hold every function of torch's own database against that.
+give the same number, <dl/dtheta, v>; tests/capture/test_torch_functions.py holds torch's functions to that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.capture.host import is_traced
-from metakern.layers.custom_functions import is_dual
+from metakern.layers.dual import is_dual
 from metakern.layers.forms import TWICE_DIFFERENTIABLE
 from metakern.layers.packing_parts import packed, padded
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves
 
-from metakern.layers.custom_functions import custom_functions_forward, is_dual, through_backward
+from metakern.layers.custom_functions import custom_functions_forward, through_backward
+from metakern.layers.dual import is_dual
 from metakern.layers.forms import Forms
 from metakern.layers.forward_forms import FORWARD_FORMS
 
