@@ -1,4 +1,4 @@
-"""Every differentiable function of torch's own database, on samples of its own: exact, or refused and nothing changed.
+"""Differentiable functions of torch's own database, on samples of its own: exact, or refused and nothing changed.
 
 A sample's first tensor of two rows and more is the batch; the others are data, and in a second case parameters.
 """
@@ -29,11 +29,11 @@ with warnings.catch_warnings():
     from torch.testing._internal.opinfo.core import OpInfo
 _switches.update(_before)  # the import forbids the process to set flags of backends, as torch's own tests want it
 
-SAMPLES = 2
+SETUPS = 4
 LEFT_OUT = {
     **dict.fromkeys("bfloat16 half float cfloat chalf".split(), "its numbers are rounded, in a backward pass as well"),
     **dict.fromkeys(("sparse.mm", "sparse.sampled_addmm"), "sparse inputs have no rows"),
-    **dict.fromkeys(("sort", "msort", "mode", "grid_sampler_3d"), "a sample takes a minute"),
+    **dict.fromkeys(("sort", "msort", "mode", "grid_sampler_3d"), "a sample takes longer than all others together"),
     "matrix_exp": "torch's backward pass is a series that is cut off by the size of the gradient",
     "nn.functional.multi_head_attention_forward": "softmax of thousands, at which fused and plain attention differ",
 }
@@ -80,8 +80,9 @@ def losses(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
 
 
 def setups(op: OpInfo) -> Iterator[Setup]:
+    """Of samples in a random order that have rows."""
     samples = list(islice(op.sample_inputs("cpu", torch.float64, requires_grad=False), 100))
-    for sample in random.Random(op.name).sample(samples, min(SAMPLES, len(samples))):
+    for sample in random.Random(op.name).sample(samples, len(samples)):
         leaves, form = tree_flatten((sample.input, tuple(sample.args), dict(sample.kwargs)))
         real = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.dtype == torch.float64 and t.numel()]
         at = next((i for i in real if leaves[i].dim() and len(leaves[i]) > 1), None)
@@ -117,7 +118,10 @@ def _has_gradient(values: Tensor, parameter: Tensor) -> bool:
 @pytest.mark.filterwarnings("ignore")
 def test_exact_or_refused(op: OpInfo) -> None:
     torch.manual_seed(0)
-    for setup in filter(usable, setups(op)):
+    found = list(islice(filter(usable, setups(op)), SETUPS))
+    if not found:
+        pytest.skip("no sample has rows and a derivative")
+    for setup in found:
         for keywords in ({}, {"memory": "two_pass"}, {"engine": "jvp"}):
             before = Snapshot.of(setup.model)
             try:
