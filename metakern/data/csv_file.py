@@ -1,32 +1,31 @@
-"""A table of one's own: numbers to be standardised, or a column of texts."""
+"""A table of one's own: numbers and kinds, or a column of texts."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from metakern.data.columns import features, is_number
 from metakern.data.examples import Examples, Origin, Source
 from metakern.data.folder import DataNotFound, read_text
 from metakern.data.labels import numbered
-from metakern.data.split import require_every_class, require_known_classes, standardised, stratified
+from metakern.data.split import require_every_class, require_known_classes, stratified
 from metakern.data.text import Encode, by_frequency, characters, words
 
 LENGTH = 64  # tokens of a text that are read
-LARGEST = 1e100  # the squares of larger numbers overflow
 
 
 def csv_file(names: str, label: str | None, encode: Encode | None = None, group: str | None = None) -> Source:
     """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes, `group` the group of each class.
 
-    Files may be compressed by gzip. Columns of numbers are standardised by the training rows; an empty cell counts as
-    the mean. A column "text", or a single column that holds no numbers, is read as text, by words, or by characters
-    where there are few spaces, and the other columns are left out then. The column "split" may say train, test or, of
+    Files may be compressed by gzip. Columns of numbers and of kinds become `features`. A column "text", or a single
+    column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the other
+    columns are left out then. The column "split" may say train, test or, of
     rows whose label is certain, meta.
     The test set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
     are row numbers, from 0 below the head, over both files.
@@ -60,7 +59,9 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
     if len(meta):
         require_every_class(meta, targets, class_names)
     shown = [_shown(row, columns) if text is None else row[text] for row in rows]
-    inputs = _numbers(rows, columns, train, encode) if text is None else _tokens(shown, train, encode)
+    if text is None and encode is not None:
+        raise ValueError("a tokenizer needs a column of texts, and this table has numbers and kinds")
+    inputs = features(rows, columns, train) if text is None else _tokens(shown, train, encode)
     training, testing, clean = (Examples(inputs[part], targets[part], part) for part in parts)
     return Source(
         table_name(names.split(",")[0]),
@@ -159,51 +160,17 @@ def _division(
     return train, test, meta
 
 
-def _number(cell: str) -> float:
-    return float(cell) if cell.strip() else math.nan
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        # Python reads 12_3 as a number; in a table it is a name.
-        return "_" not in cell and not math.isinf(_number(cell))
-    except ValueError:
-        return False
-
-
 def _text_column(rows: list[dict[str, str]], columns: list[str]) -> str | None:
-    """The column of texts, None where all columns are numbers.
+    """The column of texts, None where the columns are numbers and kinds.
 
-    Raises: ValueError for columns that are neither.
+    Raises: ValueError where there is no column.
     """
     if "text" in columns:
         return "text"
-    other = [name for name in columns if not all(_is_number(row[name]) for row in rows)]
-    if columns and not other:
-        return None
-    if len(other) == 1 and len(columns) == 1 and 2 * sum(_is_number(row[other[0]]) for row in rows) < len(rows):
-        return other[0]
-    found = [next((row[name], k + 1) for k, row in enumerate(rows) if not _is_number(row[name])) for name in other]
-    shown = [f"{name} ({cell.strip()!r} in row {k})" for name, (cell, k) in zip(other, found, strict=True)]
-    raise ValueError(
-        f"csv: columns with cells that are no numbers: {', '.join(shown) or 'none, and no others'}; write them as "
-        "numbers (a column of 0 and 1 for each kind), empty where one is missing; leave them out; or call the column "
-        "of texts 'text'"
-    )
-
-
-def _numbers(rows: list[dict[str, str]], columns: list[str], train: Tensor, encode: Encode | None) -> Tensor:
-    if encode is not None:
-        raise ValueError("a tokenizer needs a column of texts, and this table has numbers")
-    values = torch.tensor([[_number(row[name]) for name in columns] for row in rows], dtype=torch.float64)
-    large = [
-        name for name, most in zip(columns, values.nan_to_num().abs().amax(0).tolist(), strict=True) if most > LARGEST
-    ]
-    if large:
-        raise ValueError(
-            f"csv: columns with numbers beyond {LARGEST:g}: {', '.join(large)}; leave a missing cell empty"
-        )
-    return standardised(values, train).float()
+    if not columns:
+        raise ValueError("csv: there is no column beside that of the classes to learn from")
+    alone = columns[0] if len(columns) == 1 else None
+    return alone if alone and 2 * sum(is_number(row[alone]) for row in rows) < len(rows) else None
 
 
 def _tokens(texts: list[str], train: Tensor, encode: Encode | None) -> Tensor:

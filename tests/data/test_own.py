@@ -62,6 +62,23 @@ def test_missing_cells_are_the_mean(tmp_path):
     assert source.class_names == ("0", "1", "2")
 
 
+def test_kinds_are_columns_of_0_and_1(tmp_path):
+    """The words of the training rows, in the order of the alphabet; others are none of them, empty cells the mean."""
+    colours = ["red", "", "blue", "red", *["red", "blue"] * 3, "green", "green", "blue", ""]
+    lines = [
+        "a,colour,kind,split",
+        *(f"{k},{colour},{k % 2},{'train' if k < 10 else 'test'}" for k, colour in enumerate(colours)),
+    ]
+    source = load(write(tmp_path / "own.csv", lines), label="kind")
+    assert source.train.inputs.shape == (10, 3)
+    red = torch.tensor([1.0, torch.nan, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, torch.nan], dtype=torch.float64)
+    blue = torch.tensor([0, torch.nan, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0, 1, torch.nan], dtype=torch.float64)
+    expected = standardised(torch.stack([torch.arange(14.0).double(), blue, red], 1), torch.arange(10)).float()
+    assert torch.equal(torch.cat([source.train.inputs, source.test.inputs]), expected)
+    assert source.train.inputs[1, 1:].tolist() == [0.0, 0.0]
+    assert source.readable[0] == "a 0, colour red"
+
+
 def test_split_column_and_test_file(tmp_path):
     marked = ["a,kind,split", *(f"{k},{k % 2},{'test' if k > 7 else 'train'}" for k in range(12))]
     source = load(write(tmp_path / "own.csv", marked), label="kind")
@@ -125,12 +142,17 @@ def test_groups_that_cannot_be_read(tmp_path):
         (["a,kind", "1,x", "2,y,z"], "kind", "row 2 of .* has not 2 cells"),
         (["a,kind", "1,x", "2,x"], "kind", "two classes at least, got \\['x'\\]"),
         (
-            ["a,b,kind", "1,red,x", "2,blue,y"],
+            ["a,b,kind", *(f"1,name{k},{k % 2}" for k in range(12))],
             "kind",
-            "cells that are no numbers: b \\('red' in row 1\\); write",
+            "neither numbers nor kinds .*: b \\(12 different words in 12 rows\\); leave",
         ),
-        (["a,b,kind", "1,2,x", "1,inf,y", "NA,3,x"], "kind", "a \\('NA' in row 3\\), b \\('inf' in row 2\\)"),
-        (["a,kind", "1,x", "2,y", "1e999,x"], "kind", "no numbers: a \\('1e999' in row 3\\)"),
+        (
+            ["a,b,kind", "1,2,x", "1,inf,y", "NA,3,x", *["1,2,x", "1,2,y"] * 5],
+            "kind",
+            "a \\(numbers, but 'NA' in row 3\\), b \\(numbers, but 'inf' in row 2\\)",
+        ),
+        (["a,kind", *["1,x", "2,y"] * 5, "1e999,x"], "kind", "a \\(numbers, but '1e999' in row 11\\)"),
+        (["split,kind", "train,x", "train,y"], "kind", "no column beside that of the classes"),
         (["a;kind", "1;x", "2;y"], "kind", "separated by commas; the head of .* has none: 'a;kind'"),
         ([",a,kind", "0,1,x", "1,2,y"], "kind", "column 1 of .* has no name"),
         (["a,b,a,kind", "1,2,3,x", "2,3,4,y"], "kind", "more than one column 'a'"),
@@ -213,13 +235,13 @@ def test_a_class_of_one_row(tmp_path):
 
 
 def test_names_that_python_reads_as_numbers(tmp_path):
-    with pytest.raises(ValueError, match=r"cells that are no numbers: place \('1_0' in row 1\)"):
+    with pytest.raises(ValueError, match=r"place \(20 different words in 20 rows\)"):
         load(write(tmp_path / "own.csv", ["a,place,kind", *(f"{k},1_{k},{k % 2}" for k in range(20))]), label="kind")
 
 
 def test_numbers_whose_squares_overflow(tmp_path):
     lines = ["a,b,kind", *(f"{k},{'1.7976931348623157e308' if k == 3 else k},{k % 2}" for k in range(20))]
-    with pytest.raises(ValueError, match=r"columns with numbers beyond 1e\+100: b"):
+    with pytest.raises(ValueError, match=r"the column 'b' has numbers beyond 1e\+100"):
         load(write(tmp_path / "own.csv", lines), label="kind")
 
 

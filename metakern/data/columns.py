@@ -1,0 +1,75 @@
+"""The columns of a table as features: numbers as they are, kinds as a column of 0 and 1 each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metakern.data.split import standardised
+
+Row = dict[str, str]
+KINDS = 100  # a column with more different words holds names or texts
+LARGEST = 1e100  # the squares of larger numbers overflow
+
+
+def features(rows: Sequence[Row], columns: Sequence[str], train: Tensor) -> Tensor:
+    """Float32 [n, d], standardised by the rows `train`; empty cells are the mean of what is not empty.
+
+    A column of words becomes one column for each word that the training rows have, 1 where it stands and 0 elsewhere; a
+    word that only other rows have is none of them.
+    Raises: ValueError for columns that hold numbers among words, more than `KINDS` words or words that hardly return,
+    and numbers whose squares overflow.
+    """
+    words = [name for name in columns if not all(is_number(row[name]) for row in rows)]
+    _require_kinds(rows, words)
+    parts = [_kinds(rows, name, train) if name in words else _numbers(rows, name) for name in columns]
+    return standardised(torch.cat(parts, 1), train).float()
+
+
+def is_number(cell: str) -> bool:
+    """Is this cell a number, or empty?"""
+    try:
+        # Python reads 12_3 as a number; in a table it is a name.
+        return "_" not in cell and not math.isinf(_number(cell))
+    except ValueError:
+        return False
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell.strip() else math.nan
+
+
+def _numbers(rows: Sequence[Row], name: str) -> Tensor:
+    values = torch.tensor([[_number(row[name])] for row in rows], dtype=torch.float64)
+    if values.nan_to_num().abs().max() > LARGEST:
+        raise ValueError(f"csv: the column {name!r} has numbers beyond {LARGEST:g}; leave a missing cell empty")
+    return values
+
+
+def _kinds(rows: Sequence[Row], name: str, train: Tensor) -> Tensor:
+    cells = [row[name].strip() for row in rows]
+    known = sorted({cells[k] for k in train.tolist()} - {""})
+    missing = [math.nan] * len(known)
+    return torch.tensor(
+        [[float(cell == kind) for kind in known] if cell else missing for cell in cells], dtype=torch.float64
+    ).reshape(len(rows), len(known))
+
+
+def _require_kinds(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Raise ValueError unless the cells of each column of words are kinds: words that return, few of them."""
+    complaints = []
+    for name in names:
+        cells = [row[name].strip() for row in rows if row[name].strip()]
+        if 2 * sum(map(is_number, cells)) >= len(cells):
+            first = next(k for k, row in enumerate(rows) if not is_number(row[name]))
+            complaints.append(f"{name} (numbers, but {rows[first][name].strip()!r} in row {first + 1})")
+        elif len(set(cells)) > min(KINDS, len(cells) // 2):
+            complaints.append(f"{name} ({len(set(cells))} different words in {len(cells)} rows)")
+    if complaints:
+        raise ValueError(
+            f"csv: columns that hold neither numbers nor kinds (at most {KINDS} words, each twice on average): "
+            f"{', '.join(complaints)}; leave a missing number empty; leave names out; call a column of texts 'text'"
+        )
