@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
@@ -24,7 +23,7 @@ from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import require_repeatable
 from metakern.capture.row_notes import RowNotes, next_node
-from metakern.capture.unrolled import dispatched, dispatches, unrolled
+from metakern.capture.unrolled import SeeingMode, dispatched, dispatches, unrolled
 from metakern.capture.writes import Writes
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
@@ -46,7 +45,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | 
     return found
 
 
-class Tracer(TorchFunctionMode):
+class Tracer(SeeingMode):
     """Notes uses and derivations of `parameters` while active; the calls themselves run unchanged."""
 
     def __init__(

@@ -1,13 +1,17 @@
-"""Torch functions written in Python whose inside a function mode has to see, although torch leaves it for a call."""
+"""What a function mode has to see although torch calls it past the mode: the inside of torch functions that are written
+in Python, and operators of extensions.
+"""
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 _PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
@@ -43,7 +47,35 @@ def dispatched(func: Callable[..., Any], types: tuple[type, ...], args: tuple[An
     raise TypeError(f"no __torch_function__ of {[kind.__name__ for kind in types]} implements {func}")
 
 
-class LastingMode(TorchFunctionMode):
+class SeeingMode(TorchFunctionMode):
+    """A function mode that sees operators of extensions also where subclasses are disabled, as in the inside of these.
+
+    Since torch 2.14 operators that are written in Python have a short way to their kernels, which there does not ask
+    whether a mode is active; while one is, they take the way of all operators.
+    """
+
+    _active = 0
+    _turn = threading.Lock()
+
+    def __enter__(self) -> Any:
+        with SeeingMode._turn:
+            if SeeingMode._active == 0 and _SHORT_WAY is not None:
+                OpOverload.__call__ = lambda self, /, *args, **kwargs: self._cpp_dispatch_handle(*args, **kwargs)
+            SeeingMode._active += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with SeeingMode._turn:
+            SeeingMode._active -= 1
+            if SeeingMode._active == 0 and _SHORT_WAY is not None:
+                OpOverload.__call__ = _SHORT_WAY  # type: ignore[method-assign]
+
+
+_SHORT_WAY = OpOverload.__call__ if hasattr(OpOverload, "_enable_pyobj_dispatch") else None
+
+
+class LastingMode(SeeingMode):
     """A function mode that holds in backward passes as well, where checkpointed layers run once more."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.overrides import TorchFunctionMode
 
 from metakern.capture.function import Function, function_of, may_write, written_by
 from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
 from metakern.capture.surroundings import Surroundings
+from metakern.capture.unrolled import SeeingMode
 
 
 class _Kept(NamedTuple):
@@ -152,7 +152,7 @@ class Writes:
                 kept.put_back()
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(SeeingMode):
     """Shows every call of a pass to `writes`."""
 
     def __init__(self, writes: Writes) -> None:

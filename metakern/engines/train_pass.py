@@ -70,7 +70,7 @@ class GraphPass:
 class _Dual(GraphPass):
     """Dots by forward mode, in a second forward pass with the random numbers and buffers of the first."""
 
-    form = jvp.PLAIN_ATTENTION
+    form = staticmethod(jvp.PLAIN_ATTENTION)
 
     def __init__(self, problem: Problem) -> None:
         self._start = PassState(problem.model, problem.loss_fn, problem.writes)

@@ -9,40 +9,101 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import FunctionMeta, _is_setup_context_defined, _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metakern.capture.host import host_may_wait, is_traced
 from metakern.layers.dual import is_dual
 
+_NO_JVP = _SingleLevelFunction.jvp
+_BY_OWN_JVP: WeakSet[Any] = WeakSet()
+"""Functions whose backward pass did not serve; a step that is traced, after one that was not, cannot find out."""
+
 
 @contextmanager
 def custom_functions_forward() -> Iterator[None]:
-    """Inside the block custom functions without a `jvp` take dual tensors."""
+    """Inside the block custom functions take dual tensors, by their backward pass where it can be differentiated and
+    else by a `jvp` of their own, and give constants under `torch.no_grad()`.
 
-    def apply(cls: Any, *args: Any) -> Any:
-        plain = super(_SingleLevelFunction, cls).apply
-        if cls.jvp is not _SingleLevelFunction.jvp or not any(map(is_dual, args)):
-            return plain(*args)
-        return through_backward(plain, args, {}, cls.__name__)
+    Their `apply` belongs to torch's core, and modules keep it under names of their own (`rounded = Rounded.apply`). But
+    in every call it looks `forward` and `jvp` up on the class, one after the other, and these are replaced.
+    """
+    found: list[list[Tensor | None]] = []  # tangents that `forward` found and `jvp` has not returned yet
 
-    # Beneath `Function.apply`, which modules keep under names of their own (`rounded = Rounded.apply`).
-    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+    def looked_up(cls: Any, name: str) -> Any:
+        value = type.__getattribute__(cls, name)
+        if name == "forward":
+            return _forward(cls, value, found)
+        return _jvp(value, found) if name == "jvp" else value
+
+    FunctionMeta.__getattribute__ = looked_up  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+        del FunctionMeta.__getattribute__
+
+
+def _forward(cls: Any, plain: Callable[..., Any], found: list[list[Tensor | None]]) -> Callable[..., Any]:
+    """The function's `forward`; called by `apply` with dual tensors it calls that again, with plain ones."""
+
+    @wraps(plain)  # its signature says what the arguments are
+    def forward(*args: Any) -> Any:
+        if forward_ad._is_fwd_grad_enabled():  # not called by `apply` but as plain operations
+            return plain(*args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            if any(map(is_dual, args)) and not (is_traced() and cls in _BY_OWN_JVP):
+                given = args if _is_setup_context_defined(cls.setup_context) else args[1:]
+                try:
+                    output, tangents = _along_backward(cls.apply, given, {}, cls.__name__)
+                except NotImplementedError:
+                    if type.__getattribute__(cls, "jvp") is _NO_JVP:
+                        raise
+                    _BY_OWN_JVP.add(cls)
+                else:
+                    found.append(tangents)
+                    return output
+        return plain(*args)
+
+    return forward
+
+
+def _jvp(own: Callable[..., Any], found: list[list[Tensor | None]]) -> Callable[..., Any]:
+    """The tangents of the outputs: those that `forward` found, else by the function's own `jvp`."""
+
+    def jvp(*args: Any) -> Any:
+        tangents = found.pop() if found else own(*args)
+        tangents = tuple(tangents) if isinstance(tangents, (tuple, list)) else (tangents,)
+        if torch.is_grad_enabled():
+            return tangents
+        return tuple(None if t is None else torch.zeros_like(t) for t in tangents)
+
+    return jvp
 
 
 def through_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
     """What `function` returns of dual tensors, its tangents by two backward passes.
 
     Raises: NotImplementedError: its backward pass cannot be differentiated, is not linear, or loses what it was given.
+    """
+    output, tangents = _along_backward(function, args, kwargs, name)
+    outputs, form = tree_flatten(output)
+    duals = [t if tangent is None else forward_ad.make_dual(t, tangent) for t, tangent in zip(outputs, tangents)]
+    return tree_unflatten(duals, form)
+
+
+def _along_backward(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str
+) -> tuple[Any, list[Tensor | None]]:
+    """What `function` returns, without tangents, and these: one for each leaf of it, None where it has none.
+
+    Raises: see `through_backward`.
     """
     given, form = tree_flatten((tuple(args), kwargs))
     with torch._C.DisableTorchFunction():  # what stands for a parameter says that it is trainable
@@ -68,8 +129,9 @@ def through_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: 
         raise _refusal(name, str(lost)) from None
     outputs, form = tree_flatten(output)
     differentiable = set(map(id, kept))
-    return tree_unflatten(
-        [forward_ad.make_dual(t.detach(), next(found)) if id(t) in differentiable else t for t in outputs], form
+    return (
+        tree_unflatten([t.detach() if id(t) in differentiable else t for t in outputs], form),
+        [next(found) if id(t) in differentiable else None for t in outputs],
     )
 
 

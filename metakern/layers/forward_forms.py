@@ -8,14 +8,17 @@ give the same number, <dl/dtheta, v>; tests/capture/test_torch_functions.py hold
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metakern.capture.host import is_traced
+from metakern.layers.custom_functions import through_backward
 from metakern.layers.dual import is_dual
 from metakern.layers.forms import TWICE_DIFFERENTIABLE
 from metakern.layers.packing_parts import packed, padded
@@ -65,9 +68,9 @@ def _prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, input, weight.reshape(columns) * input)
 
 
-def _larger(input: Tensor, other: Tensor) -> Tensor:
-    """Of two equal ones the first, as in a backward pass of `torch.fmax`."""
-    return torch.where((input >= other) | other.isnan(), input, other)
+def _by_backward(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    duals = any(map(is_dual, tree_leaves((args, kwargs))))
+    return through_backward(function, args, kwargs, function.__name__) if duals else function(*args, **kwargs)
 
 
 def _grouped_product(input: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -197,7 +200,8 @@ FORWARD_FORMS = {
     torch.group_norm: _in_rows(torch.group_norm),
     **{f: _in_one_precision(f) for f in (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)},
     **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
-    **dict.fromkeys((torch.fmax, Tensor.fmax), _larger),
+    # Of two equal ones the first counts, or since torch 2.14 half of each; forward mode says otherwise.
+    **{f: partial(_by_backward, f) for f in (torch.fmax, Tensor.fmax)},
     torch.scatter_reduce: _scatter_reduce,
     Tensor.scatter_reduce: _scatter_reduce,
     Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),

@@ -72,11 +72,12 @@ def _may_run_again(operator: Any) -> bool:
 @contextmanager
 def dual_level() -> Iterator[None]:
     """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
-    deprecation warnings that torch raises against itself on first use.
+    warnings of what is deprecated that torch raises against itself on first use.
     """
     with _ONE_AT_A_TIME, torch.enable_grad(), custom_functions_forward(), forward_ad.dual_level():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
             forward_ad.make_dual(torch.zeros(1, device="cpu"), torch.zeros(1, device="cpu"))
         with _ForwardMode(FORWARD_FORMS):
             yield

@@ -31,6 +31,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How Triton is to compile; products are added in one rounding, which Triton 3.10 no longer does unasked."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
     def programs(self, rows: int, columns: int) -> int:
         return -(-rows // self.m) * -(-columns // self.n)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import _SingleLevelFunction, once_differentiable
+from torch.autograd.function import FunctionMeta, once_differentiable
 
 import metakern
 from metakern.testing import inputs
@@ -25,6 +25,31 @@ class Rounded(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class RoundedForward(Rounded):
+    """Its forward mode is that of rounding: not the derivative that its backward pass takes."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return torch.zeros_like(tangent)
+
+
+class OnceBackward(Function):
+    """Its backward pass cannot be differentiated; it has a forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * tangent
 
 
 class Spike(Function):
@@ -88,12 +113,22 @@ class Product(Function):
 
 rounded = Rounded.apply  # kept before any pass, as modules keep it
 
+
+@torch.no_grad()
+def _constants(h: Tensor, w: Tensor) -> Tensor:
+    return rounded(h, 8) * Rounded.apply(w, 4) * OnceBackward.apply(h) + Product.apply(h, w)[0]
+
+
 TAKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "straight through": lambda h, w: rounded(h, 8) * rounded(w, 4),
     "surrogate": lambda h, w: Spike.apply(h * w) + h,
     "reversed": lambda h, w: Reversed.apply(h) * w,
     "two outputs": lambda h, w: torch.mul(*Product.apply(h, w)),
     "one without gradient": lambda h, w: torch.mul(*Sparsemax.apply(h * w)),
+    "forward mode of another derivative": lambda h, w: RoundedForward.apply(h, 8) * w,
+    "forward mode alone": lambda h, w: OnceBackward.apply(h) * w,
+    "without gradients": lambda h, w: h * w * _constants(h, w),
+    "its forward pass as plain operations": lambda h, w: Rounded.forward(None, h, 8) + Product.forward(h, w)[0],
 }
 
 
@@ -117,7 +152,7 @@ def setup(taken: Callable[[Tensor, Tensor], Tensor]) -> Setup:
 @pytest.mark.parametrize("name", TAKEN)
 def test_exact(name: str) -> None:
     assert judge_step(metakern.l2rw_step, setup(TAKEN[name])).result.engine == "jvp"
-    assert "apply" not in vars(_SingleLevelFunction)
+    assert "__getattribute__" not in vars(FunctionMeta)
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -184,7 +219,7 @@ def test_refused(function: Any) -> None:
     with pytest.raises(NotImplementedError, match=f"{function.__name__} has no forward mode of its own"):
         metakern.l2rw_step(case.model, case.batch, case.meta_batch)
     before.assert_unchanged(case.model)
-    assert "apply" not in vars(_SingleLevelFunction)
+    assert "__getattribute__" not in vars(FunctionMeta)
 
 
 def test_refused_where_the_forward_pass_takes_a_gradient_through_it() -> None:

@@ -1,6 +1,7 @@
 """The dual level in which tangents are computed, where torch's own forward mode falls short."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.utils.parametrizations import weight_norm
 
 import metakern
@@ -140,10 +142,11 @@ scaled.register_autograd(_scaled_backward, setup_context=lambda ctx, inputs, out
 class Scaled(nn.Module):
     """The operator, or a branch of torch.cond, between two layers."""
 
-    def __init__(self, norm: nn.Module, branches: bool = False) -> None:
+    def __init__(self, norm: nn.Module, branches: bool = False, within: Any = nullcontext) -> None:
         super().__init__()
         self.first, self.norm, self.head = nn.Linear(4, 5), norm, nn.Linear(5, 3)
         self.weight, self.branches = nn.Parameter(torch.linspace(0.5, 1.5, 5)), branches
+        self.within = within
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(self.first(x))
@@ -151,7 +154,9 @@ class Scaled(nn.Module):
             return self.head(
                 torch.cond(torch.tensor(True), lambda h: (h.tanh(),), lambda h: (h.relu(),), (hidden * self.weight,))[0]
             )
-        return self.head(hidden + scaled(hidden, self.weight))
+        with self.within():
+            product = scaled(hidden, self.weight)
+        return self.head(hidden + product)
 
 
 def scaled_setup(model: nn.Module) -> Setup:
@@ -167,6 +172,15 @@ def test_custom_operator_whose_forward_mode_is_that_of_its_backward_pass() -> No
     setup = scaled_setup(Scaled(nn.BatchNorm1d(5)))
     assert judge_step(metakern.l2rw_step, setup).result.engine == "jvp"
     judge_step(metakern.l2rw_step, setup, engine="double_backward")
+
+
+@pytest.mark.parametrize(("norm", "engine"), [(nn.LayerNorm, "ghost"), (nn.BatchNorm1d, "jvp")])
+def test_custom_operator_where_subclasses_are_disabled(norm: Any, engine: str) -> None:
+    """As in the `__torch_function__` of a subclass; there torch 2.14 calls it past function modes."""
+    call = OpOverload.__call__
+    setup = scaled_setup(Scaled(norm(5), within=torch._C.DisableTorchFunctionSubclass))
+    assert judge_step(metakern.l2rw_step, setup).result.engine == engine
+    assert OpOverload.__call__ is call
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's process cannot compile", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from metakern.ops.direction_dots import triton as direction  # noqa: E402
@@ -112,8 +113,7 @@ def compiled(
             aligned[(position,)] = [["tt.divisibility", 16]]
     aligned = {place: value for place, value in aligned.items() if kernel.arg_names[place[0]] not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tile.options)
     cubin, ptx = tmp_path / "kernel.cubin", tmp_path / "kernel.ptx"
     cubin.write_bytes(binary.asm["cubin"])
     ptx.write_text(binary.asm["ptx"])
@@ -121,7 +121,7 @@ def compiled(
     code = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None
-    assembler = [TOOLS / ("ptxas" if capability < 100 else "ptxas-blackwell"), "-v", f"-arch=sm_{capability}"]
+    assembler = [get_ptxas(capability).path, "-v", f"-arch=sm_{capability}"]
     assembler[-1] += "a" if capability >= 90 else ""
     command = [*assembler, ptx, "-o", os.devnull]
     return {

@@ -94,8 +94,7 @@ def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
     tiles = triton.cdiv(rows, tile.m), triton.cdiv(o, tile.n)
     partial = torch.empty(tiles[1], rows, dtype=torch.float32, device=A.device)
     options = dict(
-        M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), num_warps=tile.warps,
-        num_stages=tile.stages,
+        M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), **tile.options,
     )  # fmt: skip
     grid = (tiles[0] * tiles[1],)
     a, b, v = rows_of(A), rows_of(B), V if V.stride(1) == 1 else V.t()

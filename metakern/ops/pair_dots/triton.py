@@ -101,7 +101,7 @@ def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
         A, B, A_meta, B_meta, partial, rows, t, m, s, i, o,
         *A.stride(), *B.stride(), *A_meta.stride(), *B_meta.stride(),
         M=tile.m, N=tile.n, K=tile.k, S=positions, PRECISION=precision(A.dtype), UPCAST=interpreting,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options,
     )  # fmt: skip
     if parts == t == 1:
         return partial.view(n, m)

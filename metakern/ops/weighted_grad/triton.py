@@ -170,7 +170,9 @@ def weighted_grad(
     count = torch.empty((), dtype=torch.int32, device=A.device)
     weights = torch.empty(n, dtype=torch.float32, device=A.device)
     block = min(4096, max(128, triton.next_power_of_2(n)))
-    kept_rows_kernel[(1,)](w, kept, weights, count, n, w.stride(0), BLOCK=block, num_warps=4 if block < 2048 else 16)
+    kept_rows_kernel[(1,)](
+        w, kept, weights, count, n, w.stride(0), BLOCK=block, num_warps=4 if block < 2048 else 16, enable_fp_fusion=True
+    )
     listed = kept, weights, count
     return _matrix(A, B, listed, start), _sums(B, listed) if bias else A.new_empty(0)
 
@@ -187,7 +189,7 @@ def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor], start: 
     out, parts = _outputs(A, splits, (o, i))
     options = dict(
         M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), START=start is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options,
     )  # fmt: skip
     start = out if start is None else start
     blocks = triton.cdiv(t, tile.k)
