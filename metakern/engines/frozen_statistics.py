@@ -137,6 +137,10 @@ class _Frozen(Problem):
     original: Problem | None = None
 
     @property
+    def exact(self) -> bool:
+        return False
+
+    @property
     def context(self) -> Hashable:
         assert self.original is not None
         return "frozen statistics", self.original.context

@@ -27,6 +27,7 @@ class Meta(NamedTuple):
     loss: Tensor
     direction: dict[int, Tensor]
     paired: dict[int, Record]  # index of the train use -> meta record
+    whole: dict[int, Tensor]  # all of V, where it was asked for
 
 
 def solve(problem: Problem) -> Answer:
@@ -36,37 +37,44 @@ def solve(problem: Problem) -> Answer:
         EngineUnavailable: examples interact, or a parameter is used where tracing cannot see it.
     """
     train = recorded(problem)
-    meta = _meta_pass(problem, train.trace)
+    meta = _meta_pass(problem, train.trace, whole=train.expected is not None)
     dots = train.dots_along(meta.direction, meta.paired)
+    if train.expected is not None and meta.paired:
+        train.expected.require_same(dots, train.dots_along(meta.whole), meta.whole.values())
     return Answer(dots, train.losses, meta.loss, train.weighted_gradient)
 
 
-def _meta_pass(problem: Problem, trace: Trace) -> Meta:
+def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
     candidates = {} if problem.process_group is not None else stage_dots.pairable(trace, _by_identity(problem))
     if not candidates:
         loss, gradient = problem.meta_gradient()
         mean_over_group(gradient, problem.process_group)
-        return Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {})
+        return Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {}, {})
     with unchanged_buffers(problem.model), problem.writes.taken_back():
         meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable
         meta_trace = trace_batch(*meta, "meta_batch", rows=False)
-        return meta_gradients(problem, trace, meta_trace, candidates)
+        return meta_gradients(problem, trace, meta_trace, candidates, whole)
 
 
-def meta_gradients(problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int]) -> Meta:
-    """The backward pass of the meta batch: to meta records where the pairs form is cheaper, to V for all else."""
+def meta_gradients(
+    problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int], whole: bool = False
+) -> Meta:
+    """The backward pass of the meta batch: to meta records where the pairs form is cheaper, to V for all else, or for
+    the `whole`.
+    """
     pairs = _pairs(problem, trace, meta_trace, candidates)
     loss = meta_trace.losses.mean()
-    directed = [p for key, p in _by_identity(problem).items() if key not in pairs]
+    directed = [p for key, p in _by_identity(problem).items() if whole or key not in pairs]
     edges = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
     found = torch.autograd.grad(loss, [*directed, *edges], allow_unused=True)
-    direction = {id(p): g.to_dense() if g.is_sparse else g for p, g in zip(directed, found) if g is not None}
+    every = {id(p): g.to_dense() if g.is_sparse else g for p, g in zip(directed, found) if g is not None}
+    direction = {key: v for key, v in every.items() if key not in pairs}
     paired = {}
     for (k, j), grad in zip(pairs.values(), found[len(directed) :]):
         if grad is not None:
             require_unchanged(meta_trace.uses[j])
             paired[k] = Record(meta_trace.uses[j], (grad,), (ExampleAxis(0, 1, grad.shape[0]),))
-    return Meta(loss.detach(), direction, paired)
+    return Meta(loss.detach(), direction, paired, every if whole else {})
 
 
 def _by_identity(problem: Problem) -> dict[int, nn.Parameter]:

@@ -25,6 +25,7 @@ from metakern.capture.losses import evaluate_losses
 from metakern.capture.members import modules_of, name_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import PassState
+from metakern.engines.agreement import expected
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.products import Products, ReusedProducts
@@ -47,6 +48,7 @@ def solve(problem: Problem) -> Answer:
     # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
     with first_pass(problem) as products:
         losses = problem.batch_losses()
+    require_forward_mode(problem, losses, start, products)
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
     dots = loss_tangents(problem, direction, start, losses.detach(), products)
@@ -92,6 +94,15 @@ def first_pass(problem: Problem) -> Iterator[Products]:
 
 def _has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def require_forward_mode(problem: Problem, outputs: Tensor, start: PassState, products: Products) -> None:
+    """Raise EngineUnavailable where the first tangents of a model are not those that a backward pass has; `outputs`
+    are what the first pass made, with its graph.
+    """
+    held = expected(problem, outputs, ("jvp", outputs.dim()), PLAIN_ATTENTION)
+    if held is not None:
+        held.require_dots(loss_tangents(problem, held.direction, start, outputs.detach(), products))
 
 
 def loss_tangents(

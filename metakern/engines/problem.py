@@ -34,6 +34,11 @@ class Problem:
     unused: set[str] | None = None  # parameters that took no part in the pass; None where that is an error
 
     @property
+    def exact(self) -> bool:
+        """Are the dots asked for as they are, without an approximation?"""
+        return self.dot_precision == "same"
+
+    @property
     def argument(self) -> str:
         """What errors call the batch."""
         return "batch"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from metakern.capture.poison import poisoned_losses
 from metakern.capture.record import Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import nothing_added, unchanged_buffers
+from metakern.engines.agreement import Expected, expected
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.rule import Tangents
@@ -35,8 +36,9 @@ class Recorded:
 
     def __init__(self, problem: Problem, fold: Names = NONE_FOLDED) -> None:
         self._problem = problem
-        trace, axes = _traced(problem)
+        trace, axes, structure = _traced(problem)
         self.losses = trace.losses.detach()
+        self.expected = expected(problem, trace.losses, ("recorded", structure, bool(fold)))
         uses = list(trace.uses)
         self.records: list[Record | None] = [None] * len(uses)
         self.trace = replace(trace, uses=tuple(use.without_arguments() for use in uses))
@@ -55,6 +57,9 @@ class Recorded:
             visit_output_gradients(self.trace, visit, folding)
         self.trace = replace(self.trace, uses=tuple(uses))
         _require_participation(problem, self.trace, reached)
+        if self.expected is not None:
+            self.expected.require_gradient(self.weighted_gradient(self.expected.numbers, keep=True))
+            _require_dots(problem, self, self.expected)
 
     def fold(self, names: Names) -> None:
         """Keep gradients of single examples in these parameters, in place of A and B, where several answers cost less
@@ -126,8 +131,11 @@ class InPassing:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self.trace, self._axes = _traced(problem)
+        self.trace, self._axes, structure = _traced(problem)
         self.losses = self.trace.losses.detach()
+        self.expected = expected(problem, self.trace.losses, ("in passing", structure))
+        if self.expected is not None:
+            _require_dots(problem, self, self.expected)
 
     def dots_along(
         self, direction: Mapping[int, Tensor], paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0
@@ -164,7 +172,14 @@ def recorded(problem: Problem, fold: Names = NONE_FOLDED) -> Recorded | InPassin
     return InPassing(problem) if problem.memory == "two_pass" else Recorded(problem, fold)
 
 
-def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
+def _require_dots(problem: Problem, train: Recorded | InPassing, expected: Expected) -> None:
+    direction = {id(problem.chosen[name]): v for name, v in expected.direction.items()}
+    expected.forget()
+    expected.require_dots(train.dots_along(direction))
+
+
+def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]], Hashable]:
+    """The pass, the example axes of its uses, and which operations it is made of."""
     trace = trace_batch(
         problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument, problem.writes
     )
@@ -178,7 +193,8 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]]]:
     def poisoned(axes: Sequence[Sequence[ExampleAxis | None]], inside: Tensor) -> Tensor:
         return poisoned_losses(problem.model, problem.batch, problem.loss_fn, problem.trainable, axes, inside)
 
-    return trace, example_axes(problem.model, trace, fingerprint, problem.context, poisoned)
+    axes = example_axes(problem.model, trace, fingerprint, problem.context, poisoned)
+    return trace, axes, fingerprint.operations
 
 
 def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_precision: str) -> Record | None:

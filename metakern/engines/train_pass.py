@@ -77,6 +77,7 @@ class _Dual(GraphPass):
         with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
             losses = problem.batch_losses()
         super().__init__(problem, losses)
+        jvp.require_forward_mode(problem, losses, self._start, self._products)
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
         return jvp.loss_tangents(self._problem, dict(direction), self._start, self.losses, self._products)

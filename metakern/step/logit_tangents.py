@@ -39,6 +39,7 @@ class LogitPass:
         with jvp.first_pass(problem) as self._products, problem.writes.watching():
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)
+        jvp.require_forward_mode(self._problem, self.logits, self._start, self._products)
 
     def tangents(self, direction: Mapping[str, Tensor]) -> Tensor:
         """dz/dtheta . V, [n, C], with the random numbers and running statistics of the first pass."""

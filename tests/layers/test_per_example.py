@@ -121,7 +121,7 @@ def test_normalisations_let_go_as_the_pass_comes_by() -> None:
 
     batch, meta_batch = inputs.pair(5, 3, 2, 6, 6, classes=3)
     problem = pose(model, batch, meta_batch, None, None, "reuse")
-    Recorded(problem)  # the proof of independence keeps the graph of the first pass
+    metakern.l2rw_step(model, batch, meta_batch)  # the proofs of the first step keep the graph of its pass
     layers[4].register_forward_hook(watch)
     layers[1].register_forward_hook(look)
     train = Recorded(problem)

@@ -1,0 +1,136 @@
+"""The first batch of a structure is held against a plain backward pass, so that no mistake of an engine is silent.
+
+For numbers u_n that have nothing to do with the batch autograd alone gives, through the graph of the same pass,
+
+    G = d/dtheta sum_n u_n l_n        and an engine must agree:   sum_n u_n <dl_n/dtheta, R> = <G, R>
+                                                                  sum_n u_n dl_n/dtheta = G
+
+The direction R is G with each parameter scaled to length one, so that every parameter counts and nothing cancels.
+Proofs of independence say which forms apply; this says that they did, with the torch that is installed: what torch has
+wrong, or hides from a trace, shows here. It costs a backward pass, once more the dots and a weighted gradient, and the
+memory of a gradient, once for each model, structure and engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.refusal import EngineUnavailable
+from metakern.engines.problem import Problem
+from metakern.engines.weighted_backward import weighted_backward
+
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = WeakKeyDictionary()
+"""By model, then by engine and structure: why it is refused, or None."""
+
+SMALL = 1e-2
+"""The share of |G| below which a parameter counts less than it has: it may be rounding alone, as of a bias before a
+normalisation.
+"""
+_AT_ONCE = 1 << 20  # numbers that are taken to float64 at a time
+
+
+class Expected:
+    """What autograd says of a batch, for an engine to say it too."""
+
+    def __init__(
+        self, problem: Problem, outputs: Tensor, key: Hashable, form: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._model, self._key, self._share = problem.model, key, _share(problem, outputs)
+        generator = torch.Generator("cpu").manual_seed(0)
+        self.numbers = torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs)
+        with torch.autograd.set_detect_anomaly(False):
+            found = weighted_backward(problem, outputs, self.numbers, keep=True, only=problem.trainable, form=form)
+        self._gradient = {name: _plain(g) for name, g in found.items()}
+        lengths = {name: _norm(g) for name, g in self._gradient.items()}
+        self._size = math.hypot(*lengths.values())
+        self._scales = {name: max(length, SMALL * self._size) for name, length in lengths.items()}
+        counted = [name for name in problem.chosen if lengths.get(name)]
+        self.direction = {name: self._gradient[name] / self._scales[name] for name in counted}
+        self._along = sum(lengths[name] ** 2 / self._scales[name] for name in counted)
+
+    def require_dots(self, dots: Tensor) -> None:
+        """Raise EngineUnavailable unless these are the dots along `direction`; they have the shape of the outputs."""
+        self._require(abs(_inner(self.numbers, dots) - self._along), self._along, "the sum of the dots")
+
+    def require_gradient(self, found: Mapping[str, Tensor]) -> None:
+        """Raise EngineUnavailable unless this is the gradient for weights that are `numbers`."""
+        for name, gradient in found.items():
+            known = self._gradient.get(name)
+            apart = _norm(_plain(gradient) if known is None else _plain(gradient) - known)
+            self._require(apart, self._scales.get(name, SMALL * self._size), f"the gradient of '{name}'")
+
+    def require_same(self, dots: Tensor, directed: Tensor, v: Iterable[Tensor]) -> None:
+        """Raise EngineUnavailable unless dots by pairs are those along the same V."""
+        most = float(directed.abs().max()) + SMALL * self._size * math.hypot(*map(_norm, v))
+        self._require(float((dots - directed).abs().max()), most, "a dot by pairs")
+
+    def forget(self) -> None:
+        """Let go of what is as large as the parameters."""
+        self._gradient, self.direction = {}, {}
+
+    def _require(self, apart: float, size: float, what: str) -> None:
+        verdicts = _VERDICTS.setdefault(self._model, {})
+        if apart <= self._share * size:
+            verdicts[self._key] = None
+        elif math.isfinite(apart) and math.isfinite(size):  # what is not by itself tells nothing
+            verdicts[self._key] = reason = (
+                f"{what} disagrees with a plain backward pass over the same batch (by {_share_of(apart, size):.1e} of "
+                f"its size): torch {torch.__version__} or metakern has a derivative of this model wrong; please report "
+                "the model"
+            )
+            raise EngineUnavailable(reason)
+
+
+def expected(
+    problem: Problem,
+    outputs: Tensor,
+    structure: Hashable,
+    form: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Expected | None:
+    """What to hold an engine's answers of this pass against; None where an earlier pass was, or dots are rounded on
+    request. `form` is that in which the graph of the outputs was made.
+
+    Raises: EngineUnavailable where an earlier pass disagreed.
+    """
+    if not problem.exact or not host_may_wait() or is_traced():  # a step is taken before it is traced
+        return None
+    key = structure, problem.context, problem.memory, len(problem.chosen)
+    verdicts = _VERDICTS.get(problem.model, {})
+    reason = verdicts.get(key)
+    if reason is not None:
+        raise EngineUnavailable(reason)
+    return None if key in verdicts else Expected(problem, outputs, key, form)
+
+
+def _share(problem: Problem, outputs: Tensor) -> float:
+    """By which part of their size numbers may differ that differ by rounding alone."""
+    kinds = {outputs.dtype, *(p.dtype for p in problem.trainable.values())}
+    if not kinds <= {torch.float32, torch.float64} or torch.is_autocast_enabled(outputs.device.type):
+        return 0.1
+    return 1e-3 if outputs.device.type == "cpu" else 1e-2  # TF32 is usual elsewhere
+
+
+def _share_of(apart: float, size: float) -> float:
+    return apart / size if size else math.inf
+
+
+def _plain(gradient: Tensor) -> Tensor:
+    """Dense, and of no subclass, whose arithmetic may be its own."""
+    return (gradient.to_plain() if gradient.is_sparse else gradient).as_subclass(Tensor)
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    parts = zip(a.detach().reshape(-1).split(_AT_ONCE), b.detach().reshape(-1).split(_AT_ONCE), strict=True)
+    return sum(float(x.double() @ y.double()) for x, y in parts)
+
+
+def _norm(tensor: Tensor) -> float:
+    return _inner(tensor, tensor) ** 0.5

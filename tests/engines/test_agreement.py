@@ -1,0 +1,155 @@
+"""The first batch of a structure is held against a plain backward pass: what an engine has wrong is not silent."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+import metakern
+from metakern.capture.refusal import EngineUnavailable
+from metakern.layers import generic, table
+from metakern.step.direction import with_weight_decay
+from metakern.testing import inputs
+from metakern.testing.judge import Snapshot
+
+
+class Scale(nn.Module):
+    """x * weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Tripled(Function):
+    """A forward mode that is wrong, and a backward pass that cannot be differentiated to find out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 3 * tangent
+
+
+class Wrong(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Tripled.apply(x)
+
+
+def network(middle: nn.Module) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), middle, nn.Linear(5, 3)).double()
+    return model, *inputs.pair(6, 3, 4, classes=3)
+
+
+def half(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(*args: Any) -> Any:
+        found = function(*args)
+        return 0.5 * found if isinstance(found, Tensor) else {key: 0.5 * g for key, g in found.items()}
+
+    return wrong
+
+
+@pytest.fixture
+def registered(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Scale is served by a rule that has its dots, or its gradient, wrong."""
+    dots, grads = (
+        half(f) if request.param == name else f
+        for name, f in (("dots", generic.dots), ("gradient", generic.weighted_grads))
+    )
+    metakern.register_layer(Scale, metakern.LayerRule(lambda call: True, dots, grads))
+    yield
+    del table._BY_MODULE[Scale]
+    table.REGISTERED.discard(Scale)
+
+
+WRONG = pytest.mark.parametrize("registered", ["dots", "gradient"], indirect=True)
+
+
+def weight_net_step(model: nn.Module, *batches: Any, engine: str) -> Any:
+    with torch.random.fork_rng(devices=()):
+        net = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()).double()
+    return metakern.mwnet_step(model, net, *batches, weight_optimizer=None, virtual_lr=0.1, engine=engine)
+
+
+def step_along(model: nn.Module, *batches: Any, engine: str) -> Any:
+    return metakern.reweight_step(model, *batches, direction=with_weight_decay(model, 0.1), engine=engine)
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "l2rw": metakern.l2rw_step,
+    "along": step_along,
+    "weight net": weight_net_step,
+    "by parts": partial(metakern.l2rw_step, micro_batch=3),
+    "tangents": lambda *given, engine: metakern.logit_tangents(*given),
+}
+
+
+@WRONG
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("step", ["l2rw", "along", "weight net"])
+def test_a_layer_rule_that_is_wrong(step: str) -> None:
+    model, batch, meta_batch = network(Scale())
+    before = Snapshot.of(model)
+    for _ in range(2):  # the second time without asking anew
+        with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+            STEPS[step](model, batch, meta_batch, engine="ghost")
+        before.assert_unchanged(model)
+    assert metakern.l2rw_step(model, batch, meta_batch).engine == "jvp"
+
+
+@pytest.mark.parametrize("registered", ["dots"], indirect=True)
+@pytest.mark.usefixtures("registered")
+def test_a_layer_rule_that_is_wrong_by_parts() -> None:
+    model, batch, meta_batch = network(Scale())
+    with pytest.raises(EngineUnavailable, match="the sum of the dots disagrees"):
+        STEPS["by parts"](model, batch, meta_batch, engine="ghost")
+
+
+@pytest.mark.parametrize("step", ["l2rw", "along", "weight net", "tangents"])
+def test_a_forward_mode_that_is_wrong(step: str) -> None:
+    model, batch, meta_batch = network(Wrong())
+    before = Snapshot.of(model)
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        STEPS[step](model, batch, meta_batch, engine="jvp")
+    before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("engine", ["ghost", "jvp"])
+def test_rounding_is_no_disagreement(dtype: torch.dtype, engine: str) -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(32, 3)).to(dtype)
+    batch, meta_batch = inputs.pair(64, 8, 32, classes=3, dtype=dtype)
+    assert metakern.l2rw_step(model, batch, meta_batch, engine=engine).engine == engine
+
+
+@pytest.mark.parametrize("engine", ["ghost", "jvp"])
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_once_for_each_structure(engine: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, meta_batch = network(Scale())
+    passes = []
+    backward = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: passes.append(0) or backward(*args, **kwargs))
+    counts = []
+    for rows in (slice(None), slice(None), slice(None)):
+        passes.clear()
+        metakern.l2rw_step(model, tuple(t[rows] for t in batch), meta_batch, engine=engine, memory=memory)
+        counts.append(len(passes))
+    assert counts[0] > counts[1] == counts[2]
