@@ -32,7 +32,7 @@ _VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = WeakKeyDic
 
 SMALL = 1e-2
 """The share of |G| below which a parameter counts less than it has: it may be rounding alone, as of a bias before a
-normalisation.
+normalisation. In half precision, where autograd itself rounds sums, all count by their share.
 """
 _AT_ONCE = 1 << 20  # numbers that are taken to float64 at a time
 
@@ -47,6 +47,7 @@ class Expected:
         key: Hashable,
         form: Callable[[], AbstractContextManager[Any]],
         share: float,
+        small: float,
     ) -> None:
         self._model, self._key, self._share = problem.model, key, share
         generator = torch.Generator("cpu").manual_seed(0)
@@ -56,7 +57,8 @@ class Expected:
         self._gradient = {name: _plain(g) for name, g in found.items()}
         lengths = {name: _norm(g) for name, g in self._gradient.items()}
         self._size = math.hypot(*lengths.values())
-        self._scales = {name: max(length, SMALL * self._size) for name, length in lengths.items()}
+        self._least = small * self._size
+        self._scales = {name: max(length, self._least) for name, length in lengths.items()}
         counted = [name for name in problem.chosen if lengths.get(name)]
         self.direction = {name: self._gradient[name] / self._scales[name] for name in counted}
         self._along = sum(lengths[name] ** 2 / self._scales[name] for name in counted)
@@ -64,13 +66,14 @@ class Expected:
     def require_dots(self, dots: Tensor) -> None:
         """Raise EngineUnavailable unless these are the dots along `direction`; they have the shape of the outputs."""
         self._require(abs(_inner(self.numbers, dots) - self._along), self._along, "the sum of the dots")
+        _VERDICTS.setdefault(self._model, {})[self._key] = None
 
     def require_gradient(self, found: Mapping[str, Tensor]) -> None:
         """Raise EngineUnavailable unless this is the gradient for weights that are `numbers`."""
         for name, gradient in found.items():
             known = self._gradient.get(name)
             apart = _norm(_plain(gradient) if known is None else _plain(gradient) - known)
-            self._require(apart, self._scales.get(name, SMALL * self._size), f"the gradient of '{name}'")
+            self._require(apart, self._scales.get(name, self._least), f"the gradient of '{name}'")
 
     def require_same(self, dots: Tensor, directed: Tensor, v: Iterable[Tensor]) -> None:
         """Raise EngineUnavailable unless dots by pairs are those along the same V."""
@@ -82,11 +85,8 @@ class Expected:
         self._gradient, self.direction = {}, {}
 
     def _require(self, apart: float, size: float, what: str) -> None:
-        verdicts = _VERDICTS.setdefault(self._model, {})
-        if apart <= self._share * size:
-            verdicts[self._key] = None
-        elif math.isfinite(apart) and math.isfinite(size):  # what is not by itself tells nothing
-            verdicts[self._key] = reason = (
+        if apart > self._share * size and math.isfinite(apart + size):  # what is not finite by itself tells nothing
+            _VERDICTS.setdefault(self._model, {})[self._key] = reason = (
                 f"{what} disagrees with a plain backward pass over the same batch (by {_share_of(apart, size):.1e} of "
                 f"its size): torch {torch.__version__} or metakern has a derivative of this model wrong; please report "
                 "the model"
@@ -117,13 +117,14 @@ def expected(
     kinds = {outputs.dtype, *(p.dtype for p in problem.trainable.values())}
     fine = kinds <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(outputs.device.type)
     share = 0.1 if not fine else 1e-3 if outputs.device.type == "cpu" else 1e-2  # TF32 is usual elsewhere
+    small = SMALL if fine else 1.0
     if form is None:
-        return Expected(problem, outputs, key, nullcontext, share)
+        return Expected(problem, outputs, key, nullcontext, share, small)
     # Other engines contract what the backward pass itself has rounded. Forward mode rounds other numbers, and where
     # losses are near zero rounding is all that is left of p - 1 (docs/numerics.md, a saturated softmax).
     if float(outputs.detach().abs().max()) < (1e-3 if fine else 0.1):
         return None
-    return Expected(problem, outputs, key, form, (10 if fine else 3) * share)
+    return Expected(problem, outputs, key, form, (10 if fine else 3) * share, small)
 
 
 def _share_of(apart: float, size: float) -> float:
@@ -132,7 +133,7 @@ def _share_of(apart: float, size: float) -> float:
 
 def _plain(gradient: Tensor) -> Tensor:
     """Dense, and of no subclass, whose arithmetic may be its own."""
-    return (gradient.to_plain() if gradient.is_sparse else gradient).as_subclass(Tensor)
+    return (gradient.to_dense() if gradient.is_sparse else gradient).as_subclass(Tensor)
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
