@@ -104,7 +104,7 @@ class _Loop:
 
     def fit(self, whole: Fit) -> None:
         """Let a method that has no steps make its model."""
-        self.metrics.begin()
+        self._begin_metrics()
         self.model = whole(self.setup)
         self._close()
 
@@ -113,7 +113,7 @@ class _Loop:
         if checkpoint is not None:
             self._load(checkpoint)
             return
-        self.metrics.begin()
+        self._begin_metrics()
         if isinstance(self.take, Prepared):
             self.take.prepare()
         self.metrics.prepared()
@@ -121,6 +121,11 @@ class _Loop:
         torch.manual_seed(self.config.seed)
         if isinstance(self.take, Prepared):
             self._save()
+
+    def _begin_metrics(self) -> None:
+        self.metrics.begin(self.step)
+        if self.board:
+            self.board.begin(self.step)
 
     def run(self) -> None:
         """Steps, evaluations and checkpoints until the run is over."""
@@ -226,4 +231,4 @@ class _Loop:
         self.step = state["step"]
         self.generator.set_state(state["generator"])
         restore_random_states(state["random"])
-        self.metrics.begin(self.step)
+        self._begin_metrics()

@@ -18,7 +18,11 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as missing:
             raise ValueError("--tensorboard: not installed; try: pip install tensorboard") from missing
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder, self._open = str(folder / "tensorboard"), SummaryWriter
+
+    def begin(self, after: int = 0) -> None:
+        """Start, or go on after a step; TensorBoard drops what a run that was killed wrote of later ones."""
+        self._writer = self._open(self._folder, purge_step=after + 1)
 
     def add(self, row: Mapping[str, float]) -> None:
         """One point on the curve of every column of `row` that is a number, at its "step"."""

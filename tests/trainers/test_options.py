@@ -119,11 +119,12 @@ def test_tensorboard_that_is_not_installed_is_said(quick, tmp_path, monkeypatch)
 
 
 def test_tensorboard_has_the_rows(quick, tmp_path, monkeypatch):
-    points = []
+    points, begun = [], []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             assert folder == str(tmp_path / "tensorboard")
+            begun.append(purge_step)
 
         def add_scalar(self, name, value, step):
             points.append((name, step))
@@ -136,6 +137,7 @@ def test_tensorboard_has_the_rows(quick, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     train(replace(quick, tensorboard=True), tmp_path, progress=False)
+    assert begun == [1]
     assert {step for name, step in points[:-1] if name == "test_error"} == {2, 4, 6}
     assert "validation_error" not in {name for name, _ in points[:-1]}
     assert points[-1] == "closed"
