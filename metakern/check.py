@@ -15,6 +15,7 @@ from metakern.capture import EngineUnavailable, trace_batch
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.parameters import require_servable, trainable_parameters
 from metakern.capture.uncompiled import uncompiled
+from metakern.engines.agreement import disagreement
 from metakern.step import reweight_step
 from metakern.testing.budget import Verdict, unit, verdict
 from metakern.testing.oracle import copy_of
@@ -184,7 +185,7 @@ def _uses(model: nn.Module, batch: Any, loss_fn: Any, engine: str) -> tuple[dict
         for _, parameter in call.parameters:
             uses[id(parameter)].append(call.name)
     reason = "; ".join(trace.couplings) if engine != "ghost" else ""
-    return uses, reason or ("examples interact" if engine == "jvp" else "")
+    return uses, reason or ((disagreement(model) or "examples interact") if engine == "jvp" else "")
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

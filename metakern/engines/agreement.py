@@ -114,8 +114,7 @@ def expected(
         raise EngineUnavailable(reason)
     if key in verdicts:
         return None
-    kinds = {outputs.dtype, *(p.dtype for p in problem.trainable.values())}
-    fine = kinds <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(outputs.device.type)
+    fine = not _rounds(outputs)
     share = 0.1 if not fine else 1e-3 if outputs.device.type == "cpu" else 1e-2  # TF32 is usual elsewhere
     small = SMALL if fine else 1.0
     if form is None:
@@ -125,6 +124,24 @@ def expected(
     if float(outputs.detach().abs().max()) < (1e-3 if fine else 0.1):
         return None
     return Expected(problem, outputs, key, form, (10 if fine else 3) * share, small)
+
+
+def disagreement(model: nn.Module) -> str:
+    """What an engine had wrong with this model, "" for nothing."""
+    return next(filter(None, _VERDICTS.get(model, {}).values()), "")
+
+
+def _rounds(outputs: Tensor) -> bool:
+    """Is anything in the graph in half precision, as by autocast within the model?"""
+    met, ahead = set[Any](), [outputs.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            if any(kind.dtype in (torch.float16, torch.bfloat16) for kind in node._input_metadata):
+                return True
+            ahead += [before for before, _ in node.next_functions]
+    return False
 
 
 def _share_of(apart: float, size: float) -> float:

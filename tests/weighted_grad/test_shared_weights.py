@@ -46,9 +46,10 @@ def test_further_uses_add_within_the_product(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     model = Recurrent().double()
     setup = Setup(model, *inputs.pair(5, 3, 3, 4, classes=5))
+    judge_step(metakern.l2rw_step, setup, engine="ghost")  # the first step asks twice, to be held against autograd
+    starts.clear()
     metakern.l2rw_step(model, setup.batch, setup.meta_batch, engine="ghost")
     assert sorted(starts) == [False] * 2 + [True] * 4
-    judge_step(metakern.l2rw_step, setup, engine="ghost")
 
 
 def test_uses_of_two_dtypes_are_added_afterwards() -> None:
@@ -120,10 +121,10 @@ def test_embeddings_add_their_rows_in_place(padding: int | None, additions: list
         judge_step(metakern.l2rw_step, setup, engine="ghost")
         found.append(setup.model.head.weight.grad)
     assert torch.equal(*found)
-    assert len(additions) == 4
+    assert len(additions) == 8  # two look-ups; each step was the first of its model, and held against autograd
     net = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()).double()
     metakern.mwnet_step(setup.model, net, setup.batch, setup.meta_batch, weight_optimizer=None, virtual_lr=0.1)
-    assert len(additions) == 8
+    assert len(additions) == 14
 
 
 class Sum(nn.Module):
@@ -172,7 +173,7 @@ def test_one_tensor_for_two_parameters_is_not_written_into(additions: list[int])
     model.head.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH))
     model.table.weight = last.one
     judge_step(metakern.l2rw_step, Setup(model.double(), texts(6), texts(3, 5)), engine="ghost")
-    assert len(additions) == 2
+    assert len(additions) == 4  # two look-ups, and once more to be held against autograd
 
 
 @pytest.mark.usefixtures("registered")
