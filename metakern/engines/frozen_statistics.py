@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +141,7 @@ class _Frozen(Problem):
     def exact(self) -> bool:
         return False
 
-    @property
+    @cached_property
     def context(self) -> Hashable:
         assert self.original is not None
         return "frozen statistics", self.original.context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Problem:
         """What errors call the batch."""
         return "batch"
 
-    @property
+    @cached_property
     def context(self) -> Hashable:
         """What may couple examples beside the traced calls: the loss, and the mode of every module."""
         written = getattr(self.loss_fn, "_torchdynamo_orig_callable", self.loss_fn)  # all compiled ones share a wrapper

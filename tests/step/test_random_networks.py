@@ -128,7 +128,7 @@ class Network(nn.Module):
         logits = self.head(x.flatten(1))
         if self.embedding is not None and self.spec.tokens == "tied":
             logits = logits + F.linear(x.mean(1), self.embedding.weight)[:, : logits.shape[1]]
-        return 3 * torch.tanh(logits)
+        return 2 * torch.atan(logits)  # its slope is no difference of two numbers, as that of tanh is
 
 
 class Residual(nn.Sequential):
@@ -231,6 +231,8 @@ PAST_FAILURES = [
     # The output of a linear layer with positions is a view: an in-place activation on it rewrites the graph behind it.
     Spec(False, ("relu-",), 2, 2, n=3, m=2, frozen=(False,), loss="cross-entropy", memory="reuse", seed=0),
     Spec(False, ("relu-",), 2, 2, n=3, m=2, frozen=(False,), loss="cross-entropy", memory="two_pass", seed=0),
+    # The bound of the logits was a tanh then, whose slope 1 - tanh^2 is rounding alone where it saturates.
+    Spec(True, ("elu", "instance-norm"), 8, 5, n=2, m=1, frozen=(True,), loss="squared", memory="reuse", seed=5),
     # A loss of nearly nothing, whose gradient in float32 depends on how the batch was rounded.
     Spec(True, ("deconv", "prelu"), 4, 5, 3, 1, (False,), loss="cross-entropy", memory="reuse", seed=5, single=True),
 ]
