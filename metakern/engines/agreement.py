@@ -155,7 +155,12 @@ def _plain(gradient: Tensor) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> float:
     parts = zip(a.detach().reshape(-1).split(_AT_ONCE), b.detach().reshape(-1).split(_AT_ONCE), strict=True)
-    return sum(float(x.double() @ y.double()) for x, y in parts)
+    return sum(float(_wide(x) @ _wide(y)) for x, y in parts)
+
+
+def _wide(part: Tensor) -> Tensor:
+    """In float64, which not every device has."""
+    return part.double() if part.device.type in ("cpu", "cuda") else part.cpu().double()
 
 
 def _norm(tensor: Tensor) -> float:

@@ -85,7 +85,10 @@ class _Statistics(TorchFunctionMode):
         self._place += 1
         normalised = _Normalise.apply(input, found, self)
         zero = torch.zeros_like(found.mean if weight is None else weight)
-        return F.batch_norm(normalised, zero, torch.ones_like(zero), weight, bias, False, 0.0, 0.0)
+        return F.batch_norm(normalised, zero, torch.full_like(zero, 1 - _EPS), weight, bias, False, 0.0, _EPS)
+
+
+_EPS = 2.0**-20  # as torch 2.11 wants it, above zero; with the variance beside it exactly one
 
 
 def _taken(

@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.function import FunctionMeta, _is_setup_context_defined, _SingleLevelFunction
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metakern.capture.host import host_may_wait, is_traced
@@ -25,6 +26,8 @@ from metakern.layers.dual import is_dual
 _NO_JVP = _SingleLevelFunction.jvp
 _BY_OWN_JVP: WeakSet[Any] = WeakSet()
 """Functions whose backward pass did not serve; a step that is traced, after one that was not, cannot find out."""
+_KEEPS_INPUTS = getattr(checkpoint, "_NoopSaveInputs", None)
+"""By which checkpointed layers keep what they will run on again (until torch 2.12); its output is empty."""
 
 
 @contextmanager
@@ -58,7 +61,12 @@ def _forward(cls: Any, plain: Callable[..., Any], found: list[list[Tensor | None
         if forward_ad._is_fwd_grad_enabled():  # not called by `apply` but as plain operations
             return plain(*args)
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            if any(map(is_dual, args)) and not (is_traced() and cls in _BY_OWN_JVP):
+            duals = any(map(is_dual, args))
+            if duals and cls is _KEEPS_INPUTS:
+                output = plain(*args)
+                found.append([torch.zeros_like(output)])
+                return output
+            if duals and not (is_traced() and cls in _BY_OWN_JVP):
                 given = args if _is_setup_context_defined(cls.setup_context) else args[1:]
                 try:
                     output, tangents = _along_backward(cls.apply, given, {}, cls.__name__)

@@ -38,7 +38,7 @@ class Recent(OrderedDict[str, int]):
     def __setitem__(self, key: str, value: int) -> None:
         super().__setitem__(key, value)
         while len(self) > self.size:
-            self.popitem(last=False)
+            del self[next(iter(self))]
 
     def clear(self) -> None:
         raise TypeError("an archive")

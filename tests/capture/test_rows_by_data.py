@@ -85,6 +85,7 @@ RAGGED = ([2, 2, 2], [1, 2, 3])
 ORDERS = ([0, 1, 2, 3, 4, 5], [3, 1, 0, 2, 5, 4])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11, once in a process
 @pytest.mark.parametrize("memory", ["reuse", "two_pass"])
 @pytest.mark.parametrize(
     ("between", "hows", "examples"),
