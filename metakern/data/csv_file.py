@@ -25,9 +25,8 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
 
     Files may be compressed by gzip. Columns of numbers and of kinds become `features`. A column "text", or a single
     column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the other
-    columns are left out then. The column "split" may say train, test or, of
-    rows whose label is certain, meta.
-    The test set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
+    columns are left out then. The column "split" may say train, test or, of rows whose label is certain, meta. The test
+    set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
     are row numbers, from 0 below the head, over both files.
     Raises: ValueError for columns that are missing or cannot be read, DataNotFound for a missing file.
     """

@@ -88,8 +88,8 @@ class Expected:
         if apart > self._share * size and math.isfinite(apart + size):  # what is not finite by itself tells nothing
             _VERDICTS.setdefault(self._model, {})[self._key] = reason = (
                 f"{what} disagrees with a plain backward pass over the same batch (by {_share_of(apart, size):.1e} of "
-                f"its size): torch {torch.__version__} or metakern has a derivative of this model wrong; please report "
-                "the model"
+                f"its size): torch {torch.__version__} or metakern has a derivative of this model wrong. Please report "
+                "the model; engine='double_backward' asks autograd alone, at several times the price"
             )
             raise EngineUnavailable(reason)
 
