@@ -75,10 +75,10 @@ class Expected:
             apart = _norm(_plain(gradient) if known is None else _plain(gradient) - known)
             self._require(apart, self._scales.get(name, self._least), f"the gradient of '{name}'")
 
-    def require_same(self, dots: Tensor, directed: Tensor, v: Iterable[Tensor]) -> None:
-        """Raise EngineUnavailable unless dots by pairs are those along the same V."""
+    def require_same(self, dots: Tensor, directed: Tensor, v: Iterable[Tensor], what: str) -> None:
+        """Raise EngineUnavailable unless dots in another form are those along the same V."""
         most = float(directed.abs().max()) + SMALL * self._size * math.hypot(*map(_norm, v))
-        self._require(float((dots - directed).abs().max()), most, "a dot by pairs")
+        self._require(float((dots - directed).abs().max()), most, what)
 
     def forget(self) -> None:
         """Let go of what is as large as the parameters."""

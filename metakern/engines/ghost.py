@@ -40,7 +40,7 @@ def solve(problem: Problem) -> Answer:
     meta = _meta_pass(problem, train.trace, whole=train.expected is not None)
     dots = train.dots_along(meta.direction, meta.paired)
     if train.expected is not None and meta.paired:
-        train.expected.require_same(dots, train.dots_along(meta.whole), meta.whole.values())
+        train.expected.require_same(dots, train.dots_along(meta.whole), meta.whole.values(), "a dot by pairs")
     return Answer(dots, train.losses, meta.loss, train.weighted_gradient)
 
 

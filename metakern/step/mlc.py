@@ -27,7 +27,8 @@ from metakern.step.meta_network import (
     step_meta_network,
     undone_on_error,
 )
-from metakern.step.virtual import VirtualRule, VirtualStep, meta_gradient_at
+from metakern.step.meta_pass import meta_gradient_at
+from metakern.step.virtual import VirtualRule, VirtualStep
 from metakern.weighted_grad import added
 
 Carry = Mapping[nn.Parameter, Tensor]

@@ -21,7 +21,8 @@ from metakern.step.meta_network import (
     step_meta_network,
     undone_on_error,
 )
-from metakern.step.virtual import VirtualRule, virtual_dots
+from metakern.step.meta_pass import virtual_dots
+from metakern.step.virtual import VirtualRule
 from metakern.step.weighting import NORMALISATIONS, Weighting
 
 

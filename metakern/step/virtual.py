@@ -7,22 +7,12 @@ d meta_loss(theta^) / dG = -J g_meta(theta^). Source of the formulas: the update
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from metakern.capture.random_state import random_state, restore_random_state
-from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
-from metakern.engines.implicit import Move, Moving, implicit_weights, move
-from metakern.engines.problem import Problem, named_gradients
-from metakern.engines.recorded import Recorded
-from metakern.engines.substitution import require_replaced, substituted
-from metakern.engines.train_pass import GhostPass, TrainPass
 
 Rate = float | Tensor
 """A number, or a tensor []."""
@@ -217,73 +207,3 @@ def _require_held(optimizer: torch.optim.Optimizer, chosen: Mapping[str, nn.Para
             raise ValueError(f"optimizer does not hold parameter '{name}', so its virtual step is not defined")
         if groups[id(p)].get("maximize"):
             raise NotImplementedError("virtual steps descend; this optimizer has maximize=True")
-
-
-def meta_gradient_at(problem: Problem, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean meta loss at other parameters, and its gradient there, by one plain forward and backward pass.
-
-    Model, parameters and buffers are not touched, and the dict is emptied, since they are as large as the model; one
-    that the meta loss does not depend on has no entry.
-    """
-    leaves = {name: parameters.pop(name).detach().requires_grad_() for name in list(parameters)}
-    meta_loss, found = _meta_pass_at(problem, leaves, {}, ())
-    return meta_loss, named_gradients(leaves, found)
-
-
-def _meta_pass_at(
-    problem: Problem, leaves: Mapping[str, Tensor], moves: Mapping[str, Move], others: Iterable[Tensor]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean meta loss at the leaves and at weights that move implicitly; its gradients in the leaves and in others.
-
-    Raises: EngineUnavailable where a parameter is used in a way that neither replaces nor moves it.
-    """
-    chosen = problem.chosen
-    moving = Moving({id(chosen[name]): given for name, given in moves.items()})
-    replaced = substituted(problem.model, {id(chosen[name]): leaf for name, leaf in leaves.items()})
-    names = [name for name, p in chosen.items() if name in leaves or moving.moves(p)]
-    # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
-    with unchanged_buffers(problem.model), problem.writes.taken_back(), replaced, moving if moves else nullcontext():
-        meta_loss = problem.meta_losses().mean()
-        moving.require_served()
-        wanted = [*leaves.values(), *others]
-        asked = [*wanted, *(chosen[name] for name in names)]  # none, where no chosen parameter took part
-        found = torch.autograd.grad(meta_loss, asked, allow_unused=True) if asked else ()
-    require_replaced(names, found[len(wanted) :])
-    return meta_loss.detach(), list(found[: len(wanted)])
-
-
-def virtual_dots(problem: Problem, train: TrainPass, coefficients: Tensor, rule: VirtualRule) -> tuple[Tensor, Tensor]:
-    """s_n = <g_n(theta), J g_meta(theta^)>, [n], and the meta loss at theta^ = theta - update(sum_n c_n g_n)."""
-    if rule.affine and isinstance(train, GhostPass) and isinstance(train.records, Recorded):
-        found = _implicit_dots(problem, train.records, coefficients, rule)
-        if found is not None:
-            return found
-    step = rule.step(problem.chosen, train.weighted_gradient(coefficients, keep=True, only=problem.chosen))
-    meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
-    return train.dots(step.pulled_back(meta_gradient)), meta_loss
-
-
-def _implicit_dots(
-    problem: Problem, train: Recorded, coefficients: Tensor, rule: VirtualRule
-) -> tuple[Tensor, Tensor] | None:
-    """The same without forming theta^ of large weights that few meta rows meet; None where there are none."""
-    uses = implicit_weights(problem, train)
-    if not uses:
-        return None
-    implicit = {*uses, *(use.bias for use in uses.values())}
-    rest = {name: p for name, p in problem.chosen.items() if name not in implicit}
-    step = rule.step(rest, train.weighted_gradient(coefficients, keep=True, only=rest))
-    origin = rule.origin({name: p for name, p in problem.chosen.items() if name in implicit})
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in step.parameters.items()}
-    c = coefficients.detach().requires_grad_()
-    moves = {name: move(problem, train, name, use, origin, c) for name, use in uses.items()}
-    before = random_state()
-    try:
-        meta_loss, found = _meta_pass_at(problem, leaves, moves, [c])
-    except EngineUnavailable:
-        restore_random_state(before)
-        return None
-    v = step.pulled_back(named_gradients(leaves, found))
-    dots = train.dots_along({id(problem.chosen[name]): along for name, along in v.items()})
-    slope = found[-1]  # of the meta loss in c, through the weights that moved implicitly
-    return dots if slope is None else dots - slope, meta_loss

@@ -1,6 +1,7 @@
 """The first batch of a structure is held against a plain backward pass: what an engine has wrong is not silent."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import metakern
+from metakern import dots as stage_dots
 from metakern.capture.refusal import EngineUnavailable
+from metakern.engines import implicit
 from metakern.layers import generic, table
+from metakern.step import meta_pass
 from metakern.step.direction import with_weight_decay
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
@@ -126,6 +130,27 @@ def test_a_forward_mode_that_is_wrong(step: str) -> None:
     with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
         STEPS[step](model, batch, meta_batch, engine="jvp")
     before.assert_unchanged(model)
+
+
+def test_an_implicit_virtual_step_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = meta_pass.move
+    monkeypatch.setattr(implicit, "implicit_is_cheaper", lambda *sizes: True)
+    monkeypatch.setattr(meta_pass, "move", lambda *given: replace(moved(*given), factor=0.5))
+    model, batch, meta_batch = network(Scale())
+    before = Snapshot.of(model)
+    with pytest.raises(EngineUnavailable, match="a dot of an implicit virtual step disagrees"):
+        STEPS["weight net"](model, batch, meta_batch, engine="ghost")
+    before.assert_unchanged(model)
+
+
+def test_pairs_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = stage_dots.pair_dots
+    monkeypatch.setattr(stage_dots, "pairs_are_cheaper", lambda *_, directions=1: True)
+    monkeypatch.setattr(stage_dots, "pair_dots", lambda *given: 0.5 * pairs(*given))
+    model, batch, meta_batch = network(Scale())
+    with pytest.raises(EngineUnavailable, match="a dot by pairs disagrees"):
+        metakern.l2rw_step(model, batch, meta_batch, engine="ghost")
+    assert metakern.l2rw_step(model, batch, meta_batch).engine == "jvp"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metakern.engines import implicit
 from metakern.layers import per_example
-from metakern.step import virtual as virtual_module
+from metakern.step import meta_pass
 from metakern.step.mwnet import mwnet_step
 from metakern.step.virtual import VirtualRule
 from metakern.testing import inputs
@@ -82,7 +82,7 @@ def test_maximize_is_refused() -> None:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Take the implicit form wherever it is possible; lists the weights that it served, call by call."""
     served: list[list[str]] = []
-    implicit_dots = virtual_module._implicit_dots
+    implicit_dots = meta_pass._implicit_dots
 
     def spy(problem: Any, train: Any, *others: Any) -> Any:
         answer = implicit_dots(problem, train, *others)
@@ -91,7 +91,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(implicit, "implicit_is_cheaper", lambda *sizes: True)
     monkeypatch.setattr(per_example, "LARGEST_SHARE", 0)
-    monkeypatch.setattr(virtual_module, "_implicit_dots", spy)
+    monkeypatch.setattr(meta_pass, "_implicit_dots", spy)
     return served
 
 
