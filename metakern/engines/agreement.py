@@ -1,14 +1,14 @@
-"""The first batch of a structure is held against a plain backward pass, so that no mistake of an engine is silent.
+"""The first batch of a structure is held against a plain backward pass, so that what an engine has wrong is not silent.
 
 For numbers u_n that have nothing to do with the batch autograd alone gives, through the graph of the same pass,
 
     G = d/dtheta sum_n u_n l_n        and an engine must agree:   sum_n u_n <dl_n/dtheta, R> = <G, R>
                                                                   sum_n u_n dl_n/dtheta = G
 
-The direction R is G with each parameter scaled to length one, so that every parameter counts and nothing cancels.
+The direction R is G with each parameter scaled to length one, but for small ones, so that all count and none cancel.
 Proofs of independence say which forms apply; this says that they did, with the torch that is installed: what torch has
 wrong, or hides from a trace, shows here. It costs a backward pass, once more the dots and a weighted gradient, and the
-memory of a gradient, once for each model, structure and engine.
+memory of two gradients, once for each model, structure and engine.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _NO_JVP = _SingleLevelFunction.jvp
 _BY_OWN_JVP: WeakSet[Any] = WeakSet()
 """Functions whose backward pass did not serve; a step that is traced, after one that was not, cannot find out."""
 _KEEPS_INPUTS = getattr(checkpoint, "_NoopSaveInputs", None)
-"""By which checkpointed layers keep what they will run on again (until torch 2.12); its output is empty."""
+"""By which checkpointed layers keep what they will run on again in torch 2.11; its output is empty."""
 
 
 @contextmanager
