@@ -7,3 +7,4 @@ from metakern.dots.pairs import pair_dots as pair_dots
 from metakern.dots.pairs import pairable as pairable
 from metakern.dots.pairs import pairable_biases as pairable_biases
 from metakern.dots.pairs import pairs_are_cheaper as pairs_are_cheaper
+from metakern.dots.pairs import worth_tracing as worth_tracing

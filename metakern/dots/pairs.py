@@ -8,7 +8,7 @@ meta example for itself, [n, m], the bias beside the weight comes along: (sum_t 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -48,18 +48,32 @@ def _times_used(trace: Trace) -> Counter[int]:
 
 
 def pairs_are_cheaper(use: Use, meta_use: Use, directions: int = 1) -> bool:
-    """Compare multiplications: n t s (i + o) for the Grams, (d n t + s) i o for d directions V and the products with A.
+    """Do pairs take fewer multiplications than the directions: one, of the mean meta loss, or one of every meta example?"""
+    return _saved(use, meta_use.output_shapes[0][:-1].numel(), directions) > 0
 
-    There is one direction, of the mean meta loss, or one of every meta example.
+
+def worth_tracing(trace: Trace, candidates: Iterable[int], share: float) -> bool:
+    """Do pairs save more, in all the uses that they may serve, than it takes to trace the meta batch for them?
+
+    `share` is the size of the meta batch beside the batch, by which its positions are guessed.
     """
+    rows = {k: trace.uses[k].output_shapes[0][:-1].numel() for k in candidates}
+    saved = sum(max(0.0, _saved(trace.uses[k], share * number)) for k, number in rows.items())
+    return saved > TRACED_USE * len(trace.uses)
+
+
+def _saved(use: Use, meta_rows: float, directions: int = 1) -> float:
+    """Multiplications: (d n t + s) i o for d directions V and the products with A, less n t s (i + o) for the Grams."""
     rows = use.output_shapes[0][:-1].numel()
-    meta_rows = meta_use.output_shapes[0][:-1].numel()
     outputs, inputs = use.call.argument(1, "weight").shape
-    return rows * meta_rows * (inputs + outputs + GRAM_OVERHEAD) < (directions * rows + meta_rows) * inputs * outputs
+    return (directions * rows + meta_rows) * inputs * outputs - rows * meta_rows * (inputs + outputs + GRAM_OVERHEAD)
 
 
 # The two Grams are written, multiplied and summed: memory traffic worth about this many multiplications an entry.
 GRAM_OVERHEAD = 64
+
+TRACED_USE = 1 << 22
+"""Multiplications that take about as long as tracing one use of the meta batch, and what is around it."""
 
 
 def pair_dots(record: Record, meta_record: Record, examples: int, meta_examples: int = 0) -> Tensor:

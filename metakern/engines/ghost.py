@@ -45,7 +45,7 @@ def solve(problem: Problem) -> Answer:
 
 
 def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
-    candidates = {} if problem.process_group is not None else stage_dots.pairable(trace, _by_identity(problem))
+    candidates = pair_candidates(problem, trace)
     if not candidates:
         loss, gradient = problem.meta_gradient()
         mean_over_group(gradient, problem.process_group)
@@ -54,6 +54,14 @@ def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
         meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable
         meta_trace = trace_batch(*meta, "meta_batch", rows=False)
         return meta_gradients(problem, trace, meta_trace, candidates, whole)
+
+
+def pair_candidates(problem: Problem, trace: Trace) -> dict[int, int]:
+    """Identity of a weight that the pairs form may serve -> its use; none where that would not pay."""
+    if problem.process_group is not None:
+        return {}
+    candidates = stage_dots.pairable(trace, _by_identity(problem))
+    return candidates if stage_dots.worth_tracing(trace, candidates.values(), problem.meta_share) else {}
 
 
 def meta_gradients(

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.trace import tensor_arguments, tensors_in
@@ -63,7 +62,6 @@ class ImplicitUse(NamedTuple):
 def implicit_weights(problem: Problem, train: Recorded) -> dict[str, ImplicitUse]:
     """Names of the weights for which not forming W^ is cheaper -> their use in the train pass."""
     names = {id(p): name for name, p in problem.chosen.items()}
-    share = _elements(problem.meta_batch) / max(_elements(problem.batch), 1)
     candidates = pairable(train.trace, {id(p): p for p in problem.chosen.values()})
     biases = pairable_biases(train.trace, candidates)
     found = {}
@@ -71,7 +69,7 @@ def implicit_weights(problem: Problem, train: Recorded) -> dict[str, ImplicitUse
         use = train.trace.uses[k]
         if use.call.func is F.linear and train.records[k] is not None:
             rows = use.output_shapes[0][:-1].numel()
-            if implicit_is_cheaper(rows, rows * share, *use.call.argument(1, "weight").shape):
+            if implicit_is_cheaper(rows, rows * problem.meta_share, *use.call.argument(1, "weight").shape):
                 found[names[key]] = ImplicitUse(k, names.get(id(biases.get(key))))
     return found
 
@@ -142,8 +140,3 @@ def _moved(x: Tensor, move: Move, bias: Tensor | None, bias_factor: float | Tens
     gram = move.inputs @ x.to(move.inputs.dtype).reshape(-1, x.shape[-1]).t()
     change = ((move.factor * gram + bias_factor) * move.coefficients).t() @ move.grads
     return output - change.to(output.dtype).view(output.shape)
-
-
-def _elements(batch: Any) -> int:
-    """Size of the first tensor of a batch, to guess how many rows of a layer one batch has beside another."""
-    return next((leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import modules_of
@@ -51,6 +52,11 @@ class Problem:
         loss = getattr(written, "__code__", None) or type(written)
         return loss, tuple(module.training for module in modules_of(self.model))
 
+    @cached_property
+    def meta_share(self) -> float:
+        """Size of the meta batch beside the batch, by the first tensor of either: a guess at the rows of its layers."""
+        return _elements(self.meta_batch) / max(_elements(self.batch), 1)
+
     def batch_losses(self) -> Tensor:
         with self.writes.watching():
             return per_example_losses(self.model, self.batch, self.loss_fn, self.argument)
@@ -88,6 +94,11 @@ class Problem:
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
         """Only of parameters that took part, as autograd hands them out."""
         return {name: g for name, g in gradient.items() if name not in self.unused} if self.unused else gradient
+
+
+def _elements(batch: Any) -> int:
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return next((leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)), 1)
 
 
 def named_gradients(names: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:

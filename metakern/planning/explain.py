@@ -21,6 +21,7 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.state import PassState, unchanged_buffers, unchanged_on_error
+from metakern.engines import ghost
 from metakern.engines.cut import cut
 from metakern.engines.micro_batch import several_parts
 from metakern.engines.part import examples_in, part_of
@@ -159,7 +160,7 @@ def _memory(problem: Problem, forms: _Forms, parts: _Parts, folded: set[int]) ->
     chosen = {id(p) for p in problem.chosen.values()}
     without_v = {id(p) for p in problem.trainable.values()} - chosen | paired.keys()
     if parts is WHOLE:
-        return foretold(train, meta, without_v, list(paired.values()))
+        return foretold(train, meta, without_v, forms.traced, list(paired.values()))
     return foretold_by_parts(train, meta, without_v, parts.train, parts.meta)
 
 
@@ -201,8 +202,14 @@ class _Forms:
         chosen = {id(p): p for p in problem.chosen.values()}
         self._trace, self._meta = trace, meta
         self._train_use = {k: key for key, k in stage_dots.pairable(trace, chosen).items()}
+        self._served = {*ghost.pair_candidates(problem, trace).values()}
         self._meta_use = stage_dots.pairable(meta, chosen)
         self._counts = Counter(id(p) for use in trace.uses for _, p in use.call.parameters)
+
+    @property
+    def traced(self) -> bool:
+        """Is the meta batch traced, so that pairs can be formed?"""
+        return bool(self._served)
 
     @property
     def paired(self) -> dict[int, int]:
@@ -221,6 +228,8 @@ class _Forms:
             times = self._counts[id(weight)]
             reused = f"the weight is used {times} times" if times > 1 else "the weight is derived, shared or not chosen"
             return "direction", f"{reused}; V has its cross terms", 0
+        if k not in self._served:
+            return "direction", "pairs would save less than it takes to trace the meta batch", 0
         meta_use = self._meta.uses[self._meta_use[id(weight)]]
         rows, meta_rows = use.output_shapes[0][:-1].numel(), meta_use.output_shapes[0][:-1].numel()
         size = "x".join(map(str, weight.shape))

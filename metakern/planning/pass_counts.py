@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from metakern import dots as stage_dots
 from metakern.capture import Trace, trace_batch
 from metakern.capture.graph import output_gradients
 from metakern.capture.state import unchanged_buffers
@@ -42,7 +41,7 @@ def by_ghost(problem: Problem, meta: Trace, pairs: bool = True) -> Passes:
     trace = traced(problem.batch, "batch")
     with FlopCounterMode(display=False) as backward:
         output_gradients(trace)
-    candidates = stage_dots.pairable(trace, {id(p): p for p in problem.chosen.values()}) if pairs else {}
+    candidates = ghost.pair_candidates(problem, trace) if pairs else {}
     with FlopCounterMode(display=False) as meta_backward:
         ghost.meta_gradients(problem, trace, meta, candidates)
     counts = [each.get_total_flops() for each in (forward, backward, meta_forward, meta_backward)]

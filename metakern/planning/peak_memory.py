@@ -30,16 +30,19 @@ class Memory(NamedTuple):
         return max(self.train, self.meta, self.dots, self.gradient)
 
 
-def foretold(train: KeptPass, meta: KeptPass, without_v: Collection[int], paired: Collection[int]) -> Memory:
+def foretold(
+    train: KeptPass, meta: KeptPass, without_v: Collection[int], traced: bool, paired: Collection[int]
+) -> Memory:
     """The peaks of a step.
 
     Args:
         without_v: identities of the parameters that V is not formed for: pairs serve them, or no dots run over them.
+        traced: whether the pass of the meta batch is traced for pairs, which holds every A of it.
         paired: uses of the meta pass whose A and B stay for the pairs form.
     """
     uses = range(len(train.outputs))
     graph, records = sum(graph_of(train, total(train.inputs)).values()), train.records()
-    meta_pass = backward_peak(meta, total(meta.inputs), paired, without_v)
+    meta_pass = backward_peak(meta, total(meta.inputs) if traced else {}, paired, without_v)
     v = gradients(meta, 0, without_v) + sum(total(meta.inputs[j] for j in paired).values())
     v += sum(meta.outputs[j] for j in paired)
     plain = backward_peak(train, {}, (), ())

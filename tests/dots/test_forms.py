@@ -14,6 +14,13 @@ from metakern.testing.judge import judge_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
+
+@pytest.fixture(autouse=True)
+def pairs_are_worth_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the models are."""
+    monkeypatch.setattr(ghost.stage_dots, "worth_tracing", lambda *_: True)
+
+
 FORMS = pytest.mark.parametrize("pairs_win", [True, False], ids=["pairs", "direction"])
 EXACT = [case for case in CASES if case.ghost == "exact"]
 
@@ -52,6 +59,18 @@ def test_the_cost_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(120, 3)).double()
     judge_step(metakern.l2rw_step, Setup(narrow, *inputs.pair(6, 9, 30, 4, classes=3)), engine="ghost")
     assert not chosen[0]
+
+
+@pytest.mark.parametrize(("width", "traced"), [(16, False), (1024, True)])
+def test_the_meta_batch_is_traced_only_where_that_pays(
+    width: int, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    passes, trace = [], ghost.trace_batch
+    monkeypatch.setattr(ghost, "trace_batch", lambda *given, **how: passes.append(given) or trace(*given, **how))
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3)).double()
+    judge_step(metakern.l2rw_step, Setup(model, *inputs.pair(24, 2, width, classes=3)), engine="ghost")
+    assert bool(passes) == traced
 
 
 def test_frozen_and_restricted_weights_in_pairs_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,7 @@ def test_an_implicit_virtual_step_that_is_wrong(monkeypatch: pytest.MonkeyPatch)
 def test_pairs_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = stage_dots.pair_dots
     monkeypatch.setattr(stage_dots, "pairs_are_cheaper", lambda *_, directions=1: True)
+    monkeypatch.setattr(stage_dots, "worth_tracing", lambda *_: True)
     monkeypatch.setattr(stage_dots, "pair_dots", lambda *given: 0.5 * pairs(*given))
     model, batch, meta_batch = network(Scale())
     with pytest.raises(EngineUnavailable, match="a dot by pairs disagrees"):

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metakern
 from metakern import dots as stage_dots
+from metakern.dots import pairs
 from metakern.engines import ghost
 from metakern.testing import inputs
 from metakern.testing.catalogue import CASES, Case
@@ -21,6 +22,7 @@ def test_forms_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 180), nn.ReLU(), nn.Linear(180, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     batches = inputs.pair(6, 3, 200, classes=3, dtype=torch.float32)
+    monkeypatch.setattr(pairs, "TRACED_USE", -1)
     taken: list[int] = []
     original = stage_dots.pair_dots
     monkeypatch.setattr(ghost.stage_dots, "pair_dots", lambda record, *rest: taken.append(1) or original(record, *rest))

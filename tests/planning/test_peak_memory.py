@@ -140,6 +140,7 @@ def assert_memory_foretold(found: Memory | None, model: nn.Module, *given: objec
 
 WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[Batch, Batch]]] = {
     "mlp": (lambda: mlp(64, 3), images(128, 32, 64)),
+    "mlp, pairs": (lambda: mlp(1024, 2), images(64, 8, 1024)),
     "lenet": (lambda: lenet(10), images(32, 8, 1, 28, 28)),
     "convolutions": (lambda: conv_net(16), images(32, 8, 3, 32, 32)),
     "transformer": (transformer, tokens(32, 8)),
@@ -225,7 +226,7 @@ def test_operations_by_parts() -> None:
 
 def test_wide_layers_by_parts_take_a_direction() -> None:
     """V is there before the parts are, so nothing is gained by pairs; gradients of the parts are added up."""
-    model, batches = mlp(256, 2), images(32, 4, 256)
+    model, batches = mlp(1024, 2), images(32, 4, 1024)
     assert "pairs" in {use.form for use in metakern.plan(model, *batches).uses}
     found = metakern.plan(model, *batches, micro_batch=8)
     assert {use.form for use in found.uses} == {"direction"}
