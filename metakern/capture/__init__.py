@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from metakern.capture.losses import LossFunction, per_example_losses
+from metakern.capture.losses import LossFunction, evaluate_losses, require_losses
+from metakern.capture.losses import per_example_losses as per_example_losses
 from metakern.capture.members import constants_of
 from metakern.capture.record import Record as Record
 from metakern.capture.record import Trace as Trace
@@ -36,7 +37,8 @@ def trace_batch(
     # that it makes by itself: they would be taken for older ones than the pass.
     one_thread = torch.autograd.set_multithreading_enabled
     with one_thread(False), registered_modules_as_wholes(model, tracer), tracer:
-        losses = per_example_losses(model, batch, loss_fn, argument)
+        losses = evaluate_losses(model, batch, loss_fn, argument)
+    require_losses(losses, argument)
     if writes is not None:
         writes.seen_pass = True
     return tracer.trace(losses)

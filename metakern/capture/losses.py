@@ -38,7 +38,7 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | Non
         ValueError: not one loss per example, no example at all, or a loss that is not finite.
     """
     losses = evaluate_losses(model, batch, loss_fn, argument)
-    _validate(losses, argument)
+    require_losses(losses, argument)
     return losses
 
 
@@ -87,19 +87,20 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
     """Cross entropy per example, [n, C, ...] logits and [n, ...] class indices or [n, C, ...] probabilities -> [n]."""
     if not isinstance(targets, Tensor):
         raise TypeError(f"{argument}: targets must be a tensor of class indices, got {type(targets).__name__}")
-    if logits.dim() < 2:
+    shape = logits.shape
+    if len(shape) < 2:
         raise ValueError(
-            f"{argument}: the model returned logits of shape {tuple(logits.shape)}; the default loss needs [n, C] or "
+            f"{argument}: the model returned logits of shape {tuple(shape)}; the default loss needs [n, C] or "
             "[n, C, positions]; pass loss_fn(model, batch) -> losses[n] for another loss"
         )
     hard = not targets.is_floating_point()
-    expected = (logits.shape[0], *logits.shape[2:]) if hard else tuple(logits.shape)
-    if tuple(targets.shape) != expected:
+    found, expected = tuple(targets.shape), (shape[0], *shape[2:]) if hard else tuple(shape)
+    if found != expected:
         raise ValueError(
-            f"{argument}: targets have shape {tuple(targets.shape)}; logits of shape {tuple(logits.shape)} need "
+            f"{argument}: targets have shape {found}; logits of shape {tuple(shape)} need "
             f"{'class indices' if hard else 'probabilities'} of shape {expected}; for {_ANOTHER_LOSS}"
         )
-    if logits.shape[1] == 1:
+    if shape[1] == 1:
         raise ValueError(f"{argument}: one logit per example has no cross entropy over classes; for {_ANOTHER_LOSS}")
     if not hard:
         _require_distributions(targets, argument)
@@ -107,7 +108,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
         losses = _entropies(logits, targets)
     except IndexError as error:
         raise ValueError(
-            f"{argument}: targets hold a class that is none of the {logits.shape[1]} of the logits ({error}); -100 "
+            f"{argument}: targets hold a class that is none of the {shape[1]} of the logits ({error}); -100 "
             "leaves a position out"
         ) from error
     if losses.dim() == 1:
@@ -211,7 +212,8 @@ def _same_loss(own: Tensor, mean: Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.isclose(own.detach().double(), mean, rtol=tolerance, atol=tolerance))
 
 
-def _validate(losses: Any, argument: str) -> None:
+def require_losses(losses: Any, argument: str) -> None:
+    """Raise, as `per_example_losses` says, for what is not one finite loss per example."""
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"{argument}: losses must be a floating point tensor of shape [n], got {kind}")

@@ -6,23 +6,30 @@ inside the call; a rule that sums over both outputs would count that twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists and tuples."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple)):
-        for item in output:
-            yield from tensors_in(item)
+def tensors_in(value: Any) -> Sequence[Tensor]:
+    """Every tensor in nested lists and tuples. It is asked at every call of a pass, hence no generator."""
+    if isinstance(value, Tensor):
+        return (value,)
+    found: list[Tensor] = []
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (list, tuple)):
+                found += tensors_in(item)
+    return found
 
 
 def separated(output: Any, upstream: Iterable[Any]) -> Any:
     """The output, its tensors copied where the history of one goes through another; `upstream` precedes the call."""
+    if isinstance(output, Tensor):
+        return output
     found = [t for t in tensors_in(output) if t.grad_fn is not None]
     return _copied(output) if len(found) > 1 and _entangled(found, set(upstream)) else output
 

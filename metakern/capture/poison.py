@@ -6,7 +6,6 @@ selects, it does not multiply). Forward, NaN passes relu, clamp and max, so a co
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +53,7 @@ def _left_out(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
     """Where NaN should come out of a call that may keep it back, as masks; looked at before a call in place."""
     given = [t.detach() for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
     if name in _WITHOUT_NAN and given:
-        return [next(tensors_in(_WITHOUT_NAN[name](*args, **kwargs))).detach().isnan()]
+        return [tensors_in(_WITHOUT_NAN[name](*args, **kwargs))[0].detach().isnan()]
     masks = [t.isnan() for t in given]
     if name in _SELECTIONS:
         return masks
@@ -73,7 +72,7 @@ class _Poisoner(Tracer):
         name = getattr(func, "__name__", "")
         masks = _left_out(name, args, kwargs or {}) if name in _KEPT_BACK else ()
         output = super().__torch_function__(func, types, args, kwargs)
-        for tensor in itertools.islice(tensors_in(output), 1):
+        for tensor in tensors_in(output)[:1]:
             for mask in masks:
                 _fill(tensor, mask if name not in _LABELLED or mask.shape == tensor.shape else mask.any())
         return output

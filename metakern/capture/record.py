@@ -39,7 +39,8 @@ class Call(NamedTuple):
 
     def without_arguments(self) -> Call:
         """The call without what it read, so that this may go."""
-        return self._replace(args=(), kwargs={}, versions=())
+        parameters, outputs = self.parameters, self.outputs
+        return Call(self.func, self.name, (), {}, parameters, outputs, self.in_place, self.rng_state, self.autocast)
 
     def argument(self, position: int, keyword: str, default: Any = None) -> Any:
         """The argument that the function calls `keyword`, however it was passed."""
@@ -69,7 +70,7 @@ class Use(NamedTuple):
         return self.call.name
 
     def without_arguments(self) -> Use:
-        return self._replace(call=self.call.without_arguments())
+        return Use(self.call.without_arguments(), *self[1:])
 
 
 Place = tuple[Any, int]

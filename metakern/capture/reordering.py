@@ -75,7 +75,7 @@ def picked_dims(
 
 def picks_rows(tensors: Sequence[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
     """Do activations come together with something that is no number to calculate with, and not the same every time?"""
-    return any(is_index(t) and not is_static(t) for t in tensors)
+    return any([is_index(t) and not is_static(t) for t in tensors])
 
 
 def is_index(tensor: Tensor) -> bool:
@@ -92,6 +92,6 @@ def picks_unseen(tensors: Sequence[Tensor], constants: Sequence[Tensor], is_stat
 def _index_tensors(index: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors that may index the first dimension (a mask may cover it too), and those that index any other."""
     parts = index if isinstance(index, tuple) else (index,)
-    found = [list(tensors_in(part)) for part in parts]
+    found = [tensors_in(part) for part in parts]
     leading = 1 if parts and parts[0] is not None and parts[0] is not Ellipsis else len(found)
     return [t for part in found[:leading] for t in part], [t for part in found[leading:] for t in part]

@@ -7,11 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern.capture.function import Function
+from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.refusal import EngineUnavailable
 
 RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 """Whole recurrent layers, which cuDNN computes where it can."""
 _NAMES = frozenset(function.__name__ for function in RECURRENT)
+
+
+def watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:
+    """The output of a call, and the random state before it if the call drew from it, so that a replay does alike."""
+    if function.deterministic:
+        return func(*args, **kwargs), None
+    before = torch_random_state()
+    output = func(*args, **kwargs)
+    return output, None if same_state(before, torch_random_state()) else before
 
 
 def require_repeatable(name: str, args: tuple[Any, ...], data: Tensor, drew: bool) -> None:

@@ -76,7 +76,8 @@ class RowNotes:
         if function.may_reorder:
             self._note_picks(function, args, kwargs)
         elif function.may_pick or function.opaque:
-            taken = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in self._parametric]
+            given = tensors_in((*args, *kwargs.values()) if kwargs else args)
+            taken = [t for t in given if id(t) not in self._parametric]
             if function.opaque:
                 self.reorders = picks_unseen(taken, self.constants, self._is_static)
             else:

@@ -18,13 +18,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
-from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.repeatable import require_repeatable
+from metakern.capture.repeatable import require_repeatable, watching_randomness
 from metakern.capture.row_notes import RowNotes, next_node
 from metakern.capture.unrolled import SeeingMode, dispatched, dispatches, unrolled
 from metakern.capture.writes import Writes
+
+_PLAIN = (Tensor,)
+"""The types that torch asks of a function written in Python, where no tensor has a `__torch_function__` of its own."""
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 
@@ -77,20 +79,21 @@ class Tracer(SeeingMode):
     ) -> Any:
         kwargs = kwargs or {}
         function = function_of(func)
-        if self._writes is not None and may_write(function, args, kwargs):
+        if self._writes is not None and (kwargs or function.may_write) and may_write(function, args, kwargs):
             self._writes.before(function, args, kwargs)
-        if function.kind == "metadata" or (self.paused and function.kind != "call"):
+        kind = function.kind
+        if kind == "metadata" or (self.paused and kind != "call"):
             return func(*args, **kwargs)
-        if types and dispatches(types):
+        if types and types != _PLAIN and dispatches(types):
             with self:
                 return dispatched(func, types, args, kwargs)
-        if function.kind != "call":
-            if function.kind == "unrolled":
+        if kind != "call":
+            if kind == "unrolled":
                 with self:
                     return unrolled(func)(*args, **kwargs)
-            if function.kind == "hook":
+            if kind == "hook":
                 return self._hook(func, args, kwargs)
-            if function.kind == "attribute":  # x.shape, x.device, x.T: only views of a parameter matter here
+            if kind == "attribute":  # x.T and x.real: only views of a parameter matter here
                 return self._attribute(func, args)
             self._note_batch_statistics(args, kwargs)
         rows = self._rows
@@ -102,34 +105,21 @@ class Tracer(SeeingMode):
 
     def _call(self, func: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.paused:
-            output, data = func(*args, **kwargs), [tensor for _, _, tensor in _tensors(args, kwargs)]
-            if data:
-                require_repeatable(function.name, args, data[0], drew=False)
-            self._rows.note(function, args, kwargs, data)
-            return output
+            return self._call_inside(func, function, args, kwargs)
+        known, constant = self._parametric, self._constant
         parametric, data = [], []
         for key, item, tensor in _tensors(args, kwargs):
-            if id(tensor) in self._parametric:
+            if id(tensor) in known:
                 self._require_unchanged(tensor)
                 parametric.append((ArgPath(key, item), tensor))
-            elif tensor.requires_grad or id(tensor) not in self._constant:
+            elif tensor.requires_grad or id(tensor) not in constant:
                 data.append(tensor)
-        if function.like_another and parametric and len(args) > 1 and isinstance(args[1], Tensor):
-            if id(args[0]) in self._parametric:
-                args, parametric, data = (args[0], _shape_of(args[1]), *args[2:]), [(ArgPath(0), args[0])], []
-            else:
-                parametric = []
         if not parametric:
-            output = func(*args, **kwargs)
-            if (not data and not function.random_constant) or function.shape_only:
-                self._mark_constant(output)
-                self._rows.note_constant(function, args, kwargs, output)
-                return output
-            if is_in_place(function, args, kwargs) and args:
-                self._constant.pop(id(args[0]), None)  # data was written into it
-                self._rows.note_write()
-            self._rows.note(function, args, kwargs, data, in_graph=True)
-            return output
+            return self._without_parameters(func, function, args, kwargs, data)
+        if function.like_another and len(args) > 1 and isinstance(args[1], Tensor):
+            if id(args[0]) not in known:
+                return self._without_parameters(func, function, args, kwargs, data)
+            args, parametric, data = (args[0], _shape_of(args[1]), *args[2:]), [(ArgPath(0), args[0])], []
         if not torch.is_grad_enabled():
             output = func(*args, **kwargs)
             if not data:
@@ -140,15 +130,35 @@ class Tracer(SeeingMode):
             return self._use(func, function, args, kwargs, tuple(parametric), data)
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
+    def _call_inside(self, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
+        """A call within a registered module."""
+        output, data = func(*args, **kwargs), [tensor for _, _, tensor in _tensors(args, kwargs)]
+        if data:
+            require_repeatable(function.name, args, data[0], drew=False)
+        self._rows.note(function, args, kwargs, data)
+        return output
+
+    def _without_parameters(self, func: Any, function: Function, args: Any, kwargs: Any, data: list[Tensor]) -> Any:
+        output = func(*args, **kwargs)
+        if (not data and not function.random_constant) or function.shape_only:
+            self._mark_constant(output)
+            self._rows.note_constant(function, args, kwargs, output)
+            return output
+        if args and is_in_place(function, args, kwargs):
+            self._constant.pop(id(args[0]), None)  # data was written into it
+            self._rows.note_write()
+        self._rows.note(function, args, kwargs, data, in_graph=True)
+        return output
+
     def _derivation(self, func: Any, function: Function, args: Any, kwargs: Any, parametric: Any) -> Any:
         if is_in_place(function, args, kwargs):
             raise EngineUnavailable(
                 f"a tensor derived from parameters is changed in place by {function.name}(); write it out of place for "
                 "engine='ghost' (engine='jvp' takes it as it is)"
             )
-        output, state = _watching_randomness(func, function, args, kwargs)
+        output, state = watching_randomness(func, function, args, kwargs)
         # A no-op such as `contiguous` hands its argument back, which is known already.
-        outputs = tuple(t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output))
+        outputs = tuple([t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output)])
         self._mark_constant(output)
         if any(o is not None for o in outputs):
             self._add_derivation(Call(func, function.name, args, kwargs, parametric, outputs, False, state))
@@ -168,14 +178,14 @@ class Tracer(SeeingMode):
                 f"{name}() writes example data into a tensor of parameters or constants in place; use torch.cat or "
                 "torch.where for engine='ghost' (engine='jvp' takes it as it is)"
             )
-        upstream = tuple(t.grad_fn for t in data if t.grad_fn is not None)
-        kept, versions = args, tuple((t, t._version) for t in data)
+        upstream = tuple([t.grad_fn for t in data if t.grad_fn is not None])
+        kept, versions = args, tuple([(t, t._version) for t in data])
         if name in ADDITIONS:
             versions = ()  # a sum's derivative does not depend on what was added to
         elif in_place:  # the value before the call is gone afterwards, and a replay needs it
             kept = (args[0].detach().clone(), *args[1:])
-            versions = tuple((t, version) for t, version in versions if t is not args[0])
-        output, state = _watching_randomness(func, function, args, kwargs)
+            versions = tuple([(t, version) for t, version in versions if t is not args[0]])
+        output, state = watching_randomness(func, function, args, kwargs)
         require_repeatable(name, args, data[0], drew=state is not None)
         call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
         output = output if in_place else separated(output, upstream)
@@ -189,13 +199,12 @@ class Tracer(SeeingMode):
             places, tensors = zip(*found)
             if any([t.is_complex() or t.is_nested for t in tensors]):
                 raise EngineUnavailable(unserved(call.name, tensors))
-            edges = tuple(get_gradient_edge(t if call.in_place else owner_of(t, data)) for t in tensors)
-            self.uses.append(Use(call, edges, places, tuple(t.shape for t in tensors), upstream))
+            edges = tuple([get_gradient_edge(t if call.in_place else owner_of(t, data)) for t in tensors])
+            self.uses.append(Use(call, edges, places, tuple([t.shape for t in tensors]), upstream))
 
     def _made(self, call: Call, output: Any) -> list[tuple[int, Tensor]]:
         """Outputs that carry a gradient, by place; arguments that come back as they were (`atleast_2d`) are none."""
-        same = {id(t) for t, version in call.versions if t._version == version}
-        known = self._parametric
+        known, same = self._parametric, {id(t) for t, version in call.versions if t._version == version}
         return [
             (place, t)
             for place, t in enumerate(tensors_in(output))
@@ -278,15 +287,6 @@ class Tracer(SeeingMode):
 def _shape_of(tensor: Tensor) -> Tensor:
     """Its shape and dtype, in no memory of its own: what `bias.expand_as(hidden)` takes of `hidden`."""
     return tensor.detach().new_empty(()).expand(tensor.shape)
-
-
-def _watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:
-    """The output of a call, and the random state before it if the call drew from it, so that a replay does alike."""
-    if function.deterministic:
-        return func(*args, **kwargs), None
-    before = torch_random_state()
-    output = func(*args, **kwargs)
-    return output, None if same_state(before, torch_random_state()) else before
 
 
 def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:

@@ -27,7 +27,7 @@ def extend_to_derived(tangents: Mapping[int, Tensor], derivations: Iterable[Call
 
 def direction_dots(record: Record, tangents: Tangents, examples: int) -> Tensor | None:
     """The contribution of one use to the dots, [n]; None when no parameter of the use has a direction."""
-    if not any(id(parameter) in tangents for _, parameter in record.call.parameters):
+    if not any([id(parameter) in tangents for _, parameter in record.call.parameters]):
         return None
     with products(record.dot_precision):
         return rule_for(record.call).dots(record, tangents, examples)

@@ -48,7 +48,7 @@ def _times_used(trace: Trace) -> Counter[int]:
 
 
 def pairs_are_cheaper(use: Use, meta_use: Use, directions: int = 1) -> bool:
-    """Do pairs take fewer multiplications than the directions: one, of the mean meta loss, or one of every meta example?"""
+    """Do pairs take fewer multiplications than directions: one of the mean meta loss, or one of every meta example?"""
     return _saved(use, meta_use.output_shapes[0][:-1].numel(), directions) > 0
 
 

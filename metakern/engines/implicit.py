@@ -129,7 +129,7 @@ class Moving(LastingMode):
                 return _moved(given["input"], move, bias, 0.0)
         output = func(*args, **kwargs)
         # Its shape or dtype may be asked for; its values may not, with a gradient or without.
-        if any(True for _ in tensors_in(output)):
+        if tensors_in(output):
             self._unserved = getattr(func, "__name__", str(func))
         return output
 

@@ -93,9 +93,10 @@ class Recorded:
         self._require_intact()
         tangents = stage_dots.extend_to_derived(direction, self.trace.derivations)
         total = _Total(self.trace, columns)
-        for k, record in enumerate(self.records):
-            if record is not None:
-                total.add(record, paired.get(k), tangents)
+        with _without_autocast(self.losses.device.type):
+            for k, record in enumerate(self.records):
+                if record is not None:
+                    total.add(record, paired.get(k), tangents)
         return total.dots
 
     def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ class InPassing:
             reached[k] = reached[k] or any(g is not None for g in grads)
             record = _record(trace.uses[k], grads, self._axes[k], self._problem.dot_precision)
             if record is not None:
-                with torch.no_grad():
+                with torch.no_grad(), _without_autocast(self.losses.device.type):
                     total.add(record, paired.get(k), tangents)
 
         with unchanged_buffers(self._problem.model):  # checkpointed layers run again, and once more for the gradient
@@ -199,7 +200,7 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]], Hashable]
 
 def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_precision: str) -> Record | None:
     """The use with its B; None where the losses do not depend on it, or not through any entry."""
-    if all(g is None or g.numel() == 0 for g in grads):
+    if all([g is None or g.numel() == 0 for g in grads]):
         return None
     require_unchanged(use)
     return Record(use, tuple(grads), tuple(axes), dot_precision)
@@ -246,11 +247,7 @@ class _Total:
         self._columns, self._directed = columns, self.dots[:, 0] if columns else self.dots
 
     def add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
-        with _without_autocast(self.dots.device.type):
-            self._add(_with_range(record), meta_record, tangents)
-
-    def _add(self, record: Record, meta_record: Record | None, tangents: Tangents) -> None:
-        n = self.dots.shape[0]
+        record, n = _with_range(record), self.dots.shape[0]
         if meta_record is not None:
             self.dots += stage_dots.pair_dots(record, meta_record, n, self._columns)
         term = stage_dots.direction_dots(record, tangents, n)
@@ -265,7 +262,7 @@ def _without_autocast(kind: str) -> AbstractContextManager[Any]:
 
 def _with_range(record: Record) -> Record:
     """B in float32 where it is float16: a gradient scaled to fit its range times V, scaled as well, would not."""
-    if all(g is None or g.dtype != torch.float16 for g in record.output_grads):
+    if all([g is None or g.dtype != torch.float16 for g in record.output_grads]):
         return record
     return replace(record, output_grads=tuple(None if g is None else g.float() for g in record.output_grads))
 

@@ -16,7 +16,7 @@ from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 
 def _applies(call: Call) -> bool:
-    return call.argument(1, "weight").dim() == 2 and all(path.key not in (0, "input") for path, _ in call.parameters)
+    return call.argument(1, "weight").dim() == 2 and all([path.key not in (0, "input") for path, _ in call.parameters])
 
 
 def _rows_per_example(record: Record) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,12 +53,13 @@ def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * scale).to(EIGHT_BITS), scale
 
 
-@contextmanager
-def products(precision: str) -> Iterator[None]:
+def products(precision: str) -> AbstractContextManager[None]:
     """PyTorch's own products, and ours, use TF32 inside where that is what is allowed."""
-    if precision != "tf32":
-        yield
-        return
+    return _in_tf32() if precision == "tf32" else nullcontext()
+
+
+@contextmanager
+def _in_tf32() -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     newer = matmul, cudnn.conv, cudnn.rnn
     before = [kind.fp32_precision for kind in newer]

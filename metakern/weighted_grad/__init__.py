@@ -69,4 +69,5 @@ def _sparse_alone(records: Iterable[Record]) -> list[Record]:
 
 
 def _like(grad: Tensor, parameter: Tensor) -> Tensor:
-    return grad.to(parameter.dtype) if grad.is_sparse else grad.to(parameter.dtype).view_as(parameter)
+    grad = grad.to(parameter.dtype)
+    return grad if grad.is_sparse or grad.shape == parameter.shape else grad.view_as(parameter)

@@ -23,40 +23,52 @@ def weighted_grad(
     o = B.shape[2]
     # In a narrower dtype than sums are taken in, every part would be rounded.
     size = examples_per_tile(t, i + o) if A.dtype is accumulator(A.dtype) else max(1, len(w))
-    grad, shift = start, B.new_zeros(o if bias else 0)
+    grad, shift = start, None
     for a, b, some in _parts(A, B, w, size):
+        rows = b.flatten(0, 1)
         if bias:
-            shift += _bias(b, some)
+            shift = _bias(rows, some, t) if shift is None else shift.add_(_bias(rows, some, t))
         some = some.view(-1, 1, 1)
-        a, b = (_scaled(a, some), b) if i < o else (a, _scaled(b, some))
-        operands = b.flatten(0, 1).t(), a.flatten(0, 1)
+        if i < o:
+            a = _scaled(a, some)
+        else:
+            rows = _scaled(b, some).flatten(0, 1)
+        operands = rows.t(), a.flatten(0, 1)
         if grad is None:
             grad = torch.mm(*operands)
         else:
             grad = torch.addmm(grad, *operands) if grad is start else grad.addmm_(*operands)
     assert grad is not None
-    return grad, shift
+    return grad, B.new_empty(0) if shift is None else shift
 
 
 def _parts(A: Tensor, B: Tensor, w: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """A, B and w of the kept examples, so many at a time; one part at least, of no example where none is kept. All are
     taken where the host may not wait to know which."""
     kept = w.nonzero().squeeze(1) if host_may_wait() else w
-    if len(kept) == len(w):
+    count, all_kept = kept.numel(), kept.numel() == w.numel()
+    if count <= size:
+        yield (A, B, w) if all_kept else _picked(A, B, w, kept)
+    elif all_kept:
         yield from zip(A.split(size), B.split(size), w.split(size), strict=True)
-    elif size == 1 and len(kept):
+    elif size == 1:
         for n in kept.tolist():
             yield A[n : n + 1], B[n : n + 1], w[n : n + 1]
     else:
         for some in kept.split(size):
-            yield A.index_select(0, some), B.index_select(0, some), w.index_select(0, some)
+            yield _picked(A, B, w, some)
 
 
-def _bias(B: Tensor, w: Tensor) -> Tensor:
-    """sum_nt w_n B_nt, every position with the weight of its example."""
-    t = B.shape[1]
-    rows = w.to(accumulator(B.dtype)) if t == 1 else w.to(accumulator(B.dtype)).repeat_interleave(t)
-    return torch.mv(B.flatten(0, 1).t().to(rows.dtype), rows).to(B.dtype)
+def _picked(A: Tensor, B: Tensor, w: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return A.index_select(0, rows), B.index_select(0, rows), w.index_select(0, rows)
+
+
+def _bias(B: Tensor, w: Tensor, t: int) -> Tensor:
+    """sum_nt w_n B_nt for B in rows [n t, o], every position with the weight of its example."""
+    positions = w.to(accumulator(B.dtype))
+    if t != 1:
+        positions = positions.repeat_interleave(t)
+    return torch.mv(B.t().to(positions.dtype), positions).to(B.dtype)
 
 
 def _scaled(narrow: Tensor, w: Tensor) -> Tensor:
