@@ -19,7 +19,7 @@ _METADATA = frozenset(
 )
 
 # Attributes that are no tensors.
-_TOLD = frozenset("shape ndim dtype device layout requires_grad is_leaf is_cuda is_sparse is_nested names".split())
+_TOLD = frozenset("shape ndim dtype device layout requires_grad is_leaf is_cuda is_sparse is_nested".split())
 
 # Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
 _SHAPE_ONLY = frozenset(
