@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from metakern.capture.losses import LossFunction, evaluate_losses, require_losses
-from metakern.capture.losses import per_example_losses as per_example_losses
 from metakern.capture.members import constants_of
 from metakern.capture.record import Record as Record
 from metakern.capture.record import Trace as Trace

@@ -16,10 +16,10 @@ _METADATA = frozenset(
     getattr(Tensor, name)
     for name in "size dim numel stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
     "element_size ndimension nelement get_device is_same_size __len__ __repr__ __hash__".split()
+) | frozenset(
+    getattr(Tensor, name).__get__
+    for name in "shape ndim dtype device layout requires_grad is_leaf is_cuda is_sparse is_nested".split()
 )
-
-# Attributes that are no tensors.
-_TOLD = frozenset("shape ndim dtype device layout requires_grad is_leaf is_cuda is_sparse is_nested".split())
 
 # Made from a tensor's shape, device or dtype only: constants, although a tensor is among the arguments.
 _SHAPE_ONLY = frozenset(
@@ -96,7 +96,6 @@ class Function(NamedTuple):
     statistics: slice | None  # positions of the running statistics that it may update
     table: bool  # a look-up, which may rewrite its table
     writes: bool  # may write into an argument without being told by `inplace` or `out`
-    may_write: bool  # the same, or by its position `inplace`
 
 
 _KNOWN: dict[Callable[..., Any], Function] = {}
@@ -145,7 +144,6 @@ def _looked_up(func: Callable[..., Any]) -> Function:
     name = getattr(func, "__name__", "")
     in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     inplace_at, statistics, opaque = _inplace_at(func), _STATISTICS.get(func), not _is_known(func)
-    writes = any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics))
     return Function(
         name,
         _kind(func, name),
@@ -163,8 +161,7 @@ def _looked_up(func: Callable[..., Any]) -> Function:
         inplace_at,
         statistics,
         func in _TABLES,
-        writes,
-        writes or in_place or inplace_at is not None,
+        any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics)),
     )
 
 
@@ -187,6 +184,4 @@ def _kind(func: Callable[..., Any], name: str) -> str:
         return "metadata"
     if func in _UNROLLED:
         return "unrolled"
-    if name == "__get__" and getattr(func.__self__, "__name__", "") in _TOLD:  # type: ignore[attr-defined]
-        return "metadata"
     return {"__get__": "attribute", "batch_norm": "batch_norm", "register_hook": "hook"}.get(name, "call")

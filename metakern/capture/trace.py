@@ -25,9 +25,6 @@ from metakern.capture.row_notes import RowNotes, next_node
 from metakern.capture.unrolled import SeeingMode, dispatched, dispatches, unrolled
 from metakern.capture.writes import Writes
 
-_PLAIN = (Tensor,)
-"""The types that torch asks of a function written in Python, where no tensor has a `__torch_function__` of its own."""
-
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 
 
@@ -79,12 +76,12 @@ class Tracer(SeeingMode):
     ) -> Any:
         kwargs = kwargs or {}
         function = function_of(func)
-        if self._writes is not None and (kwargs or function.may_write) and may_write(function, args, kwargs):
+        if self._writes is not None and may_write(function, args, kwargs):
             self._writes.before(function, args, kwargs)
         kind = function.kind
         if kind == "metadata" or (self.paused and kind != "call"):
             return func(*args, **kwargs)
-        if types and types != _PLAIN and dispatches(types):
+        if types and dispatches(types):
             with self:
                 return dispatched(func, types, args, kwargs)
         if kind != "call":

@@ -15,6 +15,8 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 _PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+_TENSORS_ALONE = (Tensor,)
+"""The types that come with a function written in Python, where no tensor is of a kind of its own."""
 _BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
 
@@ -31,6 +33,8 @@ def unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
 
 def dispatches(types: Iterable[type]) -> bool:
     """Will torch ask one of these types, whose `__torch_function__` is its own, so that a call may do anything?"""
+    if types == _TENSORS_ALONE:
+        return False
     own = any(getattr(kind.__torch_function__, "__func__", None) is not _PLAIN for kind in types)
     return own and torch._C._is_torch_function_enabled()  # not so within that function, where it turns to torch's own
 

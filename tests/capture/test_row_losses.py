@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
-from metakern.capture import per_example_losses, trace_batch
 from metakern.capture import row_losses as subject
+from metakern.capture import trace_batch
 from metakern.capture.examples import ExampleAxis
+from metakern.capture.losses import per_example_losses
 from metakern.capture.poison import poisoned_losses
 from metakern.capture.row_losses import row_losses
 from metakern.ops import extension
