@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -85,14 +84,23 @@ def check(
         `CheckReport`; print it for a table per parameter, `report.ok` is the verdict.
 
     Raises:
-        As `l2rw_step`; ValueError for examples < 1.
+        As `l2rw_step`; ValueError for examples < 1; RuntimeError where the copy cannot be run in float64.
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
     require_servable(model)
     replica, without_dropout = _float64_copy(model)
     batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
-    truth = _Truth(replica, batch, meta_batch, loss_fn, examples)
+    try:
+        truth = _Truth(replica, batch, meta_batch, loss_fn, examples)
+    except RuntimeError as error:
+        if isinstance(error, EngineUnavailable):
+            raise
+        raise RuntimeError(
+            "check runs a copy of the model in float64, and its forward or backward pass fails there; tensors that it "
+            "reads stay in their precision where they are no parameters, buffers or attributes of a module, nor part "
+            f"of the batch: {error}"
+        ) from error
     found = reweight_step(
         replica, batch, meta_batch, rule=truth.weights_like, loss_fn=loss_fn, engine=engine, allow_unused=allow_unused
     )
@@ -122,7 +130,7 @@ class _Truth:
 
     def __init__(self, model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any, examples: int) -> None:
         named = trainable_parameters(model)
-        frozen = copy.deepcopy(model)  # so that running statistics move in neither
+        frozen = copy_of(model)  # so that running statistics move in neither
         parameters = [p for p in frozen.parameters() if p.requires_grad]
         losses = evaluate_losses(frozen, batch, loss_fn, "batch")
         meta_loss = evaluate_losses(frozen, meta_batch, loss_fn, "meta_batch").mean()
@@ -164,6 +172,7 @@ def _float64_copy(model: nn.Module) -> tuple[nn.Module, bool]:
     """A copy in float64 without dropout, and whether there was any."""
     replica, changed = copy_of(model).double(), False
     for module in replica.modules():
+        vars(module).update({name: _double(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
         for attribute in ("p", "dropout", "dropout_p", "attention_dropout"):
             rate = getattr(module, attribute, None)
             is_dropout = attribute != "p" or isinstance(module, nn.modules.dropout._DropoutNd)

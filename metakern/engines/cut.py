@@ -8,18 +8,33 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from metakern.capture.layout import is_sparse
+
 
 def cut(batch: Any, size: int, argument: str) -> list[Any]:
     """The batch in parts of `size` examples, the last one smaller: every tensor is cut along dimension 0.
 
     Tensors without a dimension, and whatever is no tensor, go to every part. `argument` is what errors call the batch.
 
+    Raises: as `examples_of`.
+    """
+    leaves, form = _leaves(batch)
+    return [
+        tree_unflatten(
+            [_rows(leaf, start, size) if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves], form
+        )
+        for start in range(0, max(examples_of(batch, argument), 1), size)
+    ]
+
+
+def examples_of(batch: Any, argument: str) -> int:
+    """How many examples the batch has: the length of every tensor with a dimension.
+
     Raises:
         TypeError: the batch holds no tensor, so nothing is known to cut.
         ValueError: its tensors do not agree on the number of examples.
     """
-    leaves, form = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    shapes = [tuple(leaf.shape) for leaf in _leaves(batch)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     if not shapes:
         raise TypeError(
             f"micro_batch cuts tensors, in tuples, lists and mappings; {argument} is of type {type(batch).__name__} "
@@ -31,10 +46,16 @@ def cut(batch: Any, size: int, argument: str) -> list[Any]:
             f"micro_batch cuts every tensor of {argument} along dimension 0, which must be the examples; they have "
             f"shapes {shapes}"
         )
-    (examples,) = sizes
-    return [
-        tree_unflatten(
-            [leaf[start : start + size] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves], form
-        )
-        for start in range(0, max(examples, 1), size)
-    ]
+    return sizes.pop()
+
+
+def _leaves(batch: Any) -> tuple[list[Any], Any]:
+    return tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+
+
+def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
+    """Rows of a tensor; sparse ones have no views, and only coordinates can be cut."""
+    if not is_sparse(tensor):
+        return tensor[start : start + size]
+    part = tensor.to_sparse_coo().narrow_copy(0, start, min(size, len(tensor) - start))
+    return part.to_sparse(layout=tensor.layout)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.capture.layout import is_sparse
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.trace import tensor_arguments, tensors_in
 from metakern.capture.unrolled import LastingMode
@@ -137,6 +138,7 @@ class Moving(LastingMode):
 def _moved(x: Tensor, move: Move, bias: Tensor | None, bias_factor: float | Tensor) -> Tensor:
     """x W^^T + b^. The Gram lies in columns, [rows, meta rows]: this way round the library is quicker at it."""
     output = F.linear(x, move.origin, bias)
+    x = x.to_dense() if is_sparse(x) else x
     gram = move.inputs @ x.to(move.inputs.dtype).reshape(-1, x.shape[-1]).t()
     change = ((move.factor * gram + bias_factor) * move.coefficients).t() @ move.grads
     return output - change.to(output.dtype).view(output.shape)

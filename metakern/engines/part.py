@@ -14,7 +14,7 @@ from metakern.capture.losses import evaluate_losses
 from metakern.capture.random_state import random_state, restore_random_state, same_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import unchanged_buffers
-from metakern.engines.cut import cut
+from metakern.engines.cut import cut, examples_of
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import recorded
@@ -36,7 +36,7 @@ def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> 
 
 
 def examples_in(batch: Any) -> int:
-    return len(cut(batch, 1, "batch"))
+    return max(examples_of(batch, "batch"), 1)
 
 
 def require_count(losses: Tensor, batch: Any) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.layout import stored_alike
 from metakern.capture.members import keepers_of, name_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state import Buffers
@@ -41,7 +42,7 @@ class PartBuffers:
                 if _is_mean(*key):
                     so_far = self._means.get(key)
                     self._means[key] = examples * buffer if so_far is None else so_far + examples * buffer
-                elif not torch.equal(self._first.setdefault(key, buffer), buffer):
+                elif not stored_alike(self._first.setdefault(key, buffer), buffer):
                     raise EngineUnavailable(
                         f"what a forward pass leaves in buffer '{self._name(*key)}' depends on its "
                         "examples, so parts of a batch cannot stand for the whole; leave out micro_batch"
@@ -53,7 +54,7 @@ class PartBuffers:
             value = self._means[key] / self._examples if key in self._means else self._first[key]
             if buffer.shape != value.shape:
                 key[0]._buffers[key[1]] = value
-            elif not torch.equal(buffer, value):
+            elif not stored_alike(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from metakern.capture.host import is_traced
 from metakern.layers.custom_functions import through_backward
 from metakern.layers.dual import is_dual
+from metakern.layers.dual_product import PAIRED, dual_linear, dual_product, dual_sum
 from metakern.layers.forms import TWICE_DIFFERENTIABLE
 from metakern.layers.packing_parts import packed, padded
 
@@ -194,6 +195,13 @@ def _without(name: str) -> Callable[..., Any]:
     return refused
 
 
+FAKE_QUANTISED = (
+    torch.fake_quantize_per_tensor_affine,
+    torch.fake_quantize_per_channel_affine,
+    torch.fused_moving_avg_obs_fake_quant,
+)
+"""Rounding in quantisation-aware training, which gradients pass as they are where nothing was cut off."""
+
 FORWARD_FORMS = {
     **TWICE_DIFFERENTIABLE,
     F.group_norm: _in_rows(F.group_norm),
@@ -202,6 +210,7 @@ FORWARD_FORMS = {
     **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
     # Of two equal ones the first counts, or since torch 2.14 half of each; forward mode says otherwise.
     **{f: partial(_by_backward, f) for f in (torch.fmax, Tensor.fmax)},
+    **{f: partial(_by_backward, f) for f in FAKE_QUANTISED},
     torch.scatter_reduce: _scatter_reduce,
     Tensor.scatter_reduce: _scatter_reduce,
     Tensor.scatter_reduce_: lambda input, *args, **kwargs: input.copy_(_scatter_reduce(input, *args, **kwargs)),
@@ -210,6 +219,8 @@ FORWARD_FORMS = {
     torch._grouped_mm: _grouped_product,  # type: ignore[attr-defined]
     torch._VF._pack_padded_sequence: packed,  # type: ignore[attr-defined]
     torch._VF._pad_packed_sequence: padded,  # type: ignore[attr-defined]
+    F.linear: dual_linear,
+    **{f: dual_product(f) for f in PAIRED},
     F.embedding: _looked_up,
     torch.embedding: _rows_of,
     **{f: _symmetric(f) for f in (torch.linalg.eigh, torch.linalg.cholesky, torch.linalg.cholesky_ex)},
@@ -222,6 +233,7 @@ FORWARD_FORMS = {
         for owner, end in ((torch, ""), (Tensor, ""), (Tensor, "_"))
     },
     torch.rsub: _scaled(torch.rsub),
+    **{f: dual_sum(_scaled(f)) for f in (torch.addmm, Tensor.addmm, torch.sparse.addmm)},
     **{
         getattr(owner, name): _without(name)
         for name in ("as_strided_scatter", "cholesky_inverse", "triangular_solve")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metakern import ops
+from metakern.capture.layout import is_sparse
 from metakern.capture.record import Call, Record
 from metakern.layers.per_example import cheaper
 from metakern.layers.precision import direction_dots
@@ -16,6 +17,8 @@ from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 
 def _applies(call: Call) -> bool:
+    if is_sparse(call.argument(0, "input")):
+        return False
     return call.argument(1, "weight").dim() == 2 and all([path.key not in (0, "input") for path, _ in call.parameters])
 
 
@@ -29,8 +32,10 @@ def matrices(record: Record, examples: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(record: Record, inputs: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """The same of any product of inputs with a matrix."""
+    """The same of any product of inputs with a matrix; sparse ones come where the other batch's are dense."""
     inputs, grad = inputs.detach(), record.output_grad
+    if is_sparse(inputs):
+        inputs = inputs.to_dense()
     first = examples if _rows_per_example(record) else grad.numel() // grad.shape[-1]
     return (
         inputs.to(grad.dtype).reshape(first, -1, inputs.shape[-1]),

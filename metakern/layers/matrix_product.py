@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metakern import ops
+from metakern.capture.layout import is_sparse
 from metakern.capture.record import Call, Record
 from metakern.layers.linear import bias_dots, bias_gradient, row_weights, rows_of, sum_rows
 from metakern.layers.precision import direction_dots
@@ -18,7 +19,7 @@ PRODUCTS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.
 SUMS = (torch.addmm,)
 
 
-def _operands(call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
+def operands(call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
     """b, A and W."""
     if call.func in SUMS:
         return call.argument(0, "input"), call.argument(1, "mat1"), call.argument(2, "mat2")
@@ -28,22 +29,24 @@ def _operands(call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
 
 def _applies(call: Call) -> bool:
     """Only W, and a bias [o], may be trained."""
-    shift, inputs, weight = _operands(call)
+    shift, inputs, weight = operands(call)
     trained = {id(p) for _, p in call.parameters}
     if weight.dim() != 2 or inputs.dim() < 2 or id(inputs) in trained or call.kwargs.keys() & {"beta", "alpha", "out"}:
+        return False
+    if is_sparse(inputs):
         return False
     return shift is None or id(shift) not in trained or tuple(shift.shape) == (weight.shape[1],)
 
 
 def _trained(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """W and b, where they are."""
-    shift, _, weight = _operands(call)
+    shift, _, weight = operands(call)
     trained = {id(p) for _, p in call.parameters}
     return weight if id(weight) in trained else None, shift if shift is not None and id(shift) in trained else None
 
 
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
-    _, inputs, _ = _operands(record.call)
+    _, inputs, _ = operands(record.call)
     a, b = rows_of(record, inputs, examples)
     direction, bias = (None if p is None else tangents.get(id(p)) for p in _trained(record.call))
     terms = [] if direction is None else [direction_dots(record.dot_precision, a, direction.t().to(a.dtype), b)]
@@ -53,7 +56,7 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:
-    _, inputs, _ = _operands(record.call)
+    _, inputs, _ = operands(record.call)
     a, b = rows_of(record, inputs, weights.examples)
     w, (weight, bias) = row_weights(record, weights), _trained(record.call)
     found: Gradients = {}

@@ -24,6 +24,7 @@ from metakern.layers import (
     norm,
     per_example,
     scale,
+    sparse_product,
 )
 from metakern.layers.rule import LayerRule
 
@@ -38,7 +39,7 @@ _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
     **{function: norm.RULE for function in norm.NORMS},
     **dict.fromkeys(scale.PRODUCTS, scale.RULE),
 }
-
+_OF_SPARSE_INPUTS: dict[Callable[..., Any], LayerRule] = dict.fromkeys(sparse_product.FUNCTIONS, sparse_product.RULE)
 
 _BY_MODULE: dict[type[nn.Module], LayerRule] = {}
 
@@ -56,7 +57,8 @@ def rule_for(call: Call) -> LayerRule:
         rule = _BY_FUNCTION.get(call.func)
     if rule is not None and rule.applies(call):
         return rule
-    return generic.RULE
+    sparse = _OF_SPARSE_INPUTS.get(call.func)
+    return sparse if sparse is not None and sparse.applies(call) else generic.RULE
 
 
 def register_layer(layer: type[nn.Module] | Callable[..., Any], rule: LayerRule | None = None) -> None:

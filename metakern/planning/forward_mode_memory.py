@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from metakern.capture.layout import is_sparse
 from metakern.capture.losses import evaluate_losses
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
@@ -134,6 +135,8 @@ class _Alive(TorchFunctionMode):
         return output
 
     def _has_tangent(self, tensor: Tensor) -> bool:
+        if is_sparse(tensor):
+            return False
         held = self._held.get(_storage_of(tensor).cdata)
         return id(tensor) in self._dual or (held is not None and held.has_tangent)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from metakern.capture.contents import attributes_of
+from metakern.capture.layout import stored
 from metakern.capture.members import modules_of
 from metakern.capture.surroundings import globals_of
 from metakern.step.lookup import OwnWords, Words, classes_of, function_of, is_foreign, is_own, unnamed, words_of
@@ -135,9 +136,10 @@ class Granted:
         self._found += (value, self._but_values(value))
 
     def _but_values(self, tensor: Tensor) -> _Tensor:
-        hooked, place = bool(tensor._backward_hooks), tensor.data_ptr() if self._places else 0
+        first = stored(tensor)[0]
+        hooked, place = bool(tensor._backward_hooks), first.data_ptr() if self._places else 0
         number = repr(tensor.item()) if self._places and tensor.is_cpu and tensor.dim() == 0 else ""
-        known = tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+        known = tensor.dtype, tensor.shape, first.stride(), tensor.device
         return _Tensor(*known, tensor.requires_grad, hooked, place, number)
 
     def _sequence(self, values: Any, words: Words, depth: int) -> None:

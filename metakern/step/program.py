@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metakern.capture.layout import is_sparse
 from metakern.capture.refusal import EngineUnavailable
 from metakern.step.draws import Draws
 from metakern.step.program_parts import cut
@@ -88,12 +89,13 @@ def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Te
 
     def recorded(*given: Tensor) -> list[Tensor]:
         reads, found = _Reads(), list[Tensor]()
-        with _NoExports(), reads, Draws():
+        with _Untraceable(), reads, Draws():
             for results in function(*given):
                 sizes.append(len(results))
                 found += [*results, reads.as_traced(given[0].device)]
             return found
 
+    _require_strided(tensors)
     with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # what is compiled in it is traced as written
         graph = make_fx(recorded)(*tensors)
     return Program(graph, sizes, tensors)
@@ -147,8 +149,8 @@ def _by_numbers(func: Any, args: Any) -> bool:
     )
 
 
-class _NoExports(TorchFunctionMode):
-    """Numbers that leave torch would be constants of the program without a word."""
+class _Untraceable(TorchFunctionMode):
+    """Numbers that leave torch would be constants of the program without a word; sparse tensors fail with many."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _EXPORTS:
@@ -156,7 +158,15 @@ class _NoExports(TorchFunctionMode):
                 f"the step takes numbers out of torch (Tensor.{func.__name__}), which a compiled step would not do "
                 "again; take the step uncompiled"
             )
+        _require_strided(args)
         return func(*args, **(kwargs or {}))
+
+
+def _require_strided(values: Sequence[Any]) -> None:
+    if any(isinstance(value, Tensor) and is_sparse(value) for value in values):
+        raise EngineUnavailable(
+            "the step reads a sparse tensor, which torch traces and compiles in part only; take the step uncompiled"
+        )
 
 
 def _constants_as_inputs(graph: fx.GraphModule) -> list[Tensor]:

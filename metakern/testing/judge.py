@@ -107,6 +107,7 @@ class Snapshot:
 
 def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
+        left, right = left.to_dense(), right.to_dense()
         return left.shape == right.shape and bool(((left == right) | (left.isnan() & right.isnan())).all())
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+_COPIED = (torch.strided, torch.sparse_coo, torch.jagged)
+"""Layouts that `copy.deepcopy` takes."""
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 Select = Callable[[Any, int], Any]
 
@@ -179,7 +182,8 @@ def _refuse_dropout(model: nn.Module) -> None:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy of the model. What it keeps of its last forward pass (a pruned weight, an auxiliary loss) is copied
-    without the graph that it came from, of which torch makes no copies.
+    without the graph that it came from, of which torch makes no copies; nor does it of sparse rows (CSR).
     """
     kept = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    apart = [t for t in kept if isinstance(t, Tensor) and (not t.is_leaf or t.layout not in _COPIED)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in apart})

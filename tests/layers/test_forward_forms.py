@@ -20,6 +20,7 @@ from metakern.testing.judge import judge_step
 ROOT = inputs.normal(4, 4, seed=1)
 SYMMETRIC = ROOT @ ROOT.T + torch.eye(4, dtype=torch.float64)
 TOKENS = torch.tensor([[0, 2], [2, 3], [1, 2]])
+STEPS = torch.tensor([0.1, 0.2, 0.3, 0.4])
 PLACES = torch.tensor([[0, 1, 1, 3]])
 """Places of a pool whose windows overlap: two entries may have come from one."""
 
@@ -33,6 +34,11 @@ AGREES: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "embedding, padding from the end": (lambda table: F.embedding(TOKENS, table, -2), ROOT),
     "torch.embedding": (lambda table: torch.embedding(table, TOKENS, 2), ROOT),
     "torch.embedding without padding": (lambda table: torch.embedding(table, TOKENS), ROOT),
+    "fake_quantize_per_tensor_affine": (lambda x: torch.fake_quantize_per_tensor_affine(x, 0.2, 1, -4, 3), ROOT),
+    "fake_quantize_per_channel_affine": (
+        lambda x: torch.fake_quantize_per_channel_affine(x, STEPS, torch.arange(4).int(), 0, -4, 3),
+        ROOT,
+    ),
     "max_unpool1d": (lambda x: F.max_unpool1d(x, PLACES.expand(4, 4), 2, 1), ROOT),
     "max_unpool2d": (lambda x: F.max_unpool2d(x.view(1, 4, 2, 2), PLACES.expand(4, 4).view(1, 4, 2, 2), 2), ROOT),
     "max_unpool3d": (lambda x: F.max_unpool3d(x.view(4, 1, 2, 2), PLACES.expand(4, 4).view(4, 1, 2, 2), 2), ROOT),

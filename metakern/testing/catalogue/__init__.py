@@ -6,8 +6,9 @@ from metakern.testing.catalogue.layouts import LAYOUTS
 from metakern.testing.catalogue.networks import NETWORKS
 from metakern.testing.catalogue.recurrent import RECURRENT
 from metakern.testing.catalogue.scales import SCALES
+from metakern.testing.catalogue.sparse import SPARSE
 from metakern.testing.catalogue.structures import STRUCTURES
 
-CASES: list[Case] = [*LAYERS, *SCALES, *RECURRENT, *STRUCTURES, *LAYOUTS]
+CASES: list[Case] = [*LAYERS, *SCALES, *RECURRENT, *STRUCTURES, *LAYOUTS, *SPARSE]
 
-__all__ = ["CASES", "LAYERS", "LAYOUTS", "NETWORKS", "RECURRENT", "SCALES", "STRUCTURES", "Case", "Setup"]
+__all__ = ["CASES", "LAYERS", "LAYOUTS", "NETWORKS", "RECURRENT", "SCALES", "SPARSE", "STRUCTURES", "Case", "Setup"]
