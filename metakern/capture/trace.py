@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
+from metakern.capture.real_parts import in_real_parts, real_parts
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import require_repeatable, watching_randomness
@@ -185,8 +186,15 @@ class Tracer(SeeingMode):
         output, state = watching_randomness(func, function, args, kwargs)
         require_repeatable(name, args, data[0], drew=state is not None)
         call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
-        output = output if in_place else separated(output, upstream)
-        self._note(call, args[0] if in_place else output, data, upstream)
+        if in_place:
+            self._note(call, args[0], data, upstream)
+            return output
+        if isinstance(output, Tensor) and output.is_complex():
+            parts = real_parts(output)
+            self._note(in_real_parts(call), parts, data, upstream)
+            return torch.view_as_complex(parts)
+        output = separated(output, upstream)
+        self._note(call, output, data, upstream)
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:

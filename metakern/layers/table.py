@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metakern.capture.module_call import ModuleCall
+from metakern.capture.real_parts import RealParts
 from metakern.capture.record import Call
 from metakern.capture.trace import ADDITIONS
 from metakern.capture.whole_modules import REGISTERED
@@ -17,6 +18,7 @@ from metakern.layers import (
     addition,
     bag,
     convolution,
+    einsum,
     embedding,
     generic,
     linear,
@@ -38,6 +40,7 @@ _BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
     F.embedding_bag: bag.RULE,
     **{function: norm.RULE for function in norm.NORMS},
     **dict.fromkeys(scale.PRODUCTS, scale.RULE),
+    torch.einsum: einsum.RULE,
 }
 _OF_SPARSE_INPUTS: dict[Callable[..., Any], LayerRule] = dict.fromkeys(sparse_product.FUNCTIONS, sparse_product.RULE)
 
@@ -48,7 +51,9 @@ def rule_for(call: Call) -> LayerRule:
     """The rule of a call; calls without one are served by forward mode through the call alone."""
     if isinstance(call.func, per_example.Folded):
         return per_example.RULE
-    if isinstance(call.func, ModuleCall):
+    if isinstance(call.func, RealParts):
+        rule = einsum.RULE if call.func.func is torch.einsum else None
+    elif isinstance(call.func, ModuleCall):
         kinds = type(call.func.module).__mro__
         rule = next((_BY_MODULE[kind] for kind in kinds if kind in _BY_MODULE), None)
     elif call.name in ADDITIONS:

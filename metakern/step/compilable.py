@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from metakern.capture.layout import stored_alike
@@ -136,6 +137,20 @@ def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
             )
 
 
+def require_compiled_as_traced(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
+    """Hold what the compiler made of it against that step as well, but where it draws, in an order of its own."""
+    if seen.draws:
+        return
+    found, wanted = _all(program, [*tensors, *seen.buffers]), [*seen.values, *seen.left]
+    largest = max(map(_size, wanted))
+    if found is None or not all(_nearly(got, want, largest) for got, want in zip(found, wanted, strict=True)):
+        raise EngineUnavailable(
+            "the compiled program gives other values than the program that it was made of, so the compiler is wrong "
+            "about an operation in it (inductor in torch 2.13: about writes into complex tensors, in forward mode); "
+            "take the step uncompiled"
+        )
+
+
 @contextmanager
 def torch_random_state_as_before() -> Iterator[None]:
     """Torch's default generators are afterwards as they were."""
@@ -158,6 +173,20 @@ def _all(program: Program, tensors: list[Tensor]) -> list[Tensor] | None:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and stored_alike(left, right)
+
+
+def _nearly(got: Tensor, want: Tensor, largest: float) -> bool:
+    """Equal, but for roundings in another order, of which some values are all there is (gradients that cancel);
+    `largest` is the size of the largest of all values.
+    """
+    if not want.is_floating_point():
+        return _same(got, want)
+    allowed = {torch.float64: 1e-6, torch.float32: 3e-2}.get(want.dtype, 0.3) * max(_size(want), 1e-3 * largest)
+    return got.shape == want.shape and not _size(got.double() - want.double()) > allowed
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
 
 
 def _alike(got: Tensor, want: Tensor) -> bool:

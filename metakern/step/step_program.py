@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from metakern.capture.random_state import restore_random_state, torch_random_state
 from metakern.capture.state import unchanged_on_error
 from metakern.engines.jvp import without_fused_lstm
-from metakern.step.compilable import Found, require_same, restored_on_error, see, torch_random_state_as_before
+from metakern.step.compilable import (
+    Found,
+    require_compiled_as_traced,
+    require_same,
+    restored_on_error,
+    see,
+    torch_random_state_as_before,
+)
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
 from metakern.step.own_buffers import OwnBuffers
@@ -111,4 +118,5 @@ def compiled(
                 program = traced(step, [*given, *buffers.tensors])
             require_same(program, seen, given)
             program.compile(backend)
+            require_compiled_as_traced(program, seen, given)
     return StepProgram(program, batches, buffers, granted, seen.engine, seen.draws)

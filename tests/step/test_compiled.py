@@ -382,3 +382,20 @@ def test_inductor_takes_one_mask_for_losses_and_gradient() -> None:
         budget.assert_within(losses, loss, loss + 1, dtype=torch.float64)
         masks.add(tuple(kept.tolist()))
     assert len(masks) > 1
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_compiler_that_is_wrong_is_refused(draws: bool) -> None:
+    """But where the step draws numbers: compilers draw them in an order of their own."""
+
+    def wrong(graph: Any, given: Any) -> Any:
+        return lambda *tensors: [t * 1.05 if t.is_floating_point() else t for t in graph(*tensors)]
+
+    model = nn.Sequential(network(), nn.Dropout(0.5) if draws else nn.Identity())
+    before = Snapshot.of(model)
+    if draws:
+        metakern.compile_step(model, *batches(), backend=wrong)
+        return
+    with pytest.raises(NotImplementedError, match="the compiler is wrong about an operation"):
+        metakern.compile_step(model, *batches(), backend=wrong)
+    before.assert_unchanged(model)

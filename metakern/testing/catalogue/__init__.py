@@ -7,8 +7,21 @@ from metakern.testing.catalogue.networks import NETWORKS
 from metakern.testing.catalogue.recurrent import RECURRENT
 from metakern.testing.catalogue.scales import SCALES
 from metakern.testing.catalogue.sparse import SPARSE
+from metakern.testing.catalogue.spectral import SPECTRAL
 from metakern.testing.catalogue.structures import STRUCTURES
 
-CASES: list[Case] = [*LAYERS, *SCALES, *RECURRENT, *STRUCTURES, *LAYOUTS, *SPARSE]
+CASES: list[Case] = [*LAYERS, *SCALES, *RECURRENT, *STRUCTURES, *LAYOUTS, *SPARSE, *SPECTRAL]
 
-__all__ = ["CASES", "LAYERS", "LAYOUTS", "NETWORKS", "RECURRENT", "SCALES", "SPARSE", "STRUCTURES", "Case", "Setup"]
+__all__ = [
+    "CASES",
+    "LAYERS",
+    "LAYOUTS",
+    "NETWORKS",
+    "RECURRENT",
+    "SCALES",
+    "SPARSE",
+    "SPECTRAL",
+    "STRUCTURES",
+    "Case",
+    "Setup",
+]

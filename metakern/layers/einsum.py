@@ -1,0 +1,80 @@
+"""Y = einsum(equation, A, W) with one trained operand W, at either place: linear in it, whatever the letters say.
+
+dots_n = <B_n, einsum(equation, A, V)_n>;  weighted gradient einsum(letters of A and Y -> letters of W, A, w B), of kept
+examples alone where they come first in A and Y.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakern.capture.real_parts import RealParts
+from metakern.capture.record import Call, Record
+from metakern.layers.generic import linear_dots
+from metakern.layers.rule import Gradients, LayerRule, Weights
+
+_LETTERS = r"((?:[a-zA-Z]|\.{3})*)"
+_TWO_OPERANDS = re.compile(f"{_LETTERS},{_LETTERS}->{_LETTERS}")
+
+
+class _Product(NamedTuple):
+    """Letters and tensors of a product of two operands."""
+
+    inputs: str
+    weight: str
+    outputs: str
+    a: Tensor
+    w: Tensor
+
+
+def _product(call: Call) -> _Product | None:
+    """None for another call: of other operands than two, of letters of W that come twice, alone or for a size 1."""
+    if call.kwargs or len(call.parameters) != 1 or not isinstance(call.args[0], str):
+        return None
+    operands = call.args[1] if isinstance(call.args[1], (list, tuple)) else call.args[1:]
+    found = _TWO_OPERANDS.fullmatch(call.args[0].replace(" ", ""))
+    if found is None or len(operands) != 2:
+        return None
+    first, second, outputs = found.groups()
+    ((_, trained),) = call.parameters
+    pairs = (first, operands[0]), (second, operands[1])
+    (weight, w), (inputs, a) = pairs if operands[0] is trained else reversed(pairs)
+    if "." in weight or inputs.count("...") != outputs.count("..."):
+        return None
+    unused = "".join(sorted(set(string.ascii_letters).difference(inputs, weight, outputs)))
+    between = unused[: a.dim() - len(inputs.replace(".", ""))]
+    inputs, outputs = inputs.replace("...", between), outputs.replace("...", between)
+    twice = any(len(set(letters)) < len(letters) for letters in (inputs, weight))
+    if twice or not set(weight) <= {*inputs, *outputs}:
+        return None
+    sizes = dict(zip(inputs, a.shape))
+    broadcast = any(sizes.get(letter, 1) not in (1, size) for letter, size in zip(weight, w.shape))
+    return None if broadcast else _Product(inputs, weight, outputs, a, w)
+
+
+def _applies(call: Call) -> bool:
+    return _product(call) is not None
+
+
+def weighted_grads(record: Record, weights: Weights) -> Gradients:
+    product, axis, grad = _product(record.call), record.axes[0], record.output_grad
+    assert product is not None
+    a, w, example = product.a.detach(), weights.values, product.outputs[:1]
+    alone = example in product.inputs and example not in product.weight  # W may have entries for single examples
+    if weights.kept is not None and axis.leading and axis.inner == 1 and alone:
+        a = a.index_select(product.inputs.index(example), weights.kept)
+        grad, w = grad.index_select(0, weights.kept), w.index_select(0, weights.kept)
+    scaled = grad * axis.spread(w, grad.shape).to(grad.dtype)
+    if isinstance(record.call.func, RealParts):
+        scaled = torch.view_as_complex(scaled)
+    letters = f"{product.inputs},{product.outputs}->{product.weight}"
+    found = torch.einsum(letters, a.conj().to(scaled.dtype), scaled)
+    return {id(product.w): (found if product.w.is_complex() else found.real).to(product.w.dtype)}
+
+
+RULE = LayerRule(_applies, linear_dots, weighted_grads)
