@@ -66,9 +66,24 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def constants_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers without a gradient, also of unregistered modules; what two modules hold comes twice."""
-    kinds = (tensors for module in keepers_of(model) for tensors in (module._parameters, module._buffers))
-    return [t for tensors in kinds for t in tensors.values() if t is not None and not t.requires_grad]
+    """Parameters and buffers without a gradient, also of unregistered modules, and whole numbers that are attributes or
+    lie in one (positions, masks, prompts); what two modules hold comes twice.
+    """
+    modules = keepers_of(model)
+    kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
+    found = [t for tensors in kinds for t in tensors.values() if t is not None and not t.requires_grad]
+    attributes = (vars(module).values() for module in modules if not is_torchs_own(type(module)))
+    return found + [t for values in attributes for t in _whole_numbers(values)]
+
+
+def _whole_numbers(values: Iterable[Any], depth: int = 1) -> Iterator[Tensor]:
+    """Tensors of these; those of numbers with fractions may be what a pass has kept of its data for the next."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not (value.is_floating_point() or value.is_complex()):
+                yield value
+        elif depth and type(value) in (list, tuple, dict) and 0 < len(value) <= _LARGEST:
+            yield from _whole_numbers(value.values() if isinstance(value, dict) else value, depth - 1)
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -78,7 +78,8 @@ class OfExamples(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.weight, self.scale, self.head = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+        self.weight, self.scale = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
+        self.head = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.einsum("ni,ni->ni", x, self.weight)
@@ -86,7 +87,8 @@ class OfExamples(nn.Module):
 
 
 def test_of_single_examples() -> None:
-    judged = judge_step(metakern.l2rw_step, Setup(OfExamples().double(), *inputs.pair(6, 6, 5, classes=3), interacting=True))
+    given = Setup(OfExamples().double(), *inputs.pair(6, 6, 5, classes=3), interacting=True)
+    judged = judge_step(metakern.l2rw_step, given)
     assert judged.result.engine == "ghost"
     assert (judged.result.weights == 0).any()
 

@@ -46,6 +46,19 @@ class SharedGrid(nn.Module):
         return self.head(torch.tanh(self.layer(x + torch.tanh(self.coordinates(self.grid))))).sum(1)
 
 
+class Prompted(nn.Module):
+    """The same learned tokens before every example; their numbers, and an order of channels, are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.order = {"default": torch.tensor([2, 0])}, torch.tensor([3, 0, 2, 1])
+        self.prompts, self.mix, self.head = nn.Embedding(3, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompts = self.prompts(self.numbers["default"].unsqueeze(0).expand(len(x), -1))
+        return self.head(torch.tanh(torch.cat([prompts, x], 1) @ self.mix[self.order]).sum(1))
+
+
 class Reordered(nn.Module):
     """Examples change places inside the model, as packing by length does."""
 
@@ -103,6 +116,7 @@ LAYOUTS: list[Case] = [
     model_case("folded-position-major", lambda: Folded(position_major=True), 5, 4, ghost="either"),
     model_case("time-major", TimeMajor, 5, 4, ghost="either"),
     model_case("shared-grid", lambda: SharedGrid(6), 6, 4, ghost="either"),
+    model_case("prompts", Prompted, 3, 4),
     model_case("reordered-examples", Reordered, 4, ghost="either"),
     model_case("doubled-batch", Doubled, 4, ghost="either"),
     model_case("halved-batch", Halved, 4, ghost="either"),
