@@ -1,7 +1,8 @@
-"""conv1d, conv2d, conv3d: linear in the kernel, so dots_n = <B_n, conv(A_n; V, v)> by the library's own convolution.
+"""conv1d to conv3d, and transposed: linear in the kernel, so dots_n = <B_n, conv(A_n; V, v)> by the library's own call.
 
-The weighted gradient is the library's kernel gradient of the rows that carry weight. A pass that answers several times
-forms the kernel gradients of single examples instead where these are small, at the price of one of its answers.
+The weighted gradient is the library's kernel gradient of the rows that carry weight; a transposed convolution has that
+of the plain one from Y to A, which is given B for its input and A for its output gradient. A pass that answers several
+times forms the kernel gradients of single examples instead where these are small, at the price of one of its answers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from metakern.layers.precision import lowered
 from metakern.layers.replay import parameter_gradients
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 from metakern.ops.layout import examples_per_chunk
+
+PLAIN = (torch.conv1d, torch.conv2d, torch.conv3d)
+TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
 
 def _applies(call: Call) -> bool:
@@ -58,9 +62,16 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
         scaled = grad * axis.spread(weights.values, grad.shape).to(grad.dtype)
         return parameter_gradients(call, (0,), (scaled,))
     weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
-    inputs, kernel, settings = _operands(record)
-    found = ops.weighted_kernel_grad(inputs, grad, weights.values, kernel, *settings, bias=bias is not None)
-    return {id(p): g for p, g in zip((weight, bias), found) if p is not None}
+    inputs, grads, kernel, settings = _operands(record)
+    if call.func in PLAIN:
+        found = ops.weighted_kernel_grad(inputs, grads, weights.values, kernel, *settings, bias=bias is not None)
+        return {id(p): g for p, g in zip((weight, bias), found) if p is not None}
+    total: Gradients = {}
+    if weight is not None:
+        total[id(weight)], _ = ops.weighted_kernel_grad(inputs, grads, weights.values, kernel, *settings, bias=False)
+    if bias is not None:
+        total[id(bias)] = torch.mv(_over_positions(grad).t(), weights.values.to(grad.dtype))
+    return total
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
@@ -68,11 +79,14 @@ def per_example(record: Record, examples: int) -> Gradients | None:
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     if weight is None or weight.shape[1] == 1 or not _by_example(record):
         return None
-    inputs, kernel, settings = _operands(record)
-    if not cheaper(kernel, inputs, record.output_grad, examples):
+    inputs, grads, kernel, settings = _operands(record)
+    if not cheaper(kernel, inputs, grads, examples):
         return None
-    found = ops.kernel_grads(inputs, record.output_grad, kernel, *settings, bias=bias is not None)
-    return {id(p): g.flatten(1) for p, g in zip((weight, bias), found) if p is not None}
+    plain = record.call.func in PLAIN
+    found, shift = ops.kernel_grads(inputs, grads, kernel, *settings, bias=plain and bias is not None)
+    if not plain and bias is not None:
+        shift = _over_positions(record.output_grad)
+    return {id(p): g.flatten(1) for p, g in zip((weight, bias), (found, shift)) if p is not None and g is not None}
 
 
 def _by_example(record: Record) -> bool:
@@ -87,12 +101,19 @@ def _batched(call: Call) -> bool:
     return call.argument(0, "input").dim() == call.argument(1, "weight").dim()
 
 
-def _operands(record: Record) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """A, the kernel, and stride, padding, dilation and groups."""
-    call = record.call
-    settings = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
-    inputs, kernel = call.argument(0, "input"), call.argument(1, "weight")
-    return inputs.detach().to(record.output_grad.dtype), kernel.detach(), tuple(call.argument(*s) for s in settings)
+def _operands(record: Record) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+    """Input and output gradient of the plain convolution, the kernel, and stride, padding, dilation and groups."""
+    call, grad = record.call, record.output_grad
+    transposed = call.func in TRANSPOSED
+    dilation, groups = ((7, "dilation", 1), (6, "groups", 1)) if transposed else ((5, "dilation", 1), (6, "groups", 1))
+    settings = tuple(call.argument(*s) for s in ((3, "stride", 1), (4, "padding", 0), dilation, groups))
+    inputs, kernel = call.argument(0, "input").detach().to(grad.dtype), call.argument(1, "weight").detach()
+    return (grad, inputs, kernel, settings) if transposed else (inputs, grad, kernel, settings)
+
+
+def _over_positions(grad: Tensor) -> Tensor:
+    """B of every channel, [n, o]."""
+    return grad.flatten(2).sum(2)
 
 
 RULE = LayerRule(_applies, dots, weighted_grads, per_example=per_example)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -17,8 +16,8 @@ from metakern.capture.whole_modules import REGISTERED
 from metakern.layers import (
     addition,
     bag,
+    contraction,
     convolution,
-    einsum,
     embedding,
     generic,
     linear,
@@ -30,40 +29,45 @@ from metakern.layers import (
 )
 from metakern.layers.rule import LayerRule
 
-_BY_FUNCTION: dict[Callable[..., Any], LayerRule] = {
-    F.linear: linear.RULE,
-    **dict.fromkeys((*matrix_product.PRODUCTS, *matrix_product.SUMS), matrix_product.RULE),
-    torch.conv1d: convolution.RULE,
-    torch.conv2d: convolution.RULE,
-    torch.conv3d: convolution.RULE,
-    F.embedding: embedding.RULE,
-    F.embedding_bag: bag.RULE,
-    **{function: norm.RULE for function in norm.NORMS},
-    **dict.fromkeys(scale.PRODUCTS, scale.RULE),
-    torch.einsum: einsum.RULE,
-}
-_OF_SPARSE_INPUTS: dict[Callable[..., Any], LayerRule] = dict.fromkeys(sparse_product.FUNCTIONS, sparse_product.RULE)
+_RULES: list[tuple[Collection[Callable[..., Any]], LayerRule]] = [
+    ((F.linear,), linear.RULE),
+    ((*matrix_product.PRODUCTS, *matrix_product.SUMS), matrix_product.RULE),
+    ((*convolution.PLAIN, *convolution.TRANSPOSED), convolution.RULE),
+    ((F.embedding,), embedding.RULE),
+    ((F.embedding_bag,), bag.RULE),
+    (norm.NORMS, norm.RULE),
+    (scale.PRODUCTS, scale.RULE),
+    (sparse_product.FUNCTIONS, sparse_product.RULE),
+    (contraction.FUNCTIONS, contraction.RULE),
+]
+"""Of several rules for one function the first that applies to a call serves it."""
 
+_BY_FUNCTION: dict[Callable[..., Any], tuple[LayerRule, ...]] = {
+    function: tuple(rule for theirs, rule in _RULES if function in theirs)
+    for functions, _ in _RULES
+    for function in functions
+}
 _BY_MODULE: dict[type[nn.Module], LayerRule] = {}
 
 
 def rule_for(call: Call) -> LayerRule:
     """The rule of a call; calls without one are served by forward mode through the call alone."""
+    for rule in _rules_for(call):
+        if rule.applies(call):
+            return rule
+    return generic.RULE
+
+
+def _rules_for(call: Call) -> Sequence[LayerRule]:
     if isinstance(call.func, per_example.Folded):
-        return per_example.RULE
+        return (per_example.RULE,)
     if isinstance(call.func, RealParts):
-        rule = einsum.RULE if call.func.func is torch.einsum else None
-    elif isinstance(call.func, ModuleCall):
-        kinds = type(call.func.module).__mro__
-        rule = next((_BY_MODULE[kind] for kind in kinds if kind in _BY_MODULE), None)
-    elif call.name in ADDITIONS:
-        rule = addition.RULE
-    else:
-        rule = _BY_FUNCTION.get(call.func)
-    if rule is not None and rule.applies(call):
-        return rule
-    sparse = _OF_SPARSE_INPUTS.get(call.func)
-    return sparse if sparse is not None and sparse.applies(call) else generic.RULE
+        return (contraction.RULE,) if call.func.func in contraction.FUNCTIONS else ()
+    if isinstance(call.func, ModuleCall):
+        return [_BY_MODULE[kind] for kind in type(call.func.module).__mro__ if kind in _BY_MODULE][:1]
+    if call.name in ADDITIONS:
+        return (addition.RULE,)
+    return _BY_FUNCTION.get(call.func, ())
 
 
 def register_layer(layer: type[nn.Module] | Callable[..., Any], rule: LayerRule | None = None) -> None:
@@ -87,6 +91,6 @@ def register_layer(layer: type[nn.Module] | Callable[..., Any], rule: LayerRule 
         _BY_MODULE[layer] = generic.RULE if rule is None else rule
         REGISTERED.add(layer)
     elif callable(layer) and not isinstance(layer, type) and rule is not None:
-        _BY_FUNCTION[layer] = rule
+        _BY_FUNCTION[layer] = (rule,)
     else:
         raise TypeError(f"layer must be a module type, or a function together with a rule; got {layer!r}")

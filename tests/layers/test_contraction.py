@@ -1,5 +1,8 @@
-"""`einsum` with a parameter: by its rule whatever the letters say, or by forward mode through the call."""
+"""`einsum`, `matmul` and `bmm` with a parameter: by one rule whatever the letters say, or by forward mode through the
+call.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,7 +62,7 @@ def setup(equation: str, shape: tuple[int, ...], weight_first: bool = False, as_
 
 def rule(given: Setup) -> str:
     uses = metakern.explain(given.model, given.batch, given.meta_batch).uses
-    return next(use.rule for use in uses if use.function == "einsum")
+    return next(use.rule for use in uses if "weight" in use.parameters.split(", "))
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -67,7 +70,38 @@ def rule(given: Setup) -> str:
 @pytest.mark.parametrize("equation", [*BY_RULE, *OTHERS])
 def test_is_exact(equation: str, weight_first: bool, as_list: bool) -> None:
     given = setup(equation, {**BY_RULE, **OTHERS}[equation], weight_first, as_list)
-    assert rule(given) == ("einsum" if equation in BY_RULE else "generic")
+    assert rule(given) == ("contraction" if equation in BY_RULE else "generic")
+    for memory in ("reuse", "two_pass"):
+        assert judge_step(metakern.l2rw_step, given, memory=memory).result.engine == "ghost"
+
+
+MATRICES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "on the left": ((6, 4), lambda x, w: w @ x),
+    "of every position": ((4, 5, 6), lambda x, w: x.unsqueeze(-2) @ w),
+    "of every position, bmm": ((4, 5, 6), lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1)),
+    "of heads": ((2, 5, 3), lambda x, w: torch.matmul(x.unsqueeze(1), other=w)),
+    "of heads, on the left": ((2, 3, 4), lambda x, w: w.matmul(x.unsqueeze(1))),
+    "a vector": ((5,), lambda x, w: x @ w),
+    "a vector on the left": ((4,), lambda x, w: w @ x),
+    "two stacks": ((3, 1, 5, 6), lambda x, w: x.unsqueeze(1).unsqueeze(1) @ w),
+    "for all heads": ((1, 5, 3), lambda x, w: torch.stack([x, -x], 1) @ w),
+}
+
+
+class OfMatrices(Network):
+    def __init__(self, shape: tuple[int, ...], product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__("", shape, weight_first=False, as_list=False)
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(self.stem(x).tanh(), self.weight).tanh()
+        return self.head(y.reshape(len(x), -1).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrices(name: str) -> None:
+    given = Setup(OfMatrices(*MATRICES[name]).double(), *inputs.pair(7, 9, 4, 5, classes=3))
+    assert rule(given) == ("generic" if name == "for all heads" else "contraction")
     for memory in ("reuse", "two_pass"):
         assert judge_step(metakern.l2rw_step, given, memory=memory).result.engine == "ghost"
 

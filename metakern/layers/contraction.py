@@ -1,7 +1,8 @@
-"""Y = einsum(equation, A, W) with one trained operand W, at either place: linear in it, whatever the letters say.
+"""Y = einsum(letters, A, W) with one trained operand W, at either place: linear in it, whatever the letters say. So are
+matmul and bmm, where W is no single matrix on the right, as those of heads and experts.
 
-dots_n = <B_n, einsum(equation, A, V)_n>;  weighted gradient einsum(letters of A and Y -> letters of W, A, w B), of kept
-examples alone where they come first in A and Y.
+dots_n = <B_n, einsum(letters, A, V)_n>;  weighted gradient einsum(letters of A and Y -> letters of W, A, w B), of kept
+examples alone where they come first in Y.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metakern.capture.layout import is_sparse
 from metakern.capture.real_parts import RealParts
 from metakern.capture.record import Call, Record
 from metakern.layers.generic import linear_dots
+from metakern.layers.matrix_product import PRODUCTS
 from metakern.layers.rule import Gradients, LayerRule, Weights
 
+FUNCTIONS = (torch.einsum, *PRODUCTS, torch.bmm, Tensor.bmm)
 _LETTERS = r"((?:[a-zA-Z]|\.{3})*)"
 _TWO_OPERANDS = re.compile(f"{_LETTERS},{_LETTERS}->{_LETTERS}")
 
@@ -34,13 +38,13 @@ class _Product(NamedTuple):
 
 def _product(call: Call) -> _Product | None:
     """None for another call: of other operands than two, of letters of W that come twice, alone or for a size 1."""
-    if call.kwargs or len(call.parameters) != 1 or not isinstance(call.args[0], str):
+    func = call.func.func if isinstance(call.func, RealParts) else call.func
+    found = _of_einsum(call) if func is torch.einsum else _of_matrices(call)
+    if found is None or len(call.parameters) != 1:
         return None
-    operands = call.args[1] if isinstance(call.args[1], (list, tuple)) else call.args[1:]
-    found = _TWO_OPERANDS.fullmatch(call.args[0].replace(" ", ""))
-    if found is None or len(operands) != 2:
+    first, second, outputs, operands = found
+    if any(map(is_sparse, operands)):
         return None
-    first, second, outputs = found.groups()
     ((_, trained),) = call.parameters
     pairs = (first, operands[0]), (second, operands[1])
     (weight, w), (inputs, a) = pairs if operands[0] is trained else reversed(pairs)
@@ -55,6 +59,29 @@ def _product(call: Call) -> _Product | None:
     sizes = dict(zip(inputs, a.shape))
     broadcast = any(sizes.get(letter, 1) not in (1, size) for letter, size in zip(weight, w.shape))
     return None if broadcast else _Product(inputs, weight, outputs, a, w)
+
+
+_Lettered = tuple[str, str, str, tuple[Tensor, ...]]
+"""The letters of both operands and of the output, and the operands."""
+
+
+def _of_einsum(call: Call) -> _Lettered | None:
+    if call.kwargs or not isinstance(call.args[0], str):
+        return None
+    operands = call.args[1] if isinstance(call.args[1], (list, tuple)) else call.args[1:]
+    found = _TWO_OPERANDS.fullmatch(call.args[0].replace(" ", ""))
+    return None if found is None or len(operands) != 2 else (found[1], found[2], found[3], tuple(operands))
+
+
+def _of_matrices(call: Call) -> _Lettered | None:
+    operands = (*call.args, *call.kwargs.values())
+    if len(operands) != 2 or not operands[0].dim() or not operands[1].dim():
+        return None
+    left, right = (operand.dim() for operand in operands)
+    stacked = string.ascii_lowercase[: max(left, right, 2) - 2]
+    first = stacked[len(stacked) - max(left - 2, 0) :] + "XY"[-left:]
+    second = stacked[len(stacked) - max(right - 2, 0) :] + "YZ"[:right]
+    return first, second, stacked + "X" * (left > 1) + "Z" * (right > 1), operands
 
 
 def _applies(call: Call) -> bool:
