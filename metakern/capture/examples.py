@@ -174,7 +174,7 @@ def _prove(
     trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
 ) -> list[list[ExampleAxis]]:
     """The axes that survive every set S; refuses where none does. The verdict is kept where a single one survives
-    everywhere, and the batch is an ordinary one: B finite, and not zero throughout.
+    wherever a gradient arrives, and the batch is an ordinary one: B finite, and not zero throughout.
     """
     n = trace.examples
     fitting = [[list(candidates(shape, n)) for shape in use.output_shapes] for use in trace.uses]
@@ -194,7 +194,8 @@ def _prove(
     axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
     _require_no_forward_path(trace, axes, known, structure, poisoned)
     shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
-    if finite and shown and all(len(found) == 1 for line in fitting for found in line):
+    told = all(len(found) == 1 or b is None for line, bs in zip(fitting, plain) for found, b in zip(line, bs) if found)
+    if finite and shown and told and all(found for line in fitting for found in line):
         known[structure] = [[kind_of(found[0]) for found in line] for line in fitting]
     return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
 

@@ -20,8 +20,8 @@ from metakern.capture.refusal import EngineUnavailable
 
 
 class Fingerprint(NamedTuple):
-    """Of a pass: which operations it is made of; in which order they take one another's outputs, and by which numbers;
-    whether rows may be picked by tensors in a way that was not seen.
+    """Of a pass: which operations it is made of, and which outputs of uses they read; in which order they take one
+    another's outputs, and by which numbers; whether rows may be picked by tensors in a way that was not seen.
     """
 
     operations: int
@@ -50,6 +50,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
             ahead.append(node)
         return found
 
+    read = set[tuple[int, int]]()
     met, order = [], [place(trace.losses.grad_fn), *(tuple([place(n) for n in use.upstream]) for use in trace.uses)]
     while ahead:
         node = ahead.pop()
@@ -62,11 +63,14 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
                 "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
             )
         inputs = [(place(before), output) for before, output in node.next_functions]
+        read.update([pair for pair in inputs if pair[0] < ends])
         if node._sequence_nr() >= first:  # what came before the pass put the rows of its inputs where it liked
             order.append((inputs, numbers_at(node, name)))
     unseen = unseen_nodes(list(places)[ends:], trace.gaps) if trace.gaps and not trace.reorders else []
     may_pick = any([may_pick_rows(node, trace.constants) for node in unseen])
-    return Fingerprint(hash(tuple(met)), _hash([order, [unseen_numbers(node) for node in unseen]]), may_pick)
+    return Fingerprint(
+        hash((tuple(met), frozenset(read))), _hash([order, [unseen_numbers(node) for node in unseen]]), may_pick
+    )
 
 
 def _hash(numbers: Any) -> int:

@@ -23,7 +23,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError("model has no parameter with requires_grad=True; there is nothing to train")
     for name, p in found.items():
         if p.is_complex():
-            raise TypeError(f"parameter '{name}' is complex ({p.dtype}); metakern takes real parameters")
+            raise TypeError(
+                f"parameter '{name}' is complex ({p.dtype}); metakern takes real parameters: hold real and imaginary "
+                "parts, [..., 2], and take torch.view_as_complex of them in the forward pass"
+            )
         if hasattr(p, "device_mesh"):
             raise TypeError(
                 f"parameter '{name}' is a {type(p).__name__}, a part of which lies on each process (fully_shard, "

@@ -48,8 +48,8 @@ class Recorded:
         def visit(k: int, grads: list[Tensor | None]) -> None:
             reached[k] = any(g is not None for g in grads)
             record = _record(uses[k], grads, axes[k], problem.dot_precision)
-            if record is not None and k in folding:
-                record = _folded(record, self.trace)
+            if record is not None:
+                record = _folded(record, self.trace) if k in folding else record
                 uses[k] = record.use
             self.records[k] = record
 
@@ -203,7 +203,8 @@ def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_p
     if all([g is None or g.numel() == 0 for g in grads]):
         return None
     require_unchanged(use)
-    return Record(use, tuple(grads), tuple(axes), dot_precision)
+    record, opened = Record(use, tuple(grads), tuple(axes), dot_precision), rule_for(use.call).opened
+    return record if opened is None else opened(record)
 
 
 def _folded(record: Record, trace: Trace) -> Record:

@@ -37,6 +37,7 @@ class LayerRule:
     matrices(record, n)          -> A[n,t,i], B[n,t,o] when the use is a matrix product with its weight
     per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
                                     else None
+    opened(record)               the record in simpler terms, of another rule, formed as B comes by
     by_example                   form these in any pass, as B comes by, so that A and B need not be kept
     sparse(call)                 whether it gives the table a sparse gradient, which is so too where all of it is zero
     fresh                        every tensor that weighted_grads returns is made there, one for each parameter, and
@@ -48,6 +49,7 @@ class LayerRule:
     weighted_grads: Callable[[Record, Weights], Gradients]
     matrices: Callable[[Record, int], tuple[Tensor, Tensor]] | None = None
     per_example: Callable[[Record, int], Gradients | None] | None = None
+    opened: Callable[[Record], Record] | None = None
     by_example: bool = False
     sparse: Callable[[Call], bool] = lambda call: False
     fresh: bool = False

@@ -24,6 +24,8 @@ from metakern.layers import (
     matrix_product,
     norm,
     per_example,
+    prelu,
+    recurrent,
     scale,
     sparse_product,
 )
@@ -36,6 +38,8 @@ _RULES: list[tuple[Collection[Callable[..., Any]], LayerRule]] = [
     ((F.embedding,), embedding.RULE),
     ((F.embedding_bag,), bag.RULE),
     (norm.NORMS, norm.RULE),
+    (recurrent.FUNCTIONS, recurrent.RULE),
+    (prelu.FUNCTIONS, prelu.RULE),
     (scale.PRODUCTS, scale.RULE),
     (sparse_product.FUNCTIONS, sparse_product.RULE),
     (contraction.FUNCTIONS, contraction.RULE),
@@ -61,6 +65,8 @@ def rule_for(call: Call) -> LayerRule:
 def _rules_for(call: Call) -> Sequence[LayerRule]:
     if isinstance(call.func, per_example.Folded):
         return (per_example.RULE,)
+    if isinstance(call.func, recurrent.Opened):
+        return (recurrent.OPENED,)
     if isinstance(call.func, RealParts):
         return (contraction.RULE,) if call.func.func in contraction.FUNCTIONS else ()
     if isinstance(call.func, ModuleCall):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import metakern
+from metakern.capture import examples
 from metakern.capture.repeatable import RECURRENT, require_repeatable
 from metakern.layers.forms import twice_differentiable
-from metakern.testing import inputs
+from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
 
@@ -78,6 +79,127 @@ def test_masks_that_cannot_be_drawn_again_are_refused(layer: type[nn.RNNBase], m
     assert refused(there) == [4, 5]
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: False)
     assert refused(there) == []
+
+
+class Reader(nn.Module):
+    """Reads all that a recurrent layer returns; sequences of several kinds for each example are rows of their own."""
+
+    def __init__(self, cell: nn.RNNBase, rows: int = 1, start: str = "none") -> None:
+        super().__init__()
+        self.cell, self.rows, self.start = cell, rows, start
+        width = (cell.proj_size or cell.hidden_size) * (1 + cell.bidirectional)
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(width, 3)
+        if start == "learned":
+            self.first = nn.Parameter(torch.randn(cell.num_layers * (1 + cell.bidirectional), 1, cell.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        if self.rows > 1:
+            x = torch.stack([x, -x], 1).flatten(0, 1)
+        given = () if self.start == "none" else (self._given(x),)
+        y, last = self.cell(x if self.cell.batch_first else x.transpose(0, 1), *given)
+        y = y.mean(1 if self.cell.batch_first else 0)
+        states = last if isinstance(last, tuple) else (last,)
+        kept = sum(state.mean(-1, keepdim=True).sum(0).expand_as(y) * (k + 1) for k, state in enumerate(states))
+        return self.head(y + kept).unflatten(0, (-1, self.rows)).sum(1)
+
+    def _given(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        count = self.cell.num_layers * (1 + self.cell.bidirectional)
+        learned = self.start == "learned"
+        h = self.first.expand(-1, len(x), -1) if learned else x[:, 0, :3].expand(count, -1, -1)
+        return (h.contiguous(), h.contiguous() * 0.5) if isinstance(self.cell, nn.LSTM) else h.contiguous()
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "plain": {"batch_first": True},
+    "time first": {},
+    "deep": {"num_layers": 3, "batch_first": True},
+    "both ways": {"num_layers": 2, "bidirectional": True},
+    "without biases": {"bias": False, "batch_first": True},
+}
+
+
+def reader(layer: type[nn.RNNBase], options: dict[str, Any], **settings: Any) -> Setup:
+    torch.manual_seed(0)
+    return Setup(Reader(layer(4, 3, **options), **settings).double(), *inputs.pair(6, 3, 5, 4, classes=3))
+
+
+def rule(given: Setup) -> str:
+    uses = metakern.explain(given.model, given.batch, given.meta_batch).uses
+    return next(use.rule for use in uses if use.function in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("layer", [*LAYERS, lambda *args, **options: nn.RNN(*args, nonlinearity="relu", **options)])
+def test_all_that_they_return(layer: Any, options: dict[str, Any]) -> None:
+    given = reader(layer, options)
+    assert rule(given) == "recurrent"
+    for memory in ("reuse", "two_pass"):
+        assert judge_step(metakern.l2rw_step, given, memory=memory).result.engine == "ghost"
+
+
+@pytest.mark.parametrize("settings", [{"rows": 2}, {"start": "of the data"}, {"start": "learned"}], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rows_and_what_was_there_before(layer: type[nn.RNNBase], settings: dict[str, Any]) -> None:
+    given = reader(layer, {"batch_first": True}, **settings)
+    assert rule(given) == ("generic" if settings == {"start": "learned"} else "recurrent")
+    assert judge_step(metakern.l2rw_step, given).result.engine == "ghost"
+
+
+def test_others_are_served_by_forward_mode_through_the_call() -> None:
+    given = reader(nn.LSTM, {"proj_size": 2, "batch_first": True})
+    assert rule(given) == "generic"
+    judge_step(metakern.l2rw_step, given, engine="ghost")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_frozen_in_part(layer: type[nn.RNNBase]) -> None:
+    given = reader(layer, {"num_layers": 2, "batch_first": True})
+    for name in ("weight_ih_l0", "bias_hh_l0", "weight_hh_l1", "bias_ih_l1", "bias_hh_l1"):
+        given.model.cell.get_parameter(name).requires_grad_(False)
+    judge_step(metakern.l2rw_step, given, engine="ghost")
+    some = "cell.weight_hh_l0"
+    found = metakern.grad_dots(given.model, given.batch, given.meta_batch, params=some)
+    budget.assert_dots(found.dots, given.oracle(names={some}))
+
+
+def test_layers_that_share_their_weights() -> None:
+    given = reader(nn.LSTM, {"num_layers": 2, "batch_first": True})
+    cell = nn.LSTM(3, 3, 2, batch_first=True).double()
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        setattr(cell, f"{name}_l1", getattr(cell, f"{name}_l0"))
+    given.model.stem, given.model.cell = nn.Linear(4, 3).double(), cell
+    judge_step(metakern.l2rw_step, given, engine="ghost")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_in_half_precision(layer: type[nn.RNNBase]) -> None:
+    """The steps are repeated in float32; B is as autocast gives it."""
+    given = reader(layer, {"batch_first": True})
+    model, batches = given.model.float(), [(x.float(), y) for x, y in (given.batch, given.meta_batch)]
+    exact = metakern.grad_dots(model, *batches).dots
+    with torch.autocast("cpu", torch.bfloat16):
+        found = metakern.grad_dots(model, *batches, engine="ghost").dots
+    assert F.cosine_similarity(found, exact, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_independence_is_proved_once(layer: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a state that nobody reads has the examples along either of two dimensions, as far as sizes tell."""
+    given = setup(layer, "cpu")
+    proofs: list[Any] = []
+    prove = examples._prove
+    monkeypatch.setattr(examples, "_prove", lambda *args: proofs.append(args) or prove(*args))
+    batch, meta_batch = inputs.pair(3, 2, 5, 4, classes=3)
+    for _ in range(3):
+        metakern.l2rw_step(given.model, batch, meta_batch, loss_fn=given.loss_fn)
+    assert len(proofs) <= 2  # of the two batches
+
+    def by_state(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        last = model(batch[0])[1]
+        return F.cross_entropy((last[0] if isinstance(last, tuple) else last)[-1], batch[1], reduction="none")
+
+    judge_step(metakern.l2rw_step, Setup(given.model, batch, meta_batch, by_state), engine="ghost")
 
 
 @pytest.mark.gpu
