@@ -38,12 +38,16 @@ from metakern.capture.state import unchanged_buffers
 Poisoned = Callable[[Sequence[Sequence[ExampleAxis | None]], Tensor], Tensor]
 
 
+Axes = list[list[ExampleAxis | None]]
+"""Of every output of every use; None where no loss depends on it."""
+
+
 class _Proved(NamedTuple):
-    """The axes of every output of every use; whether a pass of this form may still pick rows by data; whether couplings
+    """The axes; whether a pass of this form may still pick rows by data; whether couplings
     that sleep are ruled out.
     """
 
-    axes: list[list[ExampleAxis]]
+    axes: Axes
     moves: bool
     lasting: bool
 
@@ -51,7 +55,7 @@ class _Proved(NamedTuple):
 class _Known(NamedTuple):
     """Of one model: the kinds of axes by structure, the axes by structure, sizes and numbers; or why it is refused."""
 
-    kinds: dict[Hashable, list[list[Kind]] | str]
+    kinds: dict[Hashable, list[list[Kind | None]] | str]
     axes: dict[Hashable, _Proved | str]
 
 
@@ -64,8 +68,8 @@ _AT_ONCE = 32
 
 def example_axes(
     model: torch.nn.Module, trace: Trace, fingerprint: Fingerprint, context: Hashable, poisoned: Poisoned
-) -> list[list[ExampleAxis]]:
-    """The example axis of every output of every use; raises EngineUnavailable where examples interact.
+) -> Axes:
+    """The example axes; raises EngineUnavailable where examples interact.
 
     `context` names what else decides how examples may interact: the loss function and the training flags.
     `poisoned(axes, inside)` repeats the pass with the examples `inside` NaN and returns its losses.
@@ -104,7 +108,7 @@ def _sizes(trace: Trace) -> Hashable:
 
 def _found_out(
     trace: Trace, known: _Known, form: Hashable, structure: Hashable, moves: bool, poisoned: Poisoned
-) -> list[list[ExampleAxis]]:
+) -> Axes:
     """The axes of a form that was not met before: of a known structure at other sizes or numbers, or proved."""
     structure = (structure, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
     kinds = known.kinds.get(structure)
@@ -159,20 +163,18 @@ def _may_move_examples(trace: Trace, pick: Pick) -> bool:
     return not left or any(axis.dim in dims for axis in left)
 
 
-def _sized_all(verdict: list[list[Kind]], trace: Trace) -> list[list[ExampleAxis]] | None:
+def _sized_all(verdict: list[list[Kind | None]], trace: Trace) -> Axes | None:
     """The known axes at the sizes of this pass; None where a size does not fit."""
-    axes = []
+    axes: Axes = []
     for kinds, use in zip(verdict, trace.uses):
-        line = [sized(kind, shape, trace.examples) for kind, shape in zip(kinds, use.output_shapes)]
-        if any(axis is None for axis in line):
+        line = [kind and sized(kind, shape, trace.examples) for kind, shape in zip(kinds, use.output_shapes)]
+        if any(axis is None and kind is not None for axis, kind in zip(line, kinds)):
             return None
         axes.append(line)
     return axes
 
 
-def _prove(
-    trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned
-) -> list[list[ExampleAxis]]:
+def _prove(trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned) -> Axes:
     """The axes that survive every set S; refuses where none does. The verdict is kept where a single one survives
     wherever a gradient arrives, and the batch is an ordinary one: B finite, and not zero throughout.
     """
@@ -191,13 +193,23 @@ def _prove(
                     reached = grad.isnan() if finite or b is None else grad.isnan() & b.isfinite()
                     line[k] = [axis for axis in line[k] if _stays_inside(reached, axis, inside)]
     _require_axes(trace, plain, fitting, known, structure)
-    axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
+    axes: Axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
     _require_no_forward_path(trace, axes, known, structure, poisoned)
     shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
-    told = all(len(found) == 1 or b is None for line, bs in zip(fitting, plain) for found, b in zip(line, bs) if found)
-    if finite and shown and told and all(found for line in fitting for found in line):
-        known[structure] = [[kind_of(found[0]) for found in line] for line in fitting]
-    return [[found[0] if found else ExampleAxis(0, 1, 1) for found in line] for line in fitting]
+    reached = [[b is not None for b in line] for line in plain]
+    if finite and shown and all(map(_told, axes, reached)):
+        known[structure] = [
+            [kind_of(axis) if axis is not None and yes else None for axis, yes in zip(*each)]
+            for each in zip(axes, reached)
+        ]
+    return [
+        [(found[0] if found else ExampleAxis(0, 1, 1)) if yes else None for found, yes in zip(*each)]
+        for each in zip(fitting, reached)
+    ]
+
+
+def _told(axes: Sequence[ExampleAxis | None], reached: Sequence[bool]) -> bool:
+    return all(axis is not None or not yes for axis, yes in zip(axes, reached))
 
 
 def _sets(examples: int, device: torch.device) -> Iterator[Tensor]:

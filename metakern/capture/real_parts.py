@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.capture.record import Call
-
 
 class RealParts:
     """A function whose output is complex, as one of real and imaginary parts, [..., 2]."""
@@ -27,7 +25,3 @@ class RealParts:
 def real_parts(output: Tensor) -> Tensor:
     """In memory of its own, so that an operation in place on the complex view of it leaves its place in the graph."""
     return torch.view_as_real(output.resolve_conj()).clone()
-
-
-def in_real_parts(call: Call) -> Call:
-    return call._replace(func=RealParts(call.func))

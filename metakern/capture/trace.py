@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
-from metakern.capture.real_parts import in_real_parts, real_parts
+from metakern.capture.real_parts import RealParts, real_parts
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import require_repeatable, watching_randomness
@@ -191,7 +191,7 @@ class Tracer(SeeingMode):
             return output
         if isinstance(output, Tensor) and output.is_complex():
             parts = real_parts(output)
-            self._note(in_real_parts(call), parts, data, upstream)
+            self._note(call._replace(func=RealParts(func)), parts, data, upstream)
             return torch.view_as_complex(parts)
         output = separated(output, upstream)
         self._note(call, output, data, upstream)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
-from metakern.capture.examples import ExampleAxis, example_axes
+from metakern.capture.examples import Axes, ExampleAxis, example_axes
 from metakern.capture.graph import require_complete, visit_output_gradients
 from metakern.capture.poison import poisoned_losses
 from metakern.capture.record import Record, Trace, Use
@@ -179,7 +179,7 @@ def _require_dots(problem: Problem, train: Recorded | InPassing, expected: Expec
     expected.require_dots(train.dots_along(direction))
 
 
-def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]], Hashable]:
+def _traced(problem: Problem) -> tuple[Trace, Axes, Hashable]:
     """The pass, the example axes of its uses, and which operations it is made of."""
     trace = trace_batch(
         problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument, problem.writes
@@ -198,7 +198,9 @@ def _traced(problem: Problem) -> tuple[Trace, list[list[ExampleAxis]], Hashable]
     return trace, axes, fingerprint.operations
 
 
-def _record(use: Use, grads: list[Tensor | None], axes: list[ExampleAxis], dot_precision: str) -> Record | None:
+def _record(
+    use: Use, grads: list[Tensor | None], axes: Sequence[ExampleAxis | None], dot_precision: str
+) -> Record | None:
     """The use with its B; None where the losses do not depend on it, or not through any entry."""
     if all([g is None or g.numel() == 0 for g in grads]):
         return None

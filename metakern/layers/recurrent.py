@@ -114,9 +114,10 @@ def opened(record: Record) -> Record:
     found = _settings(record.call)
     assert found is not None
     whole = record.call.func not in CELLS
-    expected = [found.rows_at if whole and place == 0 else 1 if whole else 0 for place in record.use.output_places]
-    kinds = {(axis.outer, axis.inner) for axis in record.axes}
-    if len(kinds) > 1 or [axis.dim for axis in record.axes] != expected:
+    rows_at = [found.rows_at if whole and place == 0 else int(whole) for place in record.use.output_places]
+    known = [(axis, dim) for axis, dim in zip(record.axes, rows_at) if axis is not None]
+    kinds = {(axis.outer, axis.inner) for axis, _ in known}
+    if len(kinds) > 1 or any(axis.dim != dim for axis, dim in known):
         return record
     grads = dict(zip(record.use.output_places, record.output_grads))
     with torch.no_grad(), torch.autocast(found.x.device.type, enabled=False):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import metakern
-from metakern.capture import examples
 from metakern.capture.repeatable import RECURRENT, require_repeatable
 from metakern.layers.forms import twice_differentiable
 from metakern.testing import budget, inputs
@@ -181,25 +180,6 @@ def test_in_half_precision(layer: type[nn.RNNBase]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = metakern.grad_dots(model, *batches, engine="ghost").dots
     assert F.cosine_similarity(found, exact, dim=0) > 0.99
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_independence_is_proved_once(layer: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a state that nobody reads has the examples along either of two dimensions, as far as sizes tell."""
-    given = setup(layer, "cpu")
-    proofs: list[Any] = []
-    prove = examples._prove
-    monkeypatch.setattr(examples, "_prove", lambda *args: proofs.append(args) or prove(*args))
-    batch, meta_batch = inputs.pair(3, 2, 5, 4, classes=3)
-    for _ in range(3):
-        metakern.l2rw_step(given.model, batch, meta_batch, loss_fn=given.loss_fn)
-    assert len(proofs) <= 2  # of the two batches
-
-    def by_state(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        last = model(batch[0])[1]
-        return F.cross_entropy((last[0] if isinstance(last, tuple) else last)[-1], batch[1], reduction="none")
-
-    judge_step(metakern.l2rw_step, Setup(given.model, batch, meta_batch, by_state), engine="ghost")
 
 
 @pytest.mark.gpu
