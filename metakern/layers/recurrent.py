@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import ops
@@ -22,6 +23,7 @@ from metakern.capture.repeatable import RECURRENT
 from metakern.layers import generic, recurrence
 from metakern.layers.linear import bias_dots, bias_gradient
 from metakern.layers.precision import direction_dots
+from metakern.layers.replay import as_recorded
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
@@ -61,10 +63,11 @@ class _Settings(NamedTuple):
     layers: list[_Layer]
     directions: int
     rows_at: int  # the dimension of its output along which the rows are
+    dropout: float = 0.0  # between layers
 
 
 def _settings(call: Call) -> _Settings | None:
-    """None for packed sequences, single ones, projections of h, dropout between layers, and keywords."""
+    """None for packed sequences, single ones, projections of h, and keywords."""
     if call.kwargs or not isinstance(call.args[0], Tensor):
         return None
     return _of_cell(call) if call.func in CELLS else _of_layer(call)
@@ -82,14 +85,15 @@ def _of_cell(call: Call) -> _Settings | None:
 
 def _of_layer(call: Call) -> _Settings | None:
     x, hidden, flat, biases, count, dropout, training, bidirectional, *batch_first = call.args
-    if not isinstance(flat, (list, tuple)) or x.dim() != 3 or (dropout and training and count > 1):
+    if not isinstance(flat, (list, tuple)) or x.dim() != 3:
         return None
     directions, first = 1 + bool(bidirectional), batch_first == [True]
     layers = _layers(list(flat), count, biases, directions)
     if layers is None:
         return None
     x = x.transpose(0, 1) if first else x
-    return _Settings(call.func.__name__, x, _states(hidden), layers, directions, 0 if first else 1)
+    rate = dropout if training and count > 1 else 0.0
+    return _Settings(call.func.__name__, x, _states(hidden), layers, directions, 0 if first else 1, rate)
 
 
 def _states(hidden: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -120,7 +124,7 @@ def opened(record: Record) -> Record:
     if len(kinds) > 1 or any(axis.dim != dim for axis, dim in known):
         return record
     grads = dict(zip(record.use.output_places, record.output_grads))
-    with torch.no_grad(), torch.autocast(found.x.device.type, enabled=False):
+    with torch.no_grad(), as_recorded(record.call), torch.autocast(found.x.device.type, enabled=False):
         products = tuple(_products(found, _Given(found, grads, whole)))
     call = record.call.without_arguments()._replace(func=Opened(products), versions=record.call.versions)
     (outer, inner), use = kinds.pop(), record.use._replace(call=call)
@@ -132,7 +136,7 @@ class _Given:
 
     def __init__(self, found: _Settings, grads: dict[int, Tensor | None], whole: bool) -> None:
         dtype = torch.promote_types(found.layers[0].w[0].dtype, torch.float32)
-        self.x, self.before = found.x.to(dtype), [state.to(dtype) for state in found.before]
+        self.x, self.before = found.x.to(dtype).contiguous(), [state.to(dtype) for state in found.before]
         self.layers = [_Layer(*([w.to(dtype) for w in each] for each in layer)) for layer in found.layers]
         steps, rows, width = *found.x.shape[:2], found.before[0].shape[-1] * found.directions
         last = [grads.get(place + whole) for place in range(len(found.before))]
@@ -148,8 +152,11 @@ class _Given:
 
 def _products(found: _Settings, given: _Given) -> Iterator[_Product]:
     """From the first layer to the last and back."""
-    d, x, passed = found.directions, given.x, []
+    d, x, passed, noise = found.directions, given.x, [], []
     for place, layer in enumerate(given.layers):
+        if place and found.dropout:
+            noise.append(F.dropout(torch.ones_like(x), found.dropout))  # the draws of the call itself
+            x = x * noise[-1]
         inputs = torch.stack([x, x.flip(0)][:d])
         states = [state[place * d : (place + 1) * d] for state in given.before]
         steps = _steps(found.kind, inputs, layer, states)
@@ -171,6 +178,7 @@ def _products(found: _Settings, given: _Given) -> Iterator[_Product]:
         if place:
             below = (of_inputs.flatten(1, 2) @ torch.stack(given.layers[place].w)).view(*of_inputs.shape[:3], -1)
             outer = below[0] + below[1].flip(0) if d == 2 else below[0]
+            outer = outer * noise.pop() if noise else outer
 
 
 def _steps(kind: str, inputs: Tensor, layer: _Layer, states: list[Tensor]) -> recurrence.Steps:

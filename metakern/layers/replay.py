@@ -34,7 +34,7 @@ def with_parameters(call: Call, replacement: Callable[[Tensor], Any]) -> list[Te
             container[key] = _replaced(container[key], key, chosen)  # type: ignore[call-overload]
     if call.in_place:
         args[0] = args[0].clone()
-    with _as_recorded(call):
+    with as_recorded(call):
         output = call.func(*args, **kwargs)
     return list(tensors_in(args[0] if call.in_place else output))
 
@@ -51,7 +51,7 @@ def _replaced(value: Any, key: int | str, chosen: Mapping[Any, Any]) -> Any:
 
 
 @contextmanager
-def _as_recorded(call: Call) -> Iterator[None]:
+def as_recorded(call: Call) -> Iterator[None]:
     """The random state and autocast setting that the call ran under, and torch's own function, not a subclass's."""
     if call.rng_state is not None and not host_may_wait():
         raise EngineUnavailable(

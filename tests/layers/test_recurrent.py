@@ -162,6 +162,24 @@ def test_frozen_in_part(layer: type[nn.RNNBase]) -> None:
     budget.assert_dots(found.dots, given.oracle(names={some}))
 
 
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dropout_between_layers(layer: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    """The masks of the call itself are drawn again."""
+    given = reader(layer, {"num_layers": 3, "dropout": 0.4, **options})
+    assert rule(given) == "recurrent"
+    found = {}
+    for engine in ("ghost", "double_backward"):
+        torch.manual_seed(1)
+        found[engine] = metakern.l2rw_step(given.model, given.batch, given.meta_batch, engine=engine)
+        found[engine, "gradient"] = torch.cat([p.grad.flatten() for p in given.model.parameters()])
+    for got, want in (
+        (found["ghost"].dots, found["double_backward"].dots),
+        (found["ghost", "gradient"], found["double_backward", "gradient"]),
+    ):
+        budget.assert_within(got, want, 1.0)
+
+
 def test_layers_that_share_their_weights() -> None:
     given = reader(nn.LSTM, {"num_layers": 2, "batch_first": True})
     cell = nn.LSTM(3, 3, 2, batch_first=True).double()
