@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from metakern.trainers.pretrained import Encoder, tokenizer
+
 ROOT = Path(__file__).parents[1]
 PUBLISH = ROOT / "experiments" / "leaderboards" / "publish.py"
 NOISE = ROOT / "experiments" / "label_noise"
@@ -58,3 +60,27 @@ def test_label_noise_on_the_first_page(method: str) -> None:
     publish = runpy.run_path(str(NOISE / "publish.py"))
     errors = publish["curves"]()[method, publish["SET_OF_CURVES"]][1000]
     assert f"{statistics.mean(errors):.1f}" in (ROOT / "README.md").read_text()
+
+
+def test_mlrnet_page_shows_the_committed_file() -> None:
+    folder = ROOT / "experiments" / "mlrnet_agnews"
+    page = (folder / "README.md").read_text()
+    with (folder / "expected.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            assert f"{row['accuracy']} ± {row['deviation']}" in page, (row["bias"], row["method"])
+
+
+def test_an_encoder_is_pretrained_on_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the experiment's script leaves in its folder is what `--model transformers:DIR` reads."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    news, folder = tmp_path / "ag_news", tmp_path / "encoder"
+    news.mkdir()
+    for name in ("train.csv", "test.csv"):
+        with (news / name).open("w", newline="") as file:
+            csv.writer(file).writerows([1 + k % 4, f"the {k % 3} cats", "sat on the mat"] for k in range(70))
+    monkeypatch.setenv("METAKERN_DATA", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["pretrain.py", str(folder), "1"])
+    runpy.run_path(str(ROOT / "experiments" / "mlrnet_agnews" / "pretrain.py"), run_name="__main__")
+    tokens = tokenizer(folder)(["the cats sat", "on"])
+    assert tokens.shape == (2, 64)
+    assert Encoder(folder, 4)(tokens).shape == (2, 4)
