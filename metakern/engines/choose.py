@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from torch import nn
 
@@ -25,19 +24,6 @@ _SERVED: WeakSet[nn.Module] = WeakSet()
 """Models whose last step was ghost's: it will most likely serve the next one, and no way back need be kept."""
 
 
-class _Refused(NamedTuple):
-    """How often ghost refused one after the other, by what else decides it, and how many steps it is not asked."""
-
-    context: Hashable
-    times: int
-    left: int
-
-
-_REFUSED: WeakKeyDictionary[nn.Module, _Refused] = WeakKeyDictionary()
-_LONGEST = 6
-"""After that many refusals it is asked every 2^6 steps: most models are refused for good, and each try is a pass."""
-
-
 def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
     """The answer, and the name of the engine that gave it; the second one tried begins at `start`, as the first did.
 
@@ -52,11 +38,6 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
             return ENGINES[engine](problem), engine
     if normalises_over_batch(problem.model):
         return jvp.solve(problem), "jvp"
-    if is_refused(problem):
-        try:
-            return jvp.solve(problem), "jvp"
-        except EngineUnavailable:
-            start.restore()
     try:
         with ghost_first(problem):
             return ghost.solve(problem), "ghost"
@@ -80,26 +61,9 @@ def ghost_first(problem: Problem) -> Iterator[None]:
     try:
         yield
         _SERVED.add(problem.model)
-        _REFUSED.pop(problem.model, None)
     except EngineUnavailable:
         _SERVED.discard(problem.model)
-        _note_refusal(problem)
         raise
-
-
-def is_refused(problem: Problem) -> bool:
-    """Will ghost most likely refuse, as it did lately? Now and then it is asked again."""
-    known = _REFUSED.get(problem.model)
-    if known is None or known.context != problem.context or known.left == 0:
-        return False
-    _REFUSED[problem.model] = known._replace(left=known.left - 1)
-    return True
-
-
-def _note_refusal(problem: Problem) -> None:
-    known = _REFUSED.get(problem.model)
-    times = known.times + 1 if known is not None and known.context == problem.context else 1
-    _REFUSED[problem.model] = _Refused(problem.context, times, 2 ** min(times, _LONGEST) - 1)
 
 
 def normalises_over_batch(model: nn.Module) -> bool:

@@ -114,7 +114,7 @@ def open_pass(problem: Problem, engine: str) -> tuple[TrainPass, str]:
             raise ValueError(f"engine must be 'auto' or one of {sorted(_PASSES)}, got {engine!r}")
         with choose.ghost_first(problem) if engine == "ghost" else nullcontext():
             return _PASSES[engine](problem), engine
-    if choose.normalises_over_batch(problem.model) or choose.is_refused(problem):
+    if choose.normalises_over_batch(problem.model):
         return _Dual(problem), "jvp"
     try:
         with unchanged_on_error(problem.model, problem.writes), choose.ghost_first(problem):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.engines import choose, train_pass
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.catalogue.structures import BatchNormalised
@@ -316,42 +315,3 @@ def test_a_gradient_that_is_not_finite_elsewhere() -> None:
         budget.assert_dots(found.dots, truth)
     with pytest.raises(NotImplementedError, match="examples interact"):
         metakern.grad_dots(setup.model, setup.batch, setup.meta_batch, params="middle", engine="ghost")
-
-
-def test_ghost_is_asked_less_often_where_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time costs a pass; it is asked at once where the loss or a mode is another, and serves as before."""
-    asked, found = list[int](), list[str]()
-    solve = choose.ghost.solve
-    monkeypatch.setattr(choose.ghost, "solve", lambda problem: asked.append(len(found)) or solve(problem))
-    setup = INTERACTING["centred"]()
-    given = setup.model, setup.batch, setup.meta_batch
-    for _ in range(40):
-        found.append(metakern.l2rw_step(*given).engine)
-    assert asked == [0, 2, 6, 14, 30]
-    assert set(found) == {"jvp"}
-    judge_step(metakern.l2rw_step, setup)
-    found.append(metakern.l2rw_step(*given, loss_fn=contrastive_losses).engine)
-    setup.model.eval()
-    found.append(metakern.l2rw_step(*given).engine)
-    assert asked[5:] == [40, 41]
-    setup.model.forward = lambda x: setup.model.second(torch.tanh(setup.model.first(x)))  # examples are apart now
-    assert [metakern.l2rw_step(*given).engine for _ in range(3)] == ["jvp", "ghost", "ghost"]
-
-
-@pytest.mark.parametrize("name", ["mwnet", "grad_dots"])
-def test_the_same_in_other_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, found = list[int](), list[str]()
-    owner, attribute = (train_pass, "GhostPass") if name == "mwnet" else (choose.ghost, "solve")
-    ask = getattr(owner, attribute)
-    monkeypatch.setattr(owner, attribute, lambda problem: asked.append(len(found)) or ask(problem))
-    setup = INTERACTING["graph"]()
-    given = setup.batch, setup.meta_batch
-    weight_net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1), nn.Sigmoid()).double()
-    for _ in range(8):
-        if name == "mwnet":
-            result = metakern.mwnet_step(setup.model, weight_net, *given, weight_optimizer=None, virtual_lr=0.1)
-        else:
-            result = metakern.grad_dots(setup.model, *given)
-        found.append(result.engine)
-    assert asked == [0, 2, 6]
-    assert set(found) == {"jvp"}
