@@ -43,9 +43,7 @@ Axes = list[list[ExampleAxis | None]]
 
 
 class _Proved(NamedTuple):
-    """The axes; whether a pass of this form may still pick rows by data; whether couplings
-    that sleep are ruled out.
-    """
+    """The axes; whether a pass of this form may still pick rows by data; whether couplings that sleep are ruled out."""
 
     axes: Axes
     moves: bool

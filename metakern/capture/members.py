@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+_Kind = TypeVar("_Kind")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -34,7 +36,7 @@ def keepers_of(model: nn.Module) -> list[nn.Module]:
         return modules
     found = {id(module): module for module in modules}
     while ahead:
-        for module in _held_in(vars(ahead.pop()).values()):
+        for module in _held_in(vars(ahead.pop()).values(), nn.Module):
             for inner in modules_of(module):
                 if id(inner) not in found:
                     found[id(inner)] = inner
@@ -46,12 +48,12 @@ _DEPTH, _LARGEST = 3, 256
 """How deep lists and dicts are looked into, and how many entries they may have: larger ones hold data."""
 
 
-def _held_in(values: Iterable[Any], depth: int = _DEPTH) -> Iterator[nn.Module]:
+def _held_in(values: Iterable[Any], kind: type[_Kind], depth: int = _DEPTH) -> Iterator[_Kind]:
     for value in values:
-        if isinstance(value, nn.Module):
+        if isinstance(value, kind):
             yield value
         elif depth and type(value) in (list, tuple, dict) and 0 < len(value) <= _LARGEST:
-            yield from _held_in(value.values() if isinstance(value, dict) else value, depth - 1)
+            yield from _held_in(value.values() if isinstance(value, dict) else value, kind, depth - 1)
 
 
 @cache
@@ -73,17 +75,12 @@ def constants_of(model: nn.Module) -> list[Tensor]:
     kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
     found = [t for tensors in kinds for t in tensors.values() if t is not None and not t.requires_grad]
     attributes = (vars(module).values() for module in modules if not is_torchs_own(type(module)))
-    return found + [t for values in attributes for t in _whole_numbers(values)]
+    return found + [t for values in attributes for t in _held_in(values, Tensor, depth=1) if _is_whole(t)]
 
 
-def _whole_numbers(values: Iterable[Any], depth: int = 1) -> Iterator[Tensor]:
-    """Tensors of these; those of numbers with fractions may be what a pass has kept of its data for the next."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if not (value.is_floating_point() or value.is_complex()):
-                yield value
-        elif depth and type(value) in (list, tuple, dict) and 0 < len(value) <= _LARGEST:
-            yield from _whole_numbers(value.values() if isinstance(value, dict) else value, depth - 1)
+def _is_whole(tensor: Tensor) -> bool:
+    """Numbers with fractions may be what a pass has kept of its data for the next."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -150,7 +150,9 @@ def _by_numbers(func: Any, args: Any) -> bool:
 
 
 class _Untraceable(TorchFunctionMode):
-    """Numbers that leave torch would be constants of the program without a word; sparse tensors fail with many."""
+    """Numbers that leave torch would be constants of the program without a word; sparse tensors fail in many
+    operators, each with an error of its own.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _EXPORTS:
