@@ -114,7 +114,7 @@ class CMWNetStep:
             self._subset = balanced_rows(train.targets, self._generator)
         order = torch.randperm(len(self._subset), generator=self._generator)[: self._setup.batch_size]
         rows = self._subset[order].to(train.targets.device)
-        return train.inputs[rows], train.targets[rows]
+        return self._setup.augment(train.inputs[rows], self._generator), train.targets[rows]
 
     def weighting_function(self) -> WeightingFunction:
         return weights_of_groups(self._step.weight_net, self.groups, self._setup.task.class_names)

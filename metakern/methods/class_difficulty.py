@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,8 +40,19 @@ def difficulty_weights(accuracies: Tensor, tau: float | Tensor) -> Tensor:
     return weights * len(weights) / total if total > 0 else torch.ones_like(weights)
 
 
-def difficulty_step(rule: str = "imagenet") -> Step:
-    """A step with weights by difficulty, its exponent by `rule`.
+@dataclass(frozen=True)
+class DifficultySettings:
+    """tau: the exponent; 0 for the rule that takes it from the spread of difficulties. The paper tries 0.5 to 2 too."""
+
+    tau: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.tau >= 0:
+            raise ValueError(f"tau must be 0 or more, got {self.tau}")
+
+
+def difficulty_step(rule: str = "imagenet", tau: float = 0.0) -> Step:
+    """A step with weights by difficulty, its exponent `tau` or, at 0, by `rule`.
 
     Difficulty is measured on the meta batch before each step, in evaluation mode; the paper does it once an epoch on 25
     a class. A class that the meta batch does not hold counts as perfect.
@@ -55,7 +69,7 @@ def difficulty_step(rule: str = "imagenet") -> Step:
         accuracies = torch.where(held > 0, right.new_zeros(classes).index_add_(0, meta_targets, right) / held, 1)
         losses = F.cross_entropy(model(inputs), targets, reduction="none")
         # No class of the batch is difficult: all weights would be 0, and the plain mean is what is left to learn from.
-        class_weights = difficulty_weights(accuracies, dynamic_tau(accuracies, rule))
+        class_weights = difficulty_weights(accuracies, tau or dynamic_tau(accuracies, rule))
         usable = class_weights if class_weights[targets].any() else torch.ones_like(class_weights)
         weights = by_class(usable, targets)
         optimizer.zero_grad(set_to_none=True)
@@ -66,17 +80,16 @@ def difficulty_step(rule: str = "imagenet") -> Step:
     return step
 
 
-CDB = Method(
-    "cdb",
-    "weights by the error on each class of a clean set",
-    "Sinha et al., ACCV 2020",
-    always(difficulty_step()),
-    needs_meta=True,
-)
-CDB_CIFAR = Method(
-    "cdb-cifar",
-    "cdb with the exponent of its code for CIFAR, sigmoid(bias)",
-    "Sinha et al., ACCV 2020",
-    always(difficulty_step("cifar")),
-    needs_meta=True,
+def _method(name: str, about: str, rule: str) -> Callable[[DifficultySettings], Method]:
+    def with_settings(settings: DifficultySettings) -> Method:
+        step = difficulty_step(rule, settings.tau)
+        source = "Sinha et al., ACCV 2020"
+        return Method(name, about, source, always(step), needs_meta=True, settings=settings, rebuilt=with_settings)
+
+    return with_settings
+
+
+CDB = _method("cdb", "weights by the error on each class of a clean set", "imagenet")(DifficultySettings())
+CDB_CIFAR = _method("cdb-cifar", "cdb with the exponent of its code for CIFAR, sigmoid(bias)", "cifar")(
+    DifficultySettings()
 )

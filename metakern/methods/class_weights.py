@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ def effective_number(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
     Raises: ValueError when beta is not in [0, 1).
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, equation 2.
     """
-    if not 0 <= beta < 1:
-        raise ValueError(f"effective_number: beta must be in [0, 1), got {beta}")
+    require_beta(beta)
     if beta == 0:
         return _scaled(torch.ones(len(counts), dtype=torch.float64), counts)
     # 1 - beta^n by expm1: for beta near 1 and few examples the subtraction would leave nothing.
@@ -58,15 +58,38 @@ def class_balanced_rule(beta: float = 0.9999) -> Rule:
     return rule
 
 
+@dataclass(frozen=True)
+class EffectiveNumberSettings:
+    """beta: towards 1 the weights near the inverse frequency; the paper tries 0.9, 0.99, 0.999 and 0.9999."""
+
+    beta: float = 0.9999
+
+    def __post_init__(self) -> None:
+        require_beta(self.beta)
+
+
+def require_beta(beta: float) -> None:
+    """Raises: ValueError for a beta outside [0, 1)."""
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta}")
+
+
+def class_balanced(settings: EffectiveNumberSettings) -> Method:
+    """Weights by the effective number, with the given settings."""
+    return Method(
+        "class-balanced",
+        "weights by the effective number of examples, beta 0.9999",
+        "Cui et al., CVPR 2019",
+        always(weighted_step(class_balanced_rule(settings.beta))),
+        settings=settings,
+        rebuilt=class_balanced,
+    )
+
+
 INVERSE_SQRT = Method(
     "inverse-sqrt",
     "weights by 1 / sqrt(class count)",
     "Mahajan et al., ECCV 2018",
     always(weighted_step(_inverse_sqrt)),
 )
-CLASS_BALANCED = Method(
-    "class-balanced",
-    "weights by the effective number of examples, beta 0.9999",
-    "Cui et al., CVPR 2019",
-    always(weighted_step(class_balanced_rule())),
-)
+CLASS_BALANCED = class_balanced(EffectiveNumberSettings())

@@ -50,7 +50,8 @@ class CurveNet(nn.Module):
     """losses[n, 1] (not used), curves[n, T], labels[n] -> weights[n, 1], `least_weight` to 1 more.
 
     Curve: T - 128 - 128 - 64 with ReLUs; plus an embedding [C, 64] of the label, times `label_times`; then
-    64 - 128 - 64 - 1; w = sigmoid + least_weight. The last bias begins at 4.5, so that all weights begin near 1.
+    64 - 128 - 64 - 1; w = sigmoid + least_weight. The last bias begins at 4.5, so that all weights begin near 1, and
+    the embedding is as small as the curve's part: matrices by Xavier's rule, other biases at 0.
     Source: Jiang et al., "Delving into Sample Loss Curve to Embrace Noisy and Imbalanced Data", AAAI 2022; its code.
     """
 
@@ -59,6 +60,11 @@ class CurveNet(nn.Module):
         self.labels, self.label_times, self.least_weight = nn.Embedding(classes, 64), label_times, least_weight
         self.curve = nn.Sequential(*_relu_layers(curve_length, 128, 128, 64))
         self.weigh = nn.Sequential(*_relu_layers(64, 128, 64), nn.Linear(64, 1))
+        nn.init.xavier_uniform_(self.labels.weight)
+        for layer in (*self.curve, *self.weigh):
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
         nn.init.constant_(self.weigh[-1].bias, 4.5)  # type: ignore[arg-type]
 
     def forward(self, losses: Tensor, curves: Tensor, labels: Tensor) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern.methods.class_weights import class_balanced_rule, require_beta
 from metakern.methods.method import Method, Setting, always
-from metakern.methods.weighted_step import weighted_step
+from metakern.methods.weighted_step import uniform_weights, weighted_step
 
 
 def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0, detach: bool = False) -> Tensor:
@@ -18,7 +23,7 @@ def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0, detach: b
     """
     losses = F.cross_entropy(logits, targets, reduction="none")
     # 1 - p = 1 - exp(-loss), by expm1: no cancellation where the example is already easy.
-    factor = (-torch.expm1(-losses)).clamp(min=0) ** gamma
+    factor = _positive(-torch.expm1(-losses)) ** gamma
     return (factor.detach() if detach else factor) * losses
 
 
@@ -30,33 +35,50 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0) -
     """
     sign = 2 * F.one_hot(targets, logits.shape[1]).to(logits) - 1
     log_p = F.logsigmoid(sign * logits)
-    return -((-torch.expm1(log_p)).clamp(min=0) ** gamma * log_p).sum(1)
+    return -(_positive(-torch.expm1(log_p)) ** gamma * log_p).sum(1)
 
 
-def _criterion(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    return focal_loss(logits, targets)
+def _positive(value: Tensor) -> Tensor:
+    """At least the smallest number: at 0 a power below 1 has an infinite slope."""
+    return value.clamp(min=torch.finfo(value.dtype).tiny)
 
 
-def _detached(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    return focal_loss(logits, targets, detach=True)
+@dataclass(frozen=True)
+class FocalSettings:
+    """gamma: how much less easy examples count. beta: of weights by the effective number of the class, 0 for none.
+
+    Source: Cui et al., CVPR 2019, for both together, the class-balanced focal loss.
+    """
+
+    gamma: float = 2.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_beta(self.beta)
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
 
 
-def _sigmoid(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    return sigmoid_focal_loss(logits, targets)
+def _method(name: str, about: str, loss: Callable[..., Tensor]) -> Callable[[FocalSettings], Method]:
+    """Of settings, the method `name` with losses loss(logits, targets, gamma=...)."""
+
+    def with_settings(settings: FocalSettings) -> Method:
+        def criterion(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+            return loss(logits, targets, gamma=settings.gamma)
+
+        rule = class_balanced_rule(settings.beta) if settings.beta else uniform_weights
+        step = weighted_step(rule, criterion)
+        return Method(name, about, "Lin et al., ICCV 2017", always(step), settings=settings, rebuilt=with_settings)
+
+    return with_settings
 
 
-FOCAL = Method(
-    "focal", "easy examples count less, gamma 2", "Lin et al., ICCV 2017", always(weighted_step(criterion=_criterion))
-)
-FOCAL_DETACHED = Method(
+FOCAL = _method("focal", "easy examples count less, gamma 2", focal_loss)(FocalSettings())
+FOCAL_DETACHED = _method(
     "focal-detached",
     "focal with its factor taken as a constant, as several codes have it",
-    "Lin et al., ICCV 2017",
-    always(weighted_step(criterion=_detached)),
-)
-FOCAL_SIGMOID = Method(
-    "focal-sigmoid",
-    "focal with a sigmoid for each class, summed over classes",
-    "Lin et al., ICCV 2017",
-    always(weighted_step(criterion=_sigmoid)),
-)
+    partial(focal_loss, detach=True),
+)(FocalSettings())
+FOCAL_SIGMOID = _method(
+    "focal-sigmoid", "focal with a sigmoid for each class, summed over classes", sigmoid_focal_loss
+)(FocalSettings())

@@ -69,6 +69,8 @@ class ChannelStep:
         losses.mean().backward()
         optimizer.step()
         if setting.progress >= self.burn_in:
+            for own, group in zip(self.channel_optimizer.param_groups, optimizer.param_groups):
+                own["lr"] = group["lr"]  # which the run may lower as it goes
             self.channel_optimizer.step()
             if isinstance(self.channel, StochasticMatrix):
                 self.channel.project()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.data import NodeTask
-from metakern.data.sampling import class_balanced
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup, Step
 from metakern.methods.weight_net_step import virtual_rule
 from metakern.step.direction import preconditioned
@@ -83,8 +82,6 @@ def meta_gcn(settings: NodeSettings) -> Method:
         steps=1000,
         batch_size=200,
         needs_meta=True,
-        meta_batch_size=70,
-        meta_sampler=class_balanced,
         settings=settings,
         rebuilt=meta_gcn,
     )

@@ -15,6 +15,18 @@ from metakern.data.sampling import shuffled
 Batch = tuple[Tensor, Tensor]  # inputs[n, ...], targets[n] int64
 Sampler = Callable[[Tensor, int, torch.Generator], Iterator[Tensor]]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+RateFactor = Callable[
+    [int, int], float
+]  # step k = 0 .. steps - 1 of how many: its learning rate in shares of the run's
+Augment = Callable[[Tensor, torch.Generator], Tensor]  # inputs[n, ...] -> the same, changed at random
+
+
+def _steady(step: int, steps: int) -> float:
+    return 1.0
+
+
+def _unchanged(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    return inputs
 
 
 class NotApplicable(ValueError):
@@ -26,8 +38,9 @@ class Setup:
     """What a run offers a method before its first step.
 
     The task, on the device of the model; the model as it will be trained, with its initial parameters until the first
-    step; the run's seed; its optimizer steps and batch size; the engine that computes dot products; and the run's
-    optimizer for another model. `progress` says whether long work before the first step shows a bar.
+    step; the run's seed; its optimizer steps and batch size; the engine that computes dot products; and, for other
+    models, the run's optimizer, the course of its learning rate and how it augments inputs. `progress` says whether
+    long work before the first step shows a bar.
     """
 
     task: Task
@@ -38,6 +51,8 @@ class Setup:
     make_optimizer: MakeOptimizer
     engine: str = "auto"
     progress: bool = False
+    rate_factor: RateFactor = _steady
+    augment: Augment = _unchanged
 
     @property
     def classes(self) -> int:

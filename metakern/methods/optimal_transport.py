@@ -33,14 +33,15 @@ def sinkhorn_potentials(
     return f, g
 
 
-def combined_cost(meta: Tensor, meta_targets: Tensor, batch: Tensor, targets: Tensor) -> Tensor:
-    """cost[m, n] = 1 - cosine of the features[., d] + [classes differ].
+def combined_cost(meta: Tensor, meta_targets: Tensor, batch: Tensor, targets: Tensor, classes: int) -> Tensor:
+    """cost[m, n] = (1 - cosine of the features[., d]) / 2 + [classes differ] / C.
 
+    The second part is half of the mean square difference of the labels as rows of 0 and 1.
     Source: the "combined" cost of Guo et al., "Learning to Re-weight Examples with Optimal Transport for Imbalanced
-    Classification", NeurIPS 2022, section 3.3.
+    Classification", NeurIPS 2022, section 3.3, with the factors of its code.
     """
     cosine = F.normalize(meta, dim=1) @ F.normalize(batch, dim=1).T
-    return 1 - cosine + (meta_targets.unsqueeze(1) != targets).to(cosine)
+    return (1 - cosine) / 2 + (meta_targets.unsqueeze(1) != targets).to(cosine) / classes
 
 
 def transported(logits: Tensor, cost: Tensor, *, lr: float = 0.01) -> Tensor:
@@ -81,7 +82,8 @@ class TransportStep:
             optimizer.step()
             return Outcome(torch.full_like(losses, 1 / len(losses)).detach(), losses.detach(), None)
         rows = setting.indices.to(self.weights.device)
-        cost = combined_cost(features(model, meta_batch[0]), meta_batch[1], features(model, inputs), targets)
+        seen = features(model, meta_batch[0]), meta_batch[1], features(model, inputs), targets
+        cost = combined_cost(*seen, self.setup.classes)
         self.weights[rows] = transported(self.weights[rows].to(cost), cost).to(self.weights)
         weights = self.weights[rows].to(losses) / len(rows)
         meta_loss = F.cross_entropy(model(meta_batch[0]), meta_batch[1])

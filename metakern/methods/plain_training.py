@@ -29,9 +29,10 @@ def train_plainly(
     """A copy of the run's model after `steps` steps on the mean of `criterion(logits, targets)`, by its optimizer.
 
     Before a run's first step the copy is a network with the run's initial parameters; the model is not touched.
-    Batches follow from the run's seed. `after_step(k, network)` is called after each step, k = 1 .. steps; step k has
-    the learning rate `rate(k)` times the run's.
+    Batches and their augmentation follow from the run's seed. `after_step(k, network)` is called after each step,
+    k = 1 .. steps; step k has the learning rate `rate(k)` times the run's, by default over the run's own course.
     """
+    rate = rate or (lambda k: setup.rate_factor(k - 1, steps))
     network = copy.deepcopy(setup.model)
     optimizer = setup.make_optimizer(network)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -40,9 +41,10 @@ def train_plainly(
     for k in trange(1, steps + 1, desc="plain network", unit="step", disable=not setup.progress):
         rows = next(batches).to(examples.targets.device)
         for group, full in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = full * (1.0 if rate is None else rate(k))
+            group["lr"] = full * rate(k)
+        inputs = setup.augment(examples.inputs[rows], generator)
         optimizer.zero_grad(set_to_none=True)
-        criterion(network(examples.inputs[rows]), examples.targets[rows]).backward()
+        criterion(network(inputs), examples.targets[rows]).backward()
         optimizer.step()
         if after_step is not None:
             after_step(k, network)

@@ -31,7 +31,8 @@ def threshold(losses: Tensor, progress: float, *, first: float = 0.5) -> Tensor:
     The papers multiply a threshold by 1.1 to 1.3 an epoch; a quantile needs no knowledge of the loss's scale.
     """
     share = first + (1 - first) * progress
-    return torch.quantile(losses.float(), min(share, 1.0)).to(losses) * (1 + 1e-6)
+    found = torch.quantile(losses.float(), min(share, 1.0)).to(losses) * (1 + 1e-6)
+    return found.clamp(min=torch.finfo(losses.dtype).tiny)  # losses of exactly 0 lie below it too
 
 
 def _normalised(weights: Tensor) -> Tensor:

@@ -29,18 +29,19 @@ from metakern.methods.weighted_step import weighted_step
 class SoftSettings:
     """What CMW-Net's code for noisy labels sets.
 
-    groups: of classes, by k-means. hidden: width of the weight net, lr of its Adam. warm_up: share of the run in plain
-    steps, 10 of 300 epochs. every: steps of the model for one of the weight net. teacher_decay: of the slow copy, a
-    step. meta_per_class: examples of low loss in the meta set, of a class, at most.
+    groups: of classes, by k-means. hidden: width of the weight net, lr and weight_decay of its Adam. warm_up: share of
+    the run in plain steps, 10 of 300 epochs. every: steps of the model for one of the weight net. teacher_decay: of the
+    slow copy, a step. meta_per_class: examples of low loss in the meta set, of a class, at most.
     """
 
     groups: int = 3
     hidden: int = 100
     lr: float = 1e-4
+    weight_decay: float = 1e-4
     warm_up: float = 1 / 30
     every: int = 10
     teacher_decay: float = 0.997
-    meta_per_class: int = 100
+    meta_per_class: int = 10
 
     def __post_init__(self) -> None:
         require_counts(groups=self.groups, hidden=self.hidden, every=self.every, meta_per_class=self.meta_per_class)
@@ -56,11 +57,12 @@ class Mixed(NamedTuple):
 
 
 def mixed(inputs: Tensor, generator: torch.Generator) -> Mixed:
-    """Mixup with a share from Beta(1, 1), one for the batch.
+    """Mixup with the larger of b and 1 - b, b from Beta(1, 1), one for the batch: row n is mostly example n.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; the larger share as in CMW-Net's code.
     """
     share = float(torch.rand((), generator=generator))
+    share = max(share, 1 - share)
     order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
     return Mixed(share * inputs + (1 - share) * inputs[order], order, share)
 
@@ -68,8 +70,8 @@ def mixed(inputs: Tensor, generator: torch.Generator) -> Mixed:
 class SoftLabels(nn.Module):
     """Targets of mixed examples: share t_n + (1 - share) t_order[n], t_n = v_n onehot(y_n) + (1 - v_n) p_n.
 
-    v_n = weight_net(cross entropy of the mixed example for y_n, group of y_n). Called as
-    `net(labels[n], losses[n, 2], groups[n], pseudo[n, C], order[n], share)` with the losses of own and other label.
+    v_n = weight_net(cross entropy of mixed example n for y_n, group of y_n), which goes with y_n wherever it is a part.
+    Called as `net(labels[n], losses[n, 1], groups[n], pseudo[n, C], order[n], share)`.
     Source: Shu et al., TPAMI 2023, and its code for noisy labels.
     """
 
@@ -80,17 +82,13 @@ class SoftLabels(nn.Module):
     def forward(
         self, labels: Tensor, losses: Tensor, groups: Tensor, pseudo: Tensor, order: Tensor, share: float
     ) -> Tensor:
-        own = self._target(labels, losses[:, :1], groups, pseudo)
-        other = self._target(labels[order], losses[:, 1:], groups[order], pseudo[order])
-        return share * own + (1 - share) * other
+        weights = self.weights(losses, groups)
+        targets = weights * F.one_hot(labels, pseudo.shape[1]).to(pseudo) + (1 - weights) * pseudo
+        return share * targets + (1 - share) * targets[order]
 
     def weights(self, losses: Tensor, groups: Tensor) -> Tensor:
         """v[n, 1] in the weight net's precision."""
         return self.weight_net(losses.to(next(self.weight_net.parameters())), groups)
-
-    def _target(self, labels: Tensor, losses: Tensor, groups: Tensor, pseudo: Tensor) -> Tensor:
-        weights = self.weights(losses, groups)
-        return weights * F.one_hot(labels, pseudo.shape[1]).to(pseudo) + (1 - weights) * pseudo
 
 
 class SoftStep:
@@ -105,7 +103,7 @@ class SoftStep:
         groups = int(self._groups.max()) + 1
         net = seeded(lambda: ClassAwareWeightNet(groups, settings.hidden), setup.seed, device)
         self._labels = SoftLabels(net)  # type: ignore[arg-type]
-        self._optimizer = torch.optim.Adam(self._labels.parameters(), settings.lr)
+        self._optimizer = torch.optim.Adam(self._labels.parameters(), settings.lr, weight_decay=settings.weight_decay)
         self._teacher = copy.deepcopy(setup.model)
         self._generator = torch.Generator().manual_seed(setup.seed + 6)
         self._trusted = torch.arange(len(setup.task.train))
@@ -114,7 +112,7 @@ class SoftStep:
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         if setting.step % self._setup.steps_per_epoch == 0:
-            self._trusted = self._most_trusted(model)
+            self._trusted = self._most_trusted(self._teacher)
         if setting.progress < self._settings.warm_up:
             outcome = self._plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
         else:
@@ -126,11 +124,11 @@ class SoftStep:
         inputs, labels = batch
         pseudo = predict(self._teacher, inputs).softmax(1)
         mixture = mixed(inputs, self._generator)
-        groups, order, seen = self._groups[labels], mixture.order, []
+        groups, seen = self._groups[labels], []
 
         def known(logits: Tensor) -> tuple[Any, ...]:
-            losses = [F.cross_entropy(logits, given, reduction="none") for given in (labels, labels[order])]
-            seen[:] = [torch.stack(losses, 1), groups, pseudo, order, mixture.share]
+            losses = F.cross_entropy(logits, labels, reduction="none").unsqueeze(1)
+            seen[:] = [losses, groups, pseudo, mixture.order, mixture.share]
             return tuple(seen)
 
         meta_loss = None
@@ -156,8 +154,8 @@ class SoftStep:
             losses.mean().backward()
             optimizer.step()
         with torch.no_grad():
-            own = self._labels.weights(seen[0][:, :1], groups)
-        return Outcome(own.squeeze(1).to(losses) / len(own), losses.detach(), meta_loss)
+            weights = self._labels.weights(seen[0], groups)
+        return Outcome(weights.squeeze(1).to(losses) / len(weights), losses.detach(), meta_loss)
 
     def _most_trusted(self, model: nn.Module) -> Tensor:
         """Of every class equally many training examples, those of the lowest loss; at most half of the smallest."""
@@ -172,7 +170,7 @@ class SoftStep:
         train = self._setup.task.train
         chosen = torch.randperm(len(self._trusted), generator=self._generator)[: self._setup.batch_size]
         rows = self._trusted[chosen].to(train.targets.device)
-        mixture = mixed(train.inputs[rows], self._generator)
+        mixture = mixed(self._setup.augment(train.inputs[rows], self._generator), self._generator)
         targets = F.one_hot(train.targets[rows], self._setup.classes).to(mixture.inputs)
         return mixture.inputs, mixture.share * targets + (1 - mixture.share) * targets[mixture.order]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice, repeat
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metakern.data import Task, crop_and_flip
 from metakern.methods import Method, Setup
-from metakern.methods.method import Batch
+from metakern.methods.method import Augment, Batch
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.optimizer import make_optimizer
+from metakern.trainers.optimizer import make_optimizer, rate_factor
 
 
 def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module, *, progress: bool = False) -> Setup:
@@ -26,7 +27,13 @@ def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module
         lambda model: make_optimizer(config, model),
         config.engine,
         progress,
+        lambda step, steps: rate_factor(config, step, steps),
+        _augment(config),
     )
+
+
+def _augment(config: TrainConfig) -> Augment:
+    return crop_and_flip if config.augment is not None else lambda inputs, generator: inputs
 
 
 def make_batches(
@@ -48,10 +55,16 @@ def make_batches(
         if size is None
         else method.meta_sampler(task.meta.targets.cpu(), size, torch.Generator().manual_seed(config.seed + 3))
     )
+    augment = _augment(config)
     for step, (own, meta) in islice(enumerate(zip(rows, meta_rows, strict=False)), after, None):
         own, meta = own.to(device), meta.to(device)
-        inputs = task.train.inputs[own]
-        if config.augment is not None:
-            # A generator for each step: a run that goes on from its checkpoint draws what it would have drawn.
-            inputs = crop_and_flip(inputs, torch.Generator().manual_seed((config.seed + 4) * 2**32 + step))
-        yield own, (inputs, task.train.targets[own]), (task.meta.inputs[meta], task.meta.targets[meta])
+        # A generator for each step: a run that goes on from its checkpoint draws what it would have drawn.
+        generator = _generator_of(config.seed + 4, step)
+        inputs = augment(task.train.inputs[own], generator)
+        meta_inputs = augment(task.meta.inputs[meta], generator)
+        yield own, (inputs, task.train.targets[own]), (meta_inputs, task.meta.targets[meta])
+
+
+def _generator_of(seed: int, step: int) -> torch.Generator:
+    """Of both numbers: torch's CPU generator looks at the low 32 bits of a seed only, so one cannot sit above them."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))

@@ -41,7 +41,7 @@ class TrainConfig:
     model: str | None = _option(
         None, "the network: see 'metakern list', or transformers:DIR for a pretrained one (default: a small one)"
     )
-    augment: str | None = _option(None, "crop-flip: training images shifted by up to 4 pixels and mirrored at random")
+    augment: str | None = _option(None, "crop-flip: images of both batches shifted by up to 4 pixels and mirrored")
     seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
     steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
     schedule: float = _option(1.0, "share of the method's own number of steps to take")

@@ -15,7 +15,6 @@ from metakern.methods.plain_training import predict, train_plainly
 from metakern.trainers.batches import make_setup
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.networks import network_for
-from metakern.trainers.optimizer import rate_factor
 
 
 class Detection(NamedTuple):
@@ -64,12 +63,7 @@ def held_out_probabilities(config: TrainConfig, task: Task, *, folds: int = 5) -
         kept[held] = False
         setup = make_setup(config, method, task, network_for(task, config.seed, config.model), progress=True)
         steps = max(1, round(setup.steps * (1 - 1 / folds)))
-        network = train_plainly(
-            setup,
-            task.train.take(kept.nonzero().squeeze(1)),
-            steps=steps,
-            rate=lambda k, steps=steps: rate_factor(config, k - 1, steps),
-        )
+        network = train_plainly(setup, task.train.take(kept.nonzero().squeeze(1)), steps=steps)
         probabilities[held] = predict(network, task.train.inputs[held]).softmax(1).double()
     return probabilities.numpy()
 

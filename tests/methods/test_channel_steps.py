@@ -120,3 +120,13 @@ def test_glc_step_descends_both_parts(model, noisy, setup):
     torch.testing.assert_close(outcome.losses, expected.detach())
     for parameter, old, gradient in zip(model.parameters(), before, wanted, strict=True):
         torch.testing.assert_close(parameter.detach(), old - gradient)
+
+
+def test_a_channel_learns_at_the_runs_present_rate(model, noisy, setup):
+    step = find("s-model").begin(setup(model, task=noisy, lr=0.2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)  # which the run has lowered
+    batch = noisy.train.inputs[:20], noisy.train.targets[:20]
+    before = step.channel.logits.detach().clone()
+    step(model, batch, batch, optimizer=optimizer, setting=Setting(torch.tensor([1, 1]), torch.Generator()))
+    moved = step.channel.logits.detach() - before
+    torch.testing.assert_close(moved, -0.02 * step.channel.logits.grad)

@@ -95,6 +95,12 @@ def test_self_paced_by_hand():
     assert linear_weights(losses, 2.0).tolist() == [1, 0.5, 0, 0]
 
 
+def test_self_paced_keeps_examples_without_any_loss():
+    losses = torch.tensor([0.0] * 6 + [1.0] * 4)
+    limit = threshold(losses, 0.0)
+    assert hard_weights(losses, limit).tolist() == linear_weights(losses, limit).tolist() == [1.0] * 6 + [0.0] * 4
+
+
 def test_self_paced_threshold_grows_to_all():
     losses = torch.arange(1.0, 102)
     kept = [int(hard_weights(losses, threshold(losses, progress)).sum()) for progress in (0.0, 0.5, 1.0)]

@@ -122,6 +122,14 @@ def test_curve_net_begins_near_one_and_knows_the_label():
     torch.testing.assert_close(weights[:3], weights[3:])
 
 
+def test_curve_net_begins_with_a_label_that_does_not_drown_the_curve():
+    """By the rule of its code: the embedding is uniform within Xavier's bound."""
+    torch.manual_seed(0)
+    net = CurveNet(295, 10).requires_grad_(False)
+    assert float(net.labels.weight.abs().max()) <= (6 / 74) ** 0.5
+    assert float(net.curve(torch.randn(64, 295)).std()) > 0.3 * float(2 * net.labels.weight.std())
+
+
 def test_probing_phases_of_the_paper():
     first, late = probing_phases(300, 128)
     assert (first.epochs, first.batch_size, late.epochs, late.batch_size) == (120, 128, 180, 16)

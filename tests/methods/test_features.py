@@ -64,3 +64,23 @@ def test_plain_training_leaves_the_model_alone_and_follows_the_seed(model, setup
         assert not torch.equal(ours, was)
     inputs, targets = given.task.train.inputs, given.task.train.targets
     assert F.cross_entropy(first(inputs), targets) < F.cross_entropy(model(inputs), targets)
+
+
+def test_a_network_on_the_way_has_the_runs_course_and_augmentation(model, setup):
+    rates, seen = [], []
+
+    def make_optimizer(network):
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        optimizer.register_step_pre_hook(lambda own, *_: rates.append(own.param_groups[0]["lr"]))
+        return optimizer
+
+    def augment(inputs, generator):
+        seen.append(len(inputs))
+        return inputs
+
+    given = setup(
+        model, make_optimizer=make_optimizer, augment=augment, rate_factor=lambda step, steps: 1 - step / steps
+    )
+    train_plainly(given, given.task.train, steps=4)
+    assert rates == [0.1, 0.75 * 0.1, 0.05, 0.25 * 0.1]
+    assert seen == [12] * 4

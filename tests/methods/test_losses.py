@@ -47,11 +47,13 @@ def test_focal_detached_has_the_other_gradient():
     assert torch.autograd.gradcheck(lambda z: focal_loss(z, targets), logits)
 
 
-def test_focal_is_finite_for_certain_examples():
-    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
-    losses = focal_loss(logits, torch.tensor([0, 0]))
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.parametrize("loss", [focal_loss, sigmoid_focal_loss])
+def test_focal_is_finite_for_certain_examples(loss, gamma):
+    logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], requires_grad=True)
+    losses = loss(logits, torch.tensor([0, 0]), gamma=gamma)
     losses.sum().backward()
-    assert losses.tolist() == [0, 200]
+    assert losses.tolist() == [0, 400]
     assert torch.isfinite(logits.grad).all()
 
 

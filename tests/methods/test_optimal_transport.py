@@ -60,8 +60,8 @@ def test_the_dual_is_the_gradient():
 
 def test_combined_cost_by_hand():
     meta, batch = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
-    cost = combined_cost(meta, torch.tensor([0]), batch, torch.tensor([0, 0, 1]))
-    assert cost.tolist() == [[0.0, 1.0, 3.0]]
+    cost = combined_cost(meta, torch.tensor([0]), batch, torch.tensor([0, 0, 1]), classes=4)
+    assert cost.tolist() == [[0.0, 0.5, 1.25]]
 
 
 def test_the_last_layer_learns_late_and_alone(setup):

@@ -127,3 +127,46 @@ def test_metabalance_pools_and_batches_by_settings():
     assert method.training_set is not METHODS["metabalance"].training_set
     assert find("metabalance", "order=1").settings == METHODS["metabalance-as-shipped"].settings
     assert find("metabalance-raw-undersample").settings.outer == "undersample"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("class-balanced", "beta=1", r"beta must be in \[0, 1\), got 1.0"),
+        ("focal", "gamma=-1", "gamma must be 0 or more, got -1.0"),
+        ("cdb", "tau=-1", "tau must be 0 or more, got -1.0"),
+    ],
+)
+def test_values_of_class_weights_and_losses_are_checked(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        find(name, text)
+
+
+@pytest.mark.parametrize("name", ["class-balanced", "focal", "focal-detached", "focal-sigmoid", "cdb", "cdb-cifar"])
+def test_settings_of_class_weights_and_losses_reach_the_step(name, model, setup):
+    inputs, targets = torch.randn(12, 6).double(), torch.tensor([0] * 9 + [1] * 3)
+    meta = 9 * torch.randn(40, 6).double(), torch.arange(40) % 2  # of which the model gets some of each class right
+    setting = Setting(torch.tensor([27, 9]), torch.Generator())
+    found = []
+    for text in ("", {"class-balanced": "beta=0.9", "cdb": "tau=0.5", "cdb-cifar": "tau=0.5"}.get(name, "gamma=0.5")):
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        step = find(name, text).begin(setup(model))
+        found.append(step(model, (inputs, targets), meta, optimizer=optimizer, setting=setting))
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert not torch.equal(found[0].weights, found[1].weights) or not torch.equal(found[0].losses, found[1].losses)
+
+
+def test_the_class_balanced_focal_loss(model, setup):
+    """Focal losses with the weights of class-balanced."""
+    inputs, targets = torch.randn(12, 6).double(), torch.tensor([0] * 9 + [1] * 3)
+    setting = Setting(torch.tensor([27, 9]), torch.Generator())
+
+    def outcome(name, text):
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        return find(name, text).begin(setup(model))(
+            model, (inputs, targets), (inputs, targets), optimizer=optimizer, setting=setting
+        )
+
+    both = outcome("focal", "gamma=1,beta=0.99")
+    assert torch.equal(both.weights, outcome("class-balanced", "beta=0.99").weights)
+    assert torch.equal(both.losses, outcome("focal", "gamma=1").losses)

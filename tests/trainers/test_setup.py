@@ -9,6 +9,7 @@ import torch
 from metakern.methods import METHODS, Method, find
 from metakern.methods.method import no_steps
 from metakern.trainers import train
+from metakern.trainers.batches import make_batches
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import write_report
 
@@ -110,3 +111,25 @@ def test_a_method_may_fit_its_model_as_a_whole(quick, tmp_path, monkeypatch):
     assert "the data set is not at hand" not in write_report([run.folder], tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match="as a whole"):
         method.begin(setup=None)
+
+
+def test_augmentation_is_of_the_seed_and_the_step_and_of_both_batches(quick, tmp_path, monkeypatch):
+    """Ones shifted against a border of zeros: what is cut tells the draw."""
+    setups, _ = recording(monkeypatch)
+    config = replace(quick, method="recording", augment="crop-flip")
+    task = train(config, tmp_path, progress=False).task
+    ones = [replace(part, inputs=torch.ones_like(part.inputs)) for part in (task.train, task.meta)]
+    task = replace(task, train=ones[0], meta=ones[1])
+
+    def cut(seed: int, step: int) -> list[torch.Tensor]:
+        batches = make_batches(replace(config, seed=seed), find("uniform"), task, after=step)
+        return [inputs.sum((2, 3)).sort(0).values for inputs, _ in next(batches)[1:]]
+
+    first = cut(0, 0)
+    for batch in range(2):
+        assert first[batch].unique().numel() > 1
+        assert torch.equal(first[batch], cut(0, 0)[batch])
+        assert not torch.equal(first[batch], cut(1, 0)[batch])
+        assert not torch.equal(first[batch], cut(0, 1)[batch])
+    moved = setups[0].augment(ones[0].inputs[:9], torch.Generator().manual_seed(0))
+    assert moved.sum((2, 3)).unique().numel() > 1
