@@ -1,7 +1,7 @@
 """`python -m benchmarks.tune`: measure the tiles of the Triton kernels on this GPU and write them into the table.
 
-Every candidate runs at one size of each class of shapes ("small": few rows); the fastest takes the entry of this kind
-of device in metakern/ops/tiles.json. `pytest -m compiled tests/ops` then checks the new entries like the old ones.
+Every candidate runs at one size of each class of shapes; the fastest takes the entry of this kind of device in
+metakern/ops/tiles.json. `pytest -m compiled tests/ops` then checks the new entries like the old ones.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -19,28 +20,53 @@ from metakern import ops
 from metakern.ops import tiles
 from metakern.ops.operands import EIGHT_BITS
 
-LARGE, SMALL = dict(n=128, t=128, i=1024, o=1024, s=1024), dict(n=256, t=1, i=1024, o=1024, s=32)
-SHAPES = {"large": LARGE, "small": SMALL}
 DTYPES = {1: EIGHT_BITS, 2: torch.bfloat16, 4: torch.float32}
 ARGUMENTS = {"direction_dots": matrices, "pair_dots": paired_matrices, "weighted_grad": with_half_kept}
 
 
-BLOCKS = {
-    "large": ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)),
-    "small": ((64, 32), (64, 64), (128, 32), (64, 128)),
+class Search(NamedTuple):
+    """What the tiles of a class of shapes are measured at, and which of them."""
+
+    sizes: dict[str, int]
+    blocks: tuple[tuple[int, int], ...]
+    stages: tuple[int, ...] = (3, 4)
+
+
+MANY, FEW = dict(n=128, t=128, i=1024, o=1024), dict(n=256, t=1, i=1024, o=1024)
+BLOCKS = ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
+SMALL_BLOCKS = ((64, 32), (64, 64), (128, 32), (64, 128))
+STAGES = (3, 4, 6, 8)
+"""Of a kernel that does nothing but multiply, whose stages are all that hides the way to memory."""
+SEARCHES = {
+    "direction_dots": {"large": Search(MANY, BLOCKS), "small": Search(FEW, SMALL_BLOCKS)},
+    "pair_dots": {
+        "large": Search(MANY | dict(s=64), BLOCKS),
+        "small": Search(FEW | dict(s=32), SMALL_BLOCKS),
+        "wide": Search(MANY | dict(s=1024), ((64, 128), (128, 128))),
+    },
+    # examples of many positions take one kernel, those of one another
+    "weighted_grad": {
+        "large": Search(dict(n=128, t=128, i=2048, o=2048), BLOCKS, STAGES),
+        "small": Search(dict(n=16384, t=1, i=1024, o=1024), ((64, 64), *BLOCKS[:3]), STAGES),
+    },
 }
+"""Operator -> class of shapes -> what is measured."""
 DEPTHS = {1: 128, 2: 64, 4: 32}
+ROOM = 227 * 1024
+"""Bytes of shared memory that a program may have on the chips with most of it."""
 MINUTES = 7.0
 WRONG = 0.05
 """Distance from the reference, as a share of its length, that no rounding explains."""
 
 
-def candidates(element_size: int, shapes: str) -> list[tiles.Tile]:
+def candidates(operator: str, element_size: int, shapes: str) -> list[tiles.Tile]:
     """Blocks that tensor cores can fill, deeper ones for narrower elements: few enough to compile while one waits."""
+    search, depth = SEARCHES[operator][shapes], DEPTHS[element_size]
     return [
-        tiles.Tile(m, n, DEPTHS[element_size], 8 if m * n >= 128 * 128 else 4, stages)
-        for m, n in BLOCKS[shapes]
-        for stages in (3, 4)
+        tiles.Tile(m, n, depth, 8 if m * n >= 128 * 128 else 4, stages)
+        for m, n in search.blocks
+        for stages in search.stages
+        if (m + n) * depth * element_size * stages <= ROOM
     ]
 
 
@@ -56,7 +82,7 @@ def fastest(
 
     None if there is none, or no time.
     """
-    like = ARGUMENTS[operator](SHAPES[shapes], DTYPES[max(2, element_size)], device)
+    like = ARGUMENTS[operator](SEARCHES[operator][shapes].sizes, DTYPES[max(2, element_size)], device)
     arguments = tuple(x.to(EIGHT_BITS) for x in like[:2]) + like[2:] if element_size == 1 else like
     public: Callable[..., object] = getattr(ops, operator)
     want = _first(public(*arguments, impl="reference"))
@@ -102,18 +128,20 @@ def main() -> None:
     deadline = time.perf_counter() + 60 * parser.parse_args().minutes
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune measures on a GPU, and there is none here")
-    measure(tiles.kind_of(torch.device("cuda"))[0], deadline)
+    measure(*tiles.kind_of(torch.device("cuda")), deadline)
 
 
-def measure(kind: str, deadline: float, device: str = "cuda") -> None:
-    """Fill the entry of this kind of device, operator by operator; what was not measured keeps the unmeasured tile."""
+def measure(kind: str, unmeasured: str, deadline: float, device: str = "cuda") -> None:
+    """Fill the entry of this kind of device, operator by operator; what was not measured keeps its tile."""
     table = json.loads(tiles.PATH.read_text())
     entries = table.setdefault(kind, {})
-    for operator, sizes in table["any"].items():
+    for operator, sizes in table[unmeasured].items():
         for size, classes in sizes.items():
-            own = entries.setdefault(operator, {}).setdefault(size, dict(classes))
+            of_operator = entries.setdefault(operator, {})
+            own = of_operator[size] = {**classes, **of_operator.get(size, {})}
             for shapes in classes:
-                found = fastest(operator, int(size), shapes, candidates(int(size), shapes), device, deadline)
+                choices = candidates(operator, int(size), shapes)
+                found = fastest(operator, int(size), shapes, choices, device, deadline)
                 if found is not None:
                     tile, best = found
                     print(f"{kind} {operator} {size} {shapes}: {tile}, {best:.1f} us", flush=True)

@@ -1,9 +1,11 @@
 """Which tiles a Triton kernel uses: read from a committed table, so that no user's first step measures anything.
 
 `tiles.json` has one entry per device ("sm90"), operator, bytes of an element and class of shapes, with the median time
-that earned it; `python -m benchmarks.tune` on a GPU measures the candidates and writes the device's entry. Devices
-without one use "any", or "99 KiB" where a program may have no more shared memory than that: sizes chosen by what the
-compiler says of them (registers, shared memory, tensor cores), and not measured.
+that earned it; `python -m benchmarks.tune` on a GPU measures the candidates and writes the device's entries. Where that
+time is null nothing was measured: the tile was chosen by what the compiler says of it (registers, shared memory, tensor
+cores). Such are all under "any" and "99 KiB", which serve devices without entries, the latter where a program may have
+no more shared memory than that; and such are those of a device as long as nobody has tuned it, for tiles that would
+spill or not fit on others.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def table() -> dict[str, Any]:
 
 @cache
 def tiles(operator: str, element_size: int, device: str, unmeasured: str = "any") -> dict[str, Tile]:
-    """Tile by class of shapes, "large" or "small", as measured on this kind of device, or those of `unmeasured`."""
+    """Tile by class of shapes ("large", "small", "wide"): those of this kind of device, or those of `unmeasured`."""
     entries = {name: kinds.get(operator, {}).get(str(element_size)) for name, kinds in table().items()}
     found = entries.get(device) or entries[unmeasured]
     return {shapes: Tile(*entry["tile"]) for shapes, entry in found.items()}
@@ -68,11 +70,14 @@ def instead(tile: Tile) -> Iterator[None]:
 
 
 def tile_for(operator: str, like: torch.Tensor, rows: int, columns: int) -> Tile:
-    """The tile for an output of this size: large ones where they are many enough to fill the chip."""
+    """The tile for an output of this size: large ones where they are many enough to fill the chip, and wide ones, where
+    there are any, if the columns fill one as well."""
     if _instead:
         return _instead[-1]
     known = tiles(operator, like.element_size(), *kind_of(like.device))
-    large = known["large"]
+    large, wide = known["large"], known.get("wide")
+    if wide is not None and columns >= wide.n and wide.programs(rows, columns) >= FEW:
+        return wide
     return known.get("small", large) if large.programs(rows, columns) < FEW else large
 
 

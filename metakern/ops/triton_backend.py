@@ -41,7 +41,7 @@ def unsupported(*operands: Tensor) -> str | None:
     if first.dtype is torch.float64:
         return "accumulates in float32; float64 needs float64"
     needed = (8, 9) if first.dtype is EIGHT_BITS else (8, 0)
-    if first.is_cuda and torch.cuda.get_device_capability(first.device) < needed:
+    if first.is_cuda and capability(first) < needed:
         return f"needs compute capability {needed[0]}.{needed[1]}"
     if first.dim() == 3 and first.shape[0] * first.shape[1] > MAX_ROWS:
         return f"counts rows in 32 bits, up to {MAX_ROWS}"
@@ -53,13 +53,20 @@ MAX_ROWS = 2**31 - 2**16
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _properties(device: torch.device) -> Any:
+    """PyTorch looks a device up anew each time; every call of an operator asks for several."""
+    return torch.cuda.get_device_properties(device)
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the tensor's GPU."""
+    found = _properties(tensor.device)
+    return found.major, found.minor
 
 
 def multiprocessors(tensor: Tensor) -> int:
     """Of the tensor's GPU; those of an H200 under the interpreter."""
-    return _multiprocessors(tensor.device) if tensor.is_cuda else 132
+    return _properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from metakern.ops.triton_backend import interpreting
+from metakern.ops.triton_backend import capability, interpreting
 
 CAPABILITIES = (9, 10)
 """Major compute capabilities that these kernels pass the checks of compiled code for; 12 has the engine as well."""
@@ -53,7 +53,7 @@ def _copied_in_bulk(x: Tensor) -> bool:
     if interpreting:  # which has no descriptors of bfloat16
         ready = x.dtype in (torch.float32, torch.float16)
     else:
-        ready = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in CAPABILITIES
+        ready = x.is_cuda and capability(x)[0] in CAPABILITIES
     steps = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(stride > 0 and stride * x.element_size() % ALIGNMENT == 0 for _, stride in steps)
     nested = all(outer % inner == 0 for (_, outer), (_, inner) in itertools.pairwise(steps))

@@ -19,7 +19,8 @@ def test_every_operator_is_measured() -> None:
     assert {case.operator for case in cases} == set(OPERATORS)
     for case in cases:
         rows = {row.impl: row for row in gpu_ops.measure_op(case, "cpu")}
-        reasons = OPERATORS[case.operator].reasons(*case.arguments(case.sizes, case.dtype, "cpu"))
+        arguments = case.prepare(*case.arguments(case.sizes, case.dtype, "cpu"))
+        reasons = OPERATORS[case.operator].reasons(*arguments)
         assert {impl for impl, row in rows.items() if row.status == "measured"} == {
             impl for impl, reason in reasons.items() if reason is None
         }
@@ -79,8 +80,8 @@ def test_tiles_are_written_as_they_are_committed() -> None:
 
 @pytest.mark.parametrize("element_size", tune.DTYPES)
 def test_a_candidate_takes_the_place_of_the_table(element_size: int) -> None:
-    assert len(set(tune.candidates(element_size, "large"))) > 8
-    tile = tune.candidates(element_size, "large")[0]
+    assert len(set(tune.candidates("direction_dots", element_size, "large"))) > 8
+    tile = tune.candidates("direction_dots", element_size, "large")[0]
     with tiles.instead(tile):
         assert tiles.tile_for("direction_dots", torch.ones(1), 5, 5) == tile
     assert tiles.tile_for("direction_dots", torch.ones(1), 5, 5) == tiles.tiles("direction_dots", 4, "any")["small"]
@@ -92,16 +93,41 @@ def test_tuning_writes_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     path.write_text(tiles.PATH.read_text())
     monkeypatch.setattr(tiles, "PATH", path)
     monkeypatch.setattr(tune, "fastest", lambda operator, *_: (best, 1.25) if operator == "pair_dots" else None)
-    tune.measure("sm90", 0.0)
+    before = json.loads(path.read_text())
+    for kind in ("sm90", "sm100"):
+        tune.measure(kind, "any", 0.0)
+    tune.measure("sm89", "99 KiB", 0.0)
     table = json.loads(path.read_text())
     assert table["sm90"]["pair_dots"]["2"]["large"] == {"tile": list(best), "microseconds": 1.2}
-    assert table["sm90"]["weighted_grad"] == table["any"]["weighted_grad"]
+    assert table["sm90"]["weighted_grad"]["2"] == before["sm90"]["weighted_grad"]["2"]
+    assert table["sm90"]["weighted_grad"]["4"] == before["any"]["weighted_grad"]["4"]
+    assert table["sm100"]["weighted_grad"] == before["any"]["weighted_grad"]
+    assert table["sm89"]["weighted_grad"] == before["99 KiB"]["weighted_grad"]
     assert tune.written(table) == path.read_text()
+
+
+def test_every_class_of_shapes_has_candidates_that_fit() -> None:
+    for kinds in tiles.table().values():
+        for operator, sizes in kinds.items():
+            for size, classes in sizes.items():
+                for shapes in classes:
+                    choices = tune.candidates(operator, int(size), shapes)
+                    assert 4 <= len(set(choices)) == len(choices) <= 20
+                    assert all((c.m + c.n) * c.k * int(size) * c.stages <= tune.ROOM for c in choices)
+
+
+def test_a_wide_tile_takes_columns_that_fill_it() -> None:
+    known, row = tiles.tiles("pair_dots", 2, "any"), torch.ones(1, dtype=torch.bfloat16)
+    assert (
+        tiles.tile_for("pair_dots", row, 16384, 1024) == tiles.tile_for("pair_dots", row, 16384, 128) == known["wide"]
+    )
+    assert tiles.tile_for("pair_dots", row, 16384, 127) == known["large"]
+    assert tiles.tile_for("pair_dots", row, 100, 128) == known["small"]
 
 
 def test_a_tile_that_gives_another_result_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dict(n=2, t=2, i=4, o=4)
-    monkeypatch.setitem(tune.SHAPES, "large", sizes)
+    monkeypatch.setitem(tune.SEARCHES["direction_dots"], "large", tune.Search(sizes, ()))
     wrong, right = tiles.Tile(1, 1, 1, 1, 1), tiles.Tile(2, 1, 1, 1, 1)
 
     def run(A: torch.Tensor, V: torch.Tensor, B: torch.Tensor, impl: str) -> torch.Tensor:

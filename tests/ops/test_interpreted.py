@@ -58,6 +58,34 @@ def test_blocks_fetched_by_the_copy_engine(sizes: tuple[int, ...], dtype: torch.
         assert_exact(name, sizes, arguments, "triton")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kept_rows_are_scaled_in_order_and_rounded_once(layout: str) -> None:
+    B = LAYOUTS[layout](CASES["weighted_grad"].arguments((9, 3, 1, 21), torch.float16)[1])
+    w = torch.tensor([0.0, 0.3, -1.7, 0.0, 0.0, 2.5, 0.1, 0.0, -0.4])
+    scaled, sums = _scaled(B, w, bias=True)
+    products = B[w != 0].float() * w[w != 0].view(-1, 1, 1)
+    assert torch.equal(scaled[:5, :, :21], products.half())
+    assert not scaled[:5, :, 21:].any()
+    assert scaled.shape[2] == 32
+    assert scaled[5:].isnan().all()  # neither written nor, in the product, read
+    want = products.double().sum((0, 1))
+    assert_within(sums, want, products.abs().sum((0, 1)), dtype=torch.float16, terms=15)
+    assert _scaled(B, w, bias=False)[1].numel() == 0
+
+
+def _scaled(B: Tensor, w: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    kept = w.nonzero().squeeze(1)
+    padded = torch.cat([kept, torch.full((len(w) - len(kept),), -(2**30))]).int()
+    return weighted.scaled_rows(B, padded, w[kept], torch.tensor(len(kept), dtype=torch.int32), bias)
+
+
+def test_outputs_of_any_width_are_fetched_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only A needs to lie as the copy engine wants it: the scaled rows always do."""
+    monkeypatch.setattr(weighted, "weighted_grad_kernel", None)
+    for sizes in ((2, 64, 16, 7), (3, 130, 40, 1), (1, 90, 8, 70)):
+        assert_exact("weighted_grad", sizes, CASES["weighted_grad"].arguments(sizes, torch.float32), "triton")
+
+
 def test_what_the_copy_engine_cannot_fetch_goes_through_pointers() -> None:
     x = torch.zeros(4, 6, 8)
     assert blocks.copied_in_bulk(x, x[:, 0], x[1:], x[..., :4], x[:1], x.select(1, 0))

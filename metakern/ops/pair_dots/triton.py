@@ -69,13 +69,15 @@ def pair_dots_kernel(
         o, stride_bo, stride_bo_meta, M, N, K, PRECISION, UPCAST,
     )  # fmt: skip
     products = tl.where((meta_position < s)[None, :], inputs * outputs, 0.0)
-    place = (part.to(tl.int64) * rows + row) * m
+    # 64 bits for the program's first place; from there 32 are enough, and of a wide tile twice as many would be spilled
+    first = partial + (part.to(tl.int64) * rows + tl.program_id(0) * M) * m + group
+    place = tl.arange(0, M) * m
     if S == N:
-        tl.store(partial + place + group, tl.sum(products, axis=1), mask=row < rows)
+        tl.store(first + place, tl.sum(products, axis=1), mask=row < rows)
     else:
         dots = tl.sum(tl.reshape(products, (M, N // S, S)), axis=2)
         held = tl.arange(0, N // S)
-        tl.store((partial + place + group)[:, None] + held, dots, mask=(row < rows)[:, None] & (held < m - group))
+        tl.store(first + (place[:, None] + held[None, :]), dots, mask=(row < rows)[:, None] & (held < m - group))
 
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:

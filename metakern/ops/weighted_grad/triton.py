@@ -1,7 +1,9 @@
-"""weighted_grad in Triton: the weight is applied to B as it is loaded, and rows of weight zero are never loaded.
+"""weighted_grad in Triton: the kept rows of B are scaled into memory of their own, then multiplied with those of A.
 
-Which examples are kept is listed on the device, so the host never waits and the kernels fit into a CUDA graph. Where
-the output has too few tiles to fill the chip, the rows are split, and the parts are added in a fixed order.
+Which examples are kept is listed on the device, so the host never waits and the kernels fit into a CUDA graph; rows of
+weight zero are never loaded. Tensor cores take operands from shared memory while later ones are on their way to it;
+what is scaled in the product would go through registers. Where the output has too few tiles to fill the chip, the rows
+are split, and the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -11,14 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops.tiles import tile_for
+from metakern.ops.tiles import Tile, tile_for
 from metakern.ops.triton_backend import interpreting, multiprocessors, precision
 from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 
 MAX_SPLITS = 32
+LEAST = 4
+"""Steps of a product that a part of the rows is worth."""
 GROUP = 8
-SUMS = (32, 128)
-"""Rows and columns of B that a program of the bias holds at a time."""
+SCALED = Tile(64, 128, 0, 8, 1)
+"""Rows and columns of B that a program scales at a time: 16 KiB in half precision, so that a few programs keep a
+multiprocessor's memory busy. Not measured."""
+PITCH = 16
+"""Columns that a scaled row is a multiple of, so that it is copied in wide pieces whatever o is."""
 WELL_FILLED = 0.6
 """Share of a block's rows that must be an example's own, lest the copy engine fetch padding. Not measured."""
 
@@ -38,6 +45,37 @@ def kept_rows_kernel(w, kept, kept_weights, count, n, stride, BLOCK: tl.constexp
     tl.store(count, total)
 
 
+@triton.jit(do_not_specialize=["splits"])
+def scaled_rows_kernel(
+    B, kept, kept_weights, count, scaled, sums, t, o, pitch, splits, stride_bn, stride_bt, stride_bo,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """scaled[row, o] = w B of the kept rows, one after the other, and zero for o up to `pitch`; with SUMS
+    sums[split, o] = their sum over the split's rows, before they are rounded.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    rows = tl.load(count) * t
+    share = tl.cdiv(tl.cdiv(rows, ROWS), splits) * ROWS
+    last = tl.minimum(rows, (split + 1) * share)
+    b_column, b_inside = B + column.to(tl.int64) * stride_bo, (column < o)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(split * share, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < last)[:, None]
+        example = tl.load(kept + row // t, mask=row < last, other=0).to(tl.int64)
+        weight = tl.load(kept_weights + row // t, mask=row < last, other=0.0)
+        b_row = example * stride_bn + (row % t).to(tl.int64) * stride_bt
+        b = tl.load(b_column[None, :] + b_row[:, None], mask=inside & b_inside, other=0.0)
+        product = b.to(tl.float32) * weight[:, None]
+        place = (row.to(tl.int64) * pitch)[:, None] + column[None, :]
+        tl.store(scaled + place, product.to(scaled.dtype.element_ty), mask=inside & (column < pitch)[None, :])
+        if SUMS:
+            total += product
+    if SUMS:
+        tl.store(sums + split * o + column, tl.sum(total, axis=0).to(sums.dtype.element_ty), mask=column < o)
+
+
 @triton.jit
 def _added_to(start, total, output, column, stride_so, stride_si, mask):
     place = (output.to(tl.int64) * stride_so)[:, None] + (column.to(tl.int64) * stride_si)[None, :]
@@ -46,12 +84,12 @@ def _added_to(start, total, output, column, stride_so, stride_si, mask):
 
 @triton.jit(do_not_specialize=["blocks", "splits"])
 def weighted_grad_bulk_kernel(
-    A, B, kept, kept_weights, count, start, out, blocks, i, o, splits, stride_so, stride_si,
+    A, scaled, kept, count, start, out, blocks, i, o, splits, stride_so, stride_si,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     START: tl.constexpr,
 ):  # fmt: skip
-    """out[split, o, i] = sum over the split's blocks of w B A^T; A and B as descriptors of [n, t, .]. With START the
-    first split adds `start`.
+    """out[split, o, i] = sum over the split's blocks of (w B) A^T; A and the scaled rows as descriptors of [n, t, .].
+    With START the first split adds `start`.
 
     A kept example is cut into `blocks` blocks of K positions; those past its end read as zero.
     """
@@ -65,14 +103,14 @@ def weighted_grad_bulk_kernel(
     if first < last:
         # a loop that might not run is compiled with a wait after every product
         tl.assume(first < last)
+        # looked up a step ahead: an address that is loaded in the same step halves the stages of the loop
+        example = tl.load(kept + first // blocks)
         for step in range(first, last):
-            example = tl.load(kept + step // blocks)
-            weight = tl.load(kept_weights + step // blocks)
             position = step % blocks * K
-            b = B.load([example, position, down * M]).reshape(K, M).T
+            b = scaled.load([step // blocks, position, down * M]).reshape(K, M).T
             a = A.load([example, position, across * N]).reshape(K, N)
-            scaled = (b.to(tl.float32) * weight).to(a.dtype)
-            total = tl.dot(scaled, a, total, input_precision=PRECISION)
+            example = tl.load(kept + tl.minimum(step + 1, last - 1) // blocks)
+            total = tl.dot(b, a, total, input_precision=PRECISION)
     output, column = down * M + tl.arange(0, M), across * N + tl.arange(0, N)
     held = (output < o)[:, None] & (column < i)[None, :]
     if START:
@@ -83,8 +121,7 @@ def weighted_grad_bulk_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def weighted_grad_kernel(
-    A, B, kept, kept_weights, count, start, out, t, i, o, splits, stride_so, stride_si,
-    stride_an, stride_at, stride_ai, stride_bn, stride_bt, stride_bo,
+    A, scaled, kept, count, start, out, t, i, o, pitch, splits, stride_so, stride_si, stride_an, stride_at, stride_ai,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     START: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -97,53 +134,29 @@ def weighted_grad_kernel(
     first = split * share
     last = tl.minimum(rows, first + share)
     # masked rather than clamped: the compiler must see that neighbours are adjacent in memory
-    b_column, b_inside = B + output.to(tl.int64) * stride_bo, (output < o)[:, None]
+    b_column, b_inside = scaled + output, (output < pitch)[:, None]
     a_column, a_inside = A + column.to(tl.int64) * stride_ai, (column < i)[None, :]
     total = tl.zeros((M, N), tl.float32)
     if first < last:
         tl.assume(first < last)
+        row = first + tl.arange(0, K)
+        example = tl.load(kept + row // t, mask=row < last, other=0)
         for begin in range(first, last, K):
             row = begin + tl.arange(0, K)
             inside = row < last
-            example = tl.load(kept + row // t, mask=inside, other=0).to(tl.int64)
-            weight = tl.load(kept_weights + row // t, mask=inside, other=0.0)
-            position = (row % t).to(tl.int64)
-            b_row = example * stride_bn + position * stride_bt
-            a_row = example * stride_an + position * stride_at
+            a_row = example.to(tl.int64) * stride_an + (row % t).to(tl.int64) * stride_at
+            b_row = row.to(tl.int64) * pitch
             b = tl.load(b_column[:, None] + b_row[None, :], mask=b_inside & inside[None, :], other=0.0)
             a = tl.load(a_column[None, :] + a_row[:, None], mask=a_inside & inside[:, None], other=0.0)
-            scaled = b.to(tl.float32) * weight[None, :]
             if UPCAST:
-                a = a.to(tl.float32)
-            total = tl.dot(scaled.to(a.dtype), a, total, input_precision=PRECISION)
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            example = tl.load(kept + (row + K) // t, mask=row + K < last, other=0)
+            total = tl.dot(b, a, total, input_precision=PRECISION)
+    held = (output < o)[:, None] & a_inside
     if START:
-        total = _added_to(start, total, output, column, stride_so, stride_si, b_inside & a_inside & (split == 0))
+        total = _added_to(start, total, output, column, stride_so, stride_si, held & (split == 0))
     place = (split.to(tl.int64) * o + output.to(tl.int64))[:, None] * i + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=b_inside & a_inside)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def kept_sums_kernel(
-    B, kept, kept_weights, count, out, t, o, splits, stride_bn, stride_bt, stride_bo,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """out[split, o] = sum over the split's kept rows of w B."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    split = tl.program_id(1)
-    rows = tl.load(count) * t
-    share = tl.cdiv(tl.cdiv(rows, ROWS), splits) * ROWS
-    last = tl.minimum(rows, (split + 1) * share)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(split * share, last, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = row < last
-        example = tl.load(kept + row // t, mask=inside, other=0).to(tl.int64)
-        weight = tl.load(kept_weights + row // t, mask=inside, other=0.0)
-        place = (example * stride_bn + (row % t).to(tl.int64) * stride_bt)[:, None]
-        mask = inside[:, None] & (column < o)[None, :]
-        b = tl.load(B + place + (column.to(tl.int64) * stride_bo)[None, :], mask=mask, other=0.0)
-        total += b.to(tl.float32) * weight[:, None]
-    tl.store(out + split.to(tl.int64) * o + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < o)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -173,19 +186,36 @@ def weighted_grad(
     kept_rows_kernel[(1,)](
         w, kept, weights, count, n, w.stride(0), BLOCK=block, num_warps=4 if block < 2048 else 16, enable_fp_fusion=True
     )
-    listed = kept, weights, count
-    return _matrix(A, B, listed, start), _sums(B, listed) if bias else A.new_empty(0)
+    scaled, sums = scaled_rows(B, kept, weights, count, bias)
+    return _matrix(A, scaled, o, kept, count, start), sums
 
 
-def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor], start: Tensor | None) -> Tensor:
+def scaled_rows(B: Tensor, kept: Tensor, weights: Tensor, count: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """w B of the kept examples, one after the other, in [n, t, o rounded up]; and its sum, if a bias asks for it."""
+    n, t, o = B.shape
+    # to bfloat16 the interpreter cuts numbers off, where a GPU rounds them
+    dtype = torch.float32 if interpreting and B.dtype is torch.bfloat16 else B.dtype
+    scaled = B.new_empty(n, t, PITCH * triton.cdiv(o, PITCH), dtype=dtype)
+    tiles = triton.cdiv(o, SCALED.n)
+    splits = row_splits(tiles, triton.cdiv(n * t, SCALED.m), 4 * multiprocessors(B))
+    sums, parts = _outputs(B, splits, (o,)) if bias else (B.new_empty(0),) * 2
+    scaled_rows_kernel[(tiles, splits)](
+        B, kept, weights, count, scaled, parts, t, o, scaled.shape[2], splits, *B.stride(),
+        ROWS=SCALED.m, COLUMNS=SCALED.n, SUMS=bias, **SCALED.options,
+    )  # fmt: skip
+    return scaled, _added(parts, sums)
+
+
+def _matrix(A: Tensor, scaled: Tensor, o: int, kept: Tensor, count: Tensor, start: Tensor | None) -> Tensor:
     """start + sum_nt w_n B_nt A_nt^T over the listed examples."""
     n, t, i = A.shape
-    o = B.shape[2]
     if i == 0:
         return A.new_empty(o, i)
     tile = tile_for("weighted_grad", A, o, i)  # m is outputs, n is inputs, k is rows
     tiles = triton.cdiv(o, tile.m) * triton.cdiv(i, tile.n)
-    splits = row_splits(tiles, triton.cdiv(n * t, tile.k), 2 * multiprocessors(A))
+    # the sums of a larger tile fill the registers of a multiprocessor
+    resident = 2 if tile.m * tile.n <= 128 * 128 else 1
+    splits = row_splits(tiles, n * t // (LEAST * tile.k), resident * multiprocessors(A))
     out, parts = _outputs(A, splits, (o, i))
     options = dict(
         M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), START=start is not None,
@@ -193,29 +223,18 @@ def _matrix(A: Tensor, B: Tensor, listed: tuple[Tensor, Tensor, Tensor], start: 
     )  # fmt: skip
     start = out if start is None else start
     blocks = triton.cdiv(t, tile.k)
-    if t >= WELL_FILLED * blocks * tile.k and copied_in_bulk(A, B):
+    if t >= WELL_FILLED * blocks * tile.k and copied_in_bulk(A):
         weighted_grad_bulk_kernel[(tiles, splits)](
-            *(described(A, 1, tile.k, tile.n), described(B, 1, tile.k, tile.m)),
-            *(*listed, start, parts, blocks, i, o, splits, *start.stride()),
+            *(described(A, 1, tile.k, tile.n), described(scaled, 1, tile.k, tile.m)),
+            *(kept, count, start, parts, blocks, i, o, splits, *start.stride()),
             **options,
         )
     else:
         weighted_grad_kernel[(tiles, splits)](
-            *(A, B, *listed, start, parts, t, i, o, splits, *start.stride(), *A.stride(), *B.stride()),
+            *(A, scaled, kept, count, start, parts, t, i, o, scaled.shape[2], splits, *start.stride(), *A.stride()),
             UPCAST=interpreting,
             **options,
         )
-    return _added(parts, out)
-
-
-def _sums(B: Tensor, listed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """sum_nt w_n B_nt over the listed examples."""
-    n, t, o = B.shape
-    rows, columns = SUMS
-    tiles = triton.cdiv(o, columns)
-    splits = row_splits(tiles, triton.cdiv(n * t, rows), 2 * multiprocessors(B))
-    out, parts = _outputs(B, splits, (o,))
-    kept_sums_kernel[(tiles, splits)](B, *listed, parts, t, o, splits, *B.stride(), ROWS=rows, COLUMNS=columns)
     return _added(parts, out)
 
 
@@ -235,5 +254,5 @@ def _added(parts: Tensor, out: Tensor) -> Tensor:
 
 
 def row_splits(tiles: int, steps: int, programs: int) -> int:
-    """Into how many parts the rows are split: as many as still run side by side, some steps of work left in each."""
-    return max(1, min(MAX_SPLITS, programs // tiles, steps // 4))
+    """Into how many parts the rows are split: as many as run side by side, with so many steps of work among them."""
+    return max(1, min(MAX_SPLITS, programs // tiles, steps))
