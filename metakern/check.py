@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map
 
 from metakern.capture import EngineUnavailable, trace_batch
 from metakern.capture.losses import LossFunction, evaluate_losses
-from metakern.capture.parameters import require_servable, trainable_parameters
+from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
 from metakern.capture.uncompiled import uncompiled
-from metakern.engines.agreement import disagreement
+from metakern.engines import Problem, pose
+from metakern.engines.recorded import recorded
 from metakern.step import reweight_step
 from metakern.testing.budget import Verdict, unit, verdict
 from metakern.testing.oracle import copy_of
@@ -68,6 +69,9 @@ def check(
     *,
     loss_fn: LossFunction | None = None,
     engine: str = "auto",
+    params: Any = None,
+    memory: str = "reuse",
+    micro_batch: int | None = None,
     examples: int = 8,
     allow_unused: bool = False,
 ) -> CheckReport:
@@ -89,10 +93,11 @@ def check(
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
     require_servable(model)
+    chosen = list(select_parameters(model, trainable_parameters(model), params))
     replica, without_dropout = _float64_copy(model)
     batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
     try:
-        truth = _Truth(replica, batch, meta_batch, loss_fn, examples)
+        truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
     except RuntimeError as error:
         if isinstance(error, EngineUnavailable):
             raise
@@ -102,10 +107,21 @@ def check(
             f"of the batch: {error}"
         ) from error
     found = reweight_step(
-        replica, batch, meta_batch, rule=truth.weights_like, loss_fn=loss_fn, engine=engine, allow_unused=allow_unused
+        replica,
+        batch,
+        meta_batch,
+        rule=truth.weights_like,
+        loss_fn=loss_fn,
+        engine=engine,
+        params=chosen,
+        memory=memory,
+        micro_batch=micro_batch,
+        allow_unused=allow_unused,
     )
-    uses, why_not = _uses(replica, batch, loss_fn, found.engine)
     named = trainable_parameters(replica)
+    uses = _uses(replica, batch, loss_fn, named)
+    problem = pose(replica, batch, meta_batch, loss_fn, chosen, memory, allow_unused=allow_unused)
+    why_not = _refusal(problem) if found.engine == "jvp" else ""
     advice = ["dropout was switched off for the comparison"] if without_dropout else []
     dots, rows = _judged(truth, found.dots, named, uses, torch.float64)
     if not (dots.ok and all(row.gradient.ok for row in rows)):
@@ -113,8 +129,10 @@ def check(
         if rounded.ok and all(row.gradient.ok for row in rounded_rows):
             dots, rows = rounded, rounded_rows
             advice.append("exact to float32 only, because the model computes in float32 inside, or nearly so")
-    if found.engine == "jvp":
-        advice.append("forward mode costs about 2.3 plain steps; without the reason given above, ghost would serve")
+    if why_not:
+        advice.append(
+            "without the reason given above the cheaper engine, ghost, would serve; metakern.explain has costs"
+        )
     return CheckReport(found.engine, why_not, dots, rows, tuple(advice))
 
 
@@ -128,14 +146,17 @@ def _judged(
 class _Truth:
     """Gradients of the first losses, one backward each, and what follows from them."""
 
-    def __init__(self, model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any, examples: int) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any, examples: int, chosen: list[str]
+    ) -> None:
         named = trainable_parameters(model)
         frozen = copy_of(model)  # so that running statistics move in neither
         parameters = [p for p in frozen.parameters() if p.requires_grad]
         losses = evaluate_losses(frozen, batch, loss_fn, "batch")
         meta_loss = evaluate_losses(frozen, meta_batch, loss_fn, "meta_batch").mean()
         self.count = min(examples, losses.shape[0])
-        self.direction = dict(zip(named, _gradient(meta_loss, parameters)))
+        along = zip(named, _gradient(meta_loss, parameters))
+        self.direction = {name: v if name in chosen else torch.zeros_like(v) for name, v in along}
         self.gradients = [dict(zip(named, _gradient(losses[n], parameters))) for n in range(self.count)]
         self.parts = {
             name: torch.stack([(g[name] * self.direction[name]).sum() for g in self.gradients]) for name in named
@@ -183,18 +204,26 @@ def _float64_copy(model: nn.Module) -> tuple[nn.Module, bool]:
     return replica, changed
 
 
-def _uses(model: nn.Module, batch: Any, loss_fn: Any, engine: str) -> tuple[dict[int, list[str]], str]:
-    """Identity of a parameter -> torch functions that take it; and why ghost does not serve, if it does not."""
+def _uses(model: nn.Module, batch: Any, loss_fn: Any, named: dict[str, nn.Parameter]) -> dict[int, list[str]]:
+    """Identity of a parameter -> torch functions that take it, as far as a trace sees them."""
     uses: dict[int, list[str]] = defaultdict(list)
     try:
-        trace = trace_batch(model, batch, loss_fn, trainable_parameters(model), "batch")
-    except EngineUnavailable as refusal:
-        return uses, str(refusal)
+        trace = trace_batch(model, batch, loss_fn, named, "batch")
+    except EngineUnavailable:
+        return uses
     for call in (*trace.derivations, *(use.call for use in trace.uses)):
         for _, parameter in call.parameters:
             uses[id(parameter)].append(call.name)
-    reason = "; ".join(trace.couplings) if engine != "ghost" else ""
-    return uses, reason or ((disagreement(model) or "examples interact") if engine == "jvp" else "")
+    return uses
+
+
+def _refusal(problem: Problem) -> str:
+    """Why ghost does not serve, "" where it does."""
+    try:
+        recorded(problem)
+    except EngineUnavailable as refusal:
+        return str(refusal)
+    return ""
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

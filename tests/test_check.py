@@ -149,6 +149,54 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "NOT EXACT" in capsys.readouterr().out
 
 
+class Straight(torch.autograd.Function):
+    """A sign with the derivative of the identity."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x.sign() * w
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x.sign()).sum(0)
+
+
+def test_the_reason_is_that_of_the_engine() -> None:
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Straight.apply(self.linear(x), self.scale)
+
+    def guarded(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        assert torch.isfinite(losses).all(), "bad loss"
+        return losses
+
+    report = metakern.check(Custom(), *batches())
+    assert report.ok
+    assert "register_layer" in report.why_not_ghost
+    report = metakern.check(nn.Linear(4, 3), *batches(), loss_fn=guarded)
+    assert "bad loss" in report.why_not_ghost
+    assert metakern.check(nn.Linear(4, 3), *batches(), engine="jvp").why_not_ghost == ""
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 3}, {"memory": "two_pass"}, {"params": "0"}])
+def test_with_the_options_of_a_step(options: dict) -> None:
+    model = network()
+    report = metakern.check(model, *batches(), **options)
+    assert report.ok
+    shares = [row.share for row in report.parameters]
+    assert sum(shares) == pytest.approx(1.0)
+    assert ("params" in options) == (shares[-1] == 0)
+    if "params" in options:
+        assert metakern.check(model, *batches(), params=model[0]).parameters == report.parameters
+
+
 @pytest.mark.usefixtures("models")
 def test_command_with_parameters_that_take_no_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "own_models:pooled"]) == 2

@@ -23,7 +23,7 @@ class ExampleAxis(NamedTuple):
     def spread(self, per_example: Tensor, shape: Sequence[int]) -> Tensor:
         """One value per example, repeated along dimension `dim` and broadcastable against an output of `shape`."""
         line = per_example.view(1, -1, 1).expand(self.outer, -1, self.inner).reshape(-1)
-        return line.view(*(shape[self.dim] if d == self.dim else 1 for d in range(len(shape))))
+        return line.view([shape[self.dim] if d == self.dim else 1 for d in range(len(shape))])
 
     def total(self, tensor: Tensor, examples: int) -> Tensor:
         """Sum of `tensor` over everything but the examples."""

@@ -1,7 +1,7 @@
 """What an object holds at one moment, and how to put it back.
 
-By the methods of built-in types, whatever a subclass makes of them: one that counts look-ups, makes its entries anew or
-drops the oldest would neither tell what it holds nor take it back.
+By the methods of the built-in types themselves: a subclass may count look-ups, make its entries anew or drop the
+oldest, and would then neither tell what it holds nor take it back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from argparse import Namespace
 from array import array
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,23 +54,20 @@ _COLLECTIONS: dict[type, _Methods] = {
     deque: _Methods(lambda value: list(deque.__iter__(value)), deque.clear, deque.extend),
     set: _Methods(lambda value: list(set.__iter__(value)), set.clear, set.update),
 }
+_CLASSES = 1024
+"""Of so many it is remembered what they are; not of all for ever, since notebooks define a model's anew and anew."""
 _WRITERS = frozenset("__setitem__ __delitem__ append add insert pop update".split())
 
 
 def content_of(value: Any) -> PutBack | None:
     """A function that puts back what `value` holds now; None for what cannot change or is not looked into."""
-    kind = type(value)
-    if kind not in _KEPT:
-        _KEPT[kind] = _kept(kind)
-    keep = _KEPT[kind]
+    keep = _keep_for(type(value))
     return None if keep is None else keep(value)
 
 
-_KEPT: dict[type, _Keep | None] = {}
-
-
-def _kept(kind: type) -> _Keep | None:
-    found = next((keep for types, keep in _KINDS if issubclass(kind, types)), None)
+@lru_cache(_CLASSES)
+def _keep_for(kind: type) -> _Keep | None:
+    found = next((keep for types, keep in _KEEP_BY_KIND if issubclass(kind, types)), None)
     if found is not None or issubclass(kind, _LOOKED_AFTER):
         return found
     if _is_collection(kind):
@@ -85,19 +82,19 @@ def is_of_user(kind: type) -> bool:
     return kind in _HOLDERS or is_module_of_user(kind.__module__)
 
 
-@cache
+@lru_cache(_CLASSES)
 def is_module_of_user(name: str) -> bool:
     """Is it a module of a training run's own, neither of the standard library nor installed?"""
     source = getattr(sys.modules.get(name), "__file__", None) or ""
     return name.partition(".")[0] not in sys.stdlib_module_names and "-packages" not in source
 
 
-@cache
+@lru_cache(_CLASSES)
 def _is_collection(kind: type) -> bool:
     return issubclass(kind, tuple(_COLLECTIONS))
 
 
-@cache
+@lru_cache(_CLASSES)
 def _methods_of(kind: type) -> tuple[type, _Methods]:
     return next((each, methods) for each, methods in _COLLECTIONS.items() if issubclass(kind, each))
 
@@ -127,7 +124,7 @@ def inside(value: Any) -> list[Any]:
     return [*held, *attributes_of(value).values(), kind] if _has_attributes(kind) else held
 
 
-@cache
+@lru_cache(_CLASSES)
 def _has_attributes(kind: type) -> bool:
     return is_of_user(kind) and not issubclass(kind, _LOOKED_AFTER)
 
@@ -147,7 +144,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
     return found
 
 
-@cache
+@lru_cache(_CLASSES)
 def _slots(kind: type) -> dict[str, types.MemberDescriptorType]:
     held = (entry for each in _classes(kind) for entry in vars(each).items())
     return {name: slot for name, slot in held if isinstance(slot, types.MemberDescriptorType)}
@@ -238,7 +235,7 @@ def _of_numpy(value: Any) -> PutBack | None:
     return partial(value.__setitem__, ..., value.copy())
 
 
-_KINDS: list[tuple[Any, _Keep]] = [
+_KEEP_BY_KIND: list[tuple[Any, _Keep]] = [
     (Tensor, _tensor),
     (torch.Generator, lambda value: partial(_call, value.set_state, value.get_state())),
     (random.Random, lambda value: partial(_call, value.setstate, value.getstate())),

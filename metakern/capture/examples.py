@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -50,18 +51,20 @@ class _Proved(NamedTuple):
     lasting: bool
 
 
-class _Known(NamedTuple):
+@dataclass
+class _Known:
     """Of one model: the kinds of axes by structure, the axes by structure, sizes and numbers; or why it is refused."""
 
-    kinds: dict[Hashable, list[list[Kind | None]] | str]
-    axes: dict[Hashable, _Proved | str]
+    kinds: dict[Hashable, list[list[Kind | None]] | str] = field(default_factory=dict)
+    axes: dict[Hashable, _Proved | str] = field(default_factory=dict)
+    new_in_a_row: int = 0  # passes of a structure not met before, since the last one of a known structure
 
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
 _MOST = 4096
 """Sizes and numbers that are remembered of one model."""
 _AT_ONCE = 32
-"""Of these are proved where they are first met. With more, most may never come again: those that do are proved then."""
+"""So many new forms are proved where they are first met; beyond that, a form is proved when it comes a second time."""
 
 
 def example_axes(
@@ -76,11 +79,13 @@ def example_axes(
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
     known = _KNOWN.get(model)
     if known is None:
-        known = _KNOWN[model] = _Known({}, {})
+        known = _KNOWN[model] = _Known()
     form = (fingerprint, context, trace.numbers, trace.examples, _sizes(trace))
     found = known.axes.get(form)
     if isinstance(found, str):
         raise EngineUnavailable(found)
+    if found is not None:
+        known.new_in_a_row = 0
     if (found is None or found.moves or not found.lasting) and not host_may_wait():
         raise EngineUnavailable(
             "whose rows are whose has to be looked up in every pass of this model, which a CUDA graph cannot; take "
@@ -100,6 +105,12 @@ def example_axes(
     return found.axes
 
 
+def new_in_a_row(model: torch.nn.Module) -> int:
+    """How many of the last passes of a model had a structure that was not met before."""
+    known = _KNOWN.get(model)
+    return 0 if known is None else known.new_in_a_row
+
+
 def _sizes(trace: Trace) -> Hashable:
     return tuple([(use.call.name, use.output_shapes) for use in trace.uses])
 
@@ -110,6 +121,7 @@ def _found_out(
     """The axes of a form that was not met before: of a known structure at other sizes or numbers, or proved."""
     structure = (structure, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
     kinds = known.kinds.get(structure)
+    known.new_in_a_row = known.new_in_a_row + 1 if kinds is None else 0
     if isinstance(kinds, str):
         raise EngineUnavailable(kinds)
     axes = None if kinds is None else _sized_all(kinds, trace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,12 @@ _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())
 # Frequent calls that never draw random numbers; for all others the generators are compared before and after.
 _DETERMINISTIC = frozenset(
     "linear conv1d conv2d conv3d embedding layer_norm rms_norm group_norm batch_norm add mul sub matmul __matmul__ t "
-    "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous".split()
+    "transpose permute view reshape expand unsqueeze cat to float __getitem__ chunk split contiguous __rsub__ rsub div "
+    "addmm bmm einsum prelu conv_transpose1d conv_transpose2d conv_transpose3d embedding_bag instance_norm pow "
+    "neg".split()
 )
 
-# Neither the rows they take nor the sizes of what they make are among their numbers.
+# Their Python numbers select no rows and set no output sizes.
 _ROW_BY_ROW = frozenset(
     "linear matmul __matmul__ __rmatmul__ bmm mm mv addmm embedding relu relu_ gelu silu elu leaky_relu tanh sigmoid "
     "dropout alpha_dropout softplus exp log sqrt rsqrt neg __neg__ sin cos abs square float double half bfloat16 "
@@ -98,15 +101,31 @@ class Function(NamedTuple):
     writes: bool  # may write into an argument without being told by `inplace` or `out`
 
 
-_KNOWN: dict[Callable[..., Any], Function] = {}
-
-
+@lru_cache(4096)  # a closure may be a function too: not kept for ever
 def function_of(func: Callable[..., Any]) -> Function:
     """The `Function` of a callable that torch hands to a function mode."""
-    found = _KNOWN.get(func)
-    if found is None:
-        found = _KNOWN[func] = _looked_up(func)
-    return found
+    name = getattr(func, "__name__", "")
+    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    statistics, opaque = _STATISTICS.get(func), not _is_known(func)
+    return Function(
+        name=name,
+        kind=_kind(func, name),
+        shape_only=name in _SHAPE_ONLY,
+        like_another=name in _LIKE_ANOTHER,
+        random_constant=name.startswith("rand"),
+        deterministic=name in _DETERMINISTIC,
+        in_place=in_place,
+        may_reorder=name in REORDERING and not opaque,
+        may_pick=name not in REORDERING and name not in KEEPS_ROWS and not opaque,
+        opaque=opaque,
+        numbered=opaque or (name not in ENTRY_BY_ENTRY and name not in _ROW_BY_ROW),
+        told_by_graph=not opaque and (name in KEEPS_ROWS or name in _TOLD_BY_GRAPH),
+        static=name in _STATIC,
+        inplace_at=_inplace_at(func),
+        statistics=statistics,
+        table=func in _TABLES,
+        writes=any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics)),
+    )
 
 
 def is_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -138,31 +157,6 @@ def written_by(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 def only_watches(hook: Any) -> bool:
     """Is a hook on a tensor one of `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use?"""
     return getattr(hook, "__module__", "") == "torch.autograd.graph"
-
-
-def _looked_up(func: Callable[..., Any]) -> Function:
-    name = getattr(func, "__name__", "")
-    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    inplace_at, statistics, opaque = _inplace_at(func), _STATISTICS.get(func), not _is_known(func)
-    return Function(
-        name,
-        _kind(func, name),
-        name in _SHAPE_ONLY,
-        name in _LIKE_ANOTHER,
-        name.startswith("rand"),
-        name in _DETERMINISTIC,
-        in_place,
-        name in REORDERING and not opaque,
-        name not in REORDERING and name not in KEEPS_ROWS and not opaque,
-        opaque,
-        opaque or (name not in ENTRY_BY_ENTRY and name not in _ROW_BY_ROW),
-        not opaque and (name in KEEPS_ROWS or name in _TOLD_BY_GRAPH),
-        name in _STATIC,
-        inplace_at,
-        statistics,
-        func in _TABLES,
-        any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics)),
-    )
 
 
 def _is_known(func: Callable[..., Any]) -> bool:

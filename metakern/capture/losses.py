@@ -76,7 +76,7 @@ def losses_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argume
         return _mapping_losses(model, batch, argument)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, targets = batch
-        return cross_entropy(_logits(_forward(model, inputs)), targets, argument)
+        return cross_entropy(logits_in(output_for(model, inputs)), targets, argument)
     raise TypeError(
         f"{argument} must be (inputs, targets) or a mapping with 'labels', or come with a loss_fn(model, batch); "
         f"got {type(batch).__name__}"
@@ -138,13 +138,15 @@ def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
     return row_losses(rows, targets.flatten()).view(targets.shape)
 
 
-def _forward(model: nn.Module, inputs: Any) -> Any:
+def output_for(model: nn.Module, inputs: Any) -> Any:
+    """What the model returns for inputs that are a mapping of keywords, a sequence of arguments, or one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _logits(output: Any) -> Tensor:
+def logits_in(output: Any) -> Tensor:
+    """The logits among what a model returned: the tensor itself, or what it calls logits."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and "logits" in output:
@@ -165,7 +167,7 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
     if "labels" not in batch:
         raise ValueError(f"{argument} is a mapping without 'labels' (it has {sorted(batch)}); add them or pass loss_fn")
     output = model(**batch)
-    logits, labels = _logits(output), batch["labels"]
+    logits, labels = logits_in(output), batch["labels"]
     readings = [labels]
     if logits.dim() == 3 and labels.dim() == 2:
         logits, readings = logits.transpose(1, 2), _token_labels(model, labels)

@@ -6,7 +6,6 @@ A step walks the model a dozen times, and `nn.Module`'s own walk goes through as
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -37,6 +36,8 @@ def keepers_of(model: nn.Module) -> list[nn.Module]:
     found = {id(module): module for module in modules}
     while ahead:
         for module in _held_in(vars(ahead.pop()).values(), nn.Module):
+            if id(module) in found:  # with all that is registered below it
+                continue
             for inner in modules_of(module):
                 if id(inner) not in found:
                     found[id(inner)] = inner
@@ -56,7 +57,6 @@ def _held_in(values: Iterable[Any], kind: type[_Kind], depth: int = _DEPTH) -> I
             yield from _held_in(value.values() if isinstance(value, dict) else value, kind, depth - 1)
 
 
-@cache
 def is_torchs_own(kind: type) -> bool:
     return kind.__module__.startswith("torch.")
 

@@ -7,7 +7,7 @@ of a weight, a normalised weight, a slice of positional embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -54,6 +54,11 @@ class Call(NamedTuple):
             if path == (position, None) or path == (keyword, None):
                 return tensor
         return None
+
+
+def versions_of(tensors: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:
+    """Tensors with their version counters; inference tensors have none, and are not written into."""
+    return tuple([(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()])
 
 
 class Use(NamedTuple):

@@ -20,9 +20,7 @@ from metakern.capture.writes import Writes, nothing_written
 
 
 class _Buffer(NamedTuple):
-    module: nn.Module
     tensor: Tensor
-    version: int
     value: Tensor
 
 
@@ -39,19 +37,18 @@ class Buffers:
             named = module._buffers.copy()
             self._named.append((module._buffers, named))
             for buffer in named.values():
-                if buffer is not None:
-                    self._kept.append(_Buffer(module, buffer, buffer._version, buffer.detach().clone()))
+                if buffer is not None and _can_be_written(buffer):
+                    self._kept.append(_Buffer(buffer, buffer.detach().clone()))
 
     def restore(self) -> None:
         """Put back whatever has changed since, by value, by identity and by name."""
         for buffers, named in self._named:
             if buffers or named:
                 _refill(buffers, named)
-        for kept in self._kept:
-            # batch_norm writes its running statistics without raising their version, so in training mode versions
-            # say nothing. `.data` leaves the version alone: a graph that saved the buffer holds these same values.
-            if kept.module.training or kept.tensor._version != kept.version:
-                kept.tensor.data.copy_(kept.value)
+        for tensor, value in self._kept:
+            # Whatever its version says: batch_norm and writes through `.data` do not raise it. Nor does this, since a
+            # graph that saved the buffer holds these same values.
+            tensor.data.copy_(value)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -61,12 +58,18 @@ class Buffers:
         try:
             for buffers, named in self._named:
                 if buffers or named:
-                    _refill(buffers, {name: fresh.get(id(buffer)) for name, buffer in named.items()})
+                    _refill(buffers, {name: fresh.get(id(buffer), buffer) for name, buffer in named.items()})
             yield
         finally:
             for (buffers, _), after in zip(self._named, now):
                 if buffers or after:
                     _refill(buffers, after)
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    """torch refuses to write into inference tensors, and where several entries are one number in memory."""
+    expanded = buffer.layout == torch.strided and 0 in buffer.stride() and buffer._is_view()
+    return not (buffer.is_inference() or (expanded and torch._debug_has_internal_overlap(buffer) == 1))
 
 
 def _refill(buffers: dict[str, Tensor | None], named: dict[str, Tensor | None]) -> None:

@@ -19,7 +19,7 @@ from metakern.capture.function import Function, function_of, is_in_place, may_wr
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
 from metakern.capture.real_parts import RealParts, real_parts
-from metakern.capture.record import ArgPath, Call, Trace, Use, place_of
+from metakern.capture.record import ArgPath, Call, Trace, Use, place_of, versions_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import require_repeatable, watching_randomness
 from metakern.capture.row_notes import RowNotes, next_node
@@ -177,7 +177,7 @@ class Tracer(SeeingMode):
                 "torch.where for engine='ghost' (engine='jvp' takes it as it is)"
             )
         upstream = tuple([t.grad_fn for t in data if t.grad_fn is not None])
-        kept, versions = args, tuple([(t, t._version) for t in data])
+        kept, versions = args, versions_of(data)
         if name in ADDITIONS:
             versions = ()  # a sum's derivative does not depend on what was added to
         elif in_place:  # the value before the call is gone afterwards, and a replay needs it
@@ -225,7 +225,7 @@ class Tracer(SeeingMode):
             return output
         parametric = tuple((ArgPath(key), p) for key, p in named.items())
         upstream = tuple(t.grad_fn for t in data if t.grad_fn is not None)
-        versions = tuple((t, t._version) for t in data)
+        versions = versions_of(data)
         call = Call(
             module,
             module.__name__,

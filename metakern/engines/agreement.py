@@ -8,7 +8,8 @@ For numbers u_n that have nothing to do with the batch autograd alone gives, thr
 The direction R is G with each parameter scaled to length one, but for small ones, so that all count and none cancel.
 Proofs of independence say which forms apply; this says that they did, with the torch that is installed: what torch has
 wrong, or hides from a trace, shows here. It costs a backward pass, once more the dots and a weighted gradient, and the
-memory of two gradients, once for each model, structure and engine.
+memory of two gradients, once for each model, structure and engine; by forward mode, which has no trace to tell
+structures by, once for each model, loss function and mode of its modules.
 """
 
 from __future__ import annotations
@@ -124,11 +125,6 @@ def expected(
     if float(outputs.detach().abs().max()) < (1e-3 if fine else 0.1):
         return None
     return Expected(problem, outputs, key, form, (10 if fine else 3) * share, small)
-
-
-def disagreement(model: nn.Module) -> str:
-    """What an engine had wrong with this model, "" for nothing."""
-    return next(filter(None, _VERDICTS.get(model, {}).values()), "")
 
 
 def _rounds(outputs: Tensor) -> bool:

@@ -4,8 +4,8 @@
     dots  = <dl_n/dtheta, V>              first pass over the parts; nothing is kept of a part but the dots and losses
     .grad = sum_n weights_n dl_n/dtheta   second pass over the parts that carry weight
 
-Each part is run twice, with the same random numbers and buffers, so a step costs one more forward and one backward
-pass than without. Weights come from all n dots between the passes.
+Each part is run twice, with the same random numbers, buffers and attributes, so a step costs one more forward and one
+backward pass than without. Weights come from all n dots between the passes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern.capture.attributes import Attributes
 from metakern.capture.random_state import RandomState, random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.choose import normalises_over_batch
@@ -70,7 +71,7 @@ class _Parts:
     """The train batch, part by part, and what is needed to run each part once more."""
 
     def __init__(self, problem: Problem, size: int) -> None:
-        self._problem, self._size, self._states = problem, size, list[RandomState]()
+        self._problem, self._size, self._starts = problem, size, list[tuple[RandomState, Attributes]]()
         self._batches, self._losses = cut(problem.batch, size, "batch"), list[Tensor]()
         self._buffers = PartBuffers(problem.model)
 
@@ -80,7 +81,7 @@ class _Parts:
             require_independent(self._problem, cut(self._problem.batch, 2, "batch")[0])
         found, reached = [], set[int]()
         for batch in self._batches:
-            self._states.append(random_state())
+            self._starts.append((random_state(), Attributes(self._problem.model)))
             part = part_of(self._problem, batch, reached)
             with self._buffers.of_part(examples_in(batch)):
                 train = recorded(part)
@@ -95,16 +96,18 @@ class _Parts:
     def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
         """sum_n weights_n dl_n/dtheta by name; parts without weight are not run."""
         total: dict[str, Tensor] = {}
-        after = random_state()
+        after, now = random_state(), Attributes(self._problem.model)
         try:
-            shares = zip(self._batches, self._states, self._losses, weights.split(self._size), strict=True)
-            for batch, state, losses, some in shares:
+            shares = zip(self._batches, self._starts, self._losses, weights.split(self._size), strict=True)
+            for batch, (state, attributes), losses, some in shares:
                 if bool((some != 0).any()):
                     restore_random_state(state)
+                    attributes.restore()
                     with self._buffers.replayed():
                         self._add(total, batch, losses, some)
         finally:
             restore_random_state(after)
+            now.restore()
         trainable = self._problem.trainable
         found = {
             name: total[name].to(p.dtype) if name in total else torch.zeros_like(p) for name, p in trainable.items()

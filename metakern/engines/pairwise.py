@@ -18,19 +18,19 @@ from torch import Tensor
 from metakern import dots as stage_dots
 from metakern.capture.record import Record
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state import Start, unchanged_buffers
 from metakern.engines.problem import Answer, Problem, named_gradients
 from metakern.engines.recorded import NONE_PAIRED, Recorded, restricted
 from metakern.engines.train_pass import GhostPass, TrainPass, open_pass
 from metakern.engines.weighted_backward import weighted_backward
 
 
-def solve(problem: Problem, engine: str) -> tuple[Answer, str]:
+def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
     """The dots [n, m], by the engine asked for or by the cheapest exact one, and its name.
 
     Raises: as `metakern.engines.solve`.
     """
-    train, used = open_pass(problem, engine)
+    train, used = open_pass(problem, engine, start)
     with unchanged_buffers(problem.model):
         columns, losses = _columns(problem, train)
         dots = torch.stack(list(columns), 1)

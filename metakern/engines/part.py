@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.attributes import Attributes
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.random_state import random_state, restore_random_state, same_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state import PassState
 from metakern.engines.cut import cut, examples_of
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Problem
@@ -49,10 +50,8 @@ def require_count(losses: Tensor, batch: Any) -> None:
 
 def require_independent(problem: Problem, batch: Any) -> None:
     """Raise EngineUnavailable where the examples of this batch interact; nothing is kept of the pass."""
-    state = random_state()
-    with unchanged_buffers(problem.model):
+    with PassState(problem.model, problem.loss_fn).replayed():
         recorded(part_of(problem, batch, set()))
-    restore_random_state(state)
 
 
 def require_same_in_parts(problem: Problem, batch: Any, size: int, argument: str) -> None:
@@ -75,7 +74,7 @@ _SEEN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None:
     if examples_in(some) <= size:
         return
-    state, buffers = random_state(), PartBuffers(problem.model)
+    state, buffers, attributes = random_state(), PartBuffers(problem.model), Attributes(problem.model)
 
     def losses(batch: Any) -> Tensor:
         with buffers.of_part(examples_in(batch)):  # with gradients, which a loss may take inside
@@ -87,6 +86,7 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     random = not same_state(state, random_state())
     apart = torch.cat([losses(part) for part in cut(some, size, argument)])
     restore_random_state(state)
+    attributes.restore()
     if not random and bool(((together - apart).abs() > _rounding(problem) * (1 + together.abs())).any()):
         raise EngineUnavailable(
             f"the losses of {len(together)} examples of {argument} together are not those of parts of {size} "

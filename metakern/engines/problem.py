@@ -18,6 +18,9 @@ from metakern.capture.state import unchanged_buffers
 from metakern.capture.writes import Writes
 from metakern.layers.precision import require_precision
 
+_CRITERIA = frozenset(("torch.nn.modules.loss", "torch.nn.functional"))
+"""Where torch has its losses."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -138,11 +141,28 @@ def pose(
         raise ValueError(f"memory must be 'reuse' or 'two_pass', got {memory!r}")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable as loss_fn(model, batch) -> losses[n], got {type(loss_fn).__name__}")
+    if getattr(getattr(loss_fn, "func", loss_fn), "__module__", None) in _CRITERIA:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(
+            f"loss_fn is called with model and batch, and {name} takes outputs and targets; pass "
+            "lambda model, batch: criterion(model(batch[0]), batch[1]), with reduction='none' and one loss per example"
+        )
     trainable = trainable_parameters(model)
     chosen = select_parameters(model, trainable, params)
     require_precision(dot_precision, next(iter(chosen.values())).device)
     if allow_unused and process_group is not None:
         raise ValueError("allow_unused=True with a process_group: every rank sums the gradients of the same parameters")
     writes, unused = Writes(model, parameters_only=True), set[str]() if allow_unused else None
-    given = model, batch, meta_batch, loss_fn, trainable, chosen, writes, memory, process_group, dot_precision, unused
-    return Problem(*given)
+    return Problem(
+        model=model,
+        batch=batch,
+        meta_batch=meta_batch,
+        loss_fn=loss_fn,
+        trainable=trainable,
+        chosen=chosen,
+        writes=writes,
+        memory=memory,
+        process_group=process_group,
+        dot_precision=dot_precision,
+        unused=unused,
+    )

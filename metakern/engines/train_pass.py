@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import PassState, unchanged_on_error
-from metakern.engines import choose, jvp
+from metakern.capture.state import PassState, Start
+from metakern.engines import jvp
+from metakern.engines.choose import first_exact
 from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Names, recorded
@@ -104,23 +104,12 @@ _PASSES: dict[str, Callable[[Problem], TrainPass]] = {
 }
 
 
-def open_pass(problem: Problem, engine: str) -> tuple[TrainPass, str]:
+def open_pass(problem: Problem, engine: str, start: Start) -> tuple[TrainPass, str]:
     """The forward pass of the train batch by the engine asked for, or by the cheapest exact one, and its name.
 
     Raises: as `metakern.engines.solve`; that an operation has no forward mode shows when dots are asked for.
     """
-    if engine != "auto":
-        if engine not in _PASSES:
-            raise ValueError(f"engine must be 'auto' or one of {sorted(_PASSES)}, got {engine!r}")
-        with choose.ghost_first(problem) if engine == "ghost" else nullcontext():
-            return _PASSES[engine](problem), engine
-    if choose.normalises_over_batch(problem.model):
-        return _Dual(problem), "jvp"
-    try:
-        with unchanged_on_error(problem.model, problem.writes), choose.ghost_first(problem):
-            return GhostPass(problem), "ghost"
-    except EngineUnavailable:
-        return _Dual(problem), "jvp"
+    return first_exact(_PASSES, problem, engine, start)
 
 
 def plain_pass(problem: Problem) -> tuple[GraphPass, str]:

@@ -29,10 +29,9 @@ def weighted_backward(
     Raises: ValueError if a trainable parameter took no part, unless only some were asked for.
     """
     parameters = problem.trainable if only is None else only
+    weights = weights.to(losses.dtype, copy=True)  # which autograd hands on as a gradient where losses add a parameter
     with unchanged_buffers(problem.model) if keep else nullcontext(), form(), nothing_added(problem.trainable):
-        found = torch.autograd.grad(
-            losses, list(parameters.values()), weights.to(losses.dtype), retain_graph=keep, allow_unused=True
-        )
+        found = torch.autograd.grad(losses, list(parameters.values()), weights, retain_graph=keep, allow_unused=True)
     reached = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
     if only is None:
         problem.require_participation({id(parameters[name]) for name in reached})

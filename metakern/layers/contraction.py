@@ -57,7 +57,11 @@ def _product(call: Call) -> _Product | None:
     if twice or not set(weight) <= {*inputs, *outputs}:
         return None
     sizes = dict(zip(inputs, a.shape))
-    broadcast = any(sizes.get(letter, 1) not in (1, size) for letter, size in zip(weight, w.shape))
+    # one that is summed over would have to be widened first
+    broadcast = any(
+        sizes.get(letter, size) != size and (sizes[letter] != 1 or letter not in outputs)
+        for letter, size in zip(weight, w.shape)
+    )
     return None if broadcast else _Product(inputs, weight, outputs, a, w)
 
 

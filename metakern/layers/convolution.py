@@ -8,6 +8,7 @@ times forms the kernel gradients of single examples instead where these are smal
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
         return parameter_gradients(call, (0,), (scaled,))
     weight, bias = call.parameter(1, "weight"), call.parameter(2, "bias")
     inputs, grads, kernel, settings = _operands(record)
+    gradient = partial(ops.weighted_kernel_grad, inputs, grads, weights.values, kernel, *settings, kept=weights.nonzero)
     if call.func in PLAIN:
-        found = ops.weighted_kernel_grad(inputs, grads, weights.values, kernel, *settings, bias=bias is not None)
+        found = gradient(bias=bias is not None)
         return {id(p): g for p, g in zip((weight, bias), found) if p is not None}
     total: Gradients = {}
     if weight is not None:
-        total[id(weight)], _ = ops.weighted_kernel_grad(inputs, grads, weights.values, kernel, *settings, bias=False)
+        total[id(weight)], _ = gradient(bias=False)
     if bias is not None:
         total[id(bias)] = torch.mv(_over_positions(grad).t(), weights.values.to(grad.dtype))
     return total

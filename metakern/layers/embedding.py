@@ -14,7 +14,7 @@ from torch import Tensor
 from metakern import ops
 from metakern.capture.record import Call, Record
 from metakern.capture.refusal import EngineUnavailable
-from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights, require_apart
 
 
 def _applies(call: Call) -> bool:
@@ -36,6 +36,7 @@ def _padding(call: Call) -> int:
 def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
     call, grad, axis = record.call, record.output_grad, record.axes[0]
     table = tangents[id(call.argument(1, "weight"))]
+    require_apart(record, examples, -1)
     # Where examples do not come first, every row stands alone and is added up afterwards.
     first = examples if axis.leading else grad.numel() // grad.shape[-1]
     rows = ops.embedding_dots(

@@ -74,7 +74,8 @@ def dual_level() -> Iterator[None]:
     """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
     warnings of what is deprecated that torch raises against itself on first use.
     """
-    with _ONE_AT_A_TIME, torch.enable_grad(), custom_functions_forward(), forward_ad.dual_level():
+    # torch's level before ours: where one is open it refuses, and what is patched stays patched for the outer one
+    with _ONE_AT_A_TIME, torch.enable_grad(), forward_ad.dual_level(), custom_functions_forward():
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
                 warnings.simplefilter("ignore", category)

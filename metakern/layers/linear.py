@@ -13,7 +13,8 @@ from metakern.capture.layout import is_sparse
 from metakern.capture.record import Call, Record
 from metakern.layers.per_example import cheaper
 from metakern.layers.precision import direction_dots
-from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights, require_apart
+from metakern.ops.operands import accumulator
 
 
 def _applies(call: Call) -> bool:
@@ -32,7 +33,11 @@ def matrices(record: Record, examples: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(record: Record, inputs: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """The same of any product of inputs with a matrix; sparse ones come where the other batch's are dense."""
+    """The same of any product of inputs with a matrix; sparse ones come where the other batch's are dense.
+
+    Raises: EngineUnavailable where examples lie along the columns.
+    """
+    require_apart(record, examples, -1)
     inputs, grad = inputs.detach(), record.output_grad
     if is_sparse(inputs):
         inputs = inputs.to_dense()
@@ -64,9 +69,9 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 
 def bias_dots(b: Tensor, direction: Tensor) -> Tensor:
     """sum_t B_nt . v, [n]."""
-    flat = b.reshape(-1, b.shape[-1])
-    rows = torch.mv(flat, direction.to(b.dtype))
-    return rows if b.shape[1] == 1 else rows.view(b.shape[:2]).sum(1)
+    dtype = accumulator(b.dtype)  # dots are promised in it, and a sum over positions needs it
+    rows = b.squeeze(1).to(dtype) if b.shape[1] == 1 else b.sum(1, dtype=dtype)
+    return torch.mv(rows, direction.to(dtype))
 
 
 def weighted_grads(record: Record, weights: Weights) -> Gradients:

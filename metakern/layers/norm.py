@@ -18,7 +18,7 @@ from torch import Tensor
 from metakern import ops
 from metakern.capture.record import Call, Record
 from metakern.layers.per_example import along, weighted
-from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
+from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights, require_apart
 
 
 class _Norm(NamedTuple):
@@ -112,13 +112,13 @@ def _by_rows(record: Record, weight: Tensor, bias: Tensor | None, examples: int)
 
 def _by_channel(record: Record, tensor: Tensor, examples: int) -> Tensor:
     """[n, channels, positions] where channels come first, [n, positions, channels] where they come last."""
-    axis = record.axes[0]
+    axis, affine = record.axes[0], next(p for p in _parameters(record.call) if p is not None)
+    first = NORMS[record.call.func].channels_first
+    require_apart(record, examples, *((1,) if first else range(-affine.dim(), 0)))
     folded = axis.folded(tensor, examples).movedim(axis.dim + 1, 0)
-    if NORMS[record.call.func].channels_first:
-        channels = tensor.shape[1]
-        return folded.movedim(3 if axis.dim == 0 else 2, 1).reshape(examples, channels, -1)
-    channels = next(p for p in _parameters(record.call) if p is not None).numel()
-    return folded.reshape(examples, -1, channels)
+    if first:
+        return folded.movedim(3 if axis.dim == 0 else 2, 1).reshape(examples, tensor.shape[1], -1)
+    return folded.reshape(examples, -1, affine.numel())
 
 
 def _sum_positions(call: Call, normalised: Tensor | None, grad: Tensor) -> Tensor:

@@ -8,10 +8,21 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from metakern.capture.record import Call, Record
+from metakern.capture.refusal import EngineUnavailable
 from metakern.layers.total import Total
 
 Tangents = Mapping[int, Tensor]  # identity of a trainable tensor -> V, the direction in it
 Gradients = dict[int, Tensor]  # identity of a trainable tensor -> its gradient
+
+
+def require_apart(record: Record, examples: int, *features: int) -> None:
+    """Raise EngineUnavailable where examples lie along one of these dimensions of an output, its layer's own."""
+    shape = record.output_grad.shape
+    if examples > 1 and record.axes[0].dim in [dim % len(shape) for dim in features]:
+        raise EngineUnavailable(
+            f"examples lie along the features of {record.use.name} (output of shape {tuple(shape)}), so that a row is of "
+            "all of them; engine='jvp' is exact"
+        )
 
 
 @dataclass(frozen=True)
@@ -19,12 +30,17 @@ class Weights:
     """The weights of one batch, and the rows that are not zero where the host knows them."""
 
     values: Tensor  # [n]
-    kept: Tensor | None  # indices of the non-zero weights, None when they are not known or all are kept
+    nonzero: Tensor | None  # indices of those that are not zero, None where the host does not know them
     total: Total = field(default_factory=Total)  # what uses before this one gave
 
     @property
     def examples(self) -> int:
         return self.values.shape[0]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The same, None also where all are kept: nothing has to be gathered then."""
+        return None if self.nonzero is None or self.nonzero.numel() == self.examples else self.nonzero
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from metakern import dots as stage_dots
 from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
 from metakern.capture.losses import LossFunction
-from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.state import PassState, unchanged_buffers, unchanged_on_error
 from metakern.engines import ghost
@@ -52,9 +51,9 @@ def explain(
 
     direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
 
-    A few passes over batch [n] and meta_batch [m], or over one part of each; the model, its gradients and the random
-    state are as before. The last lines foretell the operations of a step, in plain steps, and its peak memory beyond
-    what is there before; of parts, where each has an example that carries weight.
+    A few passes over batch [n] and meta_batch [m], or over one part of each; the model, its gradients and attributes
+    and the random state are as before. The last lines foretell the operations of a step, in plain steps, and its peak
+    memory beyond what is there before; of parts, where each has an example that carries weight.
 
     Args: as for `l2rw_step`.
     Returns: `Explanation`; print it for a table.
@@ -65,23 +64,19 @@ def explain(
     parts = WHOLE
     if micro_batch is not None and several_parts(problem, "auto", micro_batch):
         problem, parts = _largest_part(problem, micro_batch)
-    state = random_state()
+    start = PassState(model, loss_fn)
     with warnings.catch_warnings():
         # A compiled module runs uncompiled here, and the counter's own hooks do not mind being called twice.
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
         try:
-            with unchanged_on_error(model), unchanged_buffers(model):
+            with start.replayed(), unchanged_on_error(model):
                 return _by_ghost(problem, parts)
         except EngineUnavailable as error:
             if parts is not WHOLE:
                 raise
             refusal = str(error)  # the error itself would hold, by its traceback, what ghost's passes have kept
-        finally:
-            restore_random_state(state)
-        try:
+        with start.replayed():
             return Explanation("jvp", refusal, (), *_by_forward_mode(problem))
-        finally:
-            restore_random_state(state)
 
 
 plan = explain

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,16 +113,20 @@ def capture_step(
             optimizer=optimizer,
         )
 
-    def granted() -> Granted:
-        groups = () if optimizer is None else optimizer.param_groups
-        return Granted(model, loss_fn, rule, *groups, places=True)
-
     with torch.cuda.device(device), gradients_as_before(trainable):
         _warm_up(model, step)
         with optimizer_as_before(optimizer):
             graph, result = _captured(lambda: step(optimizer))
         gradient = {p: p.grad for p in trainable.values()}
-    return CapturedStep(graph.replay, batches, gradient, result, granted)
+    return CapturedStep(graph.replay, batches, gradient, result, partial(granted_of, model, loss_fn, rule, optimizer))
+
+
+def granted_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.optim.Optimizer | None) -> Granted:
+    """What a graph takes for granted. Momentum that was replaced lies elsewhere; the graph would go on writing into the
+    memory of the old one, which belongs to others by then.
+    """
+    stepped = () if optimizer is None else (*optimizer.param_groups, optimizer.state)
+    return Granted(model, loss_fn, rule, *stepped, places=True)
 
 
 def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:

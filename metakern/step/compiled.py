@@ -46,11 +46,11 @@ class CompiledStep:
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` takes it.
 
-        Where this batch takes another branch of the model's code than the compiled one (a loss that is not finite among
-        them), the step is taken uncompiled.
+        Where this batch has other shapes than the compiled one (the last of an epoch), or takes another branch of the
+        model's code (a loss that is not finite among them), the step is taken uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
-            model, loss function and rule look at has changed by more than the values of tensors; else as
+        Raises: ValueError when a batch differs from the compiled one by more than shapes and the values of its tensors,
+            or what model, loss function and rule look at has changed by more than the values of tensors; else as
             `reweight_step`.
         """
         try:

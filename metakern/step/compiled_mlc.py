@@ -54,12 +54,12 @@ class CompiledCorrectionStep:
     ) -> CorrectionResult:
         """One step on new batches and features, as `mlc_step` takes it.
 
-        Where they take another branch of the code than the compiled one (labels that are no distributions among them),
-        the step is taken uncompiled.
+        Where they have other shapes than the compiled ones, or take another branch of the code (labels that are no
+        distributions among them), the step is taken uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, what the
-            step looks at has changed by more than the values of tensors, or something is to be carried by a step that
-            was compiled without; else as `mlc_step`.
+        Raises: ValueError when a batch differs from the compiled one by more than shapes and the values of its tensors,
+            what the step looks at has changed by more than the values of tensors, or something is to be carried by a
+            step that was compiled without; else as `mlc_step`.
         """
         if len(self._programs) == 1 and (carry is not None or not step_label_net):
             what = "step_label_net=False" if carry is None else "carry"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from metakern.capture.losses import LossFunction
+from metakern.capture.state import Start
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.step.meta_network import Features, are_asked_for
@@ -40,11 +41,11 @@ class CompiledMetaStep:
     ) -> MetaStepResult:
         """One step on new batches and features, as `mwnet_step` takes it.
 
-        Where they take another branch of the code than the compiled one (a loss that is not finite among them), the
-        step is taken uncompiled.
+        Where they have other shapes than the compiled ones, or take another branch of the code (a loss that is not
+        finite among them), the step is taken uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
-            the step looks at has changed by more than the values of tensors; else as `mwnet_step`.
+        Raises: ValueError when a batch differs from the compiled one by more than shapes and the values of its tensors,
+            or what the step looks at has changed by more than the values of tensors; else as `mwnet_step`.
         """
         try:
             first, second = self._parts.take(batch, meta_batch, features, accumulate=accumulate)
@@ -103,7 +104,8 @@ def compile_mwnet_step(
 
     def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[Half]:
         given = Features(*others)
-        train, used, dots, meta_loss, gradient = meta_gradient(problem, weighting, given, rule, engine)
+        start = Start(problem.model, problem.writes)
+        train, used, dots, meta_loss, gradient = meta_gradient(problem, start, weighting, given, rule, engine)
         yield Half(used, [dots, meta_loss], gradient)
         weights = weighting.weights(train.losses, given.values)
         yield Half(used, [weights, train.losses], train.weighted_gradient(weights))

@@ -74,13 +74,13 @@ def solve_along(
         return micro_batch.solve(problem, size, along), "ghost"
     if direction is None:
         return solve(problem, engine, start)
-    train, used = open_pass(problem, engine)
+    train, used = open_pass(problem, engine, start)
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)
     return Answer(train.dots(along(v)), train.losses, meta_loss, train.weighted_gradient), used
 
 
-def solve_pairwise(problem: Problem, engine: str, size: int | None, batchnorm: str) -> tuple[Answer, str]:
+def solve_pairwise(problem: Problem, start: Start, engine: str, size: int | None, batchnorm: str) -> tuple[Answer, str]:
     """As `solve`, with the dots along the gradient of each meta example, [n, m].
 
     Raises: ValueError for choices that exclude one another.
@@ -90,7 +90,7 @@ def solve_pairwise(problem: Problem, engine: str, size: int | None, batchnorm: s
         raise ValueError("pairwise and micro_batch exclude each other: ask for the rows of each part of the batch")
     if batchnorm != "exact":
         raise ValueError(f"pairwise dots are exact: batchnorm must be 'exact', got {batchnorm!r}")
-    return pairwise.solve(problem, engine)
+    return pairwise.solve(problem, engine, start)
 
 
 def _require_precision(problem: Problem, engine: str) -> None:

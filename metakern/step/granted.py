@@ -14,6 +14,7 @@ import types
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Container, Mapping
 from contextvars import ContextVar
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -85,10 +86,19 @@ class Granted:
         """Raise ValueError where `now` something is another."""
         if now.differs_from(self):
             raise ValueError(
-                "model, loss_fn or rule: parameters, buffers, training flags, attributes, functions or numbers that "
-                "they look at are not those that the step was made with; make another step, or hold a number that "
-                "changes in a tensor"
+                "model, loss_fn, rule or optimizer: parameters, buffers, state, training flags, attributes, functions "
+                f"or numbers that they look at are not those that the step was made with ({self._difference(now)}); "
+                "make another step, or hold a number that changes in a tensor"
             )
+
+    def _difference(self, now: Granted) -> str:
+        """The first one, by the name that stands before it if there is one."""
+        name = ""
+        for before, after in zip_longest(self._found, now._found):
+            if not _same(before, after):
+                return f"{name}{before!r:.120} then, {after!r:.120} now"
+            name = f"{before}: " if isinstance(before, str) else ""
+        return "nothing"
 
     def differs_from(self, other: Granted) -> bool:
         return len(self._found) != len(other._found) or not all(map(_same, self._found, other._found))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.host import finite_sum
-from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.losses import LossFunction, evaluate_losses, logits_in, output_for
 from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
 from metakern.engines import jvp, pose
 from metakern.engines.problem import Problem
@@ -49,15 +49,13 @@ class LogitPass:
 def batch_logits(model: nn.Module, batch: Any) -> Tensor:
     """Logits of `(inputs, targets)`, or of a mapping given to the model by keyword without its "labels"."""
     if isinstance(batch, Mapping):
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        output = model(*batch[0]) if isinstance(batch[0], (tuple, list)) else model(batch[0])
-    else:
-        raise TypeError(
-            f"batch must be (inputs, targets) or a mapping with 'labels', or come with a logits_fn(model, batch); got "
-            f"{type(batch).__name__}"
-        )
-    return output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+        return logits_in(output_for(model, {key: value for key, value in batch.items() if key != "labels"}))
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return logits_in(output_for(model, batch[0]))
+    raise TypeError(
+        f"batch must be (inputs, targets) or a mapping with 'labels', or come with a logits_fn(model, batch); got "
+        f"{type(batch).__name__}"
+    )
 
 
 def logit_tangents(
@@ -86,11 +84,11 @@ def logit_tangents(
     Raises: as `l2rw_step`; NotImplementedError where an operation of the model has no forward mode.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
-    with unchanged_on_error(model, problem.writes), gradients_aside(problem.trainable.values()):
+    aside = gradients_aside(problem.trainable.values())
+    with unchanged_on_error(model, problem.writes), aside, PassState(model).replayed():
         meta_loss, direction = problem.meta_gradient()
-        with PassState(model).replayed():
-            given = LogitPass(problem, logits_fn)
-            tangents = given.tangents(direction)
+        given = LogitPass(problem, logits_fn)
+        tangents = given.tangents(direction)
     return LogitTangents(tangents, given.logits.detach(), meta_loss)
 
 

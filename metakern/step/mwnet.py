@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state import gradients_aside, unchanged_on_error
+from metakern.capture.state import Start, gradients_aside, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
@@ -93,13 +93,13 @@ def mwnet_step(
     rule = VirtualRule(virtual, virtual_lr, optimizer)
     if update_weight_net:
         rule.require_usable(problem.chosen)
-    with unchanged_on_error(model, problem.writes), undone_on_error(weight_net, weight_optimizer):
+    with unchanged_on_error(model, problem.writes) as start, undone_on_error(weight_net, weight_optimizer):
         weighting = Weighting(weight_net, normalise, detach_losses)
         given = Features(features)
         dots = meta_loss = None
         with gradients_aside(problem.trainable.values()):
             if update_weight_net:
-                train, used, dots, meta_loss, wanted = meta_gradient(problem, weighting, given, rule, engine)
+                train, used, dots, meta_loss, wanted = meta_gradient(problem, start, weighting, given, rule, engine)
                 step_meta_network(weight_net, weight_optimizer, wanted)
             else:
                 train, used = plain_pass(given.listening(problem))
@@ -120,10 +120,10 @@ class MetaGradient(NamedTuple):
 
 
 def meta_gradient(
-    problem: Problem, weighting: Weighting, features: Features, rule: VirtualRule, engine: str
+    problem: Problem, start: Start, weighting: Weighting, features: Features, rule: VirtualRule, engine: str
 ) -> MetaGradient:
     """d meta_loss(theta^)/dphi = - sum_n s_n dc_n/dphi."""
-    train, used = open_pass(features.listening(problem), engine)
+    train, used = open_pass(features.listening(problem), engine, start)
     coefficients = weighting.coefficients(train.losses, features.values)
     dots, meta_loss = virtual_dots(problem, train, coefficients.detach(), rule)
     require_finite(dots, problem)

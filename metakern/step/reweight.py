@@ -55,7 +55,7 @@ def grad_dots(
     aside = gradients_aside(problem.trainable.values())
     with unchanged_on_error(model, problem.writes) as start, unchanged_buffers(model), aside:
         if pairwise:
-            answer, used = solve_pairwise(problem, engine, micro_batch, batchnorm)
+            answer, used = solve_pairwise(problem, start, engine, micro_batch, batchnorm)
         else:
             answer, used = solve_along(problem, start, engine, None, micro_batch, batchnorm)
         require_finite(answer.dots.sum(1) if pairwise else answer.dots, problem)

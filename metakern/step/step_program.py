@@ -29,7 +29,7 @@ Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
 
 
 class AnotherWay(Exception):
-    """Batches take another branch than the compiled one."""
+    """Batches have other shapes than the compiled ones, or take another branch."""
 
 
 class StepProgram:
@@ -46,16 +46,20 @@ class StepProgram:
     ) -> None:
         self._program, self._batches, self._buffers, self._draws = program, batches, buffers, draws
         self._granted, self._known = granted, granted()
+        self._others: list[Any] | None = None  # the last batches, where they have other shapes
         self.engine = engine
 
     def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
         """What each part finds out about new batches.
 
-        Raises: AnotherWay where a batch takes another branch than the compiled one (a loss that is not finite among
-            them); ValueError when a batch differs from the compiled one by more than the values of its tensors, or what
-            the step looks at has changed by more than that.
+        Raises: AnotherWay where a batch has other shapes than the compiled one, or takes another branch (a loss that is
+            not finite among them); ValueError when more differs than shapes and the values of tensors, or what the step
+            looks at has changed by more than values.
         """
         self._known.require(self._granted())
+        self._others = None if self._batches.fit(*given) else list(given)
+        if self._others is not None:
+            raise AnotherWay
         self._batches.take(*given)
         for found in self._program([*self._batches.tensors, *numbers, *self._buffers.tensors]):
             if found is None:
@@ -75,7 +79,7 @@ class StepProgram:
 
     def given(self) -> list[Any]:
         """The batches of the last run."""
-        return self._batches.built()
+        return self._batches.built() if self._others is None else self._others
 
     def settle(self, found: list[Tensor]) -> None:
         """Write into the buffers what the last part has left for them, at the end of what it has found."""

@@ -120,9 +120,9 @@ class CompiledParts:
 
         Between the parts the second network's optimizer steps, unless `learn` is what happens there.
 
-        Raises: AnotherWay where the batches take another branch than the compiled one; ValueError where they differ
-            by more than the values of their tensors, or what the step looks at has changed by more than that. All is
-            as before then.
+        Raises: AnotherWay where the batches have other shapes than the compiled ones or take another branch; ValueError
+            where they differ by more than shapes and the values of their tensors, or what the step looks at has changed
+            by more than values. All is as before then.
         """
         step = self._step
         run = self._program.run(*given, numbers=step.rates())

@@ -24,7 +24,7 @@ def weighted_gradients(
     sparse=True give a table that nothing else uses a sparse gradient.
     """
     total = Total()
-    given = Weights(weights, _kept(weights), total)
+    given = Weights(weights, _nonzero(weights), total)
     if given.kept is not None and given.kept.numel() == 0:
         records = _sparse_alone(records)
     for record in records:
@@ -36,12 +36,9 @@ def weighted_gradients(
     return {name: _like(found[id(p)], p) if id(p) in found else torch.zeros_like(p) for name, p in trainable.items()}
 
 
-def _kept(weights: Tensor) -> Tensor | None:
+def _nonzero(weights: Tensor) -> Tensor | None:
     """Rows of non-zero weight. A CUDA graph cannot wait for them, and a traced step would fix their number."""
-    if not host_may_wait() or is_traced():
-        return None
-    kept = weights.nonzero().squeeze(1)
-    return None if kept.numel() == weights.numel() else kept
+    return weights.nonzero().squeeze(1) if host_may_wait() and not is_traced() else None
 
 
 def _through_derivations(derivations: Sequence[Call], total: Total, trainable: Mapping[str, nn.Parameter]) -> None:

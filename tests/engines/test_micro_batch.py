@@ -99,26 +99,27 @@ def test_mappings_and_values_without_examples() -> None:
 
 
 class Masks(nn.Module):
-    """Dropout that keeps its masks."""
+    """Dropout that tells its masks to one who is no part of the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.drawn: list[Tensor] = []
+        self.tell = tell
 
     def forward(self, x: Tensor) -> Tensor:
-        self.drawn.append((torch.rand(x.shape) > 0.4).to(x.dtype))
-        return x * self.drawn[-1]
+        mask = (torch.rand(x.shape) > 0.4).to(x.dtype)
+        self.tell(mask)
+        return x * mask
 
 
 @MEMORIES
 def test_one_mask_for_dots_and_gradient(memory: str) -> None:
     """Both passes over a part draw the same mask; the next part and the next step draw others."""
-    masks = Masks()
-    setup = setup_of(masks, m=2)
+    drawn: list[Tensor] = []
+    setup = setup_of(Masks(drawn.append), m=2)
     first = metakern.reweight_step(
         setup.model, setup.batch, setup.meta_batch, rule=torch.ones_like, memory=memory, micro_batch=3
     )
-    parts = [mask for mask in masks.drawn if len(mask) == 3]
+    parts = [mask for mask in drawn if len(mask) == 3]
     by_part = [parts[0], next(mask for mask in parts if not torch.equal(mask, parts[0]))]
     for mask in by_part:
         assert sum(torch.equal(mask, other) for other in parts) >= 2
@@ -126,6 +127,29 @@ def test_one_mask_for_dots_and_gradient(memory: str) -> None:
         setup.model, setup.batch, setup.meta_batch, rule=torch.ones_like, memory=memory, micro_batch=3
     )
     assert not torch.equal(first.losses, second.losses)
+
+
+class Passes(nn.Module):
+    """Counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.so_far = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.so_far += 1
+        return x
+
+
+@MEMORIES
+def test_the_second_run_of_a_part_leaves_no_trace_in_attributes(memory: str) -> None:
+    counting = Passes()
+    setup = setup_of(counting, m=2)
+    metakern.reweight_step(
+        setup.model, setup.batch, setup.meta_batch, rule=torch.ones_like, memory=memory, micro_batch=3
+    )
+    parts = -(-len(setup.batch[0]) // 3)
+    assert counting.so_far == parts + 1  # and the meta batch's
 
 
 @MEMORIES

@@ -120,6 +120,15 @@ class OfExamples(nn.Module):
         return self.head(torch.einsum("ni,i->ni", torch.complex(y, x), self.scale).abs())
 
 
+def test_an_input_of_size_one_that_is_summed_over() -> None:
+    """einsum widens it."""
+    torch.manual_seed(0)
+    model = OfMatrices((5, 4), lambda x, w: torch.einsum("ni,io->no", x.flatten(1).sum(1, keepdim=True), w)).double()
+    given = Setup(model, *inputs.pair(7, 9, 4, 5, classes=3))
+    assert rule(given) == "generic"
+    assert judge_step(metakern.l2rw_step, given).result.engine == "ghost"
+
+
 def test_of_single_examples() -> None:
     given = Setup(OfExamples().double(), *inputs.pair(6, 6, 5, classes=3), interacting=True)
     judged = judge_step(metakern.l2rw_step, given)

@@ -308,3 +308,17 @@ def test_cross_entropy_in_parts(engine: str) -> None:
 
     setup = scaled_setup(LargeVocabulary(nn.LayerNorm(8)))
     judge_step(metakern.l2rw_step, Setup(setup.model, setup.batch, setup.meta_batch, loss_fn=in_parts), engine=engine)
+
+
+def test_a_pass_within_a_pass_says_so() -> None:
+    """A loss that asks for the dots of another model by forward mode; torch has one level of it."""
+    model, inner = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    batch, meta = inputs.pair(6, 4, 4, classes=3)
+
+    def losses(model: nn.Module, some: Any) -> Tensor:
+        factor = metakern.grad_dots(inner, some, some, engine="jvp").dots.detach()
+        return F.cross_entropy(model(some[0]), some[1], reduction="none") * factor
+
+    with pytest.raises(NotImplementedError, match="[Nn]ested forward mode|forward mode"):
+        metakern.l2rw_step(model, batch, meta, loss_fn=losses, engine="jvp")
+    assert metakern.l2rw_step(model, batch, meta, loss_fn=losses, engine="double_backward").dots.isfinite().all()

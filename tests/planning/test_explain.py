@@ -106,3 +106,23 @@ def test_restricted_parameters() -> None:
     head = next(use for use in found.uses if use.parameters.startswith("head"))
     assert head.dots_flops > 0
     assert all(use.dots_flops == 0 for use in found.uses if not use.parameters.startswith("head"))
+
+
+class Meter(nn.Module):
+    """Counts its passes, in a number and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.passes, self.seen = nn.Linear(4, 3), 0, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        self.seen.append(len(x))
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_attributes_are_left_alone(coupled: bool) -> None:
+    model = nn.Sequential(Meter(), *([nn.BatchNorm1d(3)] if coupled else []))
+    metakern.explain(model, *inputs.pair(6, 3, 4, classes=3, dtype=torch.float32))
+    assert (model[0].passes, model[0].seen) == (0, [])

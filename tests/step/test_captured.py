@@ -239,6 +239,23 @@ def test_refuses_a_model_that_a_graph_would_not_see_change(change: Any) -> None:
     assert not calls
 
 
+@pytest.mark.parametrize("replace", [lambda o: o.load_state_dict(deepcopy(o.state_dict())), lambda o: o.state.clear()])
+@pytest.mark.parametrize("kind", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam])
+def test_refuses_state_of_an_optimizer_that_lies_elsewhere(kind: Any, replace: Any) -> None:
+    """The graph would go on writing into the memory of the old one."""
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.1)
+    metakern.l2rw_step(model, *batches(), optimizer=optimizer)
+    replace(optimizer)  # once before as well: what `load_state_dict` makes has its keys in another order
+    if not optimizer.state:
+        metakern.l2rw_step(model, *batches(), optimizer=optimizer)
+    known = captured.granted_of(model, None, "softmax", optimizer)
+    known.require(captured.granted_of(model, None, "softmax", optimizer))
+    replace(optimizer)
+    with pytest.raises(ValueError, match="rule or optimizer"):
+        known.require(captured.granted_of(model, None, "softmax", optimizer))
+
+
 @pytest.mark.parametrize(
     ("engine", "dropout", "refused"), [("jvp", 0.5, True), ("jvp", 0.0, False), ("ghost", 0.5, False)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from functools import partial
@@ -346,11 +347,42 @@ def test_a_loss_that_counts_its_calls_is_refused_and_put_back() -> None:
     assert calls == [0]
 
 
-def test_other_shapes_are_refused_before_anything_changes() -> None:
+def test_other_shapes_are_taken_uncompiled_and_the_program_after_them() -> None:
+    """As the last batch of an epoch."""
+    model, (batch, meta) = network(), batches()
+    step, uncompiled = compile_step(model, batch, meta), copy.deepcopy(model)
+    short = batch[0][:3], batch[1][:3]
+    for some in (short, batch):
+        found = step(some, meta)
+        expected = metakern.l2rw_step(uncompiled, some, meta)
+        torch.testing.assert_close(found.dots, expected.dots)
+        for p, q in zip(model.parameters(), uncompiled.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_other_dtypes_and_forms_are_refused_before_anything_changes() -> None:
     step = compile_step(network(), *batches())
     batch, meta = batches()
-    with pytest.raises(ValueError, match=r"shape \(8, 6\) in place 0"):
-        step((batch[0][:4], batch[1][:4]), meta)
+    with pytest.raises(ValueError, match=r"shape \(8, 6\) in place 0, got torch.float16"):
+        step((batch[0].half(), batch[1]), meta)
+    with pytest.raises(ValueError, match=r"captured ones, \[\(\*, \*\), \(\*, \*\)\]; got \[\[\*, \*\], \(\*, \*\)\]"):
+        step([*batch], meta)
+
+
+def test_what_has_changed_is_named() -> None:
+    model = network()
+    step = compile_step(model, *batches())
+    model.eval()
+    with pytest.raises(ValueError, match="training: True then, False now"):
+        step(*batches())
+
+
+def test_new_batches_with_a_graph_leave_none_behind() -> None:
+    step = compile_step(network(), *batches())
+    batch, meta = batches()
+    for _ in range(2):
+        step((batch[0].clone().requires_grad_() * 2, batch[1]), meta)
+    assert not any(t.requires_grad for t in step._program._batches.tensors)
 
 
 @pytest.mark.slow

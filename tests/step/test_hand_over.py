@@ -235,3 +235,26 @@ def test_frozen_parameters_keep_their_gradient() -> None:
     metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch)
     assert bool((setup.model[0].weight.grad == 1).all())
     assert setup.model[0].bias.grad is None
+
+
+@ENGINES
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_a_gradient_has_memory_of_its_own(engine: str, memory: str) -> None:
+    """Losses that add a parameter for each example: autograd hands the weights on as its gradient."""
+
+    class Offset(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 1)
+            self.offset = nn.Parameter(torch.linspace(0.1, 1, 6))
+
+    def losses(model: Offset, batch: Any) -> Tensor:
+        found = model(batch[0]).square().squeeze(1)
+        return found + model.offset if len(found) == 6 else found + model.offset.sum()
+
+    batch, meta = inputs.pair(6, 3, 4, classes=3)
+    model = Offset().double()
+    result = metakern.reweight_step(
+        model, batch, meta, rule=torch.ones_like, loss_fn=losses, engine=engine, memory=memory
+    )
+    model.offset.grad.zero_()
+    assert result.weights.tolist() == [1.0] * 6

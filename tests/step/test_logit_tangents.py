@@ -107,3 +107,35 @@ def test_failures_leave_no_trace() -> None:
     with pytest.raises(TypeError, match="batch must be"):
         logit_tangents(model, batch[0], meta_batch)
     before.assert_unchanged(model)
+
+
+def test_inputs_by_keyword() -> None:
+    """As `l2rw_step` takes them: ({"x": ...}, targets), and several arguments."""
+
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.linear(x) * scale
+
+    torch.manual_seed(0)
+    model = Keywords().double()
+    (x, y), (mx, my) = inputs.pair(6, 3, 4, classes=3)
+    found = [logit_tangents(model, (given, y), (mx, my)).tangents for given in (x, {"x": x}, (x, 1.0))]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_attributes_are_left_alone() -> None:
+    class Counting(nn.Linear):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return super().forward(x)
+
+    model = Counting(4, 3).double()
+    logit_tangents(model, *inputs.pair(6, 3, 4, classes=3))
+    assert model.passes == 0

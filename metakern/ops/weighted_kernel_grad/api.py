@@ -30,6 +30,7 @@ def weighted_kernel_grad(
     groups: int = 1,
     *,
     bias: bool = False,
+    kept: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of per-example gradients of a convolution, in its kernel and its bias.
@@ -44,10 +45,12 @@ def weighted_kernel_grad(
         kernel: K [o, i / groups, *window], for its shape and memory order; its values are not read.
         stride, padding, dilation, groups: of the convolution; one number, or one per dimension of space.
         bias: whether g is wanted; without it g has shape [0].
+        kept: indices [k] int64 of the weights that are not zero, where the caller knows them: else the host waits for
+            them, which on a GPU lets the queue run dry.
         impl: None takes the first implementation that supports the case; a name never falls back.
     Returns: G, shaped and laid out as K, and g [o], in A's dtype.
     Raises: ValueError for shapes, devices, numbers of settings, an unknown `impl` or operands that require grad;
         TypeError for dtypes.
     """
     each = (per_dimension(value, kernel.dim() - 2) for value in (stride, padding, dilation))
-    return OPERATOR(A, B, w, kernel, *each, groups, bias, impl=impl)
+    return OPERATOR(A, B, w, kernel, *each, groups, bias, kept, impl=impl)

@@ -21,16 +21,17 @@ from metakern.ops.weighted_kernel_grad.reference import in_kernel_order
 
 def weighted_kernel_grad(
     A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int = 1, bias: bool = False,
+    dilation: Sequence[int], groups: int = 1, bias: bool = False, kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like, settings = kernel.to(A.dtype), (stride, padding, dilation, groups, bias)
     w = w.view(-1, *(1,) * (B.dim() - 1))
-    if not host_may_wait():  # to know which are kept
-        return in_kernel_order(*library_gradient(A, (B * w).to(B.dtype), like, *settings), kernel, A.dtype)
-    kept = w.flatten().nonzero().squeeze(1)
-    if kept.numel() == 0:
+    if kept is None and not host_may_wait():  # to know which are kept
+        scaled = (B * w).to(B.dtype).masked_fill(w == 0, 0)  # not 0 * inf
+        return in_kernel_order(*library_gradient(A, scaled, like, *settings), kernel, A.dtype)
+    listed = w.flatten().nonzero().squeeze(1) if kept is None else kept
+    if listed.numel() == 0:
         return torch.zeros_like(kernel, dtype=A.dtype), A.new_zeros(kernel.shape[0] if bias else 0)
-    chunks = kept.split(examples_per_chunk(A, B))
+    chunks = listed.split(examples_per_chunk(A, B))
     grad, shift = _part(A, B, w, chunks[0], like, settings)
     for chunk in chunks[1:]:
         more_grad, more_shift = _part(A, B, w, chunk, like, settings)

@@ -13,14 +13,15 @@ from metakern.ops.operands import accumulator
 
 def weighted_kernel_grad(
     A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int = 1, bias: bool = False,
+    dilation: Sequence[int], groups: int = 1, bias: bool = False, kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = accumulator(A.dtype)
-    kept = w.nonzero().squeeze(1)  # a row of weight zero contributes nothing, not 0 * inf = nan
-    if kept.numel() == 0:
+    # a row of weight zero contributes nothing, not 0 * inf = nan
+    listed = w.nonzero().squeeze(1) if kept is None else kept
+    if listed.numel() == 0:
         return torch.zeros_like(kernel, dtype=A.dtype), A.new_zeros(kernel.shape[0] if bias else 0)
-    scaled = B[kept].to(dtype) * w[kept].to(dtype).view(-1, *(1,) * (B.dim() - 1))
-    found = library_gradient(A[kept].to(dtype), scaled, kernel.to(dtype), stride, padding, dilation, groups, bias)
+    scaled = B[listed].to(dtype) * w[listed].to(dtype).view(-1, *(1,) * (B.dim() - 1))
+    found = library_gradient(A[listed].to(dtype), scaled, kernel.to(dtype), stride, padding, dilation, groups, bias)
     return in_kernel_order(*found, kernel, A.dtype)
 
 
