@@ -13,7 +13,7 @@ from metakern.capture.members import is_torchs_own, keepers_of
 _OWN = frozenset(vars(nn.Module()))
 _PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 _DEPTH = 3
-"""How deep objects and collections are looked into."""
+"""Levels of nesting of objects and collections that are looked into."""
 
 
 class _Kept(NamedTuple):

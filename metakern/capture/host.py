@@ -1,4 +1,4 @@
-"""May the host look at a value, and does it stand for that of every step?"""
+"""May the host read a tensor's value here, and will it be the same in every later step?"""
 
 from __future__ import annotations
 

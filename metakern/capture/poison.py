@@ -26,7 +26,7 @@ _SELECTIONS = frozenset(
     "where masked_fill masked_fill_ fmax fmin nan_to_num nan_to_num_ pow pow_ __pow__ __rpow__ __ipow__ float_power "
     "float_power_".split()
 )
-# What is ignored now may have a label in the next batch.
+# A label that is ignored now may be used in the next batch.
 _LABELLED = frozenset(
     "cross_entropy cross_entropy_rows nll_loss cosine_embedding_loss multilabel_margin_loss ctc_loss".split()
 )

@@ -62,8 +62,8 @@ class RowNotes:
         tensors: Sequence[Tensor],
         in_graph: bool = False,
     ) -> None:
-        """A call on these tensors, parameters left out or not. What is `in_graph` is read there as well: the insides of
-        uses are not.
+        """A call on these tensors, parameters left out or not. `in_graph`: it left a node in the graph, whose saved
+        numbers are read there; calls inside a use did not.
         """
         if self.reorders or not (any([t.requires_grad for t in tensors]) or peek_interpreter_stack()):
             return  # no activation; inside vmap none requires a gradient

@@ -158,18 +158,26 @@ def _cast_anew() -> Iterator[None]:
 
 
 @contextmanager
-def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside the block the parameters have no gradient: reversible layers call `backward` in their backward passes, and
-    that would add to it in place.
-    """
+def gradients_as_before(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """After the block the parameters have the gradients that they had before it."""
     before = [(p, p.grad) for p in parameters]
     try:
-        for p, _ in before:
-            p.grad = None
         yield
     finally:
         for p, grad in before:
             p.grad = grad
+
+
+@contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block the parameters have no gradient: reversible layers call `backward` in their backward passes, and
+    that would add to it in place.
+    """
+    parameters = list(parameters)
+    with gradients_as_before(parameters):
+        for p in parameters:
+            p.grad = None
+        yield
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Run a model once and note every place where a trainable parameter meets example data.
 
 The unit of capture is a call of a torch function, not a module. So a user's own layer, a bare parameter, a
-parametrised or low-rank weight, a functional call and a subclass are all seen the same way, and the model is not
-wrapped, hooked or changed. What cannot be seen from here (a custom autograd.Function fed with a parameter, a
-scripted module) is found afterwards by `capture.graph.require_complete`, which refuses instead of being short.
+parametrised or low-rank weight, a functional call and a subclass are all seen the same way, and the model (but for
+registered modules) is not wrapped, hooked or changed. What cannot be seen from here (a custom autograd.Function fed
+with a parameter, a scripted module) is found afterwards by `capture.graph.require_complete`, which refuses instead.
 """
 
 from __future__ import annotations

@@ -42,12 +42,12 @@ def _kept(memory: Tensor, owners: Iterable[Tensor]) -> _Kept:
 
 
 def _memory(tensor: Tensor) -> Tensor:
-    """All that a tensor is a part of, by torch's operators, so that a program holds it too."""
+    """The whole storage of a tensor, as a view made by torch's operators so that a traced program holds it too."""
     whole = (tensor if tensor._base is None else tensor._base).data
     size = whole.untyped_storage().nbytes() // whole.element_size()
     if whole.numel() == size and whole.is_contiguous():
         return whole
-    return whole.as_strided((size,), (1,), 0)  # which inductor does not take
+    return whole.as_strided((size,), (1,), 0)  # inductor rejects as_strided
 
 
 class Writes:

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.graph import nodes_of
 from metakern.capture.host import host_may_wait, is_traced
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.problem import Problem
@@ -129,15 +130,8 @@ def expected(
 
 def _rounds(outputs: Tensor) -> bool:
     """Is anything in the graph in half precision, as by autocast within the model?"""
-    met, ahead = set[Any](), [outputs.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in met:
-            met.add(node)
-            if any(kind.dtype in (torch.float16, torch.bfloat16) for kind in node._input_metadata):
-                return True
-            ahead += [before for before, _ in node.next_functions]
-    return False
+    half = torch.float16, torch.bfloat16
+    return any(kind.dtype in half for node in nodes_of(outputs) for kind in node._input_metadata)
 
 
 def _share_of(apart: float, size: float) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ class _Statistics(TorchFunctionMode):
         return F.batch_norm(normalised, zero, torch.full_like(zero, 1 - _EPS), weight, bias, False, 0.0, _EPS)
 
 
-_EPS = 2.0**-20  # as torch 2.11 wants it, above zero; with the variance beside it exactly one
+_EPS = 2.0**-20  # torch 2.11 rejects 0; variance 1 - eps plus eps is exactly 1
 
 
 def _taken(
@@ -163,9 +163,8 @@ def solve(problem: Problem, along: Along) -> Answer:
         with statistics.one_pass():
             return evaluate_losses(model, batch.batch, problem.loss_fn, "batch")
 
-    values = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)}
-    values |= {"batch": _Train(problem.batch), "loss_fn": losses, "memory": "two_pass"}
-    train = GhostPass(_Frozen(**values, original=problem))
+    batch = _Train(problem.batch)
+    train = GhostPass(problem.recast(_Frozen, batch=batch, loss_fn=losses, memory="two_pass", original=problem))
     meta_loss, v = problem.meta_gradient()
     mean_over_group(v, problem.process_group)
     dots = train.dots(along(v))

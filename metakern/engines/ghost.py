@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
@@ -49,7 +49,7 @@ def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
     if not candidates:
         loss, gradient = problem.meta_gradient()
         mean_over_group(gradient, problem.process_group)
-        return Meta(loss, {id(problem.chosen[name]): v for name, v in gradient.items()}, {}, {})
+        return Meta(loss, problem.by_identity(gradient), {}, {})
     with unchanged_buffers(problem.model), problem.writes.taken_back():
         meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable
         meta_trace = trace_batch(*meta, "meta_batch", rows=False)
@@ -60,7 +60,7 @@ def pair_candidates(problem: Problem, trace: Trace) -> dict[int, int]:
     """Identity of a weight that the pairs form may serve -> its use; none where that would not pay."""
     if problem.process_group is not None:
         return {}
-    candidates = stage_dots.pairable(trace, _by_identity(problem))
+    candidates = stage_dots.pairable(trace, problem.chosen_by_identity)
     return candidates if stage_dots.worth_tracing(trace, candidates.values(), problem.meta_share) else {}
 
 
@@ -72,7 +72,7 @@ def meta_gradients(
     """
     pairs = _pairs(problem, trace, meta_trace, candidates)
     loss = meta_trace.losses.mean()
-    directed = [p for key, p in _by_identity(problem).items() if whole or key not in pairs]
+    directed = [p for key, p in problem.chosen_by_identity.items() if whole or key not in pairs]
     edges = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
     found = torch.autograd.grad(loss, [*directed, *edges], allow_unused=True)
     every = {id(p): g.to_dense() if g.is_sparse else g for p, g in zip(directed, found) if g is not None}
@@ -85,13 +85,9 @@ def meta_gradients(
     return Meta(loss.detach(), direction, paired, every if whole else {})
 
 
-def _by_identity(problem: Problem) -> dict[int, nn.Parameter]:
-    return {id(p): p for p in problem.chosen.values()}
-
-
 def _pairs(problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int]) -> dict[int, tuple[int, int]]:
     """Identity of a weight -> its use in the train pass and in the meta pass, where the pairs form is cheaper."""
-    meta_candidates = stage_dots.pairable(meta_trace, _by_identity(problem))
+    meta_candidates = stage_dots.pairable(meta_trace, problem.chosen_by_identity)
     pairs = {
         key: (k, meta_candidates[key])
         for key, k in candidates.items()

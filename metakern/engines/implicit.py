@@ -63,7 +63,7 @@ class ImplicitUse(NamedTuple):
 def implicit_weights(problem: Problem, train: Recorded) -> dict[str, ImplicitUse]:
     """Names of the weights for which not forming W^ is cheaper -> their use in the train pass."""
     names = {id(p): name for name, p in problem.chosen.items()}
-    candidates = pairable(train.trace, {id(p): p for p in problem.chosen.values()})
+    candidates = pairable(train.trace, problem.chosen_by_identity)
     biases = pairable_biases(train.trace, candidates)
     found = {}
     for key, k in candidates.items():

@@ -58,7 +58,7 @@ def solve(problem: Problem, size: int, along: Along) -> Answer:
     meta_loss, direction = _meta_gradient(problem, size)
     mean_over_group(direction, problem.process_group)
     parts = _Parts(problem, size)
-    dots, losses = parts.dots({id(problem.chosen[name]): v for name, v in along(direction).items()})
+    dots, losses = parts.dots(problem.by_identity(along(direction)))
     require_same_in_parts(problem, problem.batch, size, "batch")
     if problem.writes:
         raise EngineUnavailable(

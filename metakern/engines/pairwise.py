@@ -9,8 +9,7 @@ l'_j.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ def _by_records(problem: Problem, train: GhostPass, meta: Recorded) -> Iterator[
 def _pairs(problem: Problem, train: GhostPass, meta: Recorded) -> dict[int, Record]:
     """Uses in the train pass -> records of the meta pass, with the weights, and the biases beside them, for which pairs
     are cheaper than m directions; each is used once in either pass."""
-    chosen = {id(p): p for p in problem.chosen.values()}
+    chosen = problem.chosen_by_identity
     trace = train.records.trace
     candidates, meta_candidates = stage_dots.pairable(trace, chosen), stage_dots.pairable(meta.trace, chosen)
     biases, meta_biases = (
@@ -109,5 +108,4 @@ class _MetaBatch(Problem):
 
 
 def _as_batch(problem: Problem) -> _MetaBatch:
-    values: dict[str, Any] = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)}
-    return _MetaBatch(**values | {"batch": problem.meta_batch})
+    return problem.recast(_MetaBatch, batch=problem.meta_batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,8 +32,7 @@ class Part(Problem):
 
 
 def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> Part:
-    values = {entry.name: getattr(problem, entry.name) for entry in fields(Problem)}
-    return Part(**{**values, "batch": batch, **changes}, reached=reached)
+    return problem.recast(Part, batch=batch, reached=reached, **changes)
 
 
 def examples_in(batch: Any) -> int:

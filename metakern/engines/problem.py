@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from metakern.capture.parameters import require_servable, select_parameters, tra
 from metakern.capture.state import unchanged_buffers
 from metakern.capture.writes import Writes
 from metakern.layers.precision import require_precision
+
+P = TypeVar("P", bound="Problem")
 
 _CRITERIA = frozenset(("torch.nn.modules.loss", "torch.nn.functional"))
 """Where torch has its losses."""
@@ -42,6 +44,19 @@ class Problem:
     def exact(self) -> bool:
         """Are the dots asked for as they are, without an approximation?"""
         return self.dot_precision == "same"
+
+    @property
+    def chosen_by_identity(self) -> dict[int, nn.Parameter]:
+        """What `chosen` holds, by the identities that traces know."""
+        return {id(p): p for p in self.chosen.values()}
+
+    def by_identity(self, v: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """A direction in chosen parameters, by name, as traces take it."""
+        return {id(self.chosen[name]): along for name, along in v.items()}
+
+    def recast(self, kind: Callable[..., P], **changes: Any) -> P:
+        """The same as a problem of a subclass, but for these fields."""
+        return kind(**{entry.name: getattr(self, entry.name) for entry in fields(Problem)} | changes)
 
     @property
     def argument(self) -> str:

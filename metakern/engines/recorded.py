@@ -174,7 +174,7 @@ def recorded(problem: Problem, fold: Names = NONE_FOLDED) -> Recorded | InPassin
 
 
 def _require_dots(problem: Problem, train: Recorded | InPassing, expected: Expected) -> None:
-    direction = {id(problem.chosen[name]): v for name, v in expected.direction.items()}
+    direction = problem.by_identity(expected.direction)
     expected.forget()
     expected.require_dots(train.dots_along(direction))
 

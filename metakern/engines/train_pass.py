@@ -47,7 +47,7 @@ class GhostPass:
         self.losses = self.records.losses
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
-        return self.records.dots_along({id(self._problem.chosen[name]): v for name, v in direction.items()})
+        return self.records.dots_along(self._problem.by_identity(direction))
 
     def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
         return self.records.weighted_gradient(weights, keep, only)

@@ -6,6 +6,7 @@ linear layers to eight bits, each tensor scaled to fill them, and the others to 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,10 +48,12 @@ def direction_dots(precision: str, a: Tensor, v: Tensor, b: Tensor) -> Tensor:
 
 
 def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensor scaled to the largest number that eight bits hold, rounded to them, and the scale; no host waits."""
-    largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    """The tensor scaled to the largest number that eight bits hold, rounded to them, and the scale; no host waits, and
+    nothing is as large as a copy in float32.
+    """
+    largest = torch.linalg.vector_norm(x, math.inf).float() if x.numel() else torch.zeros((), device=x.device)
     scale = torch.where(largest > 0, torch.finfo(EIGHT_BITS).max / largest, 1.0)
-    return (x.float() * scale).to(EIGHT_BITS), scale
+    return (x * scale).to(EIGHT_BITS), scale
 
 
 def products(precision: str) -> AbstractContextManager[None]:

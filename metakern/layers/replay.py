@@ -86,15 +86,20 @@ def output_tangents(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor |
         return _tangents_by_two_reversals(call, tangents)
 
 
-def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor | None]:
-    """The same where forward mode is missing: with g(u) = J^T u, which is linear in u, J V = d<g(u), V>/du."""
+def _with_leaves(call: Call) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The outputs of the call made again with leaves in place of its parameters, and these by identity."""
     leaves: dict[int, Tensor] = {}
 
     def leaf(parameter: Tensor) -> Tensor:
         return leaves.setdefault(id(parameter), parameter.detach().requires_grad_())
 
+    return with_parameters(call, leaf), leaves
+
+
+def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor | None]:
+    """The same where forward mode is missing: with g(u) = J^T u, which is linear in u, J V = d<g(u), V>/du."""
     with torch.enable_grad(), twice_differentiable():
-        outputs = with_parameters(call, leaf)
+        outputs, leaves = _with_leaves(call)
         kept = [o for o in outputs if o.requires_grad]
         cotangents = [torch.zeros_like(o, requires_grad=True) for o in kept]
         grads = torch.autograd.grad(kept, list(leaves.values()), cotangents, create_graph=True, allow_unused=True)
@@ -112,13 +117,8 @@ def parameter_gradients(
     call: Call, places: tuple[int, ...], output_grads: tuple[Tensor | None, ...]
 ) -> dict[int, Tensor]:
     """sum over outputs of (d output / d parameter)^T output_grad, for each trainable tensor of the call."""
-    leaves: dict[int, Tensor] = {}
-
-    def leaf(parameter: Tensor) -> Tensor:
-        return leaves.setdefault(id(parameter), parameter.detach().requires_grad_())
-
     with torch.enable_grad():
-        outputs = with_parameters(call, leaf)
+        outputs, leaves = _with_leaves(call)
     wanted = [(outputs[place], grad) for place, grad in zip(places, output_grads) if grad is not None]
     wanted = [(output, grad) for output, grad in wanted if output.requires_grad]  # not of a shape, a sign, an index
     if not wanted:

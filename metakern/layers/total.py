@@ -26,7 +26,9 @@ class Total:
         (self._own.add if fresh else self._own.discard)(key)
 
     def take(self, key: int, dtype: torch.dtype) -> Tensor | None:
-        """The sum so far, not to be written into; None where there is none, or it is sparse or of another dtype."""
+        """Hand out the sum so far, which the caller must not write into, and forget it; None where there is none, or it
+        is sparse or of another dtype.
+        """
         there = self.found.get(key)
         return None if there is None or there.is_sparse or there.dtype != dtype else self.found.pop(key)
 

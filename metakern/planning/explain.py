@@ -152,7 +152,7 @@ def _memory(problem: Problem, forms: _Forms, parts: _Parts, folded: set[int]) ->
     except RuntimeError as error:
         return _not_seen(error)
     paired = forms.paired
-    chosen = {id(p) for p in problem.chosen.values()}
+    chosen = problem.chosen_by_identity.keys()
     without_v = {id(p) for p in problem.trainable.values()} - chosen | paired.keys()
     if parts is WHOLE:
         return foretold(train, meta, without_v, forms.traced, list(paired.values()))
@@ -194,7 +194,7 @@ class _Forms:
 
     def __init__(self, problem: Problem, trace: Trace, meta: Trace, whole: bool) -> None:
         self._whole = whole
-        chosen = {id(p): p for p in problem.chosen.values()}
+        chosen = problem.chosen_by_identity
         self._trace, self._meta = trace, meta
         self._train_use = {k: key for key, k in stage_dots.pairable(trace, chosen).items()}
         self._served = {*ghost.pair_candidates(problem, trace).values()}

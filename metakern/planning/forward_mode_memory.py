@@ -60,7 +60,7 @@ def by_forward_mode(problem: Problem) -> Memory:
     graph = graph_of(train)
     kept = sum((graph | sizes(products.tensors(), there_before(problem.model, problem.batch))).values())
     alone = sum(graph.values())
-    without_v = {id(p) for p in problem.trainable.values()} - {id(p) for p in problem.chosen.values()}
+    without_v = {id(p) for p in problem.trainable.values()} - problem.chosen_by_identity.keys()
     meta_pass, v = backward_peak(meta, {}, (), without_v), gradients(meta, 0, without_v)
     gradient = backward_peak(train, {}, (), ())
     two_pass = max(alone + meta_pass, alone + v + anew, gradient)

@@ -23,7 +23,7 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import RandomState, random_state, restore_random_state, same_torch_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state import gradients_as_before, unchanged_buffers
 from metakern.step.captured_optimizer import optimizer_as_before
 from metakern.step.granted import Granted
 from metakern.step.own_batches import OwnBatches
@@ -113,7 +113,7 @@ def capture_step(
             optimizer=optimizer,
         )
 
-    with torch.cuda.device(device), gradients_as_before(trainable):
+    with torch.cuda.device(device), gradients_as_before(trainable.values()):
         _warm_up(model, step)
         with optimizer_as_before(optimizer):
             graph, result = _captured(lambda: step(optimizer))
@@ -199,17 +199,6 @@ def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomSt
             "the step takes forward mode and draws random numbers (dropout), which its two passes must share and "
             "a CUDA graph draws twice; use compile_step, whose second pass takes the numbers of the first"
         )
-
-
-@contextmanager
-def gradients_as_before(trainable: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Nothing has run in a capture, so what it leaves in `.grad` is not a gradient yet."""
-    before = [(p, p.grad) for p in trainable.values()]
-    try:
-        yield
-    finally:
-        for parameter, grad in before:
-            parameter.grad = grad
 
 
 def _device_of(trainable: Mapping[str, nn.Parameter], leaves: list[Any]) -> torch.device:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.parameters import trainable_parameters
-from metakern.step.captured import gradients_as_before
+from metakern.capture.state import gradients_as_before
 from metakern.step.compilable import Found
 from metakern.step.granted import Granted
 from metakern.step.hand_over import hand_over, require_optimizer
@@ -133,7 +133,7 @@ def compile_step(
         return Granted(model, loss_fn, rule)
 
     compiler = torch._dynamo.lookup_backend(backend)
-    with gradients_as_before(trainable):
+    with gradients_as_before(trainable.values()):
         program = compiled(model, [loss_fn], granted, batches, parts, engine, compiler)
 
     def uncompiled(*given: Any, accumulate: bool) -> StepResult:

@@ -101,6 +101,6 @@ def _implicit_dots(
         restore_random_state(before)
         return None
     v = step.pulled_back(named_gradients(leaves, found))
-    dots = train.dots_along({id(problem.chosen[name]): along for name, along in v.items()})
+    dots = train.dots_along(problem.by_identity(v))
     slope = found[-1]  # of the meta loss in c, through the weights that moved implicitly
     return dots if slope is None else dots - slope, meta_loss

@@ -355,9 +355,9 @@ def test_other_shapes_are_taken_uncompiled_and_the_program_after_them() -> None:
     for some in (short, batch):
         found = step(some, meta)
         expected = metakern.l2rw_step(uncompiled, some, meta)
-        torch.testing.assert_close(found.dots, expected.dots)
+        budget.assert_within(found.dots, expected.dots, 1 + expected.dots.abs(), dtype=torch.float64)
         for p, q in zip(model.parameters(), uncompiled.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
+            budget.assert_within(p.grad, q.grad, 1 + q.grad.abs(), dtype=torch.float64)
 
 
 def test_other_dtypes_and_forms_are_refused_before_anything_changes() -> None:
