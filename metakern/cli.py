@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 2, with a line that says why, for input that cannot be used."""
     try:
-        from metakern.trainers.commands import parser
+        from metakern.trainers.parser import parser
     except ModuleNotFoundError as missing:
         print(f"metakern: {missing.name} is not installed; try: pip install 'metakern[train]'", file=sys.stderr)
         return 2
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"metakern: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("metakern: stopped; finished runs are kept", file=sys.stderr)
+        print("metakern: stopped; finished runs and written checkpoints are kept", file=sys.stderr)
         return 130
     return status or 0
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -38,14 +39,6 @@ def test_train_leaves_a_report(tmp_path, capsys):
         assert (tmp_path / "run" / name).is_file()
 
 
-def test_a_run_says_that_it_replaces_another(tmp_path, capsys):
-    arguments = ["train", "random", *QUICK, "--out", str(tmp_path / "run")]
-    said = "run held a finished run of other settings, which this one replaces"
-    for more, replaced in (([], False), ([], False), (["--lr", "0.5"], True)):
-        assert main([*arguments, *more]) == 0
-        assert (said in capsys.readouterr().err) is replaced
-
-
 def test_progress_shows_loss_kept_and_speed(tmp_path, capsys):
     main(["train", "random", *QUICK, "--steps", "40", "--out", str(tmp_path)])
     shown = capsys.readouterr().err
@@ -66,6 +59,34 @@ def test_compare_and_report(tmp_path, capsys):
     runs = [str(path) for path in sorted((tmp_path / "cells").iterdir())]
     assert main(["report", *runs, "--out", str(tmp_path / "all.html")]) == 0
     assert "resample, seed 1" in (tmp_path / "all.html").read_text()
+
+
+def test_reports_of_several_runs_and_of_a_comparison(tmp_path, capsys):
+    """Runs side by side have a page of their own; that of a comparison is made anew out of its cells."""
+    arguments = ["compare", "--methods", "resample,uniform", "--seeds", "0-1", *QUICK, "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    runs = sorted((tmp_path / "cells").iterdir())
+    assert main(["report", *map(str, runs)]) == 0
+    assert "uniform, seed 1" in (tmp_path / "cells" / "report.html").read_text()
+    assert not any((run / "report.html").exists() for run in runs)
+    page = (tmp_path / "report.html").read_text()
+    for name in ("report.html", "leaderboard.csv"):
+        (tmp_path / name).unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "report.html").read_text() == page
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").read_text() == page
+    # One that is not over shows what it has, in the same order.
+    (runs[0] / "result.json").unlink()
+    assert main(["report", str(tmp_path)]) == 0
+    assert "3 of 4 runs are finished" in (tmp_path / "report.html").read_text()
+    for run in runs[1:]:
+        (run / "result.json").unlink()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
 
 
 def test_demo_ends_with_a_table(tmp_path, capsys, monkeypatch):
@@ -128,6 +149,57 @@ def test_words_that_name_no_seed_or_share(option, value, message, capsys):
     with pytest.raises(SystemExit):
         main(["compare", option, value])
     assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"metakern {metakern.__version__}\n"
+
+
+def test_what_is_wrong_with_options_is_said_in_a_line(capsys):
+    for arguments, said in (
+        (["train"], "metakern train: the following arguments are required: METHOD; 'metakern train --help' lists"),
+        (["train", "l2rw", "--lr"], "metakern train: argument --lr: expected one argument; "),
+        ([], "metakern: the following arguments are required: COMMAND; 'metakern --help' lists the options"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        shown = capsys.readouterr().err
+        assert shown.startswith(said)
+        assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "audit", "episodes", "demo", "report", "check"])
+def test_options_say_what_they_take(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert not re.search(r"--[\w-]+ X\b", shown)
+    assert "None" not in shown
+
+
+def test_check_takes_a_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "beside_mine.py").write_text("WIDTH = 3\n")
+    (tmp_path / "models" / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "from beside_mine import WIDTH\n"
+        "@dataclass\nclass Sizes:\n    width: int = WIDTH\n"
+        "def ok():\n"
+        "    batch = torch.randn(4, Sizes().width), torch.randint(0, 2, (4,))\n"
+        "    return torch.nn.Linear(WIDTH, 2), batch, batch\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert main(["check", "models/mine.py:ok"]) == 0
+    for name, said in (("models/mine.py:no", "has no attribute 'no'"), ("models/yours.py:ok", "No such file")):
+        assert main(["check", name]) == 2
+        assert said in capsys.readouterr().err
+    for name in ("mine", "beside_mine"):
+        sys.modules.pop(name, None)
 
 
 def test_files_are_utf8_whatever_the_locale_says(tmp_path):

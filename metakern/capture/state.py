@@ -68,7 +68,7 @@ class Buffers:
 
 def _can_be_written(buffer: Tensor) -> bool:
     """torch refuses to write into inference tensors, and where several entries are one number in memory."""
-    expanded = buffer.layout == torch.strided and 0 in buffer.stride() and buffer._is_view()
+    expanded = buffer.layout == torch.strided and 0 in buffer.stride()
     return not (buffer.is_inference() or (expanded and torch._debug_has_internal_overlap(buffer) == 1))
 
 

@@ -66,20 +66,22 @@ def load(
     encode: Encode | None = None,
     label: str | None = None,
     group: str | None = None,
+    leave_out: str | None = None,
 ) -> Source:
     """The data set called `name`, read from `data_dir` or, without it, from the folder METAKERN_DATA names.
 
     `encode` turns the texts of a set of texts into tokens[n, t] int64; without it, their words or characters do.
     Data of one's own are called "images:DIR", see `image_folder`, or "csv:FILE", see `csv_file`, whose column of
-    classes is `label` and that of groups of classes `group`.
-    Raises: ValueError listing the names when there is no such set, or for `encode`, `label` or `group` when the set
+    classes is `label` and that of groups of classes `group`; columns named in `leave_out`, as in "a,b", are not read.
+    Raises: ValueError listing the names when there is no such set, or for `encode` or names of columns when the set
     takes none; DataNotFound when its files are missing.
     """
     kind, _, path = name.partition(":")
     if kind == "csv":
         read = contents(name)
-        return replace(csv_file(path, label, encode, group), contents=read)
-    for option, column in (("--label", label), ("--group", group)):
+        left_out = [column.strip() for column in (leave_out or "").split(",") if column.strip()]
+        return replace(csv_file(path, label, encode, group, left_out), contents=read)
+    for option, column in (("--label", label), ("--group", group), ("--leave-out", leave_out)):
         if column is not None:
             raise ValueError(f"{option} names a column of --data csv:FILE, got {name!r}")
     if name in _TEXTS:

@@ -60,16 +60,18 @@ def _kinds(rows: Sequence[Row], name: str, train: Tensor) -> Tensor:
 
 def _require_kinds(rows: Sequence[Row], names: Sequence[str]) -> None:
     """Raise ValueError unless the cells of each column of words are kinds: words that return, few of them."""
-    complaints = []
+    complaints: dict[str, str] = {}
     for name in names:
         cells = [row[name].strip() for row in rows if row[name].strip()]
         if 2 * sum(map(is_number, cells)) >= len(cells):
             first = next(k for k, row in enumerate(rows) if not is_number(row[name]))
-            complaints.append(f"{name} (numbers, but {rows[first][name].strip()!r} in row {first + 1})")
+            complaints[name] = f"numbers, but {rows[first][name].strip()!r} in row {first + 1}"
         elif len(set(cells)) > min(KINDS, len(cells) // 2):
-            complaints.append(f"{name} ({len(set(cells))} different words in {len(cells)} rows)")
+            complaints[name] = f"{len(set(cells))} different words in {len(cells)} rows"
     if complaints:
+        named = ", ".join(f"{name} ({why})" for name, why in complaints.items())
         raise ValueError(
-            f"csv: columns that hold neither numbers nor kinds (at most {KINDS} words, each twice on average): "
-            f"{', '.join(complaints)}; leave a missing number empty; leave names out; call a column of texts 'text'"
+            f"csv: columns that hold neither numbers nor kinds (at most {KINDS} words, each twice on average): {named};"
+            " leave a missing number empty; leave out what only names a row, by "
+            f"--leave-out {','.join(complaints)}; call a column of texts 'text'"
         )

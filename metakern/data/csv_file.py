@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,27 +21,33 @@ from metakern.data.text import Encode, by_frequency, characters, words
 LENGTH = 64  # tokens of a text that are read
 
 
-def csv_file(names: str, label: str | None, encode: Encode | None = None, group: str | None = None) -> Source:
+def csv_file(
+    names: str,
+    label: str | None,
+    encode: Encode | None = None,
+    group: str | None = None,
+    leave_out: Sequence[str] = (),
+) -> Source:
     """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes, `group` the group of each class.
 
     Files may be compressed by gzip. Columns of numbers and of kinds become `features`. A column "text", or a single
     column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the other
     columns are left out then. The column "split" may say train, test or, of rows whose label is certain, meta. The test
     set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
-    are row numbers, from 0 below the head, over both files.
+    are row numbers, from 0 below the head, over both files. The columns `leave_out` are as if they were not there.
     Raises: ValueError for columns that are missing or cannot be read, DataNotFound for a missing file.
     """
     paths = [Path(name).expanduser() for name in names.split(",")]
     if len(paths) > 2:
         raise ValueError(f"csv: takes FILE or FILE,TESTFILE, got {len(paths)} files")
     tables = [_rows(path) for path in paths]
+    _require_columns(paths[0], tables[0], [("--leave-out", name) for name in leave_out])
+    tables = [[{name: row[name] for name in row if name not in leave_out} for row in table] for table in tables]
     rows = [row for table in tables for row in table]
     head = list(rows[0])
     if label is None:
         raise ValueError(f"csv: --label must name the column of the classes, one of {', '.join(head)}")
-    for option, column in (("--label", label), ("--group", group)):
-        if column is not None and column not in head:
-            raise ValueError(f"csv: {option} {column!r} is no column of {paths[0]}; there are {', '.join(head)}")
+    _require_columns(paths[0], rows, [("--label", label), ("--group", group)])
     lacking = sorted({*head} - {"split"} - {*tables[-1][0]})
     if lacking:
         raise ValueError(f"csv: {paths[-1]} has not all columns of {paths[0]}; it lacks {', '.join(lacking)}")
@@ -72,6 +79,13 @@ def csv_file(names: str, label: str | None, encode: Encode | None = None, group:
         meta=clean if len(meta) else None,
         origins=[Origin(str(path), k + 1) for path, own in zip(paths, tables, strict=True) for k in range(len(own))],
     )
+
+
+def _require_columns(path: Path, rows: list[dict[str, str]], named: Sequence[tuple[str, str | None]]) -> None:
+    """Raise ValueError where an option names a column that the rows have not."""
+    for option, column in named:
+        if column is not None and column not in rows[0]:
+            raise ValueError(f"csv: {option} {column!r} is no column of {path}; there are {', '.join(rows[0])}")
 
 
 def table_name(file: str) -> str:

@@ -74,7 +74,8 @@ class Task:
 
     `train` and `meta` never share an id; `clean_targets`[n] are the labels of `train` from before any noise, and
     `corruption`[C, C] the probability that it gave true class k the label j; None where no noise was made; `contents`
-    is that of the source.
+    is that of the source. `certain_meta` is False where `meta` is drawn from data of the user's own, for whose labels
+    nobody vouches.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Task:
     clean_targets: Tensor
     corruption: Tensor | None = None
     contents: str | None = None
+    certain_meta: bool = True
 
     @property
     def class_shares(self) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from metakern.data import Task
+from metakern.data import Task, contents
 from metakern.trainers.audit import Audit, audit
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.detection import (
@@ -19,7 +19,9 @@ from metakern.trainers.detection import (
     held_out_probabilities,
 )
 from metakern.trainers.leaderboard import aligned
+from metakern.trainers.place import difference, place
 from metakern.trainers.report.audit import write_page, write_table
+from metakern.trainers.run_folder import identity, read_json, write_json
 from metakern.trainers.task import make_source, make_task
 
 # Options of a run that an audit has no use for, and so does not take.
@@ -27,7 +29,33 @@ UNUSED = (
     *("set", "augment", "meta_batch_size", "early_stopping", "validation", "evaluations"),
     *("device", "amp", "checkpoint_seconds", "tensorboard"),
 )
+NAME = "audit.json"
 NO_CLEANLAB = "cleanlab: left out, it is not installed; try: pip install 'metakern[audit]'"
+
+
+def audit_folder(config: TrainConfig, out: Path | None, *, top: int, folds: int, overwrite: bool) -> Path:
+    """Where an audit goes, see `place`; the default has the name of the data.
+
+    Raises: ValueError where `out` has an audit of other settings, unless `overwrite`.
+    """
+    default = Path("runs") / replace(config, method="audit").name()
+    return place(out, default, lambda folder: _other(folder, _identity(config, top, folds)), overwrite=overwrite)
+
+
+def finished_audit(config: TrainConfig, folder: Path, *, top: int, folds: int) -> str | None:
+    """What to print of the audit in `folder`; None where there is none of these settings and data."""
+    record = read_json(folder / NAME)
+    return None if record is None or _other(folder, _identity(config, top, folds)) else _told(record, folder)
+
+
+def _identity(config: TrainConfig, top: int, folds: int) -> dict[str, Any]:
+    return {**identity(config, contents(config.data)), "top": top, "folds": folds}
+
+
+def _other(folder: Path, wanted: dict[str, Any]) -> str | None:
+    record = read_json(folder / NAME)
+    # Audits did not always have an identity; of those without one nobody knows what their files held.
+    return None if record is None else difference("an audit", record.get("identity", record["config"]), wanted)
 
 
 def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 5, progress: bool = True) -> str:
@@ -56,14 +84,13 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
     write_table(found, task, source, folder / "audit.csv")
     write_page(found, task, source, detections, notes, folder / "audit.html", top=top)
     record = {
+        "identity": _identity(config, top, folds),
         "config": asdict(config),
         "notes": notes,
         "rankings": {name: measured._asdict() for name, measured in detections.items()},
     }
-    (folder / "audit.json").write_text(json.dumps(record, indent=2) + "\n")
-    return "\n".join(
-        [*notes, *_printed(detections), f"table:  {folder / 'audit.csv'}", f"report: {folder / 'audit.html'}"]
-    )
+    write_json(folder / NAME, record)
+    return _told(record, folder)
 
 
 def _detections(config: TrainConfig, task: Task, found: Audit, wrong: np.ndarray, folds: int) -> dict[str, Detection]:
@@ -79,9 +106,11 @@ def _suggestions(task: Task, found: Audit, wrong: np.ndarray) -> str:
     return f"For {100 * right[wrong].mean():.1f} % of the wrong labels the suggested one is the true one."
 
 
-def _printed(detections: dict[str, Detection]) -> list[str]:
-    if not detections:
-        return []
+def _told(record: dict[str, Any], folder: Path) -> str:
+    """An audit.json to print."""
     rows = [["ranking", "area under ROC", "precision at k"]]
-    rows += [[name, f"{one.area:.3f}", f"{100 * one.precision[-1]:.1f} %"] for name, one in detections.items()]
-    return [aligned(rows)]
+    for name, measured in record["rankings"].items():
+        rows.append([name, f"{measured['area']:.3f}", f"{100 * measured['precision'][-1]:.1f} %"])
+    tables = [aligned(rows)] if record["rankings"] else []
+    places = [f"table:  {folder / 'audit.csv'}", f"report: {folder / 'audit.html'}"]
+    return "\n".join([*record["notes"], *tables, *places])

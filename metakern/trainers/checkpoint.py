@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from metakern.trainers.run_folder import differing
+
 _NAME = "checkpoint.pt"
 
 
@@ -27,11 +29,19 @@ def save_checkpoint(folder: Path, identity: dict[str, Any], state: dict[str, Any
 
 def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The state of an unfinished run of that `run_folder.identity` in `folder`, else None."""
+    stored = _read(folder)
+    return stored["state"] if stored and not differing(stored["identity"], identity) else None
+
+
+def stored_identity(folder: Path) -> dict[str, Any] | None:
+    """The `run_folder.identity` of the unfinished run in `folder` that can go on, if there is one."""
+    stored = _read(folder)
+    return stored["identity"] if stored else None
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / _NAME
-    if not path.is_file():
-        return None
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    return stored["state"] if stored["identity"] == identity else None
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
 
 def drop_checkpoint(folder: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from metakern.methods.method import NotApplicable
 from metakern.methods.settings import parse, settings_for
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.loop import train
-from metakern.trainers.run_folder import finished
+from metakern.trainers.run_folder import finished, read_json, write_json
+from metakern.trainers.stopping import Stop, Stopped, StopSignals, never
 from metakern.trainers.task import make_source, make_task
+
+NAME = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -74,46 +78,88 @@ def cell(root: Path, config: TrainConfig, contents: str | None = None) -> Cell:
     return Cell(config, folder, finished(folder, config, contents))
 
 
+def read_cells(root: Path) -> list[Cell] | None:
+    """The cells of the comparison in `root`, finished or not; None where there is no comparison."""
+    configs = read_json(root / NAME)
+    return None if configs is None else [cell(root, TrainConfig(**config)) for config in configs]
+
+
 @lru_cache(maxsize=1)
 def _source(config: TrainConfig) -> Source:
     """The data set of the comparison, read once in each of its processes."""
     return make_source(config)
 
 
-def _run(base: TrainConfig, config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
+def _run(base: TrainConfig, config: TrainConfig, folder: Path, stop: Stop) -> tuple[Path, str | None]:
     """The folder of the cell, and why its method was left out if it does not take such data."""
+    if stop():
+        raise Stopped("stopped between two runs")
     try:
-        train(config, folder, task=make_task(config, _source(base)), progress=False)
+        train(config, folder, task=make_task(config, _source(base)), progress=False, stop=stop)
     except NotApplicable as reason:
         return folder, f"{config.method} is left out: {reason}"
     return folder, None
 
 
-def _folders_done(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Path, str | None]]:
+def _record(root: Path, configs: Sequence[TrainConfig]) -> None:
+    """Write which cells a comparison has, once there is one: one that fails at its beginning leaves the former's."""
+    root.mkdir(parents=True, exist_ok=True)  # where its methods are left out, no cell has made it
+    write_json(root / NAME, [asdict(config) for config in configs])
+
+
+_stop: Stop = never  # in each process of a comparison: is it, or the one that began it, asked to stop?
+
+
+def _begin_process(asked: Any) -> None:
+    global _stop
+    # Ctrl-C reaches every process of a terminal: in these it must end neither the step nor the process.
+    own = StopSignals(quiet=True).__enter__()
+
+    def either() -> bool:
+        return own() or asked.is_set()
+
+    _stop = either
+
+
+def _run_in_process(base: TrainConfig, config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
+    return _run(base, config, folder, _stop)
+
+
+def _folders_done(cells: Sequence[Cell], jobs: int, stop: Stop) -> Iterator[tuple[Path, str | None]]:
     """Run `cells` and yield what `_run` returns as they finish."""
     if jobs == 1:
         _source.cache_clear()  # a file may have changed since another comparison
         try:
-            yield from (_run(cells[0].config, entry.config, entry.folder) for entry in cells)
+            yield from (_run(cells[0].config, entry.config, entry.folder, stop) for entry in cells)
         finally:
             _source.cache_clear()
         return
     # Spawned, not forked: a fork copies torch's thread pool in whatever state it is in.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_run, cells[0].config, entry.config, entry.folder) for entry in cells]
+    context = multiprocessing.get_context("spawn")
+    asked = context.Event()
+    with ProcessPoolExecutor(jobs, context, _begin_process, (asked,)) as pool:
+        waiting = {pool.submit(_run_in_process, cells[0].config, entry.config, entry.folder) for entry in cells}
         try:
-            yield from (future.result() for future in as_completed(futures))
-        except BaseException:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                if stop():
+                    asked.set()
+                yield from (future.result() for future in done)
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if stop() and isinstance(error, BrokenProcessPool):  # the signal ended one that did not listen yet
+                raise Stopped("stopped between two runs") from None
             raise
 
 
-def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, progress: bool = True) -> list[Cell]:
+def run_missing(
+    root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, progress: bool = True, stop: Stop = never
+) -> list[Cell]:
     """Run the cells of `configs` that have no result yet, `jobs` at a time, and return all of them.
 
     A cell that fails stops the comparison; what was finished before stays finished. A method that does not take data of
-    this kind is left out with a line that says why.
-    Raises: ValueError when jobs is below 1.
+    this kind is left out with a line that says why. comparison.json keeps which cells they are.
+    Raises: ValueError when jobs is below 1; Stopped as `train`, where all cells that ran have left a checkpoint.
     """
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
@@ -121,9 +167,12 @@ def run_missing(root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, pr
     missing = [entry for entry in (cell(root, config, found) for config in configs) if entry.result is None]
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
     with bar:
-        for folder, left_out in _folders_done(missing, jobs):
+        for folder, left_out in _folders_done(missing, jobs, stop):
             if left_out is not None:
                 bar.write(left_out, file=sys.stderr)
             bar.set_postfix_str(folder.name, refresh=False)
             bar.update()
+            _record(root, configs)
+    if configs and not missing:
+        _record(root, configs)
     return [cell(root, config, found) for config in configs]

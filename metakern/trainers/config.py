@@ -17,8 +17,12 @@ ENGINES = ("auto", "ghost", "jvp", "double_backward")
 LARGEST_SEED = 2**31 - 16  # seeds of the parts of a run, made from this one, must fit into 64 bits
 
 
-def _option(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+METAVARS: dict[type, str] = {str: "NAME", int: "N", float: "NUMBER"}  # of options that name no other
+
+
+def option(default: Any, meaning: str, metavar: str | None = None) -> Any:
+    """A field that is an option of the command line."""
+    return field(default=default, metadata={"help": meaning, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -26,42 +30,49 @@ class TrainConfig:
     """One run. The defaults are the settings of the code published with L2RW (Ren et al., ICML 2018)."""
 
     method: str
-    set: str = _option("", "settings of the method, as in rule=floor,weight_decay=5e-4: see its page")
-    data: str = _option("digits-4v9", "data set: see 'metakern list', or images:DIR, or csv:FILE")
-    label: str | None = _option(None, "--data csv:FILE: the column of the classes")
-    group: str | None = _option(None, "--data csv:FILE: the column of their groups, for --noise hierarchical")
-    data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
-    majority: float | None = _option(None, "sets of two classes: share of the larger one in training (default: 0.995)")
-    imbalance: float = _option(1.0, "sets of more classes: largest class to smallest")
-    imbalance_shape: str = _option("exponential", f"how the classes fall: {', '.join(SHAPES)}")
-    noise: str | None = _option(None, f"sets of more classes: label noise, one of {', '.join(NOISE_KINDS)}")
-    noise_rate: float = _option(0.0, "share of labels the noise draws anew")
-    train_size: int = _option(5000, "training and meta examples together, at most")
-    meta_per_class: int = _option(5, "clean examples of each class that the meta set takes out of them")
-    model: str | None = _option(
+    set: str = option("", "settings of the method, as in rule=floor,weight_decay=5e-4: see its page", "NAME=VALUE")
+    data: str = option("digits-4v9", "data set: see 'metakern list', or images:DIR, or csv:FILE")
+    label: str | None = option(None, "--data csv:FILE: the column of the classes", "COLUMN")
+    group: str | None = option(None, "--data csv:FILE: the column of their groups, for --noise hierarchical", "COLUMN")
+    leave_out: str | None = option(None, "--data csv:FILE: columns that are not read", "COL,COL")
+    data_dir: str | None = option(None, "folder of data sets (default: the environment variable METAKERN_DATA)", "DIR")
+    majority: float | None = option(
+        None, "sets of two classes: share of the larger one in training (default: 0.995)", "SHARE"
+    )
+    imbalance: float = option(1.0, "sets of more classes: largest class to smallest", "FACTOR")
+    imbalance_shape: str = option("exponential", f"how the classes fall: {', '.join(SHAPES)}", "SHAPE")
+    noise: str | None = option(None, f"sets of more classes: label noise, one of {', '.join(NOISE_KINDS)}", "KIND")
+    noise_rate: float = option(0.0, "share of labels the noise draws anew", "SHARE")
+    train_size: int = option(5000, "training and meta examples together, at most")
+    meta_per_class: int = option(5, "clean examples of each class that the meta set takes out of them")
+    model: str | None = option(
         None, "the network: see 'metakern list', or transformers:DIR for a pretrained one (default: a small one)"
     )
-    augment: str | None = _option(None, "crop-flip: images of both batches shifted by up to 4 pixels and mirrored")
-    seed: int = _option(0, "decides the drawn examples, the initial parameters and the order of batches")
-    steps: int | None = _option(None, "optimizer steps (default: the method's own, times --schedule)")
-    schedule: float = _option(1.0, "share of the method's own number of steps to take")
-    batch_size: int | None = _option(None, "training examples in a batch (default: the method's own)")
-    meta_batch_size: int | None = _option(None, "meta examples in a step (default: the method's own, mostly all)")
-    optimizer: str = _option("sgd", f"the optimizer, one of {', '.join(OPTIMIZERS)}")
-    lr: float = _option(1e-3, "learning rate")
-    momentum: float = _option(0.9, "momentum of SGD, plain or Nesterov's")
-    weight_decay: float = _option(0.0, "weight decay")
-    warmup: float = _option(0.0, "share of the run over which the learning rate rises linearly")
-    drops: str = _option("", "shares of the run at which the learning rate is divided by 10, as in 0.5,0.75")
-    early_stopping: int | None = _option(None, "stop after that many evaluations without a lower validation error")
-    validation: float = _option(0.1, "share of the training examples that --early-stopping holds out")
-    engine: str = _option("auto", f"how the dot products are computed, one of {', '.join(ENGINES)}")
-    evaluations: int = _option(20, "how often in a run the test error is measured")
-    device: str = _option("cpu", "where to train: cpu, cuda, cuda:1, ...")
-    amp: str | None = _option(None, "bf16: autocast to bfloat16")
-    threads: int = _option(2, "CPU threads")
-    checkpoint_seconds: float = _option(60.0, "seconds from one checkpoint to the next; 0: one after every step")
-    tensorboard: bool = _option(False, "write the metrics for TensorBoard as well")
+    augment: str | None = option(
+        None, "crop-flip: images of both batches shifted by up to 4 pixels and mirrored", "KIND"
+    )
+    seed: int = option(0, "decides the drawn examples, the initial parameters and the order of batches")
+    steps: int | None = option(None, "optimizer steps (default: the method's own, times --schedule)")
+    schedule: float = option(1.0, "share of the method's own number of steps to take", "SHARE")
+    batch_size: int | None = option(None, "training examples in a batch (default: the method's own)")
+    meta_batch_size: int | None = option(None, "meta examples in a step (default: the method's own, mostly all)")
+    optimizer: str = option("sgd", f"the optimizer, one of {', '.join(OPTIMIZERS)}")
+    lr: float = option(1e-3, "learning rate", "RATE")
+    momentum: float = option(0.9, "momentum of SGD, plain or Nesterov's")
+    weight_decay: float = option(0.0, "weight decay")
+    warmup: float = option(0.0, "share of the run over which the learning rate rises linearly", "SHARE")
+    drops: str = option("", "shares of the run at which the learning rate is divided by 10, as in 0.5,0.75", "S,T")
+    early_stopping: int | None = option(None, "stop after that many evaluations without a lower validation error")
+    validation: float = option(0.1, "share of the training examples that --early-stopping holds out", "SHARE")
+    engine: str = option("auto", f"how the dot products are computed, one of {', '.join(ENGINES)}")
+    evaluations: int = option(20, "how often in a run the test error is measured")
+    device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...", "DEVICE")
+    amp: str | None = option(None, "bf16: autocast to bfloat16")
+    threads: int = option(2, "CPU threads")
+    checkpoint_seconds: float = option(
+        60.0, "seconds from one checkpoint to the next; 0: one after every step", "SECONDS"
+    )
+    tensorboard: bool = option(False, "write the metrics for TensorBoard as well")
 
     def __post_init__(self) -> None:
         counts = "train_size", "meta_per_class", "steps", "batch_size", "meta_batch_size", "evaluations", "threads"
@@ -142,7 +153,8 @@ def add_options(
         if kinds == [bool]:
             parser.add_argument(name, action="store_true", help=entry.metadata["help"])
         else:
-            parser.add_argument(name, type=kinds[0], default=entry.default, metavar="X", help=meaning)
+            metavar = entry.metadata["metavar"] or METAVARS[kinds[0]]
+            parser.add_argument(name, type=kinds[0], default=entry.default, metavar=metavar, help=meaning)
 
 
 def from_options(options: argparse.Namespace, **given: Any) -> TrainConfig:

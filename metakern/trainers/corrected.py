@@ -28,7 +28,6 @@ def save_corrected(folder: Path, step: Any, model: nn.Module, task: Task) -> Non
     Columns: id; label, clean_label: given and true; proposed: the likeliest; its probability; kept: the given one's.
     """
     if not isinstance(step, Corrects):
-        (folder / NAME).unlink(missing_ok=True)  # of an earlier run there
         return
     labels = step.corrected_labels(model).detach().cpu()
     given = task.train.targets.cpu()

@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metakern.data.shots import SHOT_SHAPES, shots
 from metakern.methods.support_balance import BALANCES
+from metakern.trainers.config import option
 
 LEARNERS = ("protonet", "maml", "maml-first-order")
-
-
-def _option(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class EpisodeConfig:
     """A comparison of few-shot learners; which defaults are the benchmark's is said in docs/methods/few-shot.md."""
 
-    data: str = _option("iflytek", "data set with many classes: see 'metakern list', or images:DIR, or csv:FILE")
-    label: str | None = _option(None, "--data csv:FILE: the column of the classes")
-    data_dir: str | None = _option(None, "folder of data sets (default: the environment variable METAKERN_DATA)")
-    model: str | None = _option(None, "the network, as for 'metakern train'")
-    learners: str = _option(",".join(LEARNERS), "who learns")
-    balances: str = _option(",".join(BALANCES), "what is done about the imbalance")
-    shapes: str = _option(",".join(SHOT_SHAPES), "how the shots fall over the classes of a test episode")
-    train_shape: str = _option("random", "how they fall in the episodes of training and validation")
-    way: int = _option(5, "classes of an episode")
-    fewest: int = _option(1, "support examples of the smallest class")
-    most: int = _option(9, "support examples of the largest class")
-    minority: float = _option(0.2, "shape step: share of the classes that have the fewest")
-    exponent: float = _option(3.0, "shape long-tail: power of the curve")
-    queries: int = _option(15, "query examples of each class")
-    held_out: float = _option(0.2, "share of the classes for validation, and again for testing")
-    train_episodes: int = _option(2000, "episodes to train on")
-    validations: int = _option(5, "how often in training the best parameters so far are looked for")
-    validation_episodes: int = _option(100, "episodes of each such look")
-    test_episodes: int = _option(600, "episodes of each shape to test on")
-    lr: float = _option(1e-3, "learning rate of Adam, a tenth of it in the second half")
-    inner_lr: float = _option(0.1, "maml: learning rate of the steps on the support set")
-    inner_steps: int = _option(10, "maml: how many steps on the support set")
-    episodes_per_step: int = _option(4, "maml: episodes of a step of Adam; protonet takes one")
-    seed: int = _option(0, "decides the classes held out, the episodes and the initial parameters")
-    threads: int = _option(2, "CPU threads")
+    data: str = option("iflytek", "data set with many classes: see 'metakern list', or images:DIR, or csv:FILE")
+    label: str | None = option(None, "--data csv:FILE: the column of the classes", "COLUMN")
+    leave_out: str | None = option(None, "--data csv:FILE: columns that are not read", "COL,COL")
+    data_dir: str | None = option(None, "folder of data sets (default: the environment variable METAKERN_DATA)", "DIR")
+    model: str | None = option(None, "the network, as for 'metakern train'")
+    learners: str = option(",".join(LEARNERS), "who learns", "A,B")
+    balances: str = option(",".join(BALANCES), "what is done about the imbalance", "A,B")
+    shapes: str = option(",".join(SHOT_SHAPES), "how the shots fall over the classes of a test episode", "A,B")
+    train_shape: str = option("random", "how they fall in the episodes of training and validation", "SHAPE")
+    way: int = option(5, "classes of an episode")
+    fewest: int = option(1, "support examples of the smallest class")
+    most: int = option(9, "support examples of the largest class")
+    minority: float = option(0.2, "shape step: share of the classes that have the fewest", "SHARE")
+    exponent: float = option(3.0, "shape long-tail: power of the curve")
+    queries: int = option(15, "query examples of each class")
+    held_out: float = option(0.2, "share of the classes for validation, and again for testing", "SHARE")
+    train_episodes: int = option(2000, "episodes to train on")
+    validations: int = option(5, "how often in training the best parameters so far are looked for")
+    validation_episodes: int = option(100, "episodes of each such look")
+    test_episodes: int = option(600, "episodes of each shape to test on")
+    lr: float = option(1e-3, "learning rate of Adam, a tenth of it in the second half", "RATE")
+    inner_lr: float = option(0.1, "maml: learning rate of the steps on the support set", "RATE")
+    inner_steps: int = option(10, "maml: how many steps on the support set")
+    episodes_per_step: int = option(4, "maml: episodes of a step of Adam; protonet takes one")
+    seed: int = option(0, "decides the classes held out, the episodes and the initial parameters")
+    threads: int = option(2, "CPU threads")
 
     def __post_init__(self) -> None:
         for name in ("queries", "train_episodes", "validations", "validation_episodes", "episodes_per_step", "threads"):

@@ -30,7 +30,7 @@ def run_episodes(config: EpisodeConfig, folder: Path, *, progress: bool = True) 
     torch.set_num_threads(config.threads)
     encoder = folder_of(config.model)
     encode = None if encoder is None else tokenizer(encoder)
-    source = load(config.data, config.data_dir, encode=encode, label=config.label)
+    source = load(config.data, config.data_dir, encode=encode, label=config.label, leave_out=config.leave_out)
     split = _split(source, config)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -9,12 +9,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from metakern.methods import find
 from metakern.trainers.compare import Cell
 
 
 class Entry(NamedTuple):
     """One method at one majority share: test error in percent over its seeds, and its difference to the first method.
 
+    `steps` is the median that its runs took, `batch` the training examples in each; both 0 for methods without steps.
     `difference` is the mean over the seeds both have; `interval` is half its 95 % confidence interval (Student's t),
     nan with fewer than two seeds. `area` is the mean area under the ROC curve in percent, nan without two classes;
     `accuracies` the mean accuracy on each class. `cost` is the median time of a run in plain steps: in seconds, over
@@ -33,6 +35,8 @@ class Entry(NamedTuple):
     area: float
     seconds: float
     cost: float
+    steps: int
+    batch: int
     accuracies: list[float]
 
 
@@ -60,19 +64,21 @@ def leaderboard(cells: Sequence[Cell]) -> list[Entry]:
     for cell in cells:
         if cell.result is not None:
             groups.setdefault((cell.config.method, cell.config.majority), {})[cell.config.seed] = cell.result
-    first = cells[0].config.method if cells else ""
+    first = cells[0].config if cells else None
     return [
-        _entry(method, majority, results, groups.get((first, majority), {}))
+        _entry(method, majority, results, groups.get((first.method, majority), {}), first.batch_size)
         for (method, majority), results in groups.items()
+        if first is not None
     ]
 
 
-def _entry(method: str, majority: float | None, results: Results, reference: Results) -> Entry:
+def _entry(method: str, majority: float | None, results: Results, reference: Results, batch: int | None) -> Entry:
     errors = [result["test_error"] for result in results.values()]
     paired = [results[seed]["test_error"] - reference[seed]["test_error"] for seed in results if seed in reference]
     seconds = median(result["seconds"] for result in results.values())
     plain = [result["seconds"] / result["steps"] for result in reference.values() if result["steps"]]
     mean, deviation = _spread(errors)
+    steps = int(median(result["steps"] for result in results.values()))
     by_class = zip(*(result["error_by_class"] for result in results.values()), strict=True)
     return Entry(
         method,
@@ -87,6 +93,8 @@ def _entry(method: str, majority: float | None, results: Results, reference: Res
         _spread([result.get("roc_area", math.nan) for result in results.values()])[0],
         seconds,
         seconds / median(plain) if plain else math.nan,
+        steps,
+        (batch or find(method).batch_size) if steps else 0,
         [100 - _spread(own)[0] for own in by_class],
     )
 
@@ -126,16 +134,17 @@ def as_text(entries: Sequence[Entry]) -> str:
     rows += [[method] + [shown(method, majority) for majority in majorities] for method in methods]
     if len(majorities) == 1:
         # One table has room for the rest.
-        rows[0] += ["difference", "area under ROC", "plain steps"]
+        rows[0] += ["difference", "area under ROC", "plain steps", "steps", "batch"]
         for row in rows[1:]:
             entry = by_key[row[0], majorities[0]]
-            row += [plus_minus(entry.difference, entry.interval, "+"), plus_minus(entry.area), steps_text(entry.cost)]
+            row += [plus_minus(entry.difference, entry.interval, "+"), plus_minus(entry.area)]
+            row += [count_text(entry.cost), count_text(entry.steps), count_text(entry.batch)]
     return aligned(rows)
 
 
-def steps_text(cost: float) -> str:
-    """A number of steps."""
-    return "-" if math.isnan(cost) else f"{cost:,.0f}"
+def count_text(number: float) -> str:
+    """A number of steps or examples; a dash where there are none."""
+    return f"{number:,.0f}" if number > 0 else "-"
 
 
 def plus_minus(value: float, spread: float = math.nan, sign: str = "") -> str:

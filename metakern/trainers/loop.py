@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from metakern.trainers.metrics import MetricsFile
 from metakern.trainers.networks import network_for
 from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
 from metakern.trainers.run_folder import finish, identity, start
+from metakern.trainers.stopping import Stop, Stopped, never
 from metakern.trainers.task import hold_out, make_task, on_device, task_on_device, usable_device
 from metakern.trainers.tensorboard import Board
 from metakern.trainers.weighting import save_weighting
@@ -51,12 +53,16 @@ class Run:
     folder: Path
 
 
-def train(config: TrainConfig, folder: Path, *, task: Task | None = None, progress: bool = True) -> Run:
+def train(
+    config: TrainConfig, folder: Path, *, task: Task | None = None, progress: bool = True, stop: Stop = never
+) -> Run:
     """Train as `config` says and leave config.json, metrics.csv, weights, model.pt and result.json in `folder`.
 
     `task` is what `make_task(config)` returns, where that has been called before. An unfinished run of the same config
-    in `folder` goes on from its last checkpoint, with the results it would have had.
-    Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data.
+    in `folder` goes on from its last checkpoint, with the results it would have had; any other run there is replaced,
+    once the data, the method and the network are made. `stop` is asked after every step.
+    Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data;
+    Stopped, with a checkpoint written, when `stop` returns True.
     """
     method = find(config.method, config.set)
     torch.set_num_threads(config.threads)
@@ -65,12 +71,14 @@ def train(config: TrainConfig, folder: Path, *, task: Task | None = None, progre
         task, validation = hold_out(task, config.validation, config.seed)
     task = method.training_set(task, config.seed)
     checkpoint = load_checkpoint(folder, identity(config, task.contents))
-    start(folder, config, task)
     with torch.random.fork_rng():
         loop = _Loop(config, method, task, validation, folder, progress)
+        start(folder, config, task)
+        if checkpoint is None:
+            drop_checkpoint(folder)
         if method.fit is None:
             loop.begin(checkpoint)
-            loop.run()
+            loop.run(stop)
         else:
             loop.fit(method.fit)
     errors = loop.finish()
@@ -112,6 +120,8 @@ class _Loop:
         """Go on from `checkpoint`, or prepare the method for its first step."""
         if checkpoint is not None:
             self._load(checkpoint)
+            if self.progress:
+                print(f"metakern: going on from step {self.step}", file=sys.stderr)
             return
         self._begin_metrics()
         if isinstance(self.take, Prepared):
@@ -127,8 +137,8 @@ class _Loop:
         if self.board:
             self.board.begin(self.step)
 
-    def run(self) -> None:
-        """Steps, evaluations and checkpoints until the run is over."""
+    def run(self, stop: Stop) -> None:
+        """Steps, evaluations and checkpoints until the run is over, or raise Stopped."""
         steps, times = self.setup.steps, self.config.evaluations
         evaluate_at = {round(steps * (k + 1) / times) for k in range(times)}
         batches = make_batches(self.config, self.method, self.task, after=self.step)
@@ -139,10 +149,13 @@ class _Loop:
                 self._take_step(*next(batches))
                 if self.step in evaluate_at:
                     self._evaluate()
-                if time.monotonic() - saved >= self.config.checkpoint_seconds:
+                asked = stop()
+                if asked or time.monotonic() - saved >= self.config.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
                 bar.update()
+                if asked:
+                    raise Stopped(f"stopped at step {self.step}")
                 if self.step % 10 == 0:
                     bar.set_postfix(self.metrics.brief(), refresh=False)
         self._close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -15,12 +16,23 @@ from metakern.data import Task
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.evaluate import Errors
 
+# What a finished run leaves, result.json first: that it exists says that the others belong to it.
+_RESULTS = (
+    *("result.json", "report.html", "model.pt", "weights.csv", "weights.npz"),
+    *("weighting.csv", "corrected.csv", "failed_batch.pt"),
+)
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    # Written beside and renamed: a run killed at this moment leaves no half of a file behind.
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content`; a run killed at this moment leaves no half of a file behind."""
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What is in the file; None where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def identity(config: TrainConfig, contents: str | None) -> dict[str, Any]:
@@ -29,12 +41,12 @@ def identity(config: TrainConfig, contents: str | None) -> dict[str, Any]:
 
 
 def start(folder: Path, config: TrainConfig, task: Task) -> None:
-    """Make `folder` and write config.json; a result of an earlier run there is no longer one."""
+    """Make `folder` and write config.json; what an earlier run there has left is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "failed_batch.pt", "weighting.csv"):
+    for name in _RESULTS:
         (folder / name).unlink(missing_ok=True)
     shares = [round(share, 6) for share in task.class_shares.tolist()]
-    _write(
+    write_json(
         folder / "config.json",
         {
             **asdict(config),
@@ -43,6 +55,7 @@ def start(folder: Path, config: TrainConfig, task: Task) -> None:
             "train_examples": len(task.train),
             "class_shares": shares,
             "meta_examples": len(task.meta),
+            "certain_meta": task.certain_meta,
             "test_examples": len(task.test),
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -55,7 +68,7 @@ def finish(
     folder: Path, identity: dict[str, Any], errors: Errors, seconds: float, steps: int, best_step: int | None = None
 ) -> None:
     """Write result.json: that it exists says the run is complete."""
-    _write(
+    write_json(
         folder / "result.json",
         {
             "identity": identity,
@@ -70,14 +83,34 @@ def finish(
     )
 
 
+def differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The names of the settings in which a stored `identity` is another than the `wanted` one.
+
+    An identity from before an option existed has that option's default. Files that are gone are what they were.
+    """
+    stored = {**TrainConfig(stored["method"]).identity(), **stored}
+    names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
+    return [name for name in names if name != "contents" or name in wanted]
+
+
 def finished(folder: Path, config: TrainConfig, contents: str | None = None) -> dict[str, Any] | None:
     """The result of a complete run of exactly `config` in `folder`, and of such `contents` where they are known."""
-    path = folder / "result.json"
-    if not path.is_file():
+    result = read_json(folder / "result.json")
+    return result if result and not differing(result["identity"], identity(config, contents)) else None
+
+
+def errors_of(result: dict[str, Any]) -> Errors:
+    """The final errors in a result.json."""
+    area = result.get("roc_area", math.nan)
+    return Errors(result["test_error"], result["balanced_error"], result["error_by_class"], area)
+
+
+def meta_note(config: dict[str, Any]) -> str | None:
+    """What a config.json says of a meta set that was drawn from data of the user's own: nobody vouches for it."""
+    if config.get("certain_meta", True):
         return None
-    result = json.loads(path.read_text())
-    # A result from before an option existed has that option's default.
-    known = {**TrainConfig(config.method).identity(), **result["identity"]}
-    if contents is None:
-        known.pop("contents", None)
-    return result if known == identity(config, contents) else None
+    what, way, test = "rows", "with split=meta", "split=test"
+    if config["data"].startswith("images:"):
+        what, way, test = "images", "by a folder meta beside train", "a folder test"
+    drawn = f"no {what} are marked as meta: {config['meta_examples']} drawn with the labels they have"
+    return f"{drawn}; mark certain ones {way} (to test on: {test})"

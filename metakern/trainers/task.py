@@ -18,7 +18,8 @@ def make_source(config: TrainConfig) -> Source:
     """
     folder = folder_of(config.model)
     encode = None if folder is None else tokenizer(folder)
-    return load(config.data, config.data_dir, encode=encode, label=config.label, group=config.group)
+    columns = {"label": config.label, "group": config.group, "leave_out": config.leave_out}
+    return load(config.data, config.data_dir, encode=encode, **columns)
 
 
 def make_task(config: TrainConfig, source: Source | None = None) -> Task:
@@ -27,6 +28,10 @@ def make_task(config: TrainConfig, source: Source | None = None) -> Task:
     Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
     """
     source = make_source(config) if source is None else source
+    return replace(_biased(config, source), certain_meta=source.meta is not None or not is_own(config.data))
+
+
+def _biased(config: TrainConfig, source: Source) -> Task:
     size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
     if isinstance(source, GraphSource):
         if config.majority is not None or config.noise is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -48,7 +49,9 @@ def setup_of(model: nn.Module, batch: Tensor | None = None) -> Setup:
 def test_expanded_ones(engine: str, train: bool) -> None:
     """torch refuses to write into them."""
     factor = torch.full((1,), 2.0, dtype=torch.float64).expand(4)
-    judge_step(metakern.l2rw_step, setup_of(Scaled(factor).train(train)), engine=engine)
+    model = Scaled(factor).train(train)
+    for each in (model, copy.deepcopy(model)):  # of which the second is no view
+        judge_step(metakern.l2rw_step, setup_of(each), engine=engine)
 
 
 class Added(Scaled):

@@ -54,6 +54,39 @@ def test_rows_whose_label_is_certain_are_the_meta_set(tmp_path, majority):
     assert not {*task.meta.ids.tolist()} & {*task.train.ids.tolist(), *task.test.ids.tolist()}
 
 
+def test_columns_that_are_left_out(tmp_path):
+    """As if they were not in the file, which is what `split` is then as well."""
+    lines = ["name,a,kind,code,split", *(f"name{k},{k},{k % 2},{k},{'meta' if k < 9 else 'train'}" for k in range(40))]
+    data = write(tmp_path / "own.csv", lines)
+    source = load(data, label="kind", leave_out="name, code")
+    assert source.readable is not None
+    assert source.readable[3] == "a 3"
+    assert source.train.inputs.shape == (25, 1)
+    assert source.meta is not None
+    assert load(data, label="kind", leave_out="name,code,split").meta is None
+    # A file to test on need not have them.
+    write(tmp_path / "test.csv", ["a,kind", "1,0", "2,1"])
+    assert len(load(f"{data},{tmp_path / 'test.csv'}", label="kind", leave_out="name,code,split").test) == 2
+    config = TrainConfig("l2rw", data=data, label="kind", leave_out="name,code")
+    assert torch.equal(make_task(config).test.inputs, source.test.inputs)
+    assert config.identity() != TrainConfig("l2rw", data=data, label="kind", leave_out="name").identity()
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "message"),
+    [
+        ("nme", "--leave-out 'nme' is no column of .*; there are a, b, kind"),
+        ("kind", "--label 'kind' is no column of .*; there are a, b"),
+        ("a,b", "there is no column beside that of the classes"),
+    ],
+)
+def test_columns_that_cannot_be_left_out(tmp_path, leave_out, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path / "own.csv", table()), label="kind", leave_out=leave_out)
+    with pytest.raises(ValueError, match="--leave-out names a column of --data csv:FILE, got 'digits'"):
+        load("digits", leave_out=leave_out)
+
+
 def test_missing_cells_are_the_mean(tmp_path):
     lines = ["a,kind", *(f"{'' if k == 3 else k},{k % 3}" for k in range(30))]
     source = load(write(tmp_path / "own.csv", lines), label="kind")
@@ -144,7 +177,7 @@ def test_groups_that_cannot_be_read(tmp_path):
         (
             ["a,b,kind", *(f"1,name{k},{k % 2}" for k in range(12))],
             "kind",
-            "neither numbers nor kinds .*: b \\(12 different words in 12 rows\\); leave",
+            "neither numbers nor kinds .*: b \\(12 different words in 12 rows\\); leave .*, by --leave-out b; call",
         ),
         (
             ["a,b,kind", "1,2,x", "1,inf,y", "NA,3,x", *["1,2,x", "1,2,y"] * 5],

@@ -1,7 +1,9 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from metakern.data import contents
 from metakern.methods import METHODS
 from metakern.trainers import compare, loop
 from metakern.trainers.compare import Cell, cell, chosen, grid, run_missing
-from metakern.trainers.leaderboard import as_text, leaderboard, save
+from metakern.trainers.leaderboard import Entry, as_text, leaderboard, save
 from metakern.trainers.loop import train
 from metakern.trainers.report import write_comparison
 from metakern.trainers.task import make_source
@@ -91,9 +93,9 @@ def test_killed_in_the_middle_of_a_run_gives_the_same_table(quick, tmp_path, mon
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_method_that_does_not_take_the_data_is_left_out(quick, tmp_path, capsys, jobs):
     base = replace(quick, data="digits", majority=None, steps=2)
-    configs = grid(base, ["uniform", "proportion-as-shipped", "random"], [None], [0])
+    configs = grid(base, ["proportion-as-shipped", "uniform", "random"], [None], [0])
     cells = run_missing(tmp_path, configs, jobs=jobs, progress=False)
-    assert [cell.result is not None for cell in cells] == [True, False, True]
+    assert [cell.result is not None for cell in cells] == [False, True, True]
     assert "proportion-as-shipped is left out: " in capsys.readouterr().err
     assert [entry.method for entry in leaderboard(cells)] == ["uniform", "random"]
 
@@ -134,6 +136,7 @@ def test_a_changed_file_is_read_again_by_the_next_comparison(quick, tmp_path):
     for rows in (40, 80):
         table.write_text("x,y\n" + "".join(f"{k % 7},{'ab'[k % 2]}\n" for k in range(rows)))
         cells = run_missing(tmp_path / "cells", grid(base, ["uniform"], [None], [0]), progress=False)
+        assert "No rows are marked as meta" in write_comparison(cells, tmp_path / "report.html").read_text()
         sizes.append(json.loads((cells[0].folder / "config.json").read_text())["train_examples"])
     assert sizes == [30, 62]
     # Where the file is gone the results stay what they were.
@@ -211,6 +214,36 @@ def test_leaderboard_by_hand(quick, tmp_path):
     save(entries, tmp_path / "leaderboard.csv")
     with (tmp_path / "leaderboard.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["uniform", "l2rw"]
+
+
+def test_methods_of_other_lengths_are_told_apart(quick, tmp_path):
+    """By their papers uniform takes 8000 steps and l2rw 4000; adaboost has none."""
+    base = replace(quick, steps=None, batch_size=None, schedule=1 / 2000)
+    cells = run_missing(tmp_path, grid(base, ["uniform", "l2rw", "adaboost"], [0.9], [0]), progress=False)
+    entries = leaderboard(cells)
+    assert [(entry.steps, entry.batch) for entry in entries] == [(4, 100), (2, 100), (0, 0)]
+    save(entries, tmp_path / "leaderboard.csv")
+    with (tmp_path / "leaderboard.csv").open() as file:
+        assert [(row["steps"], row["batch"]) for row in csv.DictReader(file)] == [
+            ("4", "100"),
+            ("2", "100"),
+            ("0", "0"),
+        ]
+    head, _, uniform, l2rw, adaboost = (re.split(r"  +", line) for line in as_text(entries).splitlines())
+    assert head[-2:] == ["steps", "batch"]
+    assert [uniform[-2:], l2rw[-2:], adaboost[-2:]] == [["4", "100"], ["2", "100"], ["-", "-"]]
+    text = write_comparison(cells, tmp_path / "report.html").read_text()
+    assert "<th>steps</th><th>batch</th>" in text
+    assert "<td>4</td><td>100</td>" in text
+    assert "<td>2</td><td>100</td>" in text
+    given = run_missing(tmp_path, grid(quick, ["uniform"], [0.9], [1]), progress=False)
+    assert [(entry.steps, entry.batch) for entry in leaderboard(given)] == [(6, 20)]
+
+
+def test_columns_of_the_leaderboard_are_documented():
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "runs.md").read_text()
+    table = page[page.index("`leaderboard.csv`, and the report") :]
+    assert set(Entry._fields) <= set(re.findall(r"`(\w+)`", table))
 
 
 def test_leaderboard_of_one_seed_and_of_an_unfinished_one(quick, tmp_path):

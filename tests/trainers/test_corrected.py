@@ -32,7 +32,6 @@ def test_what_is_written_and_read(tmp_path, task):
 
 
 def test_other_methods_propose_none(tmp_path, task):
-    save_corrected(tmp_path, Proposes(), nn.Identity(), task)
     save_corrected(tmp_path, object(), nn.Identity(), task)
     assert read_correction(tmp_path) is None
 

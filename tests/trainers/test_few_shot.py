@@ -152,3 +152,10 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["episodes", "--data", "digits", *options.split(), "--out", str(tmp_path)]) == 0
     assert "maml-first-order" in capsys.readouterr().out
     assert (tmp_path / "episodes.json").is_file()
+
+
+def test_columns_of_a_table_are_left_out(tmp_path, capsys):
+    (tmp_path / "own.csv").write_text("a,kind\n" + "".join(f"{k},{k % 7}\n" for k in range(40)))
+    own = ["episodes", "--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind", "--out", str(tmp_path / "x")]
+    assert main([*own, "--leave-out", "nme"]) == 2
+    assert "--leave-out 'nme' is no column" in capsys.readouterr().err

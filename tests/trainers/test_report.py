@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import metakern
+from metakern.cli import main
 from metakern.trainers import train
 from metakern.trainers.report import write_report
 from metakern.trainers.report.figures import error_by_cost, error_by_majority, weight_distribution
@@ -163,10 +164,24 @@ def test_report_of_images_that_have_changed(quick, tmp_path):
     page = write_report([run.folder], tmp_path / "report.html").read_text()
     assert "<img" in page
     assert "; 10 examples in the meta set" in page  # whose labels nobody has called certain
+    assert "No images are marked as meta: 10 drawn with the labels they have; mark certain ones by a folder" in page
     Image.new("L", (28, 28), 0).save(tmp_path / "photos" / "dark" / "00.png")
     again = write_report([run.folder], tmp_path / "report.html").read_text()
     assert "<img" not in again
     assert "the data set is not at hand, or is another now" in again
+
+
+@pytest.mark.parametrize(("method", "marked"), [("l2rw", False), ("l2rw", True), ("uniform", False)])
+def test_a_meta_set_that_nobody_vouches_for_is_said(tmp_path, capsys, method, marked):
+    rows = [f"{k % 7},{k % 2},{'meta' if marked and k < 6 else 'train'}" for k in range(40)]
+    (tmp_path / "own.csv").write_text("\n".join(["a,kind,split", *rows]))
+    options = ["--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind", "--steps", "2", "--threads", "1"]
+    for _ in range(2):  # run, and shown again
+        assert main(["train", method, *options, "--out", str(tmp_path / "run")]) == 0
+        said = "o rows are marked as meta: 10 drawn with the labels they have; mark certain ones with split=meta"
+        # The report shows a meta set whatever the method does with it.
+        assert (f"n{said}" in capsys.readouterr().out) == (method == "l2rw" and not marked)
+        assert (f"N{said}" in (tmp_path / "run" / "report.html").read_text()) != marked
 
 
 def test_images_of_a_meta_set_that_is_trained_on(quick, tmp_path):

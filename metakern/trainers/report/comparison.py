@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from metakern.trainers.compare import Cell
-from metakern.trainers.leaderboard import Entry, leaderboard, plus_minus, shares, steps_text
+from metakern.trainers.leaderboard import Entry, count_text, leaderboard, plus_minus, shares
 from metakern.trainers.report import figures
-from metakern.trainers.report.page import page, settings, table
+from metakern.trainers.report.page import page, sentence, settings, table
+from metakern.trainers.run_folder import meta_note, read_json
 
 
 def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
@@ -20,6 +22,8 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
     seeds = sorted({cell.config.seed for cell in cells})
     done = sum(cell.result is not None for cell in cells)
     lead = f"Test error over {len(seeds)} seeds; {done} of {len(cells)} runs are finished."
+    record = _record(cells)
+    lead += sentence(meta_note(record))
     by_method: dict[str, dict[float, tuple[float, float]]] = {}
     for entry in entries:
         if entry.majority is not None:
@@ -29,7 +33,7 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
         ("", figures.error_by_majority(by_method) if len(shares(entries)) > 1 else ""),
         (f"Difference to {config.method}, paired by seed", _differences(entries, config.method)),
         ("Error against cost", _costs(entries, config.method)),
-        ("Accuracy on each class, %", _by_class(entries, _class_names(cells))),
+        ("Accuracy on each class, %", _by_class(entries, record.get("class_names", []))),
         ("", settings([(name, str(value)) for name, value in config.identity().items() if name not in _VARIED])),
     ]
     title = f"{len({entry.method for entry in entries})} methods on {config.data}"
@@ -53,14 +57,16 @@ def _head(majorities: Sequence[float | None]) -> list[str]:
 def _errors(entries: Sequence[Entry]) -> str:
     methods, majorities, known = _axes(entries)
     areas = len(majorities) == 1 and not math.isnan(entries[0].area)
-    rows, best = [[*_head(majorities), *["area under ROC"] * areas, "seconds a run", "plain steps"]], []
+    head = [*_head(majorities), *["area under ROC"] * areas, "steps", "batch", "seconds a run", "plain steps"]
+    rows, best = [head], []
     for method in methods:
         own = [known.get((method, majority)) for majority in majorities]
-        seconds = [entry.seconds for entry in own if entry]
+        found = [entry for entry in own if entry]
         texts = ["-" if entry is None else plus_minus(entry.mean, entry.deviation) for entry in own]
-        costs = [entry.cost for entry in own if entry]
-        area = [plus_minus(entry.area) for entry in own if entry and areas]
-        rows.append([method, *texts, *area, f"{sum(seconds) / len(seconds):.0f}", steps_text(sum(costs) / len(costs))])
+        texts += [plus_minus(entry.area) for entry in found if areas]
+        texts += [count_text(fmean(entry.steps for entry in found)), count_text(found[0].batch)]
+        seconds, cost = fmean(entry.seconds for entry in found), fmean(entry.cost for entry in found)
+        rows.append([method, *texts, f"{seconds:.0f}", count_text(cost)])
     for column, majority in enumerate(majorities, start=1):
         means = {
             row: known[method, majority].mean for row, method in enumerate(methods, 1) if (method, majority) in known
@@ -92,11 +98,12 @@ def _costs(entries: Sequence[Entry], first: str) -> str:
     return text + (figures.error_by_cost(points) if points else "")
 
 
-def _class_names(cells: Sequence[Cell]) -> list[str]:
+def _record(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The config.json of a finished cell, {} where there is none."""
     for cell in cells:
         if cell.result is not None and cell.folder is not None and (cell.folder / "config.json").is_file():
-            return list(json.loads((cell.folder / "config.json").read_text())["class_names"])
-    return []
+            return read_json(cell.folder / "config.json")
+    return {}
 
 
 def _by_class(entries: Sequence[Entry], names: Sequence[str]) -> str:

@@ -43,6 +43,11 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     )
 
 
+def sentence(note: str | None) -> str:
+    """A note as one more sentence of a lead; "" for None."""
+    return f" {note[0].upper()}{note[1:]}." if note else ""
+
+
 def table(rows: Sequence[Sequence[str]], *, best: Sequence[tuple[int, int]] = ()) -> str:
     """Rows of text as a table whose first row is its head; the cells at `best` (row, column) are set off."""
     head = "".join(f"<th>{escape(text)}</th>" for text in rows[0])

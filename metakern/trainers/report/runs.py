@@ -16,11 +16,12 @@ from metakern.data import DataNotFound, Examples, Source, contents, is_own, load
 from metakern.methods import find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.corrected import Correction, correction_table, read_correction
-from metakern.trainers.evaluate import Errors, roc_area
+from metakern.trainers.evaluate import roc_area
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import figures
 from metakern.trainers.report.gallery import trusted
-from metakern.trainers.report.page import page, settings, table
+from metakern.trainers.report.page import page, sentence, settings, table
+from metakern.trainers.run_folder import errors_of, meta_note
 from metakern.trainers.weighting import read_weighting
 
 
@@ -87,9 +88,8 @@ def _source(record: _Record, data_dir: str | None) -> Source | None:
     if contents(config["data"]) != record.result["identity"].get("contents"):
         return None
     try:
-        return load(
-            config["data"], data_dir or config["data_dir"], label=config.get("label"), group=config.get("group")
-        )
+        columns = {name: config.get(name) for name in ("label", "group", "leave_out")}
+        return load(config["data"], data_dir or config["data_dir"], **columns)
     except DataNotFound:
         return None
 
@@ -108,20 +108,13 @@ def _lead(config: dict[str, Any]) -> str:
     return (
         f"{config['train_examples']:,} training examples, of which {shares}; {config['meta_examples']} {kind} "
         f"in the meta set; {config['test_examples']:,} test examples. Seed {config['seed']}."
+        + sentence(meta_note(config))
     )
 
 
 def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> str:
     names = records[0].config["class_names"]
-    shown = [
-        Errors(
-            r.result["test_error"],
-            r.result["balanced_error"],
-            r.result["error_by_class"],
-            r.result.get("roc_area", float("nan")),
-        ).columns(names)
-        for r in records
-    ]
+    shown = [errors_of(record.result).columns(names) for record in records]
     areas = [record.corruption_area for record in records]
     noisy = not all(math.isnan(area) for area in areas)
     head = ["method", *shown[0], *(["weight finds the corruption"] if noisy else []), "steps", "seconds"]
