@@ -319,6 +319,6 @@ def test_a_pass_within_a_pass_says_so() -> None:
         factor = metakern.grad_dots(inner, some, some, engine="jvp").dots.detach()
         return F.cross_entropy(model(some[0]), some[1], reduction="none") * factor
 
-    with pytest.raises(NotImplementedError, match="[Nn]ested forward mode|forward mode"):
+    with pytest.raises(NotImplementedError, match="forward mode"):
         metakern.l2rw_step(model, batch, meta, loss_fn=losses, engine="jvp")
     assert metakern.l2rw_step(model, batch, meta, loss_fn=losses, engine="double_backward").dots.isfinite().all()
