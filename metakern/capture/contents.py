@@ -55,7 +55,7 @@ _COLLECTIONS: dict[type, _Methods] = {
     set: _Methods(lambda value: list(set.__iter__(value)), set.clear, set.update),
 }
 _CLASSES = 1024
-"""Of so many it is remembered what they are; not of all for ever, since notebooks define a model's anew and anew."""
+"""How many are remembered for what they are: not all for ever, since a notebook defines those of a model anew."""
 _WRITERS = frozenset("__setitem__ __delitem__ append add insert pop update".split())
 
 
