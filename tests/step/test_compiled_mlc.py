@@ -268,7 +268,7 @@ def test_what_it_looks_at_must_stay() -> None:
     metakern.mlc_step(model, net, batch, meta_batch, features=extra, **given)
     step = compile_mlc_step(model, net, batch, meta_batch, features=extra, **given)
     with pytest.raises(ValueError, match="in place 4"):
-        step(batch, meta_batch, torch.cat([extra, extra], 1))
+        step(batch, meta_batch, extra.half())
     with pytest.raises(ValueError, match="must be built as"):
         step(batch, meta_batch, extra, batch)
     with pytest.raises(ValueError, match=r"^carry: .* compile it with carries=True"):

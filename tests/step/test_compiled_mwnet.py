@@ -268,7 +268,7 @@ def test_refusals() -> None:
 
 
 def test_what_it_looks_at_must_stay() -> None:
-    """Momentum and weight decay of a virtual step, the weight net, and the shapes of features."""
+    """Momentum and weight decay of a virtual step, and the weight net."""
     model, batch, meta_batch = make("mlp")
     net, optimizer = weight_net(1), sgd(model, 0.9)
     extra = inputs.normal(len(batch[1]), 1, seed=0)
@@ -276,7 +276,7 @@ def test_what_it_looks_at_must_stay() -> None:
     metakern.mwnet_step(model, net, batch, meta_batch, features=extra, **given)
     step = compile_mwnet_step(model, net, batch, meta_batch, features=extra, **given)
     with pytest.raises(ValueError, match="in place 4"):
-        step(batch, meta_batch, torch.cat([extra, extra], 1))
+        step(batch, meta_batch, extra.half())
     step(batch, meta_batch, extra)
     optimizer.param_groups[0]["momentum"] = 0.5
     with pytest.raises(ValueError, match="make another step"):
@@ -286,6 +286,19 @@ def test_what_it_looks_at_must_stay() -> None:
     net.eval()
     with pytest.raises(ValueError, match="make another step"):
         step(batch, meta_batch, extra)
+
+
+def test_other_shapes_are_taken_uncompiled() -> None:
+    model, batch, meta_batch = make("mlp")
+    net, extra = weight_net(1), inputs.normal(len(batch[1]), 1, seed=0)
+    given = {"weight_optimizer": None, "virtual_lr": 0.1}
+    step = compile_mwnet_step(model, net, batch, meta_batch, features=extra, **given)
+    for n in (3, len(extra)):
+        some = batch[0][:n], batch[1][:n]
+        got = step(some, meta_batch, extra[:n])
+        want = metakern.mwnet_step(model, net, some, meta_batch, features=extra[:n], **given)
+        close(got.weights, want.weights, "weights")
+        close(got.dots, want.dots, "dots")
 
 
 def test_features_by_a_function() -> None:
