@@ -25,7 +25,8 @@ def _steady(step: int, steps: int) -> float:
     return 1.0
 
 
-def _unchanged(inputs: Tensor, generator: torch.Generator) -> Tensor:
+def unchanged(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """No augmentation."""
     return inputs
 
 
@@ -52,7 +53,7 @@ class Setup:
     engine: str = "auto"
     progress: bool = False
     rate_factor: RateFactor = _steady
-    augment: Augment = _unchanged
+    augment: Augment = unchanged
 
     @property
     def classes(self) -> int:

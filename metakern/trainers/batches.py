@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metakern.data import Task, crop_and_flip
 from metakern.methods import Method, Setup
-from metakern.methods.method import Augment, Batch
+from metakern.methods.method import Augment, Batch, unchanged
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.optimizer import make_optimizer, rate_factor
 
@@ -33,7 +33,7 @@ def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module
 
 
 def _augment(config: TrainConfig) -> Augment:
-    return crop_and_flip if config.augment is not None else lambda inputs, generator: inputs
+    return crop_and_flip if config.augment is not None else unchanged
 
 
 def make_batches(
