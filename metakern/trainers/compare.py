@@ -146,7 +146,8 @@ def _folders_done(cells: Sequence[Cell], jobs: int, stop: Stop) -> Iterator[tupl
                     asked.set()
                 yield from (future.result() for future in done)
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
+            asked.set()  # the other cells stop as well, and have left their checkpoints once the pool is shut down
+            pool.shutdown(wait=True, cancel_futures=True)
             if stop() and isinstance(error, BrokenProcessPool):  # the signal ended one that did not listen yet
                 raise Stopped("stopped between two runs") from None
             raise
@@ -157,7 +158,8 @@ def run_missing(
 ) -> list[Cell]:
     """Run the cells of `configs` that have no result yet, `jobs` at a time, and return all of them.
 
-    A cell that fails stops the comparison; what was finished before stays finished. A method that does not take data of
+    A cell that fails stops the comparison: what was finished before stays finished, and other cells that `jobs` had at
+    work leave a checkpoint. A method that does not take data of
     this kind is left out with a line that says why. comparison.json keeps which cells they are.
     Raises: ValueError when jobs is below 1; Stopped as `train`, where all cells that ran have left a checkpoint.
     """

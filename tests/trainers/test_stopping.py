@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: a run stops after its step with a checkpoint, and the same command goes on from there."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -138,5 +139,16 @@ def test_processes_of_a_comparison_leave_checkpoints(quick, tmp_path):
     begun = tmp_path / "cells" / configs[0].name() / "metrics.csv"
     with pytest.raises(Stopped, match="stopped at step"):
         run_missing(tmp_path, configs, jobs=2, progress=False, stop=begun.is_file)
+    assert not multiprocessing.active_children()  # each has written its checkpoint: none writes one later
     assert (begun.parent / "checkpoint.pt").is_file()
     assert not list(tmp_path.glob("cells/*/result.json"))
+
+
+def test_a_failure_stops_the_other_processes(quick, tmp_path):
+    configs = grid(replace(quick, steps=100_000), ["uniform", "random"], [0.9], [0])
+    occupied = tmp_path / "cells" / configs[1].name()
+    occupied.parent.mkdir()
+    occupied.touch()
+    with pytest.raises(OSError, match=occupied.name):
+        run_missing(tmp_path, configs, jobs=2, progress=False)
+    assert not multiprocessing.active_children()
