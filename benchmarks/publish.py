@@ -107,8 +107,8 @@ def caption(runs: dict[str, dict[str, Row]]) -> str:
     dates = sorted({time[:10] for time in times})
     kept = statistics.median(float(row["kept"]) for row in rows)
     return (
-        f"One re-weighted step in plain steps of the same model and batch, interleaved in one run: medians on "
-        f"{', '.join(devices)}, {rows[0]['threads']} threads,\nfp32, {100 * kept:.0f} % of the batch kept, torch "
+        f"Cost of one re-weighted step, in plain steps of the same model and batch, interleaved in one run: medians on "
+        f"{', '.join(devices)},\n{rows[0]['threads']} threads, fp32, {100 * kept:.0f} % of the batch kept, torch "
         f"{rows[0]['torch']}, {', '.join(dates)}, commit {', '.join(commits)}."
     )
 

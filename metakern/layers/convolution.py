@@ -7,11 +7,12 @@ times forms the kernel gradients of single examples instead where these are smal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import ops
@@ -92,10 +93,9 @@ def per_example(record: Record, examples: int) -> Gradients | None:
 
 
 def _by_example(record: Record) -> bool:
-    """Is every example an image of its own, and the padding one that the kernel gradient takes?"""
+    """Is every example an image of its own?"""
     axis = record.axes[0]
-    whole = axis.leading and axis.inner == 1 and _batched(record.call)
-    return whole and not isinstance(record.call.argument(4, "padding", 0), str)
+    return axis.leading and axis.inner == 1 and _batched(record.call)
 
 
 def _batched(call: Call) -> bool:
@@ -108,9 +108,27 @@ def _operands(record: Record) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
     call, grad = record.call, record.output_grad
     transposed = call.func in TRANSPOSED
     dilation, groups = ((7, "dilation", 1), (6, "groups", 1)) if transposed else ((5, "dilation", 1), (6, "groups", 1))
-    settings = tuple(call.argument(*s) for s in ((3, "stride", 1), (4, "padding", 0), dilation, groups))
+    stride, padding, *spacing = (call.argument(*s) for s in ((3, "stride", 1), (4, "padding", 0), dilation, groups))
     inputs, kernel = call.argument(0, "input").detach().to(grad.dtype), call.argument(1, "weight").detach()
+    if isinstance(padding, str):
+        inputs, padding = _padded(inputs, padding, kernel, spacing[0])
+    settings = (stride, padding, *spacing)
     return (grad, inputs, kernel, settings) if transposed else (inputs, grad, kernel, settings)
+
+
+def _padded(inputs: Tensor, padding: str, kernel: Tensor, dilation: int | Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+    """The input and the padding by numbers that "valid" and "same" stand for.
+
+    "same" adds dilation * (k - 1) zeros to a dimension. An odd one goes behind the input, as torch has it.
+    """
+    sizes = kernel.shape[2:]
+    if padding == "valid":
+        return inputs, [0] * len(sizes)
+    dilations = [dilation] * len(sizes) if isinstance(dilation, int) else dilation
+    zeros = [d * (size - 1) for d, size in zip(dilations, sizes)]
+    if any(z % 2 for z in zeros):
+        inputs = F.pad(inputs, [end for z in reversed(zeros) for end in (0, z % 2)])
+    return inputs, [z // 2 for z in zeros]
 
 
 def _over_positions(grad: Tensor) -> Tensor:

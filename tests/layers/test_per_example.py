@@ -20,9 +20,8 @@ from metakern.testing.catalogue import CASES, Case
 LINEAR = """linear-positions linear-four-dimensions linear-many-positions attention attention-no-bias reused-four-times
 tied-head""".split()
 FOLDED = [case for case in CASES if ("conv" in case.name or case.name in LINEAR) and case.ghost == "exact"]
-NOT_FOLDED = {  # padding by name, one input channel a group, rows that stand alone
-    "conv1d-same-even-kernel", "conv2d-same-dilation", "conv2d-valid", "conv2d-depthwise", "conv3d-groups-dilation",
-    "conv1d-transposed-weight", "conv1d-transposed-weight-positions", "reused-four-times",
+NOT_FOLDED = {  # one input channel a group, rows that stand alone
+    "conv2d-depthwise", "conv3d-groups-dilation", "conv1d-transposed-weight", "conv1d-transposed-weight-positions", "reused-four-times",
     "attention", "attention-no-bias",
 }  # fmt: skip
 

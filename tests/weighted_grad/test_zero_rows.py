@@ -32,9 +32,9 @@ def test_any_set_of_rows(case: Case, keep: list[int], memory: str) -> None:
     budget.assert_gradient(gradients(setup.model), truth, weights=result.weights)
 
 
-def flops_of_weighted_gradient(kept: int) -> int:
+def flops_of_weighted_gradient(kept: int, *layers: nn.Module) -> int:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).double()
+    model = nn.Sequential(*(layers or (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)))).double()
     batch, meta_batch = inputs.pair(40, 4, 64, classes=3)
     answer = solve(pose(model, batch, meta_batch, None, None, "reuse"))
     weights = (torch.arange(40) < kept).double()
@@ -49,6 +49,18 @@ def test_flops_follow_the_share_kept() -> None:
     assert half * 2 == whole
     # One product per layer, two floating point operations per entry: the gradients of two matrices and their biases.
     assert 2 * 40 * (64 * 64 + 64 * 3) <= whole <= 2 * 40 * (64 * 65 + 65 * 3)
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("same", (2, 1)), ("valid", (0, 0))])
+def test_padding_by_name_costs_what_padding_by_numbers_does(name: str, numbers: tuple[int, int]) -> None:
+    """The convolution is not made again for the gradient of its kernel."""
+
+    def flops(kept: int, padding: str | tuple[int, int]) -> int:
+        layer = nn.Conv2d(1, 3, (5, 3), padding=padding)
+        return flops_of_weighted_gradient(kept, nn.Unflatten(1, (1, 8, 8)), layer, nn.Flatten())
+
+    assert flops(0, name) == 0
+    assert flops(40, name) == flops(40, numbers) > 0
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(8, 3), nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 2))])
