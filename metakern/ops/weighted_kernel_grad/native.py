@@ -7,7 +7,7 @@ takes memory that is in use already (docs/measured-facts.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,15 +31,21 @@ def weighted_kernel_grad(
     listed = w.flatten().nonzero().squeeze(1) if kept is None else kept
     if listed.numel() == 0:
         return torch.zeros_like(kernel, dtype=A.dtype), A.new_zeros(kernel.shape[0] if bias else 0)
-    chunks = listed.split(examples_per_chunk(A, B))
-    grad, shift = _part(A, B, w, chunks[0], like, settings)
-    for chunk in chunks[1:]:
-        more_grad, more_shift = _part(A, B, w, chunk, like, settings)
+    chunks = _chunks(A, B, w, listed)
+    grad, shift = library_gradient(*next(chunks), like, *settings)
+    for a, b in chunks:
+        more_grad, more_shift = library_gradient(a, b, like, *settings)
         dtype = accumulator(A.dtype)  # rounded once, however many chunks there are
         grad, shift = grad.to(dtype).add_(more_grad), shift.to(dtype).add_(more_shift)
     return in_kernel_order(grad, shift, kernel, A.dtype)
 
 
-def _part(A: Tensor, B: Tensor, w: Tensor, examples: Tensor, kernel: Tensor, settings: tuple) -> tuple[Tensor, Tensor]:
-    scaled = B.index_select(0, examples).mul_(w.index_select(0, examples))
-    return library_gradient(A.index_select(0, examples), scaled, kernel, *settings)
+def _chunks(A: Tensor, B: Tensor, w: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and the scaled B of some of the kept examples at a time; where all are kept A is not copied."""
+    size = examples_per_chunk(A, B)
+    if kept.numel() == len(w):
+        for a, b, some in zip(A.split(size), B.split(size), w.split(size), strict=True):
+            yield a, (b * some).to(b.dtype)
+    else:
+        for rows in kept.split(size):
+            yield A.index_select(0, rows), B.index_select(0, rows).mul_(w.index_select(0, rows))
