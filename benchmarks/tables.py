@@ -66,7 +66,7 @@ def plans() -> str:
     runs = runs_of("plan")
     if not runs:
         return "Not measured yet."
-    heads = ["operations foretold", "counted"]
+    heads = ["operations predicted", "counted"]
     heads += [
         head for name in ("plain step", "metakern", "two_pass", "by quarters") for head in (f"{name}, MiB", "counted")
     ]
