@@ -2,13 +2,13 @@
 
 Five stages, in the order in which data flows:
 
-    capture        one forward and backward pass; for every use of a parameter its input A and output gradient B
-    dots           dots_n = <g_n, g_meta>, from those records and the meta gradient
+    capture        one forward and backward pass, which records input A and output gradient B of every parameter use
+    dots           dots_n = <g_n, g_meta>, from these records and the meta gradient
     weights        dots -> weights, by a small pure rule
-    weighted_grad  sum_n w_n g_n from the same records, without a second backward
+    weighted_grad  sum_n w_n g_n from the same records, without a second backward pass
     step           .grad, or a step of any torch optimizer
 
-Published methods are compositions of them. Learning to re-weight (Ren et al., 2018) is
+Published methods are compositions of these stages. Learning to re-weight (Ren et al., 2018) is
 
     dots = <g_n, g_meta> at theta;  weights = clip_normalise(dots);  step with sum_n weights_n g_n
 
@@ -16,7 +16,7 @@ which is `l2rw_step`. Selecting the k most helpful examples of a batch is the sa
 
     reweight_step(model, batch, meta_batch, rule=functools.partial(metakern.weights.top_k, k=8))
 
-and in-run data attribution stops after stage two: add up lr * `grad_dots(model, batch, meta_batch).dots` over training.
+and in-run data attribution stops after stage two: sum lr * `grad_dots(model, batch, meta_batch).dots` over training.
 """
 
 from metakern import ops as ops

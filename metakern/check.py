@@ -1,4 +1,4 @@
-"""Is metakern exact for this model and this batch? What would run, against float64 gradients of single losses."""
+"""Is metakern exact for this model and this batch? Compares what would run with float64 gradients of single losses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from metakern.testing.oracle import copy_of
 
 @dataclass(frozen=True)
 class ParameterCheck:
-    """One parameter: how it is used, how much of the dots is its, and how far its weighted gradient is off."""
+    """One parameter: how it is used, its share of the dots, and the error of its weighted gradient."""
 
     name: str
     shape: tuple[int, ...]
-    uses: str  # torch functions that take it, "" where only forward mode saw it
-    share: float  # of sum_n |dots_n|, counting each parameter's part by its absolute value
+    uses: str  # torch functions that it is an argument of; "" if only forward mode saw it
+    share: float  # of sum_n |dots_n|, where each parameter's part counts with its absolute value
     gradient: Verdict
 
 
@@ -37,7 +37,7 @@ class CheckReport:
     """What `check` found; `ok` is the verdict, `str(report)` a table."""
 
     engine: str
-    why_not_ghost: str  # "" where ghost serves
+    why_not_ghost: str  # "" if ghost runs
     dots: Verdict
     parameters: tuple[ParameterCheck, ...]
     advice: tuple[str, ...]
@@ -75,20 +75,20 @@ def check(
     examples: int = 8,
     allow_unused: bool = False,
 ) -> CheckReport:
-    """Compare the engine that `l2rw_step` would take with the definition, on a float64 copy of the model.
+    """Compare the engine that `l2rw_step` would use with the definition, on a float64 copy of the model.
 
     dots_n = <dl_n/dtheta, dL_meta/dtheta> and sum_n w_n dl_n/dtheta, from one backward pass per loss l_n of the whole
-    batch, so that it holds where examples interact, too. Dropout is off in the copy; the model itself is left alone.
+    batch, so that they are also right where examples interact. The copy has no dropout; the model itself is unchanged.
 
     Args:
-        examples: how many of the batch's examples are compared.
-        The others: as for `l2rw_step`.
+        examples: how many of the batch's examples to compare.
+        Others: as for `l2rw_step`.
 
     Returns:
-        `CheckReport`; print it for a table per parameter, `report.ok` is the verdict.
+        `CheckReport`; print it for a table with a row per parameter; `report.ok` is the verdict.
 
     Raises:
-        As `l2rw_step`; ValueError for examples < 1; RuntimeError where the copy cannot be run in float64.
+        As `l2rw_step`; ValueError for examples < 1; RuntimeError if the copy cannot run in float64.
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
@@ -144,7 +144,7 @@ def _judged(
 
 
 class _Truth:
-    """Gradients of the first losses, one backward each, and what follows from them."""
+    """Gradients of the first losses, one backward pass each, and what follows from them."""
 
     def __init__(
         self, model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any, examples: int, chosen: list[str]
@@ -205,7 +205,7 @@ def _float64_copy(model: nn.Module) -> tuple[nn.Module, bool]:
 
 
 def _uses(model: nn.Module, batch: Any, loss_fn: Any, named: dict[str, nn.Parameter]) -> dict[int, list[str]]:
-    """Identity of a parameter -> torch functions that take it, as far as a trace sees them."""
+    """Identity of a parameter -> torch functions that it is an argument of, as far as a trace sees them."""
     uses: dict[int, list[str]] = defaultdict(list)
     try:
         trace = trace_batch(model, batch, loss_fn, named, "batch")
@@ -218,7 +218,7 @@ def _uses(model: nn.Module, batch: Any, loss_fn: Any, named: dict[str, nn.Parame
 
 
 def _refusal(problem: Problem) -> str:
-    """Why ghost does not serve, "" where it does."""
+    """Why ghost cannot run, "" if it can."""
     try:
         recorded(problem)
     except EngineUnavailable as refusal:

@@ -1,4 +1,4 @@
-"""Stage 2: how much does a step on example n help the meta loss? dots_n = <g_n, g_meta>, summed over uses."""
+"""Stage 2: how much a step on example n helps the meta loss. dots_n = <g_n, g_meta>, summed over uses."""
 
 from metakern.dots.direction import direction_dots as direction_dots
 from metakern.dots.direction import extend_to_derived as extend_to_derived

@@ -26,7 +26,7 @@ def extend_to_derived(tangents: Mapping[int, Tensor], derivations: Iterable[Call
 
 
 def direction_dots(record: Record, tangents: Tangents, examples: int) -> Tensor | None:
-    """The contribution of one use to the dots, [n]; None when no parameter of the use has a direction."""
+    """The contribution of one use to the dots, [n]; None if no parameter of the use has a direction."""
     if not any([id(parameter) in tangents for _, parameter in record.call.parameters]):
         return None
     with products(record.dot_precision):
@@ -34,7 +34,7 @@ def direction_dots(record: Record, tangents: Tangents, examples: int) -> Tensor 
 
 
 def folded(record: Record, examples: int) -> Record:
-    """The record with gradients of single examples in place of A and B, where its layer forms them."""
+    """The record with per-example gradients instead of A and B, if its layer forms them."""
     rule = rule_for(record.call)
     gradients = None if rule.per_example is None else rule.per_example(record, examples)
     return record if gradients is None else per_example.folded(record, gradients, rule)

@@ -1,8 +1,8 @@
 """Pairs form: dots_n = (1/m) sum_j sum_ts (A_nt . A'_js)(B_nt . B'_js), without the direction V of that weight.
 
-It is cheaper than the direction form when the meta batch has few positions. It needs a weight that is used exactly
-once in either pass: a weight used k times has k x k cross terms, which the direction form carries by itself. With every
-meta example for itself, [n, m], the bias beside the weight comes along: (sum_t B_nt) . (sum_s B'_js).
+It is cheaper than the direction form if the meta batch has few positions. It needs a weight that is used exactly once
+in each pass: a weight used k times has k x k cross terms, which the direction form includes automatically. For each
+meta example separately, [n, m], the bias next to the weight is included: (sum_t B_nt) . (sum_s B'_js).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metakern.layers.table import rule_for
 
 
 def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
-    """identity of a weight -> index of its only use, for weights that the pairs form may serve."""
+    """identity of a weight -> index of its only use, for weights that the pairs form can handle."""
     uses = _times_used(trace)
     found = {}
     for k, use in enumerate(trace.uses):
@@ -34,7 +34,7 @@ def pairable(trace: Trace, chosen: Mapping[int, Tensor]) -> dict[int, int]:
 
 
 def pairable_biases(trace: Trace, weights: Mapping[int, int]) -> dict[int, Tensor]:
-    """identity of a weight that is `pairable` -> the bias beside it, where that is used nowhere else either."""
+    """identity of a `pairable` weight -> the bias next to it, if that is used nowhere else either."""
     uses = _times_used(trace)
     found = {key: trace.uses[k].call.parameter(2, "bias") for key, k in weights.items()}
     return {key: bias for key, bias in found.items() if bias is not None and uses[id(bias)] == 1}
@@ -48,14 +48,14 @@ def _times_used(trace: Trace) -> Counter[int]:
 
 
 def pairs_are_cheaper(use: Use, meta_use: Use, directions: int = 1) -> bool:
-    """Do pairs take fewer multiplications than directions: one of the mean meta loss, or one of every meta example?"""
+    """Whether pairs take fewer multiplications than directions: one for the mean meta loss, or one per meta example."""
     return _saved(use, _positions(meta_use), directions) > 0
 
 
 def worth_tracing(trace: Trace, candidates: Iterable[int], share: float) -> bool:
-    """Do pairs save more, in all the uses that they may serve, than it takes to trace the meta batch for them?
+    """Whether pairs save more, over all uses that they can handle, than tracing the meta batch for them costs.
 
-    `share` is the size of the meta batch beside the batch, by which its positions are guessed.
+    `share` is the size of the meta batch relative to the batch, from which its positions are estimated.
     """
     uses = [trace.uses[k] for k in candidates]
     saved = sum(max(0.0, _saved(use, share * _positions(use))) for use in uses)
@@ -70,7 +70,7 @@ def _saved(use: Use, meta_rows: float, directions: int = 1) -> float:
 
 
 def _positions(use: Use) -> int:
-    """Of all examples of the batch together."""
+    """Positions of all examples of the batch together."""
     return use.output_shapes[0][:-1].numel()
 
 
@@ -78,15 +78,15 @@ def _positions(use: Use) -> int:
 GRAM_OVERHEAD = 64
 
 TRACED_USE = 1 << 22
-"""Multiplications that take about as long as tracing one use of the meta batch, and what is around it: 50 to 90 us on
-the CPU of docs/measured-facts.md."""
+"""Multiplications that take about as long as tracing one use of the meta batch, overhead included: 50 to 90 us on the
+CPU of docs/measured-facts.md."""
 
 
 def pair_dots(record: Record, meta_record: Record, examples: int, meta_examples: int = 0) -> Tensor:
-    """The contribution of one weight to the dots, [n]; B' is of the mean meta loss, 1/m included.
+    """The contribution of one weight to the dots, [n]; B' belongs to the mean meta loss, 1/m included.
 
-    Given the number of meta examples, with each of them, [n, m]: B' is of their losses, and a bias that is a parameter
-    of the meta record counts as well.
+    If the number of meta examples is given, dots with each of them, [n, m]: B' belongs to their separate losses, and a
+    bias that is a parameter of the meta record counts as well.
     """
     a, b = matrices(record, examples)
     meta_a, meta_b = (x.to(a.dtype) for x in matrices(meta_record, max(1, meta_examples)))

@@ -1,4 +1,4 @@
-"""The mathematics of each layer, once: what it does with a direction V and with weighted output gradients."""
+"""The mathematics of each layer: what it does with a direction V and with weighted output gradients."""
 
 from metakern.layers.rule import Gradients as Gradients
 from metakern.layers.rule import LayerRule as LayerRule

@@ -1,4 +1,4 @@
-"""One signature for every layer: what a use does with a direction, and with weighted output gradients."""
+"""The interface of every layer rule: what a use does with a direction, and with weighted output gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Gradients = dict[int, Tensor]  # identity of a trainable tensor -> its gradient
 
 
 def require_apart(record: Record, examples: int, *features: int) -> None:
-    """Raise EngineUnavailable where examples lie along one of these dimensions of an output, its layer's own."""
+    """Raise EngineUnavailable if examples lie along one of these dimensions of an output, which hold its features."""
     shape = record.output_grad.shape
     if examples > 1 and record.axes[0].dim in [dim % len(shape) for dim in features]:
         raise EngineUnavailable(
@@ -27,11 +27,11 @@ def require_apart(record: Record, examples: int, *features: int) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one batch, and the rows that are not zero where the host knows them."""
+    """The weights of one batch, and which of them are not zero, if the host knows."""
 
     values: Tensor  # [n]
-    nonzero: Tensor | None  # indices of those that are not zero, None where the host does not know them
-    total: Total = field(default_factory=Total)  # what uses before this one gave
+    nonzero: Tensor | None  # indices of the weights that are not zero, None if the host does not know them
+    total: Total = field(default_factory=Total)  # sum over earlier uses
 
     @property
     def examples(self) -> int:
@@ -39,24 +39,24 @@ class Weights:
 
     @property
     def kept(self) -> Tensor | None:
-        """The same, None also where all are kept: nothing has to be gathered then."""
+        """The same, but None also if all are kept: nothing has to be gathered then."""
         return None if self.nonzero is None or self.nonzero.numel() == self.examples else self.nonzero
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one kind of call takes part.
+    """How one kind of call contributes to dots and gradient.
 
     applies(call)                whether the rule covers this call; the generic rule covers the rest
     dots(record, V, n)           -> [n], sum over positions of <B_n, d output_n / d parameters . V>
     weighted_grads(record, w)    -> sum_n w_n B_n^T d output_n / d parameters, by parameter
-    matrices(record, n)          -> A[n,t,i], B[n,t,o] when the use is a matrix product with its weight
-    per_example(record, n)       -> G[n,numbers] by parameter where that is cheaper than several answers from A and B,
-                                    else None
-    opened(record)               the record in simpler terms, of another rule, formed as B comes by
-    by_example                   form these in any pass, as B comes by, so that A and B need not be kept
-    sparse(call)                 whether it gives the table a sparse gradient, which is so too where all of it is zero
-    fresh                        every tensor that weighted_grads returns is made there, one for each parameter, and
+    matrices(record, n)          -> A[n,t,i], B[n,t,o] if the use is a matrix product with its weight
+    per_example(record, n)       -> G[n,numbers] by parameter if that is cheaper than computing several results from A
+                                    and B, else None
+    opened(record)               the record in the simpler terms of another rule, formed as soon as B is known
+    by_example                   form per_example in every pass, as soon as B is known, so that A and B are not kept
+    sparse(call)                 whether it gives the table a sparse gradient, also if all of it is zero
+    fresh                        every tensor that weighted_grads returns is newly made, one for each parameter, and
                                  held by nobody else: rules of other uses may write into it
     """
 

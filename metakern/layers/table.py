@@ -1,4 +1,4 @@
-"""Which rule serves which call; `register_layer` adds to it."""
+"""Which rule handles which call; `register_layer` adds to the table."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _RULES: list[tuple[Collection[Callable[..., Any]], LayerRule]] = [
     (sparse_product.FUNCTIONS, sparse_product.RULE),
     (contraction.FUNCTIONS, contraction.RULE),
 ]
-"""Of several rules for one function the first that applies to a call serves it."""
+"""If a function has several rules, the first that applies to a call handles it."""
 
 _BY_FUNCTION: dict[Callable[..., Any], tuple[LayerRule, ...]] = {
     function: tuple(rule for theirs, rule in _RULES if function in theirs)
@@ -55,7 +55,7 @@ _BY_MODULE: dict[type[nn.Module], LayerRule] = {}
 
 
 def rule_for(call: Call) -> LayerRule:
-    """The rule of a call; calls without one are served by forward mode through the call alone."""
+    """The rule of a call; calls without one are handled by forward mode through the call alone."""
     for rule in _rules_for(call):
         if rule.applies(call):
             return rule
@@ -77,19 +77,19 @@ def _rules_for(call: Call) -> Sequence[LayerRule]:
 
 
 def register_layer(layer: type[nn.Module] | Callable[..., Any], rule: LayerRule | None = None) -> None:
-    """Serve a layer by a rule of its own, or trace a module as a whole.
+    """Handle a layer by a custom rule, or treat a module as one unit.
 
-    Most layers need none of this: whatever is made of torch functions is traced and exact. Register a module type when
-    its inside cannot be traced (a custom autograd.Function, a scripted part), or a function or module type for speed.
+    Most layers do not need this: anything made of torch functions is traced and exact. Register a module type if it
+    cannot be traced inside (a custom autograd.Function, a scripted part), or a function or module type for speed.
 
     Args:
         layer: a subclass of nn.Module, or a torch function as a trace sees it (`torch.nn.functional.linear`).
-        rule: a `LayerRule`. In `record.call` a module has its inputs as arguments and its parameters as keywords
-            "parameter:NAME". None, for modules only: forward mode through the module's own forward for the dots, or two
-            reversals where an operation has no forward mode; one vector-Jacobian product for the gradient.
+        rule: a `LayerRule`. In `record.call`, a module has its inputs as arguments and its parameters as keywords
+            "parameter:NAME". None, for modules only: forward mode through the module's forward for the dots, or two
+            backward passes where an operation has no forward mode; one vector-Jacobian product for the gradient.
 
     Raises:
-        TypeError: `layer` is neither, or `rule` is no LayerRule.
+        TypeError: `layer` is neither, or `rule` is not a LayerRule.
     """
     if rule is not None and not isinstance(rule, LayerRule):
         raise TypeError(f"rule must be a metakern.LayerRule or None, got {type(rule).__name__}")

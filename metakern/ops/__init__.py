@@ -1,7 +1,7 @@
-"""Arithmetic on matrices: the operators that the dots and the weighted gradient are made of.
+"""Matrix arithmetic: the operators that dots and weighted gradient are made of.
 
 One folder per operator: `contract` (schema, checks, shapes, FLOPs), `reference` (the truth), `native` and `triton` (the
-fast ones), `api` (the documented function and the table of implementations). Operators know nothing of models.
+fast ones), `api` (the documented function and the table of implementations). Operators know nothing about models.
 """
 
 from metakern.ops.affine_grads.api import affine_grads

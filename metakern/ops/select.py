@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: the first of its table that supports the case, or the one asked for.
+"""Which implementation of an operator runs: the first in its table that supports the case, or the one requested.
 
 An operator is declared once, here: its schema, its fake (shapes without data), its FLOPs and its table go to
 `torch.library` together, so that the eager call, `torch.compile`, `opcheck` and the FLOP counter see one operator.
@@ -17,11 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 LIBRARY = torch.library.Library("metakern", "FRAGMENT")
 
 OPERATORS: dict[str, Operator] = {}
-"""Every registered operator by name; the report and the tests walk it, so none is forgotten."""
+"""Every registered operator by name; the report and the tests iterate over it, so none is forgotten."""
 
 
 class Implementation(NamedTuple):
-    """One way to compute an operator. `supports` takes the operator's arguments and returns the reason for a no."""
+    """One way to compute an operator. `supports` takes the operator's arguments; it returns None, or why not."""
 
     name: str
     run: Callable[..., Any]
@@ -29,7 +29,7 @@ class Implementation(NamedTuple):
 
 
 def always(*_: Any) -> None:
-    """`supports` of an implementation that takes every case."""
+    """`supports` of an implementation that handles every case."""
 
 
 class Operator:
@@ -60,7 +60,7 @@ class Operator:
         OPERATORS[self.name] = self
 
     def __call__(self, *arguments: Any, impl: str | None = None) -> Any:
-        """Call through the dispatcher; refuse inputs that autograd would have to follow."""
+        """Call through the dispatcher; reject inputs that autograd would have to track."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             raise ValueError(
                 f"{self.name} has no derivative, and an input requires grad: call it under torch.no_grad() "
@@ -83,7 +83,7 @@ class Operator:
     def choose(self, *arguments: Any, impl: str | None = None) -> Implementation:
         """The implementation that would run.
 
-        Raises: ValueError for an unknown `impl`; RuntimeError if the one asked for, or none, supports the case.
+        Raises: ValueError for an unknown `impl`; RuntimeError if the requested one, or every one, rejects the case.
         """
         if impl is None:
             for candidate in self.table:
@@ -103,5 +103,5 @@ class Operator:
         raise RuntimeError(f"{self.name} cannot run here: " + "; ".join(refusals))
 
     def reasons(self, *arguments: Any) -> dict[str, str | None]:
-        """Per implementation, None if it runs on these arguments, else why not."""
+        """For each implementation, None if it runs on these arguments, else why not."""
         return {candidate.name: candidate.supports(*arguments) for candidate in self.table}

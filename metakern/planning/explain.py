@@ -1,4 +1,4 @@
-"""What would run for a model and its batches: per use of a parameter the rule, the form of its dots, and its cost.
+"""What would run for a model and its batches: for each use of a parameter, the rule, the form of its dots and its cost.
 
 `metakern.plan` is another name of `explain`.
 """
@@ -47,18 +47,19 @@ def explain(
     micro_batch: int | None = None,
     allow_unused: bool = False,
 ) -> Explanation:
-    """Which rule and which form each use of a parameter takes in `l2rw_step`, why, and what it costs.
+    """Which rule and form `l2rw_step` uses for each use of a parameter, why, and what it costs.
 
     direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
 
-    A few passes over batch [n] and meta_batch [m], or over one part of each; the model, its gradients and attributes
-    and the random state are as before. The last lines foretell the operations of a step, in plain steps, and its peak
-    memory beyond what is there before; of parts, where each has an example that carries weight.
+    Runs a few passes over batch [n] and meta_batch [m], or over one part of each; the model, its gradients and
+    attributes, and the random state are left unchanged. The last lines predict the operations of a step, in plain
+    steps, and its peak memory beyond what is allocated before; with `micro_batch`, assuming that each part has an
+    example of non-zero weight.
 
     Args: as for `l2rw_step`.
     Returns: `Explanation`; print it for a table.
-    Raises: TypeError, ValueError as `l2rw_step`. Where ghost refuses, the explanation says why; NotImplementedError
-        with `micro_batch`, which only ghost takes.
+    Raises: TypeError, ValueError as `l2rw_step`. If ghost rejects the model, the explanation says why; with
+        `micro_batch`, which only ghost supports, NotImplementedError.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     parts = WHOLE
@@ -66,7 +67,7 @@ def explain(
         problem, parts = _largest_part(problem, micro_batch)
     start = PassState(model, loss_fn)
     with warnings.catch_warnings():
-        # A compiled module runs uncompiled here, and the counter's own hooks do not mind being called twice.
+        # A compiled module runs uncompiled here, and the counter's own hooks may be called twice.
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
         try:
             with start.replayed(), unchanged_on_error(model):
@@ -74,7 +75,7 @@ def explain(
         except EngineUnavailable as error:
             if parts is not WHOLE:
                 raise
-            refusal = str(error)  # the error itself would hold, by its traceback, what ghost's passes have kept
+            refusal = str(error)  # the error itself would keep alive, by its traceback, what ghost's passes have kept
         with start.replayed():
             return Explanation("jvp", refusal, (), *_by_forward_mode(problem))
 
@@ -83,18 +84,18 @@ plan = explain
 
 
 class _Parts(NamedTuple):
-    """How many times the passes over a part are those of the batch."""
+    """Passes over a whole batch, in passes over its first part."""
 
     train: float
     meta: float
-    size: int | None = None  # examples of a part; None of whole batches
+    size: int | None = None  # examples of a part; None for whole batches
 
 
 WHOLE = _Parts(1.0, 1.0)
 
 
 def _largest_part(problem: Problem, size: int) -> tuple[Problem, _Parts]:
-    """The first part of both batches as a problem; of two examples at least, by which parts of one are proved."""
+    """The first part of both batches as a problem; at least two examples, with which parts of one are proved too."""
     batches = problem.batch, problem.meta_batch
     batch, meta_batch = (cut(b, max(size, 2), name)[0] for b, name in zip(batches, ("batch", "meta_batch")))
     times, meta_times = (examples_in(b) / examples_in(first) for b, first in zip(batches, (batch, meta_batch)))
@@ -134,18 +135,18 @@ def _by_forward_mode(problem: Problem) -> tuple[Passes, Memory | None]:
 
 
 def _not_seen(error: RuntimeError) -> None:
-    """No memory where the model forbids to see what its graph keeps; any other error is one."""
+    """No figure for memory if the model forbids looking at what its graph keeps; other errors are raised."""
     if "saved tensor hooks" not in str(error):
         raise error
 
 
 def _folded(train: Recorded) -> set[int]:
-    """Uses of which gradients of single examples are kept in place of A and B."""
+    """Uses for which per-example gradients are kept instead of A and B."""
     return {k for k, use in enumerate(train.trace.uses) if isinstance(use.call.func, Folded)}
 
 
 def _memory(problem: Problem, forms: _Forms, parts: _Parts, folded: set[int]) -> Memory | None:
-    """The peaks of a step; None where the model forbids to see what its graph keeps."""
+    """The peaks of a step; None if the model forbids looking at what its graph keeps."""
     try:
         train = kept_pass(problem, problem.batch, "batch", folded)
         meta = kept_pass(problem, problem.meta_batch, "meta_batch", folded)
@@ -190,7 +191,7 @@ def _costs(problem: Problem, train: Recorded, forms: _Forms, v: dict[str, Tensor
 
 
 class _Forms:
-    """Pairs or direction for each use, by the same questions as the ghost engine asks."""
+    """Pairs or direction for each use, decided as in the ghost engine."""
 
     def __init__(self, problem: Problem, trace: Trace, meta: Trace, whole: bool) -> None:
         self._whole = whole
@@ -203,16 +204,16 @@ class _Forms:
 
     @property
     def traced(self) -> bool:
-        """Is the meta batch traced, so that pairs can be formed?"""
+        """Whether the meta batch is traced, so that pairs can be formed."""
         return bool(self._served)
 
     @property
     def paired(self) -> dict[int, int]:
-        """Identity of a weight that pairs serve -> its use in the meta pass."""
+        """Identity of a weight handled in pairs form -> its use in the meta pass."""
         return {key: self._meta_use[key] for k, key in self._train_use.items() if self.of(k)[0] == "pairs"}
 
     def of(self, k: int) -> tuple[str, str, int]:
-        """Form, reason, and the FLOPs of the pairs form where that is taken."""
+        """Form, reason, and the FLOPs of the pairs form if it is used."""
         use = self._trace.uses[k]
         weight = use.call.parameter(1, "weight")
         if weight is None or rule_for(use.call).matrices is None:
@@ -259,7 +260,7 @@ def _short(call: Call) -> str:
 
 
 def _newly_kept(record: Record, held: Sizes) -> int:
-    """Bytes of A and B that are not among `held`, which they join."""
+    """Bytes of A and B that are not yet in `held`, to which they are added."""
     found = sizes([*inputs_of(record.call), *record.output_grads, *record.gradients.values()], held)
     held.update(found)
     return sum(found.values())

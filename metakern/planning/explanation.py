@@ -1,4 +1,4 @@
-"""What a step would cost for a model and its batches, use by use and as a whole: a value that prints as a table."""
+"""What a step would cost for a model and its batches, per use and in total: a value that prints as a table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class UseCost:
 
     parameters: str  # names; "transpose(head.weight)" for a tensor made from a parameter
     function: str  # the torch function called, or the registered module
-    rule: str  # the layer rule that serves it; "generic" is forward mode through this call alone
+    rule: str  # the layer rule that handles it; "generic" is forward mode through this call alone
     form: str  # "direction", with the meta gradient V, or "pairs", with the records of the meta batch
-    why: str  # of that form
+    why: str  # reason for that form
     output: tuple[int, ...]
-    dots_flops: int  # of products, as torch counts them: elementwise work is not in it
-    gradient_flops: int  # the same, were every example kept
-    kept_bytes: int  # A and B that no use before has kept, held by memory="reuse" until dots or gradient; of one part
+    dots_flops: int  # of products, as torch counts them, without elementwise work
+    gradient_flops: int  # the same, if every example is kept
+    kept_bytes: int  # A and B that no earlier use keeps, held by memory="reuse" until dots or gradient; of one part
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Explanation:
     """What `explain` found; `str(explanation)` is a table."""
 
     engine: str
-    why_not_ghost: str  # "" where ghost serves; there are no uses then
+    why_not_ghost: str  # "" if ghost runs; otherwise there are no uses
     uses: tuple[UseCost, ...]
-    passes: Passes = NONE  # NONE where neither ghost nor forward mode serves
-    memory: Memory | None = None  # peaks; None where no engine serves, or passes cannot be looked into (torch.func)
-    micro_batch: int | None = None  # examples of a part, where a batch is larger
+    passes: Passes = NONE  # NONE if neither ghost nor forward mode can run
+    memory: Memory | None = None  # peaks; None if no engine can run, or if passes cannot be inspected (torch.func)
+    micro_batch: int | None = None  # examples of a part, if a batch is larger
 
     @property
     def plain_flops(self) -> int:
-        """Of a plain step: forward, output gradients, gradients of the parameters."""
+        """FLOPs of a plain step: forward, output gradients, gradients of the parameters."""
         gradient = sum(use.gradient_flops for use in self.uses)
         return self.passes.forward + self.passes.backward + gradient
 
     def step_flops(self, kept: float = 0.5) -> float:
-        """Of `l2rw_step` when the share `kept` of the batch carries weight; of parts, when each has such examples."""
+        """FLOPs of `l2rw_step` if the share `kept` of the batch has non-zero weight; with parts, if each has some."""
         if self.micro_batch is not None:
             kept = 1.0
         again = 0 if self.micro_batch is None else self.passes.forward + self.passes.backward
@@ -49,11 +49,11 @@ class Explanation:
 
     @property
     def kept_bytes(self) -> int:
-        """Held by all records together until the gradient is formed; memory="two_pass" holds no output gradients."""
+        """Bytes that all records hold until the gradient is formed; memory="two_pass" holds no output gradients."""
         return sum(use.kept_bytes for use in self.uses)
 
     def share(self, use: UseCost) -> float:
-        """Of the FLOPs of all dots and weighted gradients."""
+        """Share of one use in the FLOPs of all dots and weighted gradients."""
         total = sum(each.dots_flops + each.gradient_flops for each in self.uses)
         return (use.dots_flops + use.gradient_flops) / total if total else 0.0
 

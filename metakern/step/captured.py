@@ -1,10 +1,10 @@
-"""A whole re-weighted step in one CUDA graph: one launch in place of hundreds, for models whose kernels are short.
+"""A whole re-weighted step as one CUDA graph: one launch instead of hundreds, for models with short kernels.
 
     step = capture_step(model, batch, meta_batch, optimizer=optimizer)
     for batch, meta_batch in loader:
         result = step(batch, meta_batch)
 
-Everything is in the graph: both forward and backward passes, dots, weights, weighted gradient, and the optimizer.
+The graph contains everything: both forward and backward passes, dots, weights, weighted gradient, and the optimizer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
 
 WARM_UP = 3
-"""Steps before the rehearsal: they prove independence, compile kernels, and let the libraries choose theirs."""
+"""Steps before the rehearsal: they prove independence, compile kernels, and let libraries choose theirs."""
 
 
 class CapturedStep:
@@ -49,15 +49,15 @@ class CapturedStep:
         self._granted, self._known = granted, granted()
 
     def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
-        """One step on new batches; `.grad` holds the weighted gradient until the next one.
+        """One step on new batches; `.grad` holds the weighted gradient until the next step.
 
-        Raises: ValueError when a batch differs from the captured one by more than the values of its tensors, or what
-            model, loss function, rule and optimizer look at has changed by more than the values of tensors.
+        Raises: ValueError if a batch differs from the captured one in more than tensor values, or if anything that
+            model, loss function, rule or optimizer read has changed in more than tensor values.
         """
         self._known.require(self._granted())
         self._batches.take(batch, meta_batch)
         self._replay()
-        for parameter, grad in self._gradient.items():  # zero_grad may have taken it away, or a backward pass left one
+        for parameter, grad in self._gradient.items():  # zero_grad may have removed it, or a backward pass left another
             parameter.grad = grad
         weights, dots, losses, meta_loss, engine = self._result
         return StepResult(weights.clone(), dots.clone(), losses.clone(), meta_loss.clone(), engine)
@@ -76,25 +76,26 @@ def capture_step(
     memory: str = "reuse",
     allow_unused: bool = False,
 ) -> CapturedStep:
-    """Capture `reweight_step` into a CUDA graph; parameters, optimizer, buffers and random state stay as they are.
+    """Capture `reweight_step` into a CUDA graph; parameters, optimizer, buffers and random state are left unchanged.
 
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta;  optimizer.step()
 
-    Losses and dots are not checked for NaN in a captured step, since the host would have to wait for them. Learning
-    rates that change must be tensors on the device (`lr=torch.tensor(0.1, device="cuda")`, `capturable=True`). Capture
-    inside `torch.autocast(..., cache_enabled=False)` for mixed precision.
+    A captured step does not check losses and dots for NaN, because the host would have to wait for them. Learning rates
+    that change must be tensors on the device (`lr=torch.tensor(0.1, device="cuda")`, `capturable=True`). For mixed
+    precision, capture inside `torch.autocast(..., cache_enabled=False)`.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of CUDA tensors; the captured step takes others of the same shapes.
-        optimizer: it must have taken a step before, so that its state is there.
-        The others: as for `reweight_step`.
+        optimizer: must have taken a step before, so that its state exists.
+        Others: as for `reweight_step`.
     Returns: `CapturedStep`, called as `step(batch, meta_batch) -> StepResult`.
     Raises:
-        ValueError: model or batches are not on one CUDA device, or the optimizer has no state yet, or counts its steps
+        ValueError: model and batches are not on one CUDA device, the optimizer has no state yet, or it counts its steps
             on the host.
-        NotImplementedError: the step takes forward mode and draws random numbers.
-        RuntimeError: the step cannot be captured, such as when the model makes the host wait; the message says why.
-        The others: as `reweight_step`.
+        NotImplementedError: the step uses forward mode and draws random numbers.
+        RuntimeError: the step cannot be captured, for example because the model makes the host wait; the message says
+            why.
+        Otherwise as `reweight_step`.
     """
     trainable = trainable_parameters(model)
     batches = OwnBatches(batch=batch, meta_batch=meta_batch)
@@ -122,15 +123,15 @@ def capture_step(
 
 
 def granted_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.optim.Optimizer | None) -> Granted:
-    """What a graph takes for granted. Momentum that was replaced lies elsewhere; the graph would go on writing into the
-    memory of the old one, which belongs to others by then.
+    """What a graph takes for granted. If momentum tensors are replaced, the graph would go on writing into the memory
+    of the old ones, which others may use by then.
     """
     stepped = () if optimizer is None else (*optimizer.param_groups, optimizer.state)
     return Granted(model, loss_fn, rule, *stepped, places=True)
 
 
 def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
-    """A few steps on a stream of their own, as capture asks for; none of them counts."""
+    """A few steps on a separate stream, as capture requires; their effects are undone."""
     before, stream = random_state(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -146,8 +147,8 @@ def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
 
 
 def rehearse(step: Callable[[], StepResult]) -> str:
-    """A step that goes the way it will go in the capture, so that no kernel runs there for the first time, and what
-    cannot be captured is found where it harms nothing; returns the engine that the capture will take.
+    """A step that runs as it will in the capture, so that no kernel runs for the first time there, and anything that
+    cannot be captured fails here, without harm; returns the engine that the capture will use.
 
     Raises: RuntimeError: the step cannot be captured.
     """
@@ -160,8 +161,8 @@ def rehearse(step: Callable[[], StepResult]) -> str:
 
 @contextmanager
 def _waits_refused() -> Iterator[None]:
-    """Inside the block torch raises where the host would wait for a value; a capture that meets one is lost, and takes
-    torch's allocator and generator with it.
+    """Inside the block, torch raises where the host would wait for a value: during a capture, such a wait would break
+    torch's allocator and generator as well.
     """
     before = torch.cuda.get_sync_debug_mode()
     _set_sync_debug_mode("error")
@@ -173,7 +174,7 @@ def _waits_refused() -> Iterator[None]:
 
 def _set_sync_debug_mode(mode: int | str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it does not find everything
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that it does not find every wait
         torch.cuda.set_sync_debug_mode(mode)
 
 
@@ -185,7 +186,7 @@ def _captured(step: Callable[[], StepResult]) -> tuple[torch.cuda.CUDAGraph, Ste
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             try:
                 return graph, step()
-            except RuntimeError as error:  # that the capture has failed is said again when it ends
+            except RuntimeError as error:  # ending the failed capture raises another error, without the cause
                 cause = error
                 raise
     except RuntimeError as error:
@@ -193,7 +194,7 @@ def _captured(step: Callable[[], StepResult]) -> tuple[torch.cuda.CUDAGraph, Ste
 
 
 def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomState) -> None:
-    """Forward mode repeats the pass with the random numbers of the first one; a graph cannot set a generator back."""
+    """Forward mode repeats the pass with the random numbers of the first one; a graph cannot rewind a generator."""
     if engine == "jvp" and not same_torch_state(before, after):
         raise EngineUnavailable(
             "the step takes forward mode and draws random numbers (dropout), which its two passes must share and "

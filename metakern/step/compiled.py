@@ -1,10 +1,10 @@
-"""A whole re-weighted step as one compiled program: what torch.compile does to a plain step, done to this one.
+"""A whole re-weighted step as one compiled program: what torch.compile does for a plain step.
 
     step = compile_step(model, batch, meta_batch, optimizer=optimizer)
     for batch, meta_batch in loader:
         result = step(batch, meta_batch)
 
-The step is traced down to torch's own operators (both passes, dots, weights, weighted gradient) and given to inductor.
+The step (both passes, dots, weights, weighted gradient) is traced down to torch's own operators and given to inductor.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class CompiledStep:
     ) -> None:
         self._program, self._optimizer, self._uncompiled = program, optimizer, uncompiled
         self._trainable = trainable
-        self._names = names  # of the parameters that the program has a gradient of
+        self._names = names  # of the parameters for which the program returns a gradient
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
-        """One step on new batches, as `reweight_step` takes it.
+        """One step on new batches, as `reweight_step` would take it.
 
-        Where this batch has other shapes than the compiled one (the last of an epoch), or takes another branch of the
-        model's code (a loss that is not finite among them), the step is taken uncompiled.
+        If a batch has other shapes than the compiled one (the last of an epoch), or takes another branch of the model's
+        code (as a non-finite loss does), the step runs uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than shapes and the values of its tensors,
-            or what model, loss function and rule look at has changed by more than the values of tensors; else as
+        Raises: ValueError if a batch differs from the compiled one in more than shapes and tensor values, or if
+            anything that model, loss function or rule read has changed in more than tensor values; otherwise as
             `reweight_step`.
         """
         try:
@@ -81,28 +81,28 @@ def compile_step(
     allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledStep:
-    """Compile `reweight_step` into one program; parameters, gradients, buffers and random state stay as they are, and
-    what the model notes on its first call alone (transformers' `config.problem_type`) stays noted.
+    """Compile `reweight_step` into one program; parameters, gradients, buffers and random state are left unchanged.
+    What the model records on its very first call (transformers' `config.problem_type`) stays recorded.
 
     weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta
 
-    Shapes are those of the batches given here, autocast is as around this call, and the optimizer steps uncompiled.
-    Rounding differs from the uncompiled step, as it does between a compiled plain step and an uncompiled one. Numbers,
-    flags, functions and tensors that model, loss and rule look at are those of this call: the compiled step refuses to
-    run once one is another. What the pass writes into buffers (running statistics) counts once in every step. Dropout
-    draws new masks in every step, from torch's generator but with inductor in an order of its own. Takes some tens of
-    seconds, for deep networks minutes.
+    Shapes and autocast settings are fixed by this call, and the optimizer steps uncompiled. Rounding differs from the
+    uncompiled step, as it does between compiled and uncompiled plain steps. Numbers, flags, functions and tensors that
+    model, loss and rule read are fixed as well: if one of them is changed or replaced, the compiled step raises an
+    error. Buffers written in the pass (running statistics) are written once per step. Dropout draws new masks in every
+    step, from torch's generator, though in a different order under inductor. Compiling takes tens of seconds, for deep
+    networks minutes.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
         backend: as for `torch.compile`.
-        The others: as for `reweight_step`.
+        Others: as for `reweight_step`.
     Returns: `CompiledStep`, called as `step(batch, meta_batch) -> StepResult`.
     Raises:
         NotImplementedError: the pass draws random numbers from Python or NumPy, or seeds torch's generator; writes
-            attributes, or puts other tensors in place of buffers; reads numbers from tensors, or takes rows by value.
-            `reweight_step` serves all of these.
-        The others: as `reweight_step`.
+            attributes, or replaces buffers by other tensors; reads numbers from tensors, or selects rows by value.
+            `reweight_step` handles all of these.
+        Otherwise as `reweight_step`.
     """
     trainable = trainable_parameters(model)
     require_optimizer(optimizer, trainable)

@@ -1,10 +1,10 @@
-"""A whole step of meta label correction as a program in two parts; between them the label net's optimizer steps.
+"""A whole step of meta label correction as two compiled programs; the label net's optimizer steps in between.
 
     step = compile_mlc_step(model, label_net, batch, meta_batch, label_optimizer=..., virtual_lr=0.1)
     for batch, meta_batch in loader:
         result = step(batch, meta_batch)
 
-The second part takes the gradient of the new labels, or hands out that of the virtual step where it is the real one.
+The second computes the gradient for the new labels, or returns that of the virtual step if it is also the real one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from metakern.step.virtual import VirtualRule
 
 
 class CompiledCorrectionStep:
-    """The step that `compile_mlc_step` compiled; call it with batches of the shapes and dtypes it was made with."""
+    """The step that `compile_mlc_step` compiled; call it with batches of the compiled shapes and dtypes."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class CompiledCorrectionStep:
         carry: Carry | None = None,
         accumulate: bool = False,
     ) -> CorrectionResult:
-        """One step on new batches and features, as `mlc_step` takes it.
+        """One step on new batches and features, as `mlc_step` would take it.
 
-        Where they have other shapes than the compiled ones, or take another branch of the code (labels that are no
-        distributions among them), the step is taken uncompiled.
+        If they have other shapes than the compiled ones, or take another branch of the code (as labels that are not
+        distributions do), the step runs uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than shapes and the values of its tensors,
-            what the step looks at has changed by more than the values of tensors, or something is to be carried by a
-            step that was compiled without; else as `mlc_step`.
+        Raises: ValueError if a batch differs from the compiled one in more than shapes and tensor values, if anything
+            that the step reads has changed in more than tensor values, or if a step compiled without carries=True is
+            asked to carry; otherwise as `mlc_step`.
         """
         if len(self._programs) == 1 and (carry is not None or not step_label_net):
             what = "step_label_net=False" if carry is None else "carry"
@@ -109,32 +109,32 @@ def compile_mlc_step(
     allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledCorrectionStep:
-    """Compile `mlc_step`; model, label net, gradients, buffers and random state stay as they are.
+    """Compile `mlc_step`; model, label net, gradients, buffers and random state are left unchanged.
 
     p_n = label_net(y_n, features_n; phi),  l_n = - sum_k p_nk log q_nk,  L = (sum_n l_n + sum_i l_i) / (n + k)
     theta^ = theta - update(dL/dtheta),  d meta_loss(theta^)/dphi = 1/(n + k) sum_nk <d log q_nk/dtheta, v> dp_nk/dphi
     .grad = dL/dtheta with the labels of the new phi, or with those of the old one if `fused`
 
-    Both optimizers step uncompiled, so they may be any, and their learning rates may change, with virtual_lr=None that
-    of the virtual step as well. The rest is as for `compile_step`: shapes are those given here, numbers and functions
-    that the step looks at are those of this call.
+    Both optimizers step uncompiled, so any may be used, and their learning rates may change, as may that of the virtual
+    step if virtual_lr is None. Otherwise as for `compile_step`: shapes, and the numbers and functions that the step
+    reads, are fixed by this call.
 
     Args:
         batch, meta_batch, clean_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same
             shapes.
-        features: tensors are given anew with every step; a function is called in each, and keeps nothing.
+        features: tensors are passed again in every step; a function is called in every step, and must keep no state.
         virtual: "sgd", "momentum" or "nesterov".
-        carries: whether the label net may step every K steps: the compiled step then takes `step_label_net=False` and
-            `carry`. Each of its steps finds gamma, by one more pass of the meta batch, and unless `fused` those in
-            which the label net does not step are a program of their own.
+        carries: whether the label net may step every K steps: the compiled step then accepts `step_label_net=False` and
+            `carry`. Each step then computes gamma, with one more pass over the meta batch; and unless `fused`, steps in
+            which the label net does not step are compiled separately.
         backend: as for `torch.compile`.
-        The others: as for `mlc_step`.
+        Others: as for `mlc_step`.
     Returns: `CompiledCorrectionStep`, called as `step(batch, meta_batch, features=None, clean_batch=None) ->
         CorrectionResult`.
     Raises:
-        NotImplementedError: as for `compile_step`, and for other virtual steps; `mlc_step` serves all of these.
-        ValueError: the virtual step reads momentum that is not there yet; let the optimizer step once before.
-        The others: as `mlc_step`.
+        NotImplementedError: as for `compile_step`, and for other virtual steps; `mlc_step` handles all of these.
+        ValueError: the virtual step reads momentum that does not exist yet; let the optimizer step once before.
+        Otherwise as `mlc_step`.
 
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """

@@ -1,10 +1,10 @@
-"""A whole step of a weight net as a program in two parts; between them the weight net's optimizer steps.
+"""A whole weight-net step as two compiled programs; the weight net's optimizer steps in between.
 
     step = compile_mwnet_step(model, weight_net, batch, meta_batch, weight_optimizer=..., virtual_lr=0.1)
     for batch, meta_batch in loader:
         result = step(batch, meta_batch)
 
-What the second part needs of the train pass, such as A and B, is handed on.
+What the second needs from the train pass, such as A and B, is passed on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from metakern.step.weighting import Weighting
 
 
 class CompiledMetaStep:
-    """The step that `compile_mwnet_step` compiled; call it with batches of the shapes and dtypes it was made with."""
+    """The step that `compile_mwnet_step` compiled; call it with batches of the compiled shapes and dtypes."""
 
     def __init__(self, parts: CompiledParts, uncompiled: Callable[..., MetaStepResult]) -> None:
         self._parts, self._uncompiled = parts, uncompiled
@@ -39,13 +39,13 @@ class CompiledMetaStep:
     def __call__(
         self, batch: Any, meta_batch: Any, features: Any = None, *, accumulate: bool = False
     ) -> MetaStepResult:
-        """One step on new batches and features, as `mwnet_step` takes it.
+        """One step on new batches and features, as `mwnet_step` would take it.
 
-        Where they have other shapes than the compiled ones, or take another branch of the code (a loss that is not
-        finite among them), the step is taken uncompiled.
+        If they have other shapes than the compiled ones, or take another branch of the code (as a non-finite loss
+        does), the step runs uncompiled.
 
-        Raises: ValueError when a batch differs from the compiled one by more than shapes and the values of its tensors,
-            or what the step looks at has changed by more than the values of tensors; else as `mwnet_step`.
+        Raises: ValueError if a batch differs from the compiled one in more than shapes and tensor values, or if
+            anything that the step reads has changed in more than tensor values; otherwise as `mwnet_step`.
         """
         try:
             first, second = self._parts.take(batch, meta_batch, features, accumulate=accumulate)
@@ -75,26 +75,26 @@ def compile_mwnet_step(
     allow_unused: bool = False,
     backend: str | Backend = "inductor",
 ) -> CompiledMetaStep:
-    """Compile `mwnet_step`; model, weight net, gradients, buffers and random state stay as they are.
+    """Compile `mwnet_step`; model, weight net, gradients, buffers and random state are left unchanged.
 
     G(l; phi) = sum_n w_n l_n / S,  theta^ = theta - update(sum_n c_n g_n),  s_n = <g_n(theta), v>
     d meta_loss(theta^)/dphi = - sum_n s_n dc_n/dphi;  .grad = sum_n w_n g_n / S with the new phi
 
-    Both optimizers step uncompiled, so they may be any, and their learning rates may change, with virtual_lr=None that
-    of the virtual step as well. The rest is as for `compile_step`: shapes are those given here, numbers and functions
-    that the step looks at are those of this call.
+    Both optimizers step uncompiled, so any may be used, and their learning rates may change, as may that of the virtual
+    step if virtual_lr is None. Otherwise as for `compile_step`: shapes, and the numbers and functions that the step
+    reads, are fixed by this call.
 
     Args:
         batch, meta_batch: tuples, lists or dicts of tensors; the compiled step takes others of the same shapes.
-        features: tensors are given anew with every step; a function is called in each, and keeps nothing.
+        features: tensors are passed again in every step; a function is called in every step, and must keep no state.
         virtual: "sgd", "momentum" or "nesterov".
         backend: as for `torch.compile`.
-        The others: as for `mwnet_step`.
+        Others: as for `mwnet_step`.
     Returns: `CompiledMetaStep`, called as `step(batch, meta_batch, features=None) -> MetaStepResult`.
     Raises:
-        NotImplementedError: as for `compile_step`, and for other virtual steps; `mwnet_step` serves all of these.
-        ValueError: the virtual step reads momentum that is not there yet; let the optimizer step once before.
-        The others: as `mwnet_step`.
+        NotImplementedError: as for `compile_step`, and for other virtual steps; `mwnet_step` handles all of these.
+        ValueError: the virtual step reads momentum that does not exist yet; let the optimizer step once before.
+        Otherwise as `mwnet_step`.
     """
     require_weight_net(weight_net, weight_optimizer, normalise, model)
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)

@@ -1,6 +1,6 @@
-"""Logit tangents: how all logits of a batch move when the parameters do, by one forward-mode pass.
+"""Logit tangents: how all logits of a batch change with the parameters, from one forward-mode pass.
 
-One pass gives n x C numbers, and from them the dots of every loss on the logits: <dl_n/dtheta, v> = <dl_n/dz_n, dz_n>.
+One pass gives n x C numbers, and from these the dots of any loss on the logits: <dl_n/dtheta, v> = <dl_n/dz_n, dz_n>.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class LogitTangents(NamedTuple):
 
 
 class LogitPass:
-    """A forward pass of the train batch whose logits keep their graph, and whose tangents may be asked for."""
+    """A forward pass of the train batch that keeps the graph of its logits, and can compute their tangents."""
 
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
         self._start = PassState(problem.model, self._problem.loss_fn, problem.writes)
-        # The form that the dual pass takes, with the same masks.
+        # The form that the dual pass uses, with the same masks.
         with jvp.first_pass(problem) as self._products, problem.writes.watching():
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)
@@ -47,7 +47,7 @@ class LogitPass:
 
 
 def batch_logits(model: nn.Module, batch: Any) -> Tensor:
-    """Logits of `(inputs, targets)`, or of a mapping given to the model by keyword without its "labels"."""
+    """Logits of `(inputs, targets)`, or of a mapping, passed to the model as keywords without its "labels"."""
     if isinstance(batch, Mapping):
         return logits_in(output_for(model, {key: value for key, value in batch.items() if key != "labels"}))
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -67,21 +67,21 @@ def logit_tangents(
     logits_fn: LogitsFunction | None = None,
     params: Any = None,
 ) -> LogitTangents:
-    """Derivative of every logit of a batch along the meta gradient, by one forward-mode pass; nothing is changed.
+    """Derivative of every logit of a batch along the meta gradient, in one forward-mode pass; changes nothing.
 
     dz_nk = < dz_nk/dtheta, (1/m) sum_j dl'_j/dtheta >
 
-    Hence for any loss on the logits dots_n = <dl_n/dz_n, dz_n>, and for a soft label p_nk, with q = softmax(z),
+    Hence dots_n = <dl_n/dz_n, dz_n> for any loss on the logits, and for a soft label p_nk, with q = softmax(z),
     <d log q_nk/dtheta, g_meta> = dz_nk - sum_j q_nj dz_nj.
 
     Args:
         model, batch, meta_batch, params: as for `l2rw_step`.
-        loss_fn: the loss of the meta batch, `loss_fn(model, meta_batch) -> losses [m]`; default cross entropy.
-        logits_fn: `logits_fn(model, batch) -> logits [n, C]`; default the model's output or its `.logits`.
+        loss_fn: the loss of the meta batch, `loss_fn(model, meta_batch) -> losses [m]`; default: cross entropy.
+        logits_fn: `logits_fn(model, batch) -> logits [n, C]`; default: the model's output or its `.logits`.
 
     Returns: `LogitTangents(tangents [n, C], logits [n, C], meta_loss [])`.
 
-    Raises: as `l2rw_step`; NotImplementedError where an operation of the model has no forward mode.
+    Raises: as `l2rw_step`; NotImplementedError if an operation of the model has no forward mode.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
     aside = gradients_aside(problem.trainable.values())

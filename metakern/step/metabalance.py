@@ -1,4 +1,4 @@
-"""MetaBalance: learn parameters from which one step on imbalanced data lands well on balanced data."""
+"""MetaBalance: learn parameters from which one step on imbalanced data does well on balanced data."""
 
 from __future__ import annotations
 
@@ -46,34 +46,33 @@ def metabalance_step(
     accumulate: bool = False,
     allow_unused: bool = False,
 ) -> MetaBalanceResult:
-    """Gradient of the outer loss through one inner step, with respect to where that step began.
+    """Gradient of the outer loss through one inner step, with respect to the parameters before it.
 
     theta' = theta - inner_lr g_in(theta)
     .grad = scale (g_out(theta') - inner_lr H_in(theta) g_out(theta') + leak g_in(theta))
 
-    Losses are means over their batch. Gradients are formed at once, so that several pairs of batches add up with
-    `accumulate=True` and `scale=1/pairs` and no graph outlives a call; pass `optimizer` with the last pair.
+    Losses are means over their batch. No graph outlives a call: to average over several pairs of batches, call with
+    `accumulate=True` and `scale=1/pairs`, and pass `optimizer` with the last pair.
 
     Args:
-        inner_batch, outer_batch, loss_fn, optimizer, accumulate, allow_unused: batches and the rest as for `l2rw_step`.
+        inner_batch, outer_batch, loss_fn, optimizer, accumulate, allow_unused: as for `l2rw_step`.
         inner_lr: learning rate of the inner step.
-        order: 2 is the gradient as the paper defines it; 1 leaves out the Hessian term, as the authors' released code
-            does.
+        order: 2 is the gradient as defined in the paper; 1 omits the Hessian term, as the authors' released code does.
         leak: share of the inner gradient at theta.
         hessian: "double_backward" differentiates the inner gradient once more and is exact, with fused attention and
-            bags in their plain forms. "central_difference" takes two more gradients of the inner batch, at theta +- r v
-            with r = sqrt(eps) / |v|; it works with any kernel, and costs half the digits of a gradient. Where the
-            interval crosses the kink of a ReLU it is as wrong as the kink is sharp: prefer double backward in float32.
-            What a pass detaches (targets, power iterations) moves with the parameters there, and otherwise does not.
+            bags in their unfused forms. "central_difference" takes two more gradients of the inner batch, at
+            theta +- r v with r = sqrt(eps) / |v|; it works with any kernel, and loses half the digits of a gradient.
+            If the interval crosses the kink of a ReLU, its error is as large as the jump there: prefer double backward
+            in float32. Detached quantities (targets, power iterations) move with the parameters in this form only.
         scale: factor of the whole gradient.
-        params: the parameters that the inner step moves; the gradient is of all.
+        params: the parameters that the inner step moves; the gradient covers all of them.
 
     Returns: `MetaBalanceResult(inner_loss [], outer_loss [], alignment [])`.
 
-    Running statistics see the inner and the outer batch once each, as in the released code; passes for the Hessian do
-    not count.
+    Running statistics are updated once each by the inner and the outer batch, as in the released code, but not by the
+    passes for the Hessian.
 
-    Raises: as `l2rw_step`; nothing has changed then.
+    Raises: as `l2rw_step`; nothing is then changed.
 
     Source: Bansal et al., MetaBalance: High-Performance Neural Networks for Class-Imbalanced Data, 2021, algorithm 1.
     """
@@ -158,7 +157,7 @@ class _Inner:
         return {name: (g - minus[name]) / (2 * r) for name, g in plus.items()}
 
     def _gradient_at(self, parameters: Gradient) -> Gradient:
-        """Gradient of the same pass, dropout masks included, at other parameters."""
+        """Gradient of the same pass, with the same dropout masks, at other parameters."""
         with self._start.replayed(), _moved(self._problem, parameters) as leaves:
             loss = _mean_loss(self._problem, self._problem.batch, "inner_batch")
             return _gradient(self._problem, loss, leaves)
@@ -174,7 +173,7 @@ def _outer(problem: Problem, inner: Gradient, lr: float) -> tuple[Tensor, Gradie
 
 @contextmanager
 def _moved(problem: Problem, parameters: Gradient) -> Iterator[dict[str, Tensor]]:
-    """The model with some parameters replaced; yields the tensors it then has, by name of the parameter."""
+    """The model with some parameters replaced; yields the tensors that it then uses, by parameter name."""
     replaced = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
     with substituted(problem.model, {id(problem.trainable[name]): leaf for name, leaf in replaced.items()}):
         yield {**problem.trainable, **replaced}

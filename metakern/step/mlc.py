@@ -1,4 +1,4 @@
-"""Label correction: a small network proposes a soft label for every example, and learns to from a clean meta batch."""
+"""Label correction: a small network that proposes a soft label for every example, trained on a clean meta batch."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Carry = Mapping[nn.Parameter, Tensor]
 class CorrectionResult(NamedTuple):
     """Outcome of a step on corrected labels; every tensor is detached."""
 
-    labels: Tensor  # [n, C], the soft labels that the model's gradient was taken with
-    tangents: Tensor  # [n, C], <d log q_nk/dtheta, v>: how label k of example n acts on the meta loss
+    labels: Tensor  # [n, C], the soft labels that the model's gradient was computed with
+    tangents: Tensor  # [n, C], <d log q_nk/dtheta, v>: how label k of example n affects the meta loss
     losses: Tensor  # [n], cross entropy with those labels, before the step
     meta_loss: Tensor  # [], mean over the meta batch after the virtual step
-    carry: Carry | None  # accumulated gradient of the label net, for the next call; None after it has stepped
+    carry: Carry | None  # accumulated gradient of the label net, for the next call; None once it has stepped
     engine: str  # "jvp"
 
 
@@ -72,28 +72,28 @@ def mlc_step(
     theta^ = theta - update(dL/dtheta),  v = (d update/d gradient) g_meta(theta^)
     d meta_loss(theta^)/dphi = 1/(n + k) sum_nk <d log q_nk/dtheta, v> dp_nk/dphi
 
-    The n x C products come from one forward-mode pass. i runs over the k examples of `clean_batch`, which train
-    beside the corrected ones and may be absent.
+    The n x C products come from one forward-mode pass. i runs over the k examples of `clean_batch`, which are trained
+    on along with the corrected ones, and may be absent.
 
     Args:
         label_net: called as `label_net(targets [n], *features)`, returns label distributions [n, C].
-        batch: `(inputs, targets)` or a mapping with "labels"; the targets go to the label net only.
+        batch: `(inputs, targets)` or a mapping with "labels"; the targets are passed to the label net only.
         meta_batch, loss_fn: clean examples and their loss, as for `l2rw_step`; `clean_batch` uses the same loss.
-        label_optimizer: steps with the meta-gradient; None leaves that in the label net's `.grad`.
+        label_optimizer: steps with the meta-gradient; None leaves the meta-gradient in the label net's `.grad`.
         virtual_lr, virtual, params, features: as for `mwnet_step`.
-        fused: the real step is the virtual one, with the labels of the old phi: one backward pass less. Give the
-            `virtual` rule of your optimizer and its learning rate, so that theta^ is where it goes.
+        fused: the virtual step is also the real one, with the labels of the old phi: one backward pass fewer. Choose
+            the `virtual` rule and learning rate of your optimizer, so that theta^ is where it steps to.
         step_label_net: False only adds the meta-gradient to `carry`, for label nets that step every K steps.
         carry: `carry` of the previous result. It is discounted by
             gamma = <(1 - J) g_meta(theta^), g_meta(theta)> / |g_meta(theta)|^2, J the diagonal d update/d gradient: the
-            Hessian of L is taken as the identity, which is the method's own approximation.
+            Hessian of L is taken to be the identity, which is the method's own approximation.
         logits_fn: as for `logit_tangents`.
         optimizer, accumulate, allow_unused: as for `l2rw_step`.
 
     Returns: `CorrectionResult(labels [n, C], tangents [n, C], losses [n], meta_loss [], carry, engine)`.
 
-    Raises: as `l2rw_step`; ValueError where the label net returns no distributions. Nothing has changed then, neither
-        model nor label net nor its optimizer.
+    Raises: as `l2rw_step`; ValueError if the label net does not return distributions. Model, label net and its
+        optimizer are then unchanged.
 
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """
@@ -119,7 +119,7 @@ def mlc_step(
 
 
 class Corrected:
-    """The train pass: logits with their graph, the losses of clean examples beside them, and the label net."""
+    """The train pass: logits with their graph, the losses of any clean examples, and the label net."""
 
     def __init__(
         self, problem: Problem, label_net: nn.Module, logits_fn: LogitsFunction | None, features: Any, clean: Any
@@ -154,7 +154,7 @@ class Corrected:
         return -(labels.to(self._log_q.dtype) * self._log_q).sum(1)
 
     def gradient(self, labels: Tensor, last: bool) -> dict[str, Tensor]:
-        """dL/dtheta for every trainable parameter, by name; the graph stays but for the `last` time."""
+        """dL/dtheta for every trainable parameter, by name; the graph is kept except the `last` time."""
         found = self._mean_gradient(self.losses(labels), keep=not last)
         for name, g in self._clean.items():
             found[name] = added(found[name], g) if name in found else g
@@ -162,7 +162,7 @@ class Corrected:
         return found
 
     def corrected(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The labels of the present phi and dL/dtheta with them, the last that is asked for."""
+        """The labels of the current phi and dL/dtheta with them; the last gradient of this pass."""
         with torch.no_grad():
             labels = self.propose()
         return labels, self.gradient(labels, last=True)
@@ -182,10 +182,10 @@ class LabelGradient(NamedTuple):
     """How the label net should change, and what the virtual step was taken with."""
 
     labels: Tensor  # [n, C], of the present phi
-    virtual: dict[str, Tensor]  # dL/dtheta with them; empty if the real step takes others
+    virtual: dict[str, Tensor]  # dL/dtheta with them; empty if the real step uses others
     tangents: Tensor  # [n, C]
     meta_loss: Tensor  # []
-    gamma: Tensor | None  # [], how much of an older gradient survives, where one is carried
+    gamma: Tensor | None  # [], how much of an older gradient survives, if one is carried
     gradient: dict[nn.Parameter, Tensor]  # d meta_loss(theta^)/dphi
 
 
@@ -194,13 +194,13 @@ def label_gradient(
 ) -> LabelGradient:
     """d meta_loss(theta^)/dphi = 1/(n + k) sum_nk <d log q_nk/dtheta, v> dp_nk/dphi.
 
-    `again` says that the train pass will be asked for the gradient of new labels.
+    `again`: the gradient of new labels will be taken from the same train pass.
     """
     labels = train.propose()
     virtual = train.gradient(labels.detach(), last=not again)
     step = rule.step(problem.chosen, virtual)
     if again:
-        virtual = {}  # as large as the model, and taken anew with the next labels
+        virtual = {}  # as large as the model, and recomputed with the next labels
     meta_loss, meta_gradient = meta_gradient_at(problem, step.parameters)
     after = dict(meta_gradient) if carried else {}
     tangents = train.log_tangents(step.pulled_back(meta_gradient))

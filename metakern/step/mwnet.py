@@ -1,4 +1,4 @@
-"""Weight nets: a small network turns losses into weights, and learns to from a clean meta batch."""
+"""Weight nets: a small network that turns losses into weights, trained on a clean meta batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from metakern.step.weighting import NORMALISATIONS, Weighting
 class MetaStepResult(NamedTuple):
     """Outcome of a step whose weights come from a network; every tensor is detached."""
 
-    weights: Tensor  # [n], what the losses' gradients were multiplied by, normalisation included
+    weights: Tensor  # [n], factors of the per-example gradients, normalisation included
     dots: Tensor | None  # [n], s_n = <g_n, v>; None when the weight net was not updated
     losses: Tensor  # [n], before the step
     meta_loss: Tensor | None  # [], mean over the meta batch after the virtual step
@@ -64,26 +64,28 @@ def mwnet_step(
     d meta_loss(theta^)/dphi = - sum_n s_n dc_n/dphi
     .grad = sum_n w_n g_n / S with the new phi
 
-    The meta-gradient is exact, and no second derivative of the model occurs in it. The model runs forward once on
-    `batch` and once on `meta_batch`; the two gradients and the dots share one pass.
+    The meta-gradient is exact, and contains no second derivative of the model. The model runs forward once on `batch`
+    and once on `meta_batch`; both gradients and the dots share one pass.
 
     Args:
         weight_net: called as `weight_net(losses [n, 1], *features)`, returns weights [n] or [n, 1].
         batch, meta_batch, loss_fn, optimizer, engine, params, accumulate, memory, allow_unused: as for `l2rw_step`.
-            `params` are those that the virtual step moves.
-        weight_optimizer: steps with the meta-gradient. None leaves that in the weight net's `.grad`, and the real
-            step then uses the weights of the present phi.
-        virtual_lr: learning rate of the virtual step; None takes that of `optimizer`, group by group.
-        features: a tensor, a tuple, or `features(model, batch)`, called after the forward pass of `batch`; constants.
-        normalise: S is "sum" of the weights, the same as a constant ("detached_sum"), n ("mean") or 1 ("none").
-        detach_losses: whether the losses enter the weight net as constants; if not, c_n holds l_n dw_n/dl_n too.
-        virtual: "sgd", or the rule of `optimizer` with its present state: "momentum", "nesterov", "adam",
-            "adam_frozen" (second moments as constants of the derivative).
-        update_weight_net: False skips the virtual step (for an update every k steps); `meta_batch` may be None.
+            `params` selects the parameters that the virtual step moves.
+        weight_optimizer: steps with the meta-gradient. None leaves the meta-gradient in the weight net's `.grad`, and
+            the real step then uses the weights of the current phi.
+        virtual_lr: learning rate of the virtual step; None takes that of `optimizer`, for each parameter group.
+        features: a tensor, a tuple, or `features(model, batch)`, called after the forward pass of `batch`; treated as
+            constants.
+        normalise: S is the sum of the weights ("sum"), the same as a constant ("detached_sum"), n ("mean") or 1
+            ("none").
+        detach_losses: whether the losses enter the weight net as constants; if not, c_n includes l_n dw_n/dl_n.
+        virtual: "sgd", or the rule of `optimizer` with its current state: "momentum", "nesterov", "adam",
+            "adam_frozen" (second moments treated as constants in the derivative).
+        update_weight_net: False skips the virtual step (for an update every k steps); `meta_batch` may then be None.
 
-    Returns: `MetaStepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`; meta_loss is that at theta^.
+    Returns: `MetaStepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`; meta_loss is taken at theta^.
 
-    Raises: as `l2rw_step`; nothing has changed then, neither model nor weight net nor its optimizer.
+    Raises: as `l2rw_step`; model, weight net and its optimizer are then unchanged.
 
     Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, equations 3 to 7.
     """
@@ -110,7 +112,7 @@ def mwnet_step(
 
 
 class MetaGradient(NamedTuple):
-    """How the weight net should change, and the pass over the train batch that said so, which answers further."""
+    """The weight net's gradient, and the pass over the train batch that it came from, which can answer more."""
 
     train: TrainPass
     engine: str

@@ -10,9 +10,9 @@ from torch import Tensor
 class Dots(NamedTuple):
     """dots_n = <grad l_n, grad mean_j l'_j> of one batch, [n]: positive where a step on the example helps.
 
-    With `pairwise` dots_nj = <grad l_n, grad l'_j>, [n, m].
+    With `pairwise`, dots_nj = <grad l_n, grad l'_j>, [n, m].
 
-    In units of loss^2 per parameter^2, float32 (float64 for float64 losses).
+    Unit: loss^2 per parameter^2; float32 (float64 for float64 losses).
     """
 
     dots: Tensor  # [n], or [n, m]

@@ -34,22 +34,22 @@ def grad_dots(
     allow_unused: bool = False,
     pairwise: bool = False,
 ) -> Dots:
-    """Dot product of each example's gradient with the meta gradient; only the random state moves on, and what modules
-    and loss functions keep outside of parameters and buffers.
+    """Dot product of each example's gradient with the meta gradient. Changes nothing but the random state, and state
+    that modules and loss functions keep outside parameters and buffers.
 
     dots_n = < dl_n/dtheta, (1/m) sum_j dl'_j/dtheta >
     dots_nj = < dl_n/dtheta, dl'_j/dtheta >, whose mean over j is dots_n, with `pairwise`
 
     Args:
-        pairwise: dots with every meta example for itself, [n, m]: which of them a step on the example helps or harms.
+        pairwise: dots with each meta example separately, [n, m]: which of them a step on the example helps or harms.
             Costs about one contraction with a direction per meta example on top of the two passes (forward mode and
-            double backward: one pass; memory="two_pass": one backward pass), and excludes `micro_batch` and
-            batchnorm="frozen"; a part of the batch has the same rows by itself, unless examples interact.
-        The others: as for `l2rw_step`.
+            double backward: one pass each; memory="two_pass": one backward pass each). Cannot be combined with
+            `micro_batch` or batchnorm="frozen"; a part of the batch gives the same rows, unless examples interact.
+        Others: as for `l2rw_step`.
     Returns: `Dots` with dots [n] or [n, m], losses [n], meta_loss [] and the engine used.
     Raises: as `l2rw_step`.
     Source of the pairwise dots: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS
-        2020, section 3: times the learning rate, and summed over checkpoints, they are TracInCP.
+        2020, section 3: multiplied by the learning rate and summed over checkpoints, they are TracInCP.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, None, dot_precision, allow_unused)
     aside = gradients_aside(problem.trainable.values())
@@ -88,9 +88,9 @@ def reweight_step(
 
     Args:
         rule: "clip_normalise", "floor", "softmax", "unclipped", or a function from dots [n] to weights [n].
-        direction: from the meta gradient, by parameter name, to what the dots run along; see
-            `metakern.step.direction` for weight decay and for preconditioning. None is the meta gradient itself.
-        The others: as for `l2rw_step`.
+        direction: a function from the meta gradient, by parameter name, to the direction that the dots are taken with;
+            `metakern.step.direction` has weight decay and preconditioning. None: the meta gradient itself.
+        Others: as for `l2rw_step`.
     Returns: `StepResult`.
     Raises: as `l2rw_step`; ValueError if the rule does not return one weight per example.
     """
@@ -134,44 +134,44 @@ def l2rw_step(
     weights_n = max(dots_n, 0) / (S + [S == 0]),  S = sum_n max(dots_n, 0)
     .grad = sum_n weights_n dl_n/dtheta
 
-    This is the exact gradient of the method at eps = 0, where the virtual step leaves theta as it is and its learning
-    rate cancels; no second differentiation takes place.
+    This is the exact meta-gradient of the method at eps = 0, where the virtual step leaves theta unchanged and its
+    learning rate cancels; nothing is differentiated twice.
 
     Args:
         model: any nn.Module, unmodified.
-        batch: `(inputs, targets)`, a mapping given to `model(**batch)` with "labels", or anything with `loss_fn`.
+        batch: `(inputs, targets)`, a mapping with "labels" for `model(**batch)`, or anything that `loss_fn` accepts.
             The default loss is cross entropy per example (mean over the positions of an example).
         meta_batch: a batch of the same form; n and m may differ, and both may be 1.
         loss_fn: `loss_fn(model, batch) -> losses [n]`, one loss per example.
-        optimizer: if given, it steps with the re-weighted gradient; otherwise that is left in `.grad` for you to clip,
-            scale and step.
-        engine: "auto" takes "ghost" where it is exact and "jvp" where examples interact (batch statistics); "ghost",
-            "jvp" and "double_backward" take that one or raise.
-        params: restrict the dots to parameters by name pattern, module or parameter; the gradient is of all.
+        optimizer: if given, it steps with the re-weighted gradient; otherwise the gradient is left in `.grad`, for you
+            to clip, scale and step.
+        engine: "auto" uses "ghost" where it is exact, and "jvp" where examples interact (batch statistics); "ghost",
+            "jvp" and "double_backward" use that engine or raise an error.
+        params: restrict the dots to parameters by name pattern, module or parameter; the gradient covers all of them.
         accumulate: add to `.grad` instead of replacing it.
-        memory: "reuse" keeps inputs and output gradients of every layer and needs no second backward; "two_pass" keeps
-            neither and runs one.
-        micro_batch: take batch and meta batch this many examples at a time, so that memory does not grow with n: same
-            weights and gradient, for one more forward and backward pass over the batch. Every tensor of a batch is cut
-            along dimension 0. Dropout masks are those of the parts, the same for dots and gradient.
-        batchnorm: "frozen" lets ghost serve BatchNorm in training mode by an approximation: dots and weights leave out
+        memory: "reuse" keeps inputs and output gradients of every layer and needs no second backward pass; "two_pass"
+            keeps neither and runs one.
+        micro_batch: process batch and meta batch this many examples at a time, so that memory does not grow with n:
+            same weights and gradient, for one more forward and backward pass over the batch. Every tensor of a batch is
+            split along dimension 0. Dropout masks are drawn part by part, and are the same for dots and gradient.
+        batchnorm: "frozen" lets ghost handle BatchNorm in training mode by an approximation: dots and weights ignore
             that the statistics of the batch depend on its examples; losses, running statistics and the gradient for
             those weights stay exact. The result's engine is then "ghost_frozen". "exact" never approximates.
         dot_precision: "bf16", and on a GPU "tf32" or "fp8", lets ghost round the operands of the products behind the
-            dots, which only decide the weights; the gradient for those weights stays as it is. "same" rounds nothing.
-            Where "auto" takes another engine its dots are exact. Effect and cost: docs/numerics.md.
-        process_group: weights normalised, and gradients summed, over the ranks of a torch.distributed group.
-        allow_unused: trainable parameters that the losses of this batch do not depend on (a pooler that is not asked, a
-            dropped layer, an expert without tokens) are no error: they count nothing in the dots and are left without
-            a gradient, as by a backward pass. Excludes `process_group`.
+            dots, which only determine the weights; the gradient for those weights is unaffected. "same" rounds nothing.
+            If "auto" chooses another engine, its dots are exact. Effect and cost: docs/numerics.md.
+        process_group: normalise weights, and sum gradients, over the ranks of this torch.distributed group.
+        allow_unused: accept trainable parameters that the losses of this batch do not depend on (an unused pooler, a
+            dropped layer, an expert without tokens): they contribute nothing to the dots and are left without a
+            gradient, as in a backward pass. Cannot be combined with `process_group`.
 
     Returns:
         `StepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, a loss is not finite, or a trainable parameter took no
-            part. Model, gradients, buffers and random state are then as before the call.
-        NotImplementedError: no exact engine serves the model; the message says why and what to do.
+        TypeError, ValueError: an argument is not as described, a loss is not finite, or a trainable parameter is
+            unused. Model, gradients, buffers and random state are then as before the call.
+        NotImplementedError: no exact engine supports the model; the message says why, and what to do.
 
     Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, algorithm 1.
     """

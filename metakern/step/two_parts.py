@@ -1,7 +1,7 @@
-"""A step that trains a second network beside the model, as a program in two parts.
+"""A step that trains a second network along with the model, compiled as two programs.
 
-The first part ends with the gradient of the second network, which then learns, its optimizer uncompiled; the other ends
-with the gradient of the model. What that needs of the first part is handed on.
+The first ends with the gradient of the second network, whose optimizer then steps, uncompiled; the other ends with the
+gradient of the model. Whatever it needs from the first is passed on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from metakern.step.virtual import VirtualRule
 
 
 class Half(NamedTuple):
-    """What one part finds out."""
+    """The outcome of one part."""
 
     engine: str
     values: list[Tensor]
@@ -38,12 +38,12 @@ class Half(NamedTuple):
 
 
 Learn = Callable[[list[Tensor], dict[nn.Parameter, Tensor]], None]
-"""What comes between the parts, given the values of the first and the gradient of the second network."""
+"""What happens between the parts, given the values of the first and the gradient of the second network."""
 
 
 @dataclass(frozen=True)
 class TwoParts:
-    """A step of a model and a second network, but for its batches."""
+    """A step of a model and a second network, without its batches."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -53,14 +53,14 @@ class TwoParts:
     loss_fn: LossFunction | None
     params: Any
     allow_unused: bool
-    features: Any  # of the second network: a function, or None where they come with the batches
-    functions: Sequence[Any]  # what else it calls beside networks and loss function
+    features: Any  # of the second network: a function, or None if they come with the batches
+    functions: Sequence[Any]  # what it calls besides networks and loss function
     halves: Callable[[Problem, Sequence[Any], VirtualRule, str], Iterator[Half]]
-    """Its parts, given the first two batches as a problem, features and what else comes with them, the rule at the
-    rates of that step, and the name of an engine."""
+    """Its parts, given the first two batches as a problem, features and anything else that comes with them, the rule at
+    the learning rates of that step, and the name of an engine."""
 
     def parts(self, given: Sequence[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Half]:
-        """One after the other; nothing learns between them."""
+        """One after the other, with no optimizer step in between."""
         batch, meta_batch, *others = self.with_features(given)
         posed = self.model, batch, meta_batch, self.loss_fn, self.params, "reuse"
         problem = pose(*posed, allow_unused=self.allow_unused)
@@ -72,7 +72,7 @@ class TwoParts:
             yield second
 
     def with_features(self, given: Sequence[Any]) -> list[Any]:
-        """Batch, meta batch, features and what else there is."""
+        """Batch, meta batch, features and anything else."""
         batch, meta_batch, features, *others = given
         return [batch, meta_batch, features if self.features is None else self.features, *others]
 
@@ -91,7 +91,7 @@ class TwoParts:
 
 
 class CompiledParts:
-    """Such a step compiled, for batches of the shapes and dtypes that it was made with."""
+    """Such a step, compiled for batches of the shapes and dtypes that it was built with."""
 
     def __init__(self, step: TwoParts, batches: OwnBatches, engine: str, backend: str | Backend) -> None:
         self._step, self._trainable = step, trainable_parameters(step.model)
@@ -116,13 +116,13 @@ class CompiledParts:
         return self._step.with_features(self._program.given())
 
     def take(self, *given: Any, accumulate: bool, learn: Learn | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """One step on new batches: what each part has found but for gradients.
+        """One step on new batches; returns what each part computed, except gradients.
 
-        Between the parts the second network's optimizer steps, unless `learn` is what happens there.
+        Between the parts the second network's optimizer steps, or `learn` is called if given.
 
-        Raises: AnotherWay where the batches have other shapes than the compiled ones or take another branch; ValueError
-            where they differ by more than shapes and the values of their tensors, or what the step looks at has changed
-            by more than values. All is as before then.
+        Raises: AnotherWay if the batches have other shapes than the compiled ones, or take another branch; ValueError
+            if they differ in more than shapes and tensor values, or if anything that the step reads has changed in more
+            than tensor values. Everything is then as before.
         """
         step = self._step
         run = self._program.run(*given, numbers=step.rates())
@@ -146,9 +146,9 @@ class CompiledParts:
 def compilable_rule(
     problem: Problem, virtual: str, lr: float | None, optimizer: torch.optim.Optimizer | None, uncompiled: str
 ) -> VirtualRule:
-    """The rule of a virtual step that can be part of a program; `uncompiled` names the step that takes all of them.
+    """The rule of a virtual step, if it can be compiled; `uncompiled` names the step that accepts every rule.
 
-    Raises: TypeError, ValueError where rule or optimizer is not usable, EngineUnavailable for other rules.
+    Raises: TypeError, ValueError if rule or optimizer is not usable; EngineUnavailable for other rules.
     """
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, lr, optimizer)
@@ -159,7 +159,7 @@ def compilable_rule(
 
 
 def _require_momentum(rule: VirtualRule, moved: Mapping[str, nn.Parameter]) -> None:
-    """Raise where there is no momentum yet of a parameter that the virtual step moves: later runs would read some."""
+    """Raise if a parameter that the virtual step moves has no momentum yet: later runs would read some."""
     if rule.reads_state and rule.optimizer is not None:
         held = {id(p): group["momentum"] for group in rule.optimizer.param_groups for p in group["params"]}
         for name, p in moved.items():
@@ -171,7 +171,7 @@ def _require_momentum(rule: VirtualRule, moved: Mapping[str, nn.Parameter]) -> N
 
 
 def _looked_at(rule: VirtualRule, model: nn.Module) -> list[Any]:
-    """What a virtual step reads of its optimizer, but for learning rates."""
+    """What a virtual step reads from its optimizer, except learning rates."""
     if not rule.reads_state or rule.optimizer is None:
         return []
     read = ("momentum", "dampening", "weight_decay", "maximize")

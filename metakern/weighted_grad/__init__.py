@@ -1,4 +1,4 @@
-"""Stage 4: sum_n w_n g_n from what capture kept: no second forward, no second backward."""
+"""Stage 4: sum_n w_n g_n from what capture kept, without a second forward or backward pass."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def weighted_gradients(
 ) -> dict[str, Tensor]:
     """sum_n w_n dl_n/dtheta for every trainable parameter, by name; rows of weight zero are not multiplied.
 
-    Shapes and dtypes are those of the parameters. Records are taken one at a time and not held. Look-ups with
-    sparse=True give a table that nothing else uses a sparse gradient.
+    Shapes and dtypes are those of the parameters. Records are consumed one at a time and not kept. A table that is used
+    only by look-ups with sparse=True gets a sparse gradient.
     """
     total = Total()
     given = Weights(weights, _nonzero(weights), total)
@@ -37,17 +37,17 @@ def weighted_gradients(
 
 
 def _nonzero(weights: Tensor) -> Tensor | None:
-    """Rows of non-zero weight. A CUDA graph cannot wait for them, and a traced step would fix their number."""
+    """Rows of non-zero weight. A CUDA graph cannot wait for them, and a traced step would fix how many there are."""
     return weights.nonzero().squeeze(1) if host_may_wait() and not is_traced() else None
 
 
 def _through_derivations(derivations: Sequence[Call], total: Total, trainable: Mapping[str, nn.Parameter]) -> None:
-    """Carry gradients of derived tensors on to the parameters that they were made from."""
+    """Pass gradients of derived tensors on to the parameters that they were made from."""
     derived = [t for call in derivations for t in call.outputs if t is not None and id(t) in total.found]
     if not derived:
         return
     grads = [total.found[id(t)].to_dense().to(t.dtype).view_as(t) for t in derived]
-    # The graph stays: a virtual step asks for the gradient of a second weighting.
+    # The graph is kept: after a virtual step, the gradient for a second set of weights is needed.
     found = torch.autograd.grad(derived, list(trainable.values()), grads, retain_graph=True, allow_unused=True)
     for parameter, grad in zip(trainable.values(), found):
         if grad is not None:
@@ -55,7 +55,7 @@ def _through_derivations(derivations: Sequence[Call], total: Total, trainable: M
 
 
 def _sparse_alone(records: Iterable[Record]) -> list[Record]:
-    """Those of tables that get a sparse gradient and that nothing else uses."""
+    """Records of tables that get a sparse gradient and that nothing else uses."""
     sparse, dense = list[Record](), set[int]()
     for record in records:
         if rule_for(record.call).sparse(record.call):

@@ -1,4 +1,4 @@
-"""Stage 3: dots -> weights. Small pure rules; a rule of your own is any function [n] -> [n].
+"""Stage 3: dots -> weights. Small pure rules; any function [n] -> [n] can be used as a rule.
 
 reweight_step(model, batch, meta_batch, rule="clip_normalise")
 reweight_step(model, batch, meta_batch, rule=functools.partial(weights.softmax, temperature=0.1))
@@ -18,7 +18,7 @@ from metakern.weights.rules import unclipped as unclipped
 
 WeightRule = Callable[[Tensor], Tensor]
 
-# What `rule=` can name: rules that need nothing but the dots. top_k has no k that fits every batch.
+# What `rule=` accepts by name: rules that need nothing but the dots. top_k has no default k that fits every batch.
 RULES: dict[str, WeightRule] = {
     "clip_normalise": clip_normalise,
     "floor": floor,
@@ -28,7 +28,7 @@ RULES: dict[str, WeightRule] = {
 
 
 def weight_rule(rule: str | WeightRule) -> WeightRule:
-    """The rule of that name, or the function itself; it may write into the dots that it is given."""
+    """The rule of that name, or the function itself, which gets a copy of the dots that it may write into."""
     if callable(rule):
         return lambda dots: rule(dots.clone())
     if rule not in RULES:
@@ -37,7 +37,7 @@ def weight_rule(rule: str | WeightRule) -> WeightRule:
 
 
 def apply_rule(rule: WeightRule, dots: Tensor) -> Tensor:
-    """Weights [n] by a rule, checked; in the dtype of the dots, which a mask such as `dots > 0` has not."""
+    """Weights [n] by a rule, checked and converted to the dtype of the dots (a rule may return a mask, `dots > 0`)."""
     weights = rule(dots)
     if not isinstance(weights, Tensor) or weights.shape != dots.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

@@ -9,7 +9,7 @@ from metakern import ops
 
 
 def clip_normalise(dots: Tensor) -> Tensor:
-    """max(dots_n, 0) / (S + [S == 0]) with S = sum_n max(dots_n, 0); all zero when no example helps.
+    """max(dots_n, 0) / (S + [S == 0]) with S = sum_n max(dots_n, 0); all zero if no example helps.
 
     Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, equations 8 and 9.
     """
@@ -17,13 +17,13 @@ def clip_normalise(dots: Tensor) -> Tensor:
 
 
 def unclipped(dots: Tensor) -> Tensor:
-    """dots_n / (S + [S == 0]) with S = sum_n |dots_n|: harmful examples push the other way."""
+    """dots_n / (S + [S == 0]) with S = sum_n |dots_n|: harmful examples get negative weights."""
     total = dots.abs().sum()
     return dots / (total + (total == 0).to(total.dtype))
 
 
 def softmax(dots: Tensor, temperature: float = 1.0) -> Tensor:
-    """softmax_n(dots_n / (temperature * s)), s the standard deviation of the dots, so that their scale is no matter."""
+    """softmax_n(dots_n / (temperature * s)), s the standard deviation of the dots, so that scale does not matter."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     scale = dots.std(correction=0)
@@ -42,8 +42,8 @@ def top_k(dots: Tensor, k: int) -> Tensor:
 def floor(dots: Tensor, share: float = 0.1) -> Tensor:
     """v_n / sum_n v_n, v_n = max(dots_n, share * mean_n |dots_n|): no example is dropped; 1 / n if all dots are 0.
 
-    The least weight is that of a dot of `share` times the mean size of all. With no dot above it all weights are equal.
-    Source: none of the papers; users of L2RW ask for steps in which no example is lost.
+    The smallest weight is that of a dot of `share` times the mean absolute dot; if no dot is larger, all weights are
+    equal. Source: none of the papers; users of L2RW ask for steps that drop no example.
     """
     if not share > 0:
         raise ValueError(f"share must be positive, got {share}")

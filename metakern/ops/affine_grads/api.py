@@ -25,18 +25,18 @@ def affine_grads(
     shift: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of every example in scale and shift of a normalisation, which are small: one entry per channel.
+    """Per-example gradients of scale and shift of a normalisation, which are small: one entry per channel.
 
-    `G_ni = sum_t B_nti x^_nti` and `H_ni = sum_t B_nti`, with `x^ = (x - mean) / sqrt(var + eps)` of every row when
-    `centred` (layer normalisation), `x / sqrt(mean(x^2) + eps)` otherwise (RMS normalisation); x^ is never written.
+    `G_ni = sum_t B_nti x^_nti` and `H_ni = sum_t B_nti`, with `x^ = (x - mean) / sqrt(var + eps)` of every row if
+    `centred` (layer normalisation), `x / sqrt(mean(x^2) + eps)` otherwise (RMS normalisation); x^ is never stored.
 
     Args:
         X: inputs of the normalisation, [n, t, i].
-        B: gradients of the summed losses at its outputs, [n, t, i].
-        shift: whether H is wanted; without it H has shape [n, 0].
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        B: gradients of the summed losses with respect to its outputs, [n, t, i].
+        shift: whether to compute H; if not, H has shape [n, 0].
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: G and H, [n, i], float32, or float64 for float64 operands, summed in that dtype.
     Raises: ValueError for shapes, devices, eps, an unknown `impl` or operands that require grad; TypeError for dtypes;
-        RuntimeError if the implementation asked for does not support the case.
+        RuntimeError if the requested implementation does not support the case.
     """
     return OPERATOR(X, B, eps, centred, shift, impl=impl)

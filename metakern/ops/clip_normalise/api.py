@@ -17,16 +17,17 @@ OPERATOR = Operator(
 
 
 def clip_normalise(dots: Tensor, *, impl: str | None = None) -> Tensor:
-    """The weights of learning to reweight: negative dots become zero, the rest sum to one.
+    """The weights of learning to reweight: negative dots become zero, the rest are scaled to sum to one.
 
-    `w_n = max(d_n, 0) / (D + [D == 0])`, D = sum_k max(d_k, 0). No positive dot gives all zeros; a NaN stays one.
+    `w_n = max(d_n, 0) / (D + [D == 0])`, D = sum_k max(d_k, 0). Without a positive dot all weights are zero; NaN stays
+    NaN.
 
     Args:
         dots: [n], any floating dtype, any stride.
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: weights [n] in the dtype of `dots`, summed in float32, or float64 for float64.
     Raises: ValueError for shapes, an unknown `impl` or dots that require grad; TypeError for dtypes;
-        RuntimeError if the implementation asked for does not support the case.
+        RuntimeError if the requested implementation does not support the case.
     Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, 2018, equations 7 and 8.
     """
     return OPERATOR(dots, impl=impl)

@@ -19,19 +19,19 @@ OPERATOR = Operator(
 def cross_entropy_rows(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, impl: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of every row in one reading of the logits, and what its derivative needs of it.
+    """Cross entropy of every row, and what its derivative needs, from reading the logits once.
 
     `losses_r = log sum_c exp(z_rc) - (1 - s) z_ry - s mean_c z_rc` with smoothing s, 0 where y is `ignore_index`;
     `highs_r = max_c z_rc` and `sums_r = sum_c exp(z_rc - highs_r)`: the softmax is exp(z_rc - highs_r) / sums_r.
 
     Args:
-        logits: [r, C]; rows whose classes are not adjacent in memory are left to the reference.
+        logits: [r, C]; if the classes of a row are not adjacent in memory, the reference runs.
         targets: [r], int64, in [0, C) or `ignore_index`.
         label_smoothing: s, in [0, 1].
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: losses, highs and sums, [r] each, float32, or float64 for float64 logits.
     Raises: ValueError for shapes, devices, smoothing, an unknown `impl` or logits that require grad; TypeError for
-        dtypes; IndexError for a target that is no class (on CUDA the kernel stops); RuntimeError if the implementation
-        asked for does not support the case.
+        dtypes; IndexError for a target that is not a class (on CUDA the kernel aborts); RuntimeError if the requested
+        implementation does not support the case.
     """
     return OPERATOR(logits, targets, ignore_index, label_smoothing, impl=impl)

@@ -28,7 +28,7 @@ def cross_entropy_rows_backward(
     label_smoothing: float = 0.0,
     impl: str | None = None,
 ) -> Tensor:
-    """Gradient of `sum_r grad_r losses_r` in the logits, in one reading and one writing.
+    """Gradient of `sum_r grad_r losses_r` with respect to the logits, reading and writing each of them once.
 
     `out_rc = grad_r (exp(z_rc - highs_r) / sums_r - (1 - s) [c = y] - s / C)` with smoothing s, 0 where y is
     `ignore_index`.
@@ -38,6 +38,6 @@ def cross_entropy_rows_backward(
         highs, sums: as `cross_entropy_rows` returned them, [r].
         grad: [r], float32, or float64 for float64 logits.
     Returns: [r, C], in the dtype of the logits.
-    Raises: as `cross_entropy_rows`; of a target that is no class the reference says so by a RuntimeError.
+    Raises: as `cross_entropy_rows`; for a target that is not a class, the reference raises a RuntimeError.
     """
     return OPERATOR(logits, targets, highs, sums, grad, ignore_index, label_smoothing, impl=impl)

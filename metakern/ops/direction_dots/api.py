@@ -19,18 +19,18 @@ OPERATOR = Operator(
 
 
 def direction_dots(A: Tensor, V: Tensor, B: Tensor, *, impl: str | None = None) -> Tensor:
-    """Dot of every example's gradient with one direction, for a layer y = W x.
+    """Dot product of every example's gradient with one direction, for a layer y = W x.
 
     `out_n = sum_t B_nt^T V A_nt = <sum_t B_nt A_nt^T, V>`, without forming the per-example gradient.
 
     Args:
         A: inputs of the layer, [n, t, i], any strides.
-        V: the direction, shaped like the weight, [o, i]. A and V may be float8_e4m3fn while B is not; scales are the
-            caller's business.
-        B: gradients of the summed losses at the layer's outputs, [n, t, o].
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        V: the direction, shaped like the weight, [o, i]. A and V may be float8_e4m3fn while B is not; scaling is up to
+            the caller.
+        B: gradients of the summed losses with respect to the layer's outputs, [n, t, o].
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: [n], float32, or float64 for float64 operands; unit (loss per parameter) x (unit of V).
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
-        RuntimeError if the implementation asked for does not support the case.
+        RuntimeError if the requested implementation does not support the case.
     """
     return OPERATOR(A, V, B, impl=impl)

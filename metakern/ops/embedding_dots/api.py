@@ -19,21 +19,20 @@ OPERATOR = Operator(
 def embedding_dots(
     indices: Tensor, V: Tensor, B: Tensor, *, padding_idx: int | None = None, impl: str | None = None
 ) -> Tensor:
-    """Dot of every example's gradient with one direction, for a table look-up y = W[index].
+    """Dot product of every example's gradient with one direction, for a table look-up y = W[index].
 
-    `out_n = sum_t V[index_nt] . B_nt`, over positions whose index is not `padding_idx`; the rows of V are read where
-    they lie.
+    `out_n = sum_t V[index_nt] . B_nt`, over positions whose index is not `padding_idx`; the rows of V are not copied.
 
     Args:
         indices: [n, t], int64 or int32, in [0, v).
         V: the direction, shaped like the table, [v, o].
-        B: gradients of the summed losses at the looked-up rows, [n, t, o].
-        padding_idx: the row that takes no part, counted from the end when negative.
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        B: gradients of the summed losses with respect to the looked-up rows, [n, t, o].
+        padding_idx: the row to ignore, counted from the end if negative.
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: [n], float32, or float64 for float64 operands, summed in that dtype.
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
-        IndexError for an index outside the table (on CUDA the kernel stops); RuntimeError if the implementation asked
-        for does not support the case.
+        IndexError for an index outside the table (on CUDA the kernel aborts); RuntimeError if the requested
+        implementation does not support the case.
     """
     padding = -1 if padding_idx is None else padding_idx % V.shape[0]
     return OPERATOR(indices, V, B, padding, impl=impl)

@@ -31,17 +31,17 @@ def kernel_grads(
     bias: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of single examples of a convolution, in its kernel and its bias.
+    """Per-example gradients of kernel and bias of a convolution.
 
     `G_n = d<B_n, conv(A_n; K)>/dK` and `g_n = sum_t B_nt`, t over the positions of the output.
 
     Args:
-        A: inputs of the convolution, [n, i, *space], of one to three dimensions of space.
-        B: gradients of the summed losses at its outputs, [n, o, *space'].
-        kernel: K [o, i / groups, *window], for its shape; its values are not read.
-        stride, padding, dilation, groups: of the convolution; one number, or one per dimension of space.
-        bias: whether g is wanted; without it g has shape [n, 0].
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        A: inputs of the convolution, [n, i, *space], with one to three spatial dimensions.
+        B: gradients of the summed losses with respect to its outputs, [n, o, *space'].
+        kernel: K [o, i / groups, *window]; only its shape is used.
+        stride, padding, dilation, groups: of the convolution; one number, or one per spatial dimension.
+        bias: whether to compute g; if not, g has shape [n, 0].
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: G [n, o, i / groups, *window] and g [n, o] in A's dtype, contiguous.
     Raises: ValueError for shapes, devices, numbers of settings, an unknown `impl` or operands that require grad;
         TypeError for dtypes.

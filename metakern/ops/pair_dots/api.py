@@ -19,19 +19,20 @@ OPERATOR = Operator(
 
 
 def pair_dots(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor, *, impl: str | None = None) -> Tensor:
-    """Dot of every example's gradient with the summed meta gradient, or with that of every meta example, by pairs.
+    """Dot product of every example's gradient with the summed meta gradient, or with each meta example's, by pairs.
 
     `out_n = sum_t,s (A_nt . A'_s)(B_nt . B'_s)` for a layer y = W x; s runs over all positions of all meta examples,
-    and the caller divides by their number. It equals `direction_dots` with V = B'^T A' and is the cheaper one when
+    and the caller divides by their number. Equal to `direction_dots` with V = B'^T A', and cheaper if
     s (i + o) < i o. With a dimension for the meta examples, `out_nm = sum_t,s (A_nt . A'_ms)(B_nt . B'_ms)`.
 
     Args:
         A, B: inputs and output gradients of the batch, [n, t, i] and [n, t, o], any strides.
-        A_meta, B_meta: the same of the meta batch, positions flattened, [s, i] and [s, o], any strides; or by meta
-            example, [m, s, i] and [m, s, o].
-        impl: None takes the first implementation that supports the case; a name never falls back.
-    Returns: [n], or [n, m] by meta example; float32, or float64 for float64 operands; unit (loss per parameter)^2.
+        A_meta, B_meta: the same for the meta batch, positions flattened, [s, i] and [s, o], any strides; or for each
+            meta example, [m, s, i] and [m, s, o].
+        impl: None uses the first implementation that supports the case; a name never falls back.
+    Returns: [n], or [n, m] for each meta example; float32, or float64 for float64 operands; unit (loss per
+        parameter)^2.
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
-        RuntimeError if the implementation asked for does not support the case.
+        RuntimeError if the requested implementation does not support the case.
     """
     return OPERATOR(A, B, A_meta, B_meta, impl=impl)

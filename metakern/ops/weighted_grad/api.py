@@ -27,13 +27,13 @@ def weighted_grad(
 
     Args:
         A: inputs of the layer, [n, t, i], any strides.
-        B: gradients of the summed losses at the layer's outputs, [n, t, o].
+        B: gradients of the summed losses with respect to the layer's outputs, [n, t, o].
         w: weights [n], any floating dtype, any sign.
-        bias: whether g is wanted; without it g has shape [0].
-        start: what G is added to, [o, i] in A's dtype, any strides; it stays as it is. None for zero.
-        impl: None takes the first implementation that supports the case; a name never falls back.
+        bias: whether to compute g; if not, g has shape [0].
+        start: what the sum is added to, [o, i] in A's dtype, any strides; not modified. None for zero.
+        impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: G [o, i] and g [o] in A's dtype, accumulated in float32, or float64 for float64 operands.
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
-        RuntimeError if the implementation asked for does not support the case.
+        RuntimeError if the requested implementation does not support the case.
     """
     return OPERATOR(A, B, w, bias, start, impl=impl)

@@ -33,22 +33,22 @@ def weighted_kernel_grad(
     kept: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of per-example gradients of a convolution, in its kernel and its bias.
+    """Weighted sum of per-example gradients of kernel and bias of a convolution.
 
     `G = sum_n w_n d<B_n, conv(A_n; K)>/dK` and `g = sum_nt w_n B_nt`, t over the positions of the output. Examples of
-    weight zero are not multiplied, but in a CUDA graph, where the host cannot wait to know them.
+    weight zero are not multiplied, except in a CUDA graph, where the host cannot wait to find them.
 
     Args:
-        A: inputs of the convolution, [n, i, *space], of one to three dimensions of space.
-        B: gradients of the summed losses at its outputs, [n, o, *space'].
+        A: inputs of the convolution, [n, i, *space], with one to three spatial dimensions.
+        B: gradients of the summed losses with respect to its outputs, [n, o, *space'].
         w: weights [n], any floating dtype, any sign.
-        kernel: K [o, i / groups, *window], for its shape and memory order; its values are not read.
-        stride, padding, dilation, groups: of the convolution; one number, or one per dimension of space.
-        bias: whether g is wanted; without it g has shape [0].
-        kept: indices [k] int64 of the weights that are not zero, where the caller knows them: else the host waits for
-            them, which on a GPU lets the queue run dry.
-        impl: None takes the first implementation that supports the case; a name never falls back.
-    Returns: G, shaped and laid out as K, and g [o], in A's dtype.
+        kernel: K [o, i / groups, *window]; only its shape and memory order are used.
+        stride, padding, dilation, groups: of the convolution; one number, or one per spatial dimension.
+        bias: whether to compute g; if not, g has shape [0].
+        kept: indices [k] int64 of the weights that are not zero, if the caller knows them: otherwise the host waits for
+            them, which stalls a GPU.
+        impl: None uses the first implementation that supports the case; a name never falls back.
+    Returns: G, with the shape and memory order of K, and g [o], in A's dtype.
     Raises: ValueError for shapes, devices, numbers of settings, an unknown `impl` or operands that require grad;
         TypeError for dtypes.
     """
