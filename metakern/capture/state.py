@@ -14,6 +14,7 @@ from metakern.capture.members import keepers_of, parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.registration import nothing_registered
+from metakern.capture.snapshot import put_back, snapshot
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.uncompiled import uncompiled
 from metakern.capture.writes import Writes, nothing_written
@@ -38,7 +39,7 @@ class Buffers:
             self._named.append((module._buffers, named))
             for buffer in named.values():
                 if buffer is not None and _can_be_written(buffer):
-                    self._kept.append(_Buffer(buffer, buffer.detach().clone()))
+                    self._kept.append(_Buffer(buffer, snapshot(buffer)))
 
     def restore(self) -> None:
         """Put back whatever has changed since, by value, by identity and by name."""
@@ -46,15 +47,13 @@ class Buffers:
             if buffers or named:
                 _refill(buffers, named)
         for tensor, value in self._kept:
-            # Whatever its version says: batch_norm and writes through `.data` do not raise it. Nor does this, since a
-            # graph that saved the buffer holds these same values.
-            tensor.data.copy_(value)
+            put_back(tensor, value)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside the block the model has fresh copies of the buffers as they were kept, and its own afterwards."""
         now = [buffers.copy() for buffers, _ in self._named]
-        fresh = {id(kept.tensor): kept.value.clone() for kept in self._kept}  # what modules share they share still
+        fresh = {id(kept.tensor): snapshot(kept.value) for kept in self._kept}  # what modules share they share still
         try:
             for buffers, named in self._named:
                 if buffers or named:

@@ -16,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from metakern.capture.function import Function, function_of, may_write, written_by
 from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
+from metakern.capture.snapshot import address
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.unrolled import SeeingMode
 
@@ -101,9 +102,9 @@ class Writes:
         """Look at what a call returned: unless it shares memory with an argument, nobody outside has it."""
         if self._parameters_only:
             return
-        found = {_place(t) for t in tensors_in(output) if t.grad_fn is None} - self._made
+        found = {_place_read(t) for t in tensors_in(output) if t.grad_fn is None} - self._made
         if found:
-            self._made |= found.difference(map(_place, tensors_in([*args, *kwargs.values()])))
+            self._made |= found.difference(map(_place_read, tensors_in([*args, *kwargs.values()])))
 
     def look_around(self, *functions: Any) -> None:
         """Keep what these functions hold, unless that was done: they may fail after passes that do not count."""
@@ -171,9 +172,19 @@ class _Watch(SeeingMode):
 
 
 def _place(tensor: Tensor) -> int:
-    """The address of a tensor's storage; 0 where there is none, as inside vmap or for sparse tensors."""
+    """The address of a tensor's storage, where it can be written; 0 where there is none, as inside vmap or for sparse
+    tensors.
+    """
     try:
         return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _place_read(tensor: Tensor) -> int:
+    """The same of a tensor that is only read: what is shared until it is written stays so."""
+    try:
+        return address(tensor) - tensor.storage_offset() * tensor.element_size()
     except (NotImplementedError, RuntimeError):
         return 0
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.snapshot import address
 from metakern.capture.unrolled import dispatches
 from metakern.engines.repetition import agree
 
@@ -175,13 +176,13 @@ def _normalised(x: _Dual, w: _Dual, b: _Dual, statistics: tuple[Tensor, ...], ep
     columns = (1, -1, *(1,) * (x.primal.dim() - 2))
     slope = torch.zeros_like(mean) if w.tangent is None else scale * w.tangent
     shift = -mean * slope if b.tangent is None else b.tangent - mean * slope
-    tangent = torch.addcmul(shift.view(columns), x.primal, slope.view(columns))
+    slope, shift = slope.view(columns), shift.view(columns)
     if x.tangent is None:
-        return tangent
+        return torch.addcmul(shift, x.primal, slope)
     through_input, _, _ = torch.ops.aten.native_batch_norm_backward(
         x.tangent, x.primal, w.primal, None, None, mean, scale, True, eps, (True, False, False)
     )
-    return tangent.add_(through_input)
+    return through_input.to(slope.dtype).addcmul_(x.primal, slope).add_(shift)  # no more memory than it has
 
 
 def _known(function: Callable[..., Any], output: Any) -> tuple[Tensor, ...]:
@@ -222,7 +223,7 @@ def _operands(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: di
 
 
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.stride()
+    return address(tensor), tensor.stride()
 
 
 def _by_device(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -116,7 +116,7 @@ def _operands(record: Record) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
     return (grad, inputs, kernel, settings) if transposed else (inputs, grad, kernel, settings)
 
 
-def _padded(inputs: Tensor, padding: str, kernel: Tensor, dilation: int | Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+def _padded(inputs: Tensor, padding: str, kernel: Tensor, dilation: int | Sequence[int]) -> tuple[Tensor, list[int]]:
     """The input and the padding by numbers that "valid" and "same" stand for.
 
     "same" adds dilation * (k - 1) zeros to a dimension. An odd one goes behind the input, as torch has it.

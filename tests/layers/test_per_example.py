@@ -21,7 +21,8 @@ LINEAR = """linear-positions linear-four-dimensions linear-many-positions attent
 tied-head""".split()
 FOLDED = [case for case in CASES if ("conv" in case.name or case.name in LINEAR) and case.ghost == "exact"]
 NOT_FOLDED = {  # one input channel a group, rows that stand alone
-    "conv2d-depthwise", "conv3d-groups-dilation", "conv1d-transposed-weight", "conv1d-transposed-weight-positions", "reused-four-times",
+    "conv2d-depthwise", "conv3d-groups-dilation",
+    "conv1d-transposed-weight", "conv1d-transposed-weight-positions", "reused-four-times",
     "attention", "attention-no-bias",
 }  # fmt: skip
 
