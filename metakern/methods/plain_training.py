@@ -13,6 +13,7 @@ from tqdm import trange
 
 from metakern.data import Examples
 from metakern.data.sampling import shuffled
+from metakern.methods.finite import require_finite
 from metakern.methods.method import Setup
 
 
@@ -31,6 +32,7 @@ def train_plainly(
     Before a run's first step the copy is a network with the run's initial parameters; the model is not touched.
     Batches and their augmentation follow from the run's seed. `after_step(k, network)` is called after each step,
     k = 1 .. steps; step k has the learning rate `rate(k)` times the run's, by default over the run's own course.
+    Raises: ValueError when a step's loss is not finite.
     """
     rate = rate or (lambda k: setup.rate_factor(k - 1, steps))
     network = copy.deepcopy(setup.model)
@@ -44,7 +46,10 @@ def train_plainly(
             group["lr"] = full * rate(k)
         inputs = setup.augment(examples.inputs[rows], generator)
         optimizer.zero_grad(set_to_none=True)
-        criterion(network(inputs), examples.targets[rows]).backward()
+        loss = criterion(network(inputs), examples.targets[rows])
+        if not loss.isfinite():
+            raise ValueError(f"step {k} of a plain network: its loss is not finite; a smaller --lr usually helps")
+        loss.backward()
         optimizer.step()
         if after_step is not None:
             after_step(k, network)
@@ -64,6 +69,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Logits[n, C] of inputs[n, ...] in evaluation mode; the model keeps its former mode."""
+    """Logits[n, C] of inputs[n, ...] in evaluation mode; the model keeps its former mode.
+
+    Raises: ValueError when some are not finite.
+    """
     with evaluating(model):
-        return torch.cat([model(part) for part in inputs.split(batch_size)])
+        logits = torch.cat([model(part) for part in inputs.split(batch_size)])
+    require_finite("prediction", logits)
+    return logits

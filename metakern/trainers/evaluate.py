@@ -35,7 +35,10 @@ class Errors(NamedTuple):
 
 
 def measure_errors(model: nn.Module, examples: Examples, classes: int) -> Errors:
-    """The share of `examples` whose largest logit is not their target's; the model is left in its former mode."""
+    """The share of `examples` whose largest logit is not their target's; the model is left in its former mode.
+
+    Raises: as `predict`.
+    """
     logits = predict(model, examples.inputs)
     wrong = (logits.argmax(1) != examples.targets).double()
     by_class = [100 * wrong[examples.targets == target].mean().item() for target in range(classes)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from metakern.methods import Outcome
+from metakern.methods import Outcome, finite
 from metakern.methods.method import Batch
 
 NAME = "failed_batch.pt"
@@ -15,12 +15,8 @@ NAME = "failed_batch.pt"
 
 def require_finite(outcome: Outcome) -> None:
     """Raise ValueError when a loss or a weight of `outcome` is not finite."""
-    for what, values in (("loss", outcome.losses), ("weight", outcome.weights)):
-        broken = int((~torch.isfinite(values)).sum())
-        if broken:
-            raise ValueError(
-                f"the {what} of {broken} of {len(values)} examples is not finite; a smaller --lr usually helps"
-            )
+    finite.require_finite("loss", outcome.losses)
+    finite.require_finite("weight", outcome.weights)
 
 
 def save_failure(

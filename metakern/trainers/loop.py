@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def train(
     `task` is what `make_task(config)` returns, where that has been called before. An unfinished run of the same config
     in `folder` goes on from its last checkpoint, with the results it would have had; any other run there is replaced,
     once the data, the method and the network are made. `stop` is asked after every step.
-    Raises: ValueError for names that are not known and when a loss is not finite, DataNotFound for missing data;
-    Stopped, with a checkpoint written, when `stop` returns True.
+    Raises: ValueError for names that are not known and when a loss or prediction is not finite, DataNotFound for missing
+    data; Stopped, with a checkpoint written, when `stop` returns True.
     """
     method = find(config.method, config.set)
     torch.set_num_threads(config.threads)
@@ -146,9 +147,11 @@ class _Loop:
         bar = tqdm(total=steps, initial=self.step, desc=self.method.name, unit="step", disable=not self.progress)
         with bar:
             while self.step < steps and not (self.stopping and self.stopping.over):
-                self._take_step(*next(batches))
-                if self.step in evaluate_at:
-                    self._evaluate()
+                drawn = next(batches)
+                with self._failures_saved(*drawn):
+                    self._take_step(*drawn)
+                    if self.step in evaluate_at:
+                        self._evaluate()
                 asked = stop()
                 if asked or time.monotonic() - saved >= self.config.checkpoint_seconds:
                     self._save()
@@ -184,23 +187,29 @@ class _Loop:
             return self.measured[1]
         return self._errors(self.task.test)
 
+    @contextmanager
+    def _failures_saved(self, rows: torch.Tensor, batch: Batch, meta_batch: Batch) -> Iterator[None]:
+        """Within the block, the step on these batches and the evaluation after it leave them behind when they fail."""
+        step = self.step + 1
+        try:
+            yield
+        except NotApplicable:
+            raise
+        except Exception as error:
+            path = save_failure(self.folder, error, step, rows, batch, meta_batch, self.model)
+            if isinstance(error, ValueError):
+                raise ValueError(f"step {step}: {error}; the batch is in {path}") from error
+            raise
+
     def _take_step(self, rows: torch.Tensor, batch: Batch, meta_batch: Batch) -> None:
         assert self.take is not None
         set_rate(self.optimizer, self.config.lr * rate_factor(self.config, self.step, self.setup.steps))
         setting = Setting(
             self.class_counts, self.generator, self.config.engine, rows, step=self.step, steps=self.setup.steps
         )
-        try:
-            with self._precision():
-                outcome = self.take(self.model, batch, meta_batch, optimizer=self.optimizer, setting=setting)
-            require_finite(outcome)
-        except NotApplicable:
-            raise
-        except Exception as error:
-            path = save_failure(self.folder, error, self.step + 1, rows, batch, meta_batch, self.model)
-            if isinstance(error, ValueError):
-                raise ValueError(f"step {self.step + 1}: {error}; the batch is in {path}") from error
-            raise
+        with self._precision():
+            outcome = self.take(self.model, batch, meta_batch, optimizer=self.optimizer, setting=setting)
+        require_finite(outcome)
         self.ledger.add(self.step, rows, outcome.weights)
         self.metrics.add(outcome)
         self.step += 1

@@ -84,3 +84,12 @@ def test_a_network_on_the_way_has_the_runs_course_and_augmentation(model, setup)
     train_plainly(given, given.task.train, steps=4)
     assert rates == [0.1, 0.75 * 0.1, 0.05, 0.25 * 0.1]
     assert seen == [12] * 4
+
+
+def test_a_network_on_the_way_that_diverges_says_in_which_step(model, setup):
+    given = setup(model, lr=float("inf"))
+    with pytest.raises(ValueError, match="step 2 of a plain network: its loss is not finite"):
+        train_plainly(given, given.task.train, steps=9)
+    network = train_plainly(given, given.task.train, steps=1)
+    with pytest.raises(ValueError, match="the prediction of 36 of 36 examples is not finite"):
+        predict(network, given.task.train.inputs)

@@ -86,6 +86,22 @@ def test_nonfinite_loss_stops_and_leaves_no_result(quick, tmp_path):
     assert finished(tmp_path, replace(quick, lr=1e30)) is None
 
 
+def test_a_last_step_that_diverges_leaves_its_batch_and_no_result(quick, tmp_path):
+    config = replace(quick, lr=1e30, steps=1)
+    with pytest.raises(ValueError, match=r"step 1: the prediction of 90 of 90 examples is not finite; .*failed_batch"):
+        train(config, tmp_path, progress=False)
+    assert finished(tmp_path, config) is None
+    assert torch.load(tmp_path / "failed_batch.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize("method", ["self-training", "adaboost-networks", "forward-correction"])
+def test_networks_aside_that_diverge_leave_no_result(quick, tmp_path, method):
+    config = replace(quick, method=method, data="digits", majority=None, lr=1e30)
+    with pytest.raises(ValueError, match=r"its loss is not finite|the prediction of \d+ of \d+ examples is not finite"):
+        train(config, tmp_path, progress=False)
+    assert finished(tmp_path, config) is None
+
+
 def test_training_learns(quick, tmp_path):
     run = train(replace(quick, method="resample", steps=120), tmp_path, progress=False)
     metrics = read_metrics(tmp_path / "metrics.csv")
