@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from metakern.data.split import require_every_class, stratified
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 SIDE = 64
+KEPT = range(8, 129)  # sides of images that stay as they are: three poolings need 8, and memory grows with the square
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises besides errors of its own
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes that Pillow gives images of 16 bits
 
 
@@ -23,9 +26,10 @@ def image_folder(folder: str) -> Source:
     """FOLDER/CLASS/image, or FOLDER/train/CLASS/image beside test or meta; images [n, c, h, w] float32.
 
     FOLDER/meta has images whose class is certain. Without FOLDER/test a fifth of each class is the test set, the same
-    in every run. One channel where every image is grey, else three; of 16 bits the upper eight are read. Images of
-    several sizes are scaled to a shorter side of 64 and cut to 64 x 64 in the middle. Each channel has mean 0 and
-    deviation 1 over the training images. Ids are places in the sorted list of files; hidden ones are not read.
+    in every run. One channel where every image is grey, else three; of 16 bits the upper eight are read; what is
+    transparent is white; images are turned as their EXIF data say. Images of several sizes, or of one that has a side
+    below 8 or above 128, are scaled to a shorter side of 64 and cut to 64 x 64 in the middle. Each channel has mean 0
+    and deviation 1 over the training images. Ids are places in the sorted list of files; hidden ones are not read.
     Raises: DataNotFound for a missing folder, ValueError where there are no images, where some lie deeper, or the test
     set has other classes, ModuleNotFoundError without Pillow.
     """
@@ -88,41 +92,50 @@ def _files(root: Path) -> list[Path]:
 def _pixels(files: list[Path]) -> Tensor:
     """[n, c, h, w] uint8."""
     pictures = [_open(path) for path in files]
-    grey = all(picture.mode in ("1", "L") for picture in pictures)
-    same = len({picture.size for picture in pictures}) == 1
-    arrays = [
-        np.asarray((picture if same else _squared(picture)).convert("L" if grey else "RGB")) for picture in pictures
-    ]
-    pixels = torch.from_numpy(np.stack(arrays))
+    if len({picture.size for picture in pictures}) > 1:
+        pictures = [_squared(picture) for picture in pictures]
+    grey = all(picture.mode == "L" for picture in pictures)
+    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("L" if grey else "RGB")) for picture in pictures]))
     return pixels.unsqueeze(1) if grey else pixels.permute(0, 3, 1, 2)
 
 
 def _open(path: Path) -> Any:
+    """In mode L or RGB; a size that would not stay is squared at once, before the next image takes memory."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError("images need Pillow; try: pip install 'metakern[train]'", name="PIL") from missing
     try:
         with Image.open(path) as picture:
             picture.load()
-            return _of_eight_bits(picture, Image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            found = _opaque(_of_eight_bits(ImageOps.exif_transpose(picture), Image), Image)
+            return found if all(side in KEPT for side in found.size) else _squared(found)
+    except (UnidentifiedImageError, Image.DecompressionBombError, *UNREADABLE) as error:
         raise ValueError(f"images: {path} cannot be read: {error}") from error
 
 
 def _of_eight_bits(picture: Any, library: Any) -> Any:
-    """A copy; of 16 bits the upper eight, where Pillow's own conversion would cut all values off at 255.
+    """Of 16 bits the upper eight, where Pillow's own conversion would cut all values off at 255.
 
     Raises: ValueError for pixels of more bits, and floating-point ones.
     """
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if picture.mode not in SIXTEEN_BITS:
-        return picture.copy()
+        return picture
     pixels = np.asarray(picture).astype(np.int64)
     if pixels.min() < 0 or pixels.max() >= 2**16:
         raise ValueError("its pixels have more than 16 bits; save it with 8 or 16")
     return library.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _opaque(picture: Any, library: Any) -> Any:
+    """In mode L where it is grey, else RGB, with white behind what is transparent."""
+    mode = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = library.alpha_composite(library.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
 
 
 def _squared(picture: Any) -> Any:

@@ -62,8 +62,8 @@ def train(
     `task` is what `make_task(config)` returns, where that has been called before. An unfinished run of the same config
     in `folder` goes on from its last checkpoint, with the results it would have had; any other run there is replaced,
     once the data, the method and the network are made. `stop` is asked after every step.
-    Raises: ValueError for names that are not known and when a loss or prediction is not finite, DataNotFound for missing
-    data; Stopped, with a checkpoint written, when `stop` returns True.
+    Raises: ValueError for names that are not known and when a loss or prediction is not finite, DataNotFound for
+    missing data; Stopped, with a checkpoint written, when `stop` returns True.
     """
     method = find(config.method, config.set)
     torch.set_num_threads(config.threads)

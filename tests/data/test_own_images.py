@@ -94,3 +94,81 @@ def test_hidden_and_deeper_images(tmp_path):
     paint(tmp_path / "a" / "more" / "0.png", 0)
     with pytest.raises(ValueError, match=r"a/more/0\.png lies deeper than a class's folder"):
         load(f"images:{tmp_path}")
+
+
+def shapes(folder: Path, mode: str, grey: bool = False) -> None:
+    """Twelve pictures each of upright and lying bars, black on nothing at all."""
+    from PIL import Image
+
+    for name in ("upright", "lying"):
+        (folder / name).mkdir(parents=True)
+        for k in range(12):
+            alpha = np.zeros((20, 20), np.uint8)
+            alpha[k % 8 : k % 8 + 10, 8:12] = 255
+            picture = Image.fromarray(alpha if name == "upright" else alpha.T.copy())
+            icon = Image.new("LA" if grey else "RGBA", (20, 20), (0, 0) if grey else (0, 0, 0, 0))
+            icon.putalpha(picture)
+            icon.convert(mode).save(folder / name / f"{k}.png")
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGBA", 3), ("P", 3), ("LA", 1)])
+def test_what_is_transparent_is_white(tmp_path, mode, channels):
+    shapes(tmp_path, mode, grey=mode == "LA")
+    inputs = load(f"images:{tmp_path}").train.inputs
+    assert inputs.shape[1:] == (channels, 20, 20)
+    black, white = inputs.unique().tolist()
+    assert white - black > 1
+    assert ((inputs == black).sum((1, 2, 3)) == 40 * channels).all()
+    assert (inputs[:, :, 0, 0] == white).all()
+
+
+def test_palettes_are_resolved_before_the_size_changes(tmp_path):
+    """Between two entries of a palette there is no colour: such an image would be scaled to its nearest pixels."""
+    from PIL import Image
+
+    for kind in ("RGB", "P", "1"):
+        for name in ("a", "b"):
+            for k in range(6):
+                pixels = np.random.default_rng(k).integers(0, 2, (150 + k, 150), dtype=np.uint8) * 255
+                (tmp_path / kind / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).convert("RGB").convert(kind).save(tmp_path / kind / name / f"{k}.png")
+    colours, palettes, bits = (load(f"images:{tmp_path / kind}").train.inputs for kind in ("RGB", "P", "1"))
+    torch.testing.assert_close(palettes, colours)
+    torch.testing.assert_close(bits, colours[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((128, 8), (8, 128)), ((129, 100), (64, 64)), ((7, 20), (64, 64)), ((1, 1), (64, 64))]
+)
+def test_one_size_stays_within_limits(tmp_path, size, shape):
+    for name in ("a", "b"):
+        for k in range(5):
+            paint(tmp_path / name / f"{k}.png", 40 * k, size=size)
+    assert load(f"images:{tmp_path}").train.inputs.shape == (8, 3, *shape)
+
+
+def test_turned_as_the_camera_was(tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(5):
+            exif = Image.Exif()
+            exif[0x112] = 6  # the first row of the pixels is the right edge of what was seen
+            pixels = np.zeros((20, 30), np.uint8)
+            pixels[:10] = 255
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png", exif=exif)
+    inputs = load(f"images:{tmp_path}").train.inputs
+    assert inputs.shape == (8, 1, 30, 20)
+    assert (inputs[..., 10:] > 0).all()
+    assert (inputs[..., :10] < 0).all()
+
+
+def test_an_image_too_large_to_be_decoded_is_named(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for k in range(10):
+        paint(tmp_path / "ab"[k % 2] / f"{k}.png", 20 * k, size=(30, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a/0\.png cannot be read: Image size \(900 pixels\) exceeds limit"):
+        load(f"images:{tmp_path}")
