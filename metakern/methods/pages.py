@@ -10,7 +10,7 @@ _SHARED = {
         cdb cdb-cifar label-smoothing label-smoothing-by-class sam sam-a simplifying mixup ot-reweighting m2m""",
     "noisy-labels": """self-paced self-paced-linear reed-soft reed-hard s-model s-model-conf s-model-conf-es
         s-model-conf-ft s-model-conf-es-ft noise-adaptation bottom-up top-down glc confusion-correction
-        forward-correction mentornet-pd mentornet-dd""",
+        forward-correction mentornet-pd mentornet-pd-ft mentornet-dd mentornet-dd-ft""",
     "resampling": """oversample undersample smote borderline-smote svm-smote adasyn cluster-centroids near-miss all-knn
         smote-enn adaboost adaboost-networks self-training""",
     "mw-net": "mw-net mw-net-imbalance",

@@ -8,6 +8,11 @@ from metakern.methods.pages import page_of
 DOCS = Path(__file__).parents[2] / "docs" / "methods"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page(name):
+    assert (DOCS / f"{page_of(name)}.md").is_file()
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if page_of(name) != name])
 def test_a_page_of_several_methods_names_each(name):
     text = (DOCS / f"{page_of(name)}.md").read_text()
