@@ -6,7 +6,7 @@ import torch
 
 from metakern.data.examples import Examples, Source, Task
 from metakern.data.long_tail import SHAPES
-from metakern.data.noise import corrupt, noise_matrix
+from metakern.data.noise import noisy
 
 
 def biased(
@@ -62,15 +62,9 @@ def biased(
         meta.append(rows[:taken])
         train.append(rows[taken : taken + count])
     train_rows, meta_rows = torch.cat(train), torch.cat(meta)
-    chosen, held, corruption = source.train.take(train_rows), source.train.take(meta_rows), None
-    if noise is not None:
-        matrix = noise_matrix(noise, classes, rate, generator, groups=source.groups)
-        targets, corruption = corrupt(chosen.targets, matrix, generator)
-        chosen = Examples(chosen.inputs, targets, chosen.ids)
+    chosen, held = source.train.take(train_rows), source.train.take(meta_rows)
     tail = "" if shape == "exponential" else f" ({shape})"
-    parts = [f"imbalance {factor:g}{tail}" * (factor != 1), f"{100 * rate:g} % {noise} noise" * (noise is not None)]
-    name = ", ".join([source.name, *filter(None, parts)])
+    name = source.name if factor == 1 else f"{source.name}, imbalance {factor:g}{tail}"
     clean_meta = Examples(held.inputs, truth[meta_rows], held.ids) if source.meta is None else source.meta
-    return Task(
-        name, chosen, clean_meta, source.test, source.class_names, truth[train_rows], corruption, source.contents
-    )
+    task = Task(name, chosen, clean_meta, source.test, source.class_names, truth[train_rows], contents=source.contents)
+    return task if noise is None else noisy(task, noise, rate, generator, groups=source.groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from metakern.data.examples import Source, Task
+from metakern.data.noise import noisy
 
 
 def _binary_counts(available: torch.Tensor, majority: float, size: int, meta_per_class: int) -> tuple[int, int]:
@@ -15,14 +16,23 @@ def _binary_counts(available: torch.Tensor, majority: float, size: int, meta_per
 
 
 def binary_imbalance(
-    source: Source, *, majority: float = 0.995, size: int = 5000, meta_per_class: int = 5, seed: int = 0
+    source: Source,
+    *,
+    majority: float = 0.995,
+    noise: str | None = None,
+    rate: float = 0.0,
+    size: int = 5000,
+    meta_per_class: int = 5,
+    seed: int = 0,
 ) -> Task:
-    """A two-class task in which class 1 has the share `majority` of `size` training examples.
+    """A two-class task in which class 1 has the share `majority` of `size` training examples; then label noise.
 
     The meta set, `meta_per_class` of each class, is taken out of those `size` examples, so no method sees more data
     than another, or it is the source's own; the test set is the source's own. Where the source is too small the size
     shrinks, and the minority keeps one training example at least: `Task.class_shares` has the shares that came out.
-    Raises: ValueError when the source is not binary, majority is not in [0.5, 1), or a class has too few examples.
+    With `noise` of that `rate` the training labels are drawn anew after all this, see `noise_matrix`.
+    Raises: ValueError when the source is not binary, majority is not in [0.5, 1), or a class has too few examples; as
+    `noise_matrix`.
     Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, section 4.1.
     """
     if len(source.class_names) != 2:
@@ -45,7 +55,7 @@ def binary_imbalance(
         meta.append(rows[:taken])
         train.append(rows[taken:])
     chosen = source.train.take(torch.cat(train))
-    return Task(
+    task = Task(
         f"{source.name} at majority {majority:g}",
         chosen,
         source.train.take(torch.cat(meta)) if source.meta is None else source.meta,
@@ -54,3 +64,4 @@ def binary_imbalance(
         chosen.targets.clone(),
         contents=source.contents,
     )
+    return task if noise is None else noisy(task, noise, rate, generator)

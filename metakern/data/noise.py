@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from metakern.data.examples import Examples, Task
 
 
 class Noisy(NamedTuple):
@@ -124,3 +127,19 @@ def noise_matrix(
             raise ValueError(f"hierarchical noise stays in groups of classes; each of {classes} is alone in its group")
         return hierarchical_matrix(groups, rate)
     return _KINDS[kind](classes, rate, generator)
+
+
+def noisy(task: Task, kind: str, rate: float, generator: torch.Generator, *, groups: Tensor | None = None) -> Task:
+    """The task with noise in its training labels; the meta set, the test set and `clean_targets` stay as they are.
+
+    Raises: as `noise_matrix`.
+    """
+    matrix = noise_matrix(kind, len(task.class_names), rate, generator, groups=groups)
+    train = task.train
+    targets, corruption = corrupt(train.targets, matrix, generator)
+    return replace(
+        task,
+        name=f"{task.name}, {100 * rate:g} % {kind} noise",
+        train=Examples(train.inputs, targets, train.ids),
+        corruption=corruption,
+    )

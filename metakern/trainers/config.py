@@ -41,7 +41,7 @@ class TrainConfig:
     )
     imbalance: float = option(1.0, "sets of more classes: largest class to smallest", "FACTOR")
     imbalance_shape: str = option("exponential", f"how the classes fall: {', '.join(SHAPES)}", "SHAPE")
-    noise: str | None = option(None, f"sets of more classes: label noise, one of {', '.join(NOISE_KINDS)}", "KIND")
+    noise: str | None = option(None, f"label noise, one of {', '.join(NOISE_KINDS)}", "KIND")
     noise_rate: float = option(0.0, "share of labels the noise draws anew", "SHARE")
     train_size: int = option(5000, "training and meta examples together, at most")
     meta_per_class: int = option(5, "clean examples of each class that the meta set takes out of them")

@@ -46,10 +46,17 @@ def _biased(config: TrainConfig, source: Source) -> Task:
     if is_own(config.data):
         size = len(source.train)  # all of them, as they are, unless a bias is asked for
     if len(source.class_names) == 2 and not (is_own(config.data) and config.majority is None):
-        if config.imbalance != 1 or config.noise is not None:
-            raise ValueError(f"--imbalance and --noise are for more than two classes; {config.data} takes --majority")
-        majority = 0.995 if config.majority is None else config.majority
-        return binary_imbalance(source, majority=majority, size=size, meta_per_class=meta_per_class, seed=seed)
+        if config.imbalance != 1:
+            raise ValueError(f"--imbalance is for more than two classes; {config.data} takes --majority and --noise")
+        return binary_imbalance(
+            source,
+            majority=0.995 if config.majority is None else config.majority,
+            noise=config.noise,
+            rate=config.noise_rate,
+            size=size,
+            meta_per_class=meta_per_class,
+            seed=seed,
+        )
     if config.majority is not None:
         raise ValueError(f"--majority is for two classes; {config.data} takes --imbalance and --noise")
     return biased(

@@ -53,6 +53,30 @@ def test_seeded():
     assert not torch.equal(drawn(3).train.ids, drawn(4).train.ids)
 
 
+@pytest.mark.parametrize("noise", ["uniform", "symmetric", "flip", "background"])
+def test_noise_spoils_the_training_labels_alone(noise):
+    source = made_up(300, 3000)
+    clean = binary_imbalance(source, majority=0.9, size=500, seed=2)
+    task = binary_imbalance(source, majority=0.9, size=500, seed=2, noise=noise, rate=0.4)
+    assert task.name == f"made-up at majority 0.9, 40 % {noise} noise"
+    for ours, theirs in ((task.train, clean.train), (task.meta, clean.meta), (task.test, clean.test)):
+        assert torch.equal(ours.inputs, theirs.inputs)
+        assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(task.meta.targets, clean.meta.targets)
+    assert torch.equal(task.test.targets, clean.test.targets)
+    assert torch.equal(task.clean_targets, clean.train.targets)
+    assert clean.corruption is None
+    assert (task.corruption[task.clean_targets, task.train.targets] > 0).all()
+    assert not torch.equal(task.train.targets, task.clean_targets)
+
+
+def test_noise_of_more_classes_is_refused():
+    with pytest.raises(ValueError, match="partners must be 1 to 1 for 2 classes, got 2"):
+        binary_imbalance(made_up(30, 300), noise="flip2", rate=0.4)
+    with pytest.raises(ValueError, match="hierarchical noise stays in groups of classes"):
+        binary_imbalance(made_up(30, 300), noise="hierarchical", rate=0.4)
+
+
 def test_small_source_shrinks_the_size_not_the_share():
     task = binary_imbalance(made_up(100, 900), majority=0.9)
     assert (task.train.counts(2) + task.meta.counts(2)).tolist() == [100, 900]

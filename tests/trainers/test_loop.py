@@ -120,9 +120,21 @@ def test_many_classes_with_noise(quick, tmp_path):
     assert many.name() == "digits-imbalance5-symmetric0.4-uniform-0"
 
 
+def test_two_classes_take_a_majority_and_noise(quick, tmp_path):
+    config = replace(quick, method="mw-net", noise="symmetric", noise_rate=0.3)
+    clean, noised = make_task(quick), make_task(config)
+    assert noised.name == "digits-4v9 at majority 0.9, 30 % symmetric noise"
+    assert torch.equal(noised.train.ids, clean.train.ids)
+    assert torch.equal(noised.clean_targets, clean.train.targets)
+    run = train(config, tmp_path, progress=False)
+    with np.load(tmp_path / "weights.npz") as stored:
+        assert 0.15 < (stored["label"] != stored["clean_label"]).mean() < 0.45
+    assert run.config.name() == "digits-4v9-0.9-symmetric0.3-mw-net-0"
+
+
 def test_options_of_the_other_kind_of_set_are_refused(quick):
-    with pytest.raises(ValueError, match="digits-4v9 takes --majority"):
-        make_task(replace(quick, noise="uniform", noise_rate=0.2))
+    with pytest.raises(ValueError, match="digits-4v9 takes --majority and --noise"):
+        make_task(replace(quick, imbalance=2.0))
     with pytest.raises(ValueError, match="digits takes --imbalance and --noise"):
         make_task(replace(quick, data="digits"))
 
