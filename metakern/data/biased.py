@@ -45,7 +45,8 @@ def biased(
     taken = 0 if source.meta is not None else meta_per_class
     if meta_per_class < 1 or int(available.min()) <= taken:
         smallest = int(available.min())
-        hint = "" if smallest > 1 else "; no number will do: give that class more examples, or leave it out"
+        second = "a second example, which may be marked as meta (a row with split=meta, an image in a folder meta)"
+        hint = "" if smallest > 1 else f"; no number will do: give that class {second}, or leave the class out"
         raise ValueError(
             f"biased: meta_per_class must be at least 1 and below the {smallest} training examples of the smallest "
             f"class, {source.class_names[int(available.argmin())]!r}, got {meta_per_class}{hint}"

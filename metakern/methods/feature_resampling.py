@@ -28,7 +28,10 @@ def resampled(task: Task, make: MakeSampler, seed: int, *, copies_only: bool = F
     """
     inputs, targets = task.train.inputs, task.train.targets
     if not copies_only and not inputs.is_floating_point():
-        raise NotApplicable(f"re-sampling needs inputs that are numbers to mix; {task.name} has {inputs.dtype} tokens")
+        raise NotApplicable(
+            f"re-sampling needs inputs that are numbers to mix; {task.name} has {inputs.dtype} tokens, which only "
+            "oversample, undersample and metabalance-raw-oversample take"
+        )
     smallest = int(torch.bincount(targets)[targets.unique()].min())
     sampler = make(smallest, seed)
     flat = inputs.reshape(len(inputs), -1).cpu().numpy()

@@ -261,10 +261,13 @@ def test_classes_of_the_test_rows_must_be_known(tmp_path):
 def test_a_class_of_one_row(tmp_path):
     lines = ["a,kind", *(f"{k},{k % 2}" for k in range(40)), "3,rare"]
     config = TrainConfig("l2rw", data=write(tmp_path / "own.csv", lines), label="kind")
-    with pytest.raises(
-        ValueError, match="smallest class, 'rare', got 5; no number will do: give that class more examples"
-    ):
+    message = "smallest class, 'rare', got 5; no number will do: give that class a second example, .* split=meta"
+    with pytest.raises(ValueError, match=message):
         make_task(config)
+    marked = [lines[0] + ",split", *(f"{line},train" for line in lines[1:]), "3,rare,meta", "1,0,meta", "2,1,meta"]
+    write(tmp_path / "own.csv", marked)
+    task = make_task(config)
+    assert (len(task.meta), int((task.train.targets == task.class_names.index("rare")).sum())) == (3, 1)
 
 
 def test_names_that_python_reads_as_numbers(tmp_path):
