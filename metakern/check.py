@@ -102,9 +102,9 @@ def check(
         if isinstance(error, EngineUnavailable):
             raise
         raise RuntimeError(
-            "check runs a copy of the model in float64, and its forward or backward pass fails there; tensors that it "
-            "reads stay in their precision where they are no parameters, buffers or attributes of a module, nor part "
-            f"of the batch: {error}"
+            "check runs a copy of the model in float64, and its forward or backward pass fails there; tensors that are "
+            "neither parameters, buffers or attributes of a module nor part of the batch keep their precision: "
+            f"{error}"
         ) from error
     found = reweight_step(
         replica,
@@ -128,10 +128,10 @@ def check(
         rounded, rounded_rows = _judged(truth, found.dots, named, uses, torch.float32)
         if rounded.ok and all(row.gradient.ok for row in rounded_rows):
             dots, rows = rounded, rounded_rows
-            advice.append("exact to float32 only, because the model computes in float32 inside, or nearly so")
+            advice.append("exact only to float32, because the model computes in float32 inside, or nearly so")
     if why_not:
         advice.append(
-            "without the reason given above the cheaper engine, ghost, would serve; metakern.explain has costs"
+            "but for the reason given above, the cheaper engine, ghost, would run; metakern.explain shows costs"
         )
     return CheckReport(found.engine, why_not, dots, rows, tuple(advice))
 

@@ -88,8 +88,8 @@ def example_axes(
         known.new_in_a_row = 0
     if (found is None or found.moves or not found.lasting) and not host_may_wait():
         raise EngineUnavailable(
-            "whose rows are whose has to be looked up in every pass of this model, which a CUDA graph cannot; take "
-            "the step without capturing it"
+            "which rows belong to which example has to be looked up in every pass of this model, which a CUDA graph "
+            "cannot do; run the step without capturing it"
         )
     if found is not None and not found.moves and found.lasting:
         return found.axes

@@ -1,4 +1,4 @@
-"""The autograd graph of a traced pass: is every use known, and what are the output gradients B?"""
+"""The autograd graph of a traced pass: whether every use is known, and the output gradients B."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from metakern.capture.refusal import EngineUnavailable
 
 
 class Fingerprint(NamedTuple):
-    """Of a pass: which operations it is made of, and which outputs of uses they read; in which order they take one
-    another's outputs, and by which numbers; whether rows may be picked by tensors in a way that was not seen.
+    """A pass: its operations, and which outputs of uses they read; in which order they take each other's outputs, and
+    with which numbers; whether tensors may select rows in a way that was not seen.
     """
 
     operations: int
@@ -33,15 +33,15 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     """Raise unless every path from the losses to a trainable parameter goes through a traced use.
 
     `names` maps the identity of each trainable parameter to its qualified name. The walk starts at the losses and at
-    the data inputs of every use and stops at the outputs of uses, so it can only arrive at a parameter by a way that
-    the trace does not know. Returns a fingerprint of the operations met: it differs when the model takes another
+    the data inputs of every use, and stops at the outputs of uses, so it can only reach a parameter by a path that
+    the trace does not know. Returns a fingerprint of the operations on the way: it differs if the model takes another
     branch, or puts rows into another order.
     """
-    places: dict[Any, int] = {None: -1}  # nodes by when they were met
+    places: dict[Any, int] = {None: -1}  # node -> when it was met
     for edge in (edge for use in trace.uses for edge in use.edges):
         places.setdefault(edge.node, len(places))
     ends, ahead = len(places), []
-    first = math.inf if trace.reorders else trace.first  # where rows may go anywhere, they are checked in every step
+    first = math.inf if trace.reorders else trace.first  # if rows may go anywhere, they are checked in every step
 
     def place(node: Any) -> int:
         found = places.get(node)
@@ -55,7 +55,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     while ahead:
         node = ahead.pop()
         name = node.name()
-        met.append("ViewBackward0" if name == "ReshapeAliasBackward0" else name)  # of one call, watched or not
+        met.append("ViewBackward0" if name == "ReshapeAliasBackward0" else name)  # same call, watched or not
         if name.endswith("AccumulateGrad") and id(node.variable) in names:
             raise EngineUnavailable(
                 f"parameter '{names[id(node.variable)]}' is used in a way that tracing a forward pass does not see (a "
@@ -64,7 +64,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
             )
         inputs = [(place(before), output) for before, output in node.next_functions]
         read.update([pair for pair in inputs if pair[0] < ends])
-        if node._sequence_nr() >= first:  # what came before the pass put the rows of its inputs where it liked
+        if node._sequence_nr() >= first:  # how earlier nodes ordered the rows of the inputs does not matter
             order.append((inputs, numbers_at(node, name)))
     unseen = unseen_nodes(list(places)[ends:], trace.gaps) if trace.gaps and not trace.reorders else []
     may_pick = any([may_pick_rows(node, trace.constants) for node in unseen])
@@ -76,7 +76,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
 def _hash(numbers: Any) -> int:
     try:
         return hash(marshal.dumps(numbers, 2))  # nested lists of numbers, in a tenth of the time that `hash` takes
-    except ValueError:  # sizes of nested tensors are no numbers
+    except ValueError:  # sizes of nested tensors are not numbers
         return hash(repr(numbers))
 
 
@@ -103,8 +103,8 @@ def _grads_of(
 
 @contextmanager
 def _after_hooks(trace: Trace, edges: Sequence[GradientEdge]) -> Iterator[dict[int, Tensor | None]]:
-    """Gradients of those edges, by index, whose tensors have hooks: where the node runs on, torch hands out the
-    gradient as it was before them.
+    """Gradients of those edges, by index, whose tensors have hooks: if the backward pass goes on through the node,
+    torch returns the gradient from before the hooks.
     """
     after: dict[int, Tensor | None] = {}
 
@@ -124,7 +124,7 @@ def _after_hooks(trace: Trace, edges: Sequence[GradientEdge]) -> Iterator[dict[i
 
 
 def _shaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """B in the shape of the output; the edge may be that of the tensor the output is a view of."""
+    """B in the shape of the output; the edge may be that of the tensor that the output is a view of."""
     return None if grad is None else grad.view(shape) if grad.shape != shape else grad
 
 
@@ -134,10 +134,10 @@ def visit_output_gradients(
     passing: Collection[int],
     retain_graph: bool = False,
 ) -> None:
-    """Call `visit(use index, B)` for every use of one backward pass: where it is of `passing`, as its B comes by, which
-    is then not kept; for the others after the pass.
+    """Call `visit(use index, B)` for every use in one backward pass: for those in `passing` as soon as B is known, so
+    that it is not kept; for the others after the pass.
 
-    A gradient can be seen in passing only at a node that runs, so uses that have no use below them are among the
+    A gradient can be seen in passing only at a node that runs, so uses without another use below them are among the
     others.
     """
     late = {*range(len(trace.uses))}.difference(passing) | _lowest(trace.uses, passing)
@@ -156,15 +156,15 @@ def visit_output_gradients(
 
 
 def _lowest(uses: Sequence[Use], among: Iterable[int]) -> set[int]:
-    """Those `among` the uses, an output of which was made of no other use: nothing is to be found below it, so its node
-    does not run. The user's inputs may have a graph of their own, and of two outputs one may be a view of a parameter.
+    """Those `among` the uses with an output that no other use contributed to: no gradient is wanted below it, so its
+    node does not run. The user's inputs may have a graph, and one of two outputs may be a view of a parameter.
     """
     known, free = {edge.node for use in uses for edge in use.edges}, set[Any]()
     return {k for k in among if not all([_reaches(known, edge.node, free) for edge in uses[k].edges])}
 
 
 def _reaches(known: set[Any], start: Any, free: set[Any]) -> bool:
-    """Does any way back from a node lead to a `known` one? Nodes from which none does are added to `free`."""
+    """Whether a path leads back from a node to a `known` one; nodes without such a path are added to `free`."""
     met, ahead = set[Any](), [before for before, _ in start.next_functions]
     while ahead and ahead[-1] not in known:
         node = ahead.pop()
@@ -177,7 +177,7 @@ def _reaches(known: set[Any], start: Any, free: set[Any]) -> bool:
 
 
 def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:
-    """Hooks that hand the output gradients of one use to `visit` when its nodes run."""
+    """Hooks that pass the output gradients of one use to `visit` when its nodes run."""
 
     def watcher(position: int, output_nr: int) -> Callable[[Sequence[Tensor | None]], None]:
         def watch(grads: Sequence[Tensor | None]) -> None:
@@ -192,8 +192,8 @@ def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) 
 
 @contextmanager
 def differentiable_functions(losses: Tensor) -> Iterator[None]:
-    """Inside the block a backward pass with `create_graph=True` is refused where a custom function's backward cuts it:
-    what it returns does not depend, for autograd, on the gradient that it was given.
+    """Inside the block, a backward pass with `create_graph=True` raises if the backward of a custom function breaks the
+    graph: if what it returns does not depend, for autograd, on the gradient that it was given.
 
     Raises: EngineUnavailable naming the function.
     """
@@ -206,13 +206,13 @@ def differentiable_functions(losses: Tensor) -> Iterator[None]:
 
 
 def _require_graph(name: str, given: Sequence[Tensor | None], taken: Sequence[Tensor | None]) -> None:
-    """`given` to the inputs for the gradients `taken` of the outputs."""
+    """`given` are the gradients of the inputs, `taken` those of the outputs."""
     if any(g is not None and g.requires_grad for g in taken) and any(
         g is not None and not g.requires_grad and bool(g.any()) for g in given
     ):
         raise EngineUnavailable(
             f"the backward of a custom autograd.Function, {name.removesuffix('Backward')}, cannot be differentiated "
-            "again, and autograd does not say so: make it of torch functions, not under torch.no_grad"
+            "again, and autograd does not report it: write it with torch functions, not under torch.no_grad"
         )
 
 

@@ -1,7 +1,7 @@
-"""Batches in, one loss per example out: the one place where reductions are decided.
+"""Batches in, one loss per example out: the only place where reductions are decided.
 
-A batch is `(inputs, targets)`, a mapping given to `model(**batch)` with "labels", or anything at all together with a
-`loss_fn(model, batch)` that returns one loss per example.
+A batch is `(inputs, targets)`, a mapping with "labels" for `model(**batch)`, or anything that a
+`loss_fn(model, batch)` accepts which returns one loss per example.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from metakern.capture.row_losses import row_losses
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 _MISNAMED: WeakSet[nn.Module] = WeakSet()
-"""Models whose own loss was found to read token labels otherwise than their name says, for where it cannot be asked."""
+"""Models found to read token labels differently than their name says; for passes that cannot compare losses."""
 
-_ANOTHER_LOSS = "regression, several labels at once or any other loss pass loss_fn(model, batch) -> losses[n]"
+_ANOTHER_LOSS = "regression, several labels at once or any other loss, pass loss_fn(model, batch) -> losses[n]"
 
 
 def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
-    """Losses l_n of one batch, shape [n]; `argument` is the name ("batch", "meta_batch") that errors speak of.
+    """Losses l_n of one batch, shape [n]; `argument` is what errors call it ("batch", "meta_batch").
 
     Without `loss_fn` the loss is the cross entropy of each example; an example with several positions (tokens,
     pixels) counts the mean over its positions that are not ignored (-100).
@@ -43,9 +43,9 @@ def per_example_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | Non
 
 
 def evaluate_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
-    """As `per_example_losses`, without looking at what comes out.
+    """As `per_example_losses`, without checking the result.
 
-    Lists and dicts of the batch are put back as they were: where a pass takes the labels out, the next one finds them.
+    Lists and dicts of the batch are restored: if one pass pops the labels, the next one finds them again.
     """
     contents = list(_contents(batch))
     try:
@@ -69,7 +69,7 @@ def _contents(batch: Any) -> Iterator[PutBack]:
 
 
 def losses_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
-    """The same without putting anything back."""
+    """The same without restoring anything."""
     if loss_fn is not None:
         return loss_fn(model, batch)
     if isinstance(batch, Mapping):
@@ -108,7 +108,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
         losses = _entropies(logits, targets)
     except IndexError as error:
         raise ValueError(
-            f"{argument}: targets hold a class that is none of the {shape[1]} of the logits ({error}); -100 "
+            f"{argument}: targets hold a class that is not among the {shape[1]} of the logits ({error}); -100 "
             "leaves a position out"
         ) from error
     if losses.dim() == 1:
@@ -118,17 +118,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
 
 
 def _require_distributions(targets: Tensor, argument: str) -> None:
-    """Numbers to predict, and several labels at once, have the shape of probabilities as well."""
+    """Regression targets and multi-label targets have the shape of probabilities as well."""
     if host_may_wait() and not is_traced() and bool(((targets < 0).any(1) | ((targets.sum(1) - 1).abs() > 0.01)).any()):
         raise ValueError(
-            f"{argument}: targets of the shape of the logits must be probabilities, which are not negative and add up "
-            f"to 1 over the classes; for {_ANOTHER_LOSS}"
+            f"{argument}: targets of the shape of the logits must be probabilities, which are not negative and sum to "
+            f"1 over the classes; for {_ANOTHER_LOSS}"
         )
 
 
 def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy at every position, [n, ...]. Where classes lie side by side in memory, as the token logits of a
-    transposed [n, t, C] do, row by row: that takes half the time and less.
+    """Cross entropy at every position, [n, ...]. If classes are adjacent in memory, as in token logits transposed from
+    [n, t, C], row by row: that takes at most half the time.
     """
     if targets.is_floating_point() or logits.stride(1) != 1:
         return F.cross_entropy(logits, targets, reduction="none")
@@ -139,14 +139,14 @@ def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def output_for(model: nn.Module, inputs: Any) -> Any:
-    """What the model returns for inputs that are a mapping of keywords, a sequence of arguments, or one argument."""
+    """The output of the model for a mapping of keywords, a sequence of arguments, or one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits among what a model returned: the tensor itself, or what it calls logits."""
+    """The logits in what a model returned: the tensor itself, or its entry called logits."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and "logits" in output:
@@ -161,8 +161,8 @@ def logits_in(output: Any) -> Tensor:
 
 
 def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -> Tensor:
-    """Losses of a model that takes its labels as a keyword, as those of transformers do: cross entropy of its logits,
-    whose mean must be the model's own loss where it returns one.
+    """Losses of a model that takes labels as a keyword, as in transformers: cross entropy of its logits, whose mean
+    must equal the model's own loss if it returns one.
     """
     if "labels" not in batch:
         raise ValueError(f"{argument} is a mapping without 'labels' (it has {sorted(batch)}); add them or pass loss_fn")
@@ -190,8 +190,8 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
 
 
 def _token_labels(model: nn.Module, labels: Tensor) -> list[Tensor]:
-    """Labels [n, t] of tokens in the two readings there are, the likelier first: a causal model, by its name, predicts
-    the next token. Names mislead (decoders that take shifted labels, vision-language models); own losses do not.
+    """Labels [n, t] of tokens in both readings, the likelier first: a causal model, judged by its name, predicts the
+    next token. Names can mislead (decoders that take shifted labels, vision-language models); own losses do not.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=-100)  # the logits stay whole: a slice of them would be copied
     kind = type(model).__name__
@@ -200,7 +200,7 @@ def _token_labels(model: nn.Module, labels: Tensor) -> list[Tensor]:
 
 
 def _mean(losses: Tensor, labels: Tensor) -> Tensor:
-    """Mean of the losses over examples, or over counted tokens where an example has several."""
+    """Mean of the losses over examples, or over counted tokens if an example has several."""
     losses = losses.detach().double()
     if labels.dim() == 1 or labels.is_floating_point():
         return losses.mean()
@@ -215,7 +215,7 @@ def _same_loss(own: Tensor, mean: Tensor, dtype: torch.dtype) -> bool:
 
 
 def require_losses(losses: Any, argument: str) -> None:
-    """Raise, as `per_example_losses` says, for what is not one finite loss per example."""
+    """Raise, as documented for `per_example_losses`, unless there is one finite loss per example."""
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"{argument}: losses must be a floating point tensor of shape [n], got {kind}")

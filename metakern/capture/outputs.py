@@ -1,7 +1,7 @@
-"""What a call returns: its tensors, and nodes of their own for outputs that were made from one another.
+"""What a call returns: its tensors, and separate graph nodes for outputs that were made from one another.
 
-An LSTM cell returns h and c, and h is computed from c. The gradient that arrives at c then holds what came through h,
-inside the call; a rule that sums over both outputs would count that twice.
+An LSTM cell returns h and c, and h is computed from c. The gradient that arrives at c then includes what came through
+h, inside the call; a rule that sums over both outputs would count that twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any) -> Sequence[Tensor]:
-    """Every tensor in nested lists and tuples. It is asked at every call of a pass, hence no generator."""
+    """Every tensor in nested lists and tuples. Not a generator, because it runs at every call of a pass."""
     if isinstance(value, Tensor):
         return (value,)
     found: list[Tensor] = []
@@ -27,7 +27,7 @@ def tensors_in(value: Any) -> Sequence[Tensor]:
 
 
 def separated(output: Any, upstream: Iterable[Any]) -> Any:
-    """The output, its tensors copied where the history of one goes through another; `upstream` precedes the call."""
+    """The output, its tensors copied if the history of one goes through another; `upstream` precedes the call."""
     if isinstance(output, Tensor):
         return output
     found = [t for t in tensors_in(output) if t.grad_fn is not None]
@@ -76,10 +76,10 @@ def unserved(name: str, tensors: Sequence[Tensor]) -> str:
     """Why a call with such outputs cannot be a use."""
     if any(t.is_nested for t in tensors):
         return (
-            f"the output of {name}, which takes a parameter, is a nested tensor, in which per-layer dots do not tell "
+            f"the output of {name}, which takes a parameter, is a nested tensor, in which per-layer dots cannot tell "
             "examples apart; engine='double_backward' may be exact, or pad the batch"
         )
     return (
-        f"the output of {name}, which takes a parameter, is complex, and per-layer dots are of real tensors; "
+        f"the output of {name}, which takes a parameter, is complex, but per-layer dots need real tensors; "
         "engine='jvp' is exact"
     )

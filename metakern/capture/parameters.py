@@ -24,13 +24,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, p in found.items():
         if p.is_complex():
             raise TypeError(
-                f"parameter '{name}' is complex ({p.dtype}); metakern takes real parameters: hold real and imaginary "
-                "parts, [..., 2], and take torch.view_as_complex of them in the forward pass"
+                f"parameter '{name}' is complex ({p.dtype}); metakern needs real parameters: store real and imaginary "
+                "parts, [..., 2], and apply torch.view_as_complex in the forward pass"
             )
         if hasattr(p, "device_mesh"):
             raise TypeError(
-                f"parameter '{name}' is a {type(p).__name__}, a part of which lies on each process (fully_shard, "
-                "tensor parallelism); metakern takes whole ones: pass the model as it was, together with process_group="
+                f"parameter '{name}' is a {type(p).__name__}, split over several processes (fully_shard, "
+                "tensor parallelism); metakern needs whole ones: pass the unsplit model together with process_group="
             )
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             raise NotImplementedError(
@@ -67,13 +67,13 @@ def _named_by(entry: Any, trainable: dict[str, nn.Parameter], names: dict[int, s
         return {names[id(p)]: p for p in entry.parameters() if id(p) in names}
     if isinstance(entry, Tensor):
         if id(entry) not in names:
-            raise ValueError(f"params: a tensor of shape {tuple(entry.shape)} is no trainable parameter of the model")
+            raise ValueError(f"params: a tensor of shape {tuple(entry.shape)} is not a trainable parameter of model")
         return {names[id(entry)]: trainable[names[id(entry)]]}
     raise TypeError(f"params must hold names, parameters or modules, got {type(entry).__name__}")
 
 
 def require_servable(model: Any) -> None:
-    """Refuse what no engine can serve, with the way out."""
+    """Reject what no engine can handle, with an alternative."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -97,20 +97,20 @@ def require_servable(model: Any) -> None:
 def _require_plain_surroundings() -> None:
     """Refuse what keeps calls from being seen or differentiated, if it is active around this one."""
     if torch.is_inference_mode_enabled():
-        raise ValueError("the call is inside torch.inference_mode(), where nothing has a gradient; take it outside")
+        raise ValueError("the call is inside torch.inference_mode(), where nothing has a gradient; move it outside")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
-            "the call is inside a transform of torch.func (grad, vmap, jvp or their kin), which refuses writes into "
-            "buffers; take the step outside, or use the transform within the forward pass or loss_fn"
+            "the call is inside a transform of torch.func (grad, vmap, jvp or similar), which rejects writes into "
+            "buffers; move the step outside, or use the transform inside the forward pass or loss_fn"
         )
     if torch._C._is_torch_function_all_disabled():
         raise NotImplementedError(
-            "torch functions are disabled around the call (torch._C.DisableTorchFunction), and what the model calls "
-            "would not be seen; disable them within the forward pass or loss_fn instead"
+            "torch functions are disabled around the call (torch._C.DisableTorchFunction), so the calls of the model "
+            "would not be seen; disable them inside the forward pass or loss_fn instead"
         )
     for mode in _get_current_function_mode_stack():
         if type(mode).__module__.partition(".")[0] not in ("torch", "metakern"):
             raise NotImplementedError(
-                f"a TorchFunctionMode, {type(mode).__name__}, is active around the call, and what it makes of the "
-                "model's functions would not be seen; enter it within the forward pass or loss_fn instead"
+                f"a TorchFunctionMode, {type(mode).__name__}, is active around the call, and what it does with the "
+                "model's functions would not be seen; enter it inside the forward pass or loss_fn instead"
             )

@@ -1,4 +1,4 @@
-"""Parameters that a forward pass makes, as where layers are built on the first batch: nobody would look after them."""
+"""Parameters that a forward pass makes, as in layers built on the first batch: the step would miss them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from metakern.capture.members import modules_of, name_of
 
 @contextmanager
 def nothing_registered(model: nn.Module, known: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside the block no module of the model may get a trainable parameter that is not among `known`.
+    """Inside the block, no module of the model may get a trainable parameter that is not among `known`.
 
     Raises: ValueError before it gets one; lazy modules keep the parameters that they have.
     """
 
     def parameter(owner: nn.Module, name: str, value: nn.Parameter) -> None:
         if type(value) is Tensor:
-            return  # in place of a parameter for one pass
+            return  # replaces a parameter for one pass
         if value.requires_grad and all(value is not p for p in known) and owner in modules_of(model):
             where = ".".join(filter(None, (name_of(model, owner), name)))
             raise ValueError(
                 f"parameter '{where}' was registered while the step was running, so it would have neither dots nor a "
-                "gradient; make it before: where the first forward pass does, run the model on a batch once"
+                "gradient; make it before: if the first forward pass does so, run the model on a batch once"
             )
 
     def module(owner: nn.Module, name: str, value: nn.Module | None) -> None:

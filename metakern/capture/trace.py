@@ -1,9 +1,9 @@
-"""Run a model once and note every place where a trainable parameter meets example data.
+"""Run a model once and record every place where a trainable parameter meets example data.
 
 The unit of capture is a call of a torch function, not a module. So a user's own layer, a bare parameter, a
-parametrised or low-rank weight, a functional call and a subclass are all seen the same way, and the model (but for
-registered modules) is not wrapped, hooked or changed. What cannot be seen from here (a custom autograd.Function fed
-with a parameter, a scripted module) is found afterwards by `capture.graph.require_complete`, which refuses instead.
+parametrised or low-rank weight, a functional call and a subclass are all seen the same way, and the model (except
+registered modules) is not wrapped, hooked or changed. What cannot be seen here (a custom autograd.Function that takes
+a parameter, a scripted module) is found afterwards by `capture.graph.require_complete`, which raises an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tensor_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, int | None, Tensor]]:
-    """The same as key, item and tensor. It runs at every call of a forward pass, hence no generator."""
+    """The same as key, item and tensor. Not a generator, because it runs at every call of a forward pass."""
     found: list[tuple[int | str, int | None, Tensor]] = []
     for key, value in enumerate(args) if not kwargs else (*enumerate(args), *kwargs.items()):
         if isinstance(value, Tensor):
@@ -46,7 +46,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | 
 
 
 class Tracer(SeeingMode):
-    """Notes uses and derivations of `parameters` while active; the calls themselves run unchanged."""
+    """Records uses and derivations of `parameters` while active; the calls themselves run unchanged."""
 
     def __init__(
         self,
@@ -59,14 +59,14 @@ class Tracer(SeeingMode):
         self.uses: list[Use] = []
         self.derivations: list[Call] = []
         self.couplings: list[str] = []
-        # By identity; the tensors are held, so that an id cannot be taken over by another tensor.
+        # By identity; the tensors are held, so that no other tensor can get the same id.
         self._parametric: dict[int, Tensor] = {id(p): p for p in parameters}
         self._derived_versions: dict[int, int] = {}
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
         self._rows = RowNotes(constants, self._parametric, wanted=rows)
         self._hooked = list[GradientEdge]()
         self._writes = writes  # into parameters, so that they can be undone
-        self.paused = False  # inside a registered module, whose call is noted as a whole
+        self.paused = False  # inside a registered module, whose call is recorded as a whole
 
     def trace(self, losses: Tensor) -> Trace:
         noted = tuple(self.uses), tuple(self.derivations), tuple(self.couplings)
@@ -91,7 +91,7 @@ class Tracer(SeeingMode):
                     return unrolled(func)(*args, **kwargs)
             if kind == "hook":
                 return self._hook(func, args, kwargs)
-            if kind == "attribute":  # x.T and x.real: only views of a parameter matter here
+            if kind == "attribute":  # x.T and x.real: only views of parameters matter here
                 return self._attribute(func, args)
             self._note_batch_statistics(args, kwargs)
         rows = self._rows
@@ -129,7 +129,7 @@ class Tracer(SeeingMode):
         return self._derivation(func, function, args, kwargs, tuple(parametric))
 
     def _call_inside(self, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
-        """A call within a registered module."""
+        """A call inside a registered module."""
         output, data = func(*args, **kwargs), [tensor for _, _, tensor in _tensors(args, kwargs)]
         if data:
             require_repeatable(function.name, args, data[0], drew=False)
@@ -152,10 +152,10 @@ class Tracer(SeeingMode):
         if is_in_place(function, args, kwargs):
             raise EngineUnavailable(
                 f"a tensor derived from parameters is changed in place by {function.name}(); write it out of place for "
-                "engine='ghost' (engine='jvp' takes it as it is)"
+                "engine='ghost' (engine='jvp' handles it as it is)"
             )
         output, state = watching_randomness(func, function, args, kwargs)
-        # A no-op such as `contiguous` hands its argument back, which is known already.
+        # A no-op such as `contiguous` returns its argument, which is known already.
         outputs = tuple([t if t.requires_grad and id(t) not in self._parametric else None for t in tensors_in(output)])
         self._mark_constant(output)
         if any(o is not None for o in outputs):
@@ -174,13 +174,13 @@ class Tracer(SeeingMode):
         if in_place and (id(args[0]) in self._parametric or id(args[0]) in self._constant or "out" in kwargs):
             raise EngineUnavailable(
                 f"{name}() writes example data into a tensor of parameters or constants in place; use torch.cat or "
-                "torch.where for engine='ghost' (engine='jvp' takes it as it is)"
+                "torch.where for engine='ghost' (engine='jvp' handles it as it is)"
             )
         upstream = tuple([t.grad_fn for t in data if t.grad_fn is not None])
         kept, versions = args, versions_of(data)
         if name in ADDITIONS:
             versions = ()  # a sum's derivative does not depend on what was added to
-        elif in_place:  # the value before the call is gone afterwards, and a replay needs it
+        elif in_place:  # a replay needs the value before the call, which is overwritten
             kept = (args[0].detach().clone(), *args[1:])
             versions = tuple([(t, version) for t, version in versions if t is not args[0]])
         output, state = watching_randomness(func, function, args, kwargs)
@@ -208,7 +208,7 @@ class Tracer(SeeingMode):
             self.uses.append(Use(call, edges, places, tuple([t.shape for t in tensors]), upstream))
 
     def _made(self, call: Call, output: Any) -> list[tuple[int, Tensor]]:
-        """Outputs that carry a gradient, by place; arguments that come back as they were (`atleast_2d`) are none."""
+        """Outputs that carry a gradient, by place; not arguments that are returned unchanged (`atleast_2d`)."""
         known, same = self._parametric, {id(t) for t, version in call.versions if t._version == version}
         return [
             (place, t)
@@ -280,7 +280,7 @@ class Tracer(SeeingMode):
         if version is not None and tensor._version != version:
             raise EngineUnavailable(
                 f"a tensor of shape {tuple(tensor.shape)} derived from parameters was changed in place after it was "
-                "made; write it out of place for engine='ghost' (engine='jvp' takes it as it is)"
+                "made; write it out of place for engine='ghost' (engine='jvp' handles it as it is)"
             )
 
     def _note_batch_statistics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""The first batch of a structure is held against a plain backward pass, so that what an engine has wrong is not silent.
+"""The first batch of a structure is checked against a plain backward pass, so that no engine is silently wrong.
 
-For numbers u_n that have nothing to do with the batch autograd alone gives, through the graph of the same pass,
+For numbers u_n that are independent of the batch, autograd alone gives, through the graph of the same pass,
 
     G = d/dtheta sum_n u_n l_n        and an engine must agree:   sum_n u_n <dl_n/dtheta, R> = <G, R>
                                                                   sum_n u_n dl_n/dtheta = G
 
-The direction R is G with each parameter scaled to length one, but for small ones, so that all count and none cancel.
-Proofs of independence say which forms apply; this says that they did, with the torch that is installed: what torch has
-wrong, or hides from a trace, shows here. It costs a backward pass, once more the dots and a weighted gradient, and the
-memory of two gradients, once for each model, structure and engine; by forward mode, which has no trace to tell
-structures by, once for each model, loss function and mode of its modules.
+The direction R is G with each parameter scaled to length one, except small ones, so that all count and none cancel.
+Proofs of independence say which forms apply; this check says that they did, with the installed torch: bugs in torch,
+and anything hidden from a trace, show up here. It costs a backward pass, the dots and a weighted gradient once more,
+and the memory of two gradients, once per model, structure and engine; in forward mode, which has no trace to
+distinguish structures, once per model, loss function and mode of its modules.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 
 _VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = WeakKeyDictionary()
-"""By model, then by engine and structure: why it is refused, or None."""
+"""By model, then by engine and structure: why it is rejected, or None."""
 
 SMALL = 1e-2
-"""The share of |G| below which a parameter counts less than it has: it may be rounding alone, as of a bias before a
-normalisation. In half precision, where autograd itself rounds sums, all count by their share.
+"""The share of |G| below which a parameter gets less than length one: its gradient may be rounding alone, like that of
+a bias before a normalisation. In half precision, where autograd itself rounds sums, all count by their share.
 """
-_AT_ONCE = 1 << 20  # numbers that are taken to float64 at a time
+_AT_ONCE = 1 << 20  # numbers that are converted to float64 at a time
 
 
 class Expected:
-    """What autograd says of a batch, for an engine to say it too."""
+    """What autograd computes for a batch, to compare an engine with."""
 
     def __init__(
         self,
@@ -83,15 +83,15 @@ class Expected:
         self._require(float((dots - directed).abs().max()), most, what)
 
     def forget(self) -> None:
-        """Let go of what is as large as the parameters."""
+        """Free what is as large as the parameters."""
         self._gradient, self.direction = {}, {}
 
     def _require(self, apart: float, size: float, what: str) -> None:
-        if apart > self._share * size and math.isfinite(apart + size):  # what is not finite by itself tells nothing
+        if apart > self._share * size and math.isfinite(apart + size):  # values that are not finite tell nothing
             _VERDICTS.setdefault(self._model, {})[self._key] = reason = (
                 f"{what} disagrees with a plain backward pass over the same batch (by {_share_of(apart, size):.1e} of "
                 f"its size): torch {torch.__version__} or metakern has a derivative of this model wrong. Please report "
-                "the model; engine='double_backward' asks autograd alone, at several times the price"
+                "the model; engine='double_backward' uses autograd alone, at several times the cost"
             )
             raise EngineUnavailable(reason)
 
@@ -102,10 +102,10 @@ def expected(
     structure: Hashable,
     form: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Expected | None:
-    """What to hold an engine's answers of this pass against; None where an earlier pass was, where this one tells
-    nothing, or dots are rounded on request. `form` is that of a graph whose outputs are differentiated forward.
+    """What to compare an engine's answers for this pass with; None if an earlier pass was checked, if this one tells
+    nothing, or if dots are rounded on request. `form` is that of a graph whose outputs are differentiated forward.
 
-    Raises: EngineUnavailable where an earlier pass disagreed.
+    Raises: EngineUnavailable if an earlier pass disagreed.
     """
     if not problem.exact or not host_may_wait() or is_traced():  # a step is taken before it is traced
         return None
@@ -121,15 +121,15 @@ def expected(
     small = SMALL if fine else 1.0
     if form is None:
         return Expected(problem, outputs, key, nullcontext, share, small)
-    # Other engines contract what the backward pass itself has rounded. Forward mode rounds other numbers, and where
-    # losses are near zero rounding is all that is left of p - 1 (docs/numerics.md, a saturated softmax).
+    # Other engines contract what the backward pass itself has rounded. Forward mode rounds other numbers, and if losses
+    # are near zero, rounding is all that is left of p - 1 (docs/numerics.md, a saturated softmax).
     if float(outputs.detach().abs().max()) < (1e-3 if fine else 0.1):
         return None
     return Expected(problem, outputs, key, form, (10 if fine else 3) * share, small)
 
 
 def _rounds(outputs: Tensor) -> bool:
-    """Is anything in the graph in half precision, as by autocast within the model?"""
+    """Whether anything in the graph is in half precision, for example by autocast inside the model."""
     half = torch.float16, torch.bfloat16
     return any(kind.dtype in half for node in nodes_of(outputs) for kind in node._input_metadata)
 
@@ -139,7 +139,7 @@ def _share_of(apart: float, size: float) -> float:
 
 
 def _plain(gradient: Tensor) -> Tensor:
-    """Dense, and of no subclass, whose arithmetic may be its own."""
+    """Dense, and a plain Tensor: a subclass may have its own arithmetic."""
     return (gradient.to_dense() if gradient.is_sparse else gradient).as_subclass(Tensor)
 
 
@@ -149,7 +149,7 @@ def _inner(a: Tensor, b: Tensor) -> float:
 
 
 def _wide(part: Tensor) -> Tensor:
-    """In float64, which not every device has."""
+    """In float64, on the CPU if the device lacks it."""
     return part.double() if part.device.type in ("cpu", "cuda") else part.cpu().double()
 
 

@@ -1,4 +1,4 @@
-"""Which engine answers: the cheapest exact one. An engine asked for by name never falls back."""
+"""Which engine runs: the cheapest exact one. An engine requested by name never falls back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENGINES: dict[str, Callable[[Problem], Answer]] = {
 T = TypeVar("T")
 
 _SERVED: WeakSet[nn.Module] = WeakSet()
-"""Models whose last step was ghost's: it will most likely serve the next one, and no way back need be kept."""
+"""Models whose last step was by ghost: it most likely handles the next one, so nothing is kept to go back."""
 
 
 def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
@@ -40,12 +40,13 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
 def first_exact(
     engines: Mapping[str, Callable[[Problem], T]], problem: Problem, engine: str, start: Start
 ) -> tuple[T, str]:
-    """What the engine asked for makes of the problem, with "auto" the cheapest exact one, and the name of the engine;
-    the second one tried begins at `start`, as the first did.
+    """The answer of the requested engine, with "auto" of the cheapest exact one, and the engine's name; a second engine
+    begins at `start`, as the first did.
 
     Raises:
         ValueError: no engine of that name.
-        EngineUnavailable: the engine asked for, or with "auto" none, is exact for this model; the message says why.
+        EngineUnavailable: the requested engine is not exact for this model, or with "auto" none is; the message says
+            why.
     """
     if engine != "auto":
         if engine not in engines:
@@ -58,20 +59,20 @@ def first_exact(
         with ghost_first(problem):
             return engines["ghost"](problem), "ghost"
     except EngineUnavailable as error:
-        refusal = str(error)  # the error itself would hold, by its traceback, what ghost's pass has kept
+        refusal = str(error)  # the error itself would keep alive, by its traceback, what ghost's pass has kept
     start.restore()
     try:
         return engines["jvp"](problem), "jvp"
     except EngineUnavailable as second:
         raise EngineUnavailable(
-            f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the price). "
+            f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the cost). "
             f"ghost: {refusal}. jvp: {second}"
         ) from second
 
 
 @contextmanager
 def ghost_first(problem: Problem) -> Iterator[None]:
-    """Where ghost refuses, or its proof fails, what it moved on outside the model can go back."""
+    """If ghost rejects the problem, or its proof fails, what it changed outside the model can be restored."""
     if problem.model not in _SERVED:
         problem.writes.look_around(problem.loss_fn)
     try:
@@ -83,29 +84,29 @@ def ghost_first(problem: Problem) -> Iterator[None]:
 
 
 _ALL_NEW, _PASSED_BY = 16, 32
-"""So many structures in a row that ghost had not met before, and in one step of so many it is asked all the same."""
+"""After so many new structures in a row ghost is skipped, but still tried in one step out of so many."""
 _TURNS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def _never_twice_alike(model: nn.Module) -> bool:
-    """Has every batch another structure, as with a loss that branches in a loop over examples? Each would have to be
-    proved anew, at the price of some ten steps; forward mode has nothing to prove.
+    """Whether every batch has another structure, as with a loss that branches in a loop over examples. Each would need
+    another proof, at the cost of some ten steps; forward mode has nothing to prove.
     """
     if new_in_a_row(model) < _ALL_NEW:
         return False
     turn = _TURNS[model] = _TURNS.get(model, -1) + 1
     if turn == 0:
         warnings.warn(
-            f"each of the last {_ALL_NEW} batches of {type(model).__name__} made another graph, as a loss does that "
-            "branches in a Python loop over its examples, and independence had to be proved for each; engine='auto' "
-            "takes forward mode now. Without branches and loops (masks, index_add) a step takes a fraction of the time",
+            f"each of the last {_ALL_NEW} batches of {type(model).__name__} made another graph, as with a loss that "
+            "branches in a Python loop over examples, and independence had to be proved for each; engine='auto' now "
+            "uses forward mode. Without branches and loops (use masks, index_add), a step takes a fraction of the time",
             stacklevel=2,
         )
     return (turn + 1) % _PASSED_BY != 0
 
 
 def normalises_over_batch(model: nn.Module) -> bool:
-    """Known without a pass: batch statistics make examples interact, so tracing would be in vain."""
+    """Whether batch statistics make examples interact: this is known without a pass, so tracing can be skipped."""
     return any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
         for module in modules_of(model)

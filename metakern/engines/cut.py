@@ -1,4 +1,4 @@
-"""Cut a batch into parts of a few examples, without knowing what it means."""
+"""Split a batch into parts of a few examples, without knowing what it means."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from metakern.capture.layout import is_sparse
 
 
 def cut(batch: Any, size: int, argument: str) -> list[Any]:
-    """The batch in parts of `size` examples, the last one smaller: every tensor is cut along dimension 0.
+    """The batch in parts of `size` examples, the last one possibly smaller: tensors are split along dimension 0.
 
-    Tensors without a dimension, and whatever is no tensor, go to every part. `argument` is what errors call the batch.
+    Tensors without a dimension, and anything else, go to every part. `argument` is what errors call the batch.
 
     Raises: as `examples_of`.
     """
@@ -31,19 +31,19 @@ def examples_of(batch: Any, argument: str) -> int:
     """How many examples the batch has: the length of every tensor with a dimension.
 
     Raises:
-        TypeError: the batch holds no tensor, so nothing is known to cut.
+        TypeError: the batch holds no tensor, so there is nothing to split.
         ValueError: its tensors do not agree on the number of examples.
     """
     shapes = [tuple(leaf.shape) for leaf in _leaves(batch)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     if not shapes:
         raise TypeError(
-            f"micro_batch cuts tensors, in tuples, lists and mappings; {argument} is of type {type(batch).__name__} "
+            f"micro_batch splits tensors, in tuples, lists and mappings; {argument} is of type {type(batch).__name__} "
             "and holds none: pass its tensors, and rebuild it in loss_fn"
         )
     sizes = {shape[0] for shape in shapes}
     if len(sizes) > 1:
         raise ValueError(
-            f"micro_batch cuts every tensor of {argument} along dimension 0, which must be the examples; they have "
+            f"micro_batch splits every tensor of {argument} along dimension 0, which must be the examples; they have "
             f"shapes {shapes}"
         )
     return sizes.pop()
@@ -54,7 +54,7 @@ def _leaves(batch: Any) -> tuple[list[Any], Any]:
 
 
 def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
-    """Rows of a tensor; sparse ones have no views, and only coordinates can be cut."""
+    """Rows of a tensor; sparse ones have no views, and only the COO layout can be split."""
     if not is_sparse(tensor):
         return tensor[start : start + size]
     part = tensor.to_sparse_coo().narrow_copy(0, start, min(size, len(tensor) - start))

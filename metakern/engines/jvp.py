@@ -1,7 +1,7 @@
 """Forward mode: dots_n = d/dr l_n(theta + r V), one dual pass through the whole model.
 
-Exact also where examples interact (batch statistics, graphs, contrastive losses). It costs the two products of a layer
-that make its tangents, and fused attention is replaced by its plain form for that pass, since it has no forward mode.
+Exact also if examples interact (batch statistics, graphs, contrastive losses). It costs the two products per layer that
+make its tangents. Fused attention has no forward mode, and is replaced by its unfused form in that pass.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
 PLAIN_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
-"""The form of a pass that is differentiated forward; its backward pass needs it too, where layers run again."""
+"""The form of a pass that is differentiated forward; its backward pass needs it too, if layers run again there."""
 
 
 def solve(problem: Problem) -> Answer:
-    """Dots by one dual pass; the weighted gradient by a plain backward of the weighted losses.
+    """Dots by one dual pass; the weighted gradient by a plain backward pass of the weighted losses.
 
     Raises:
         EngineUnavailable: an operation of the model has no forward mode.
     """
     start = PassState(problem.model, problem.loss_fn, problem.writes)
-    # Fused attention draws its dropout mask in another way, so the pass that is differentiated uses the plain form too.
+    # Fused attention draws its dropout mask differently, so the pass that is differentiated uses the unfused form too.
     with first_pass(problem) as products:
         losses = problem.batch_losses()
     require_forward_mode(problem, losses, start, products)
@@ -61,7 +61,7 @@ def solve(problem: Problem) -> Answer:
 
 
 class _Hooks(TorchFunctionMode):
-    """Notes whether a hook was put on a tensor that may change its gradient."""
+    """Records whether a hook that may change gradients was registered on a tensor."""
 
     seen = False
 
@@ -73,10 +73,10 @@ class _Hooks(TorchFunctionMode):
 
 @contextmanager
 def first_pass(problem: Problem) -> Iterator[Products]:
-    """The pass that a dual pass repeats, in operations that have a forward mode; its products, which memory="two_pass"
-    does not keep.
+    """The pass that a dual pass repeats, made of operations that have a forward mode; yields its products, which
+    memory="two_pass" does not keep.
 
-    Raises: EngineUnavailable where hooks may change gradients on their way back, of which forward mode knows nothing.
+    Raises: EngineUnavailable if hooks may change gradients in the backward pass, which forward mode would not see.
     """
     hooks, products = _Hooks(), Products()
     with PLAIN_ATTENTION(), hooks, products if problem.memory == "reuse" else nullcontext():
@@ -97,8 +97,8 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def require_forward_mode(problem: Problem, outputs: Tensor, start: PassState, products: Products) -> None:
-    """Raise EngineUnavailable where the first tangents of a model are not those that a backward pass has; `outputs`
-    are what the first pass made, with its graph.
+    """Raise EngineUnavailable if the first tangents of a model disagree with a backward pass; `outputs` are those of
+    the first pass, with its graph.
     """
     held = expected(problem, outputs, ("jvp", outputs.dim()), PLAIN_ATTENTION)
     if held is not None:
@@ -108,10 +108,10 @@ def require_forward_mode(problem: Problem, outputs: Tensor, start: PassState, pr
 def loss_tangents(
     problem: Problem, direction: dict[str, Tensor], start: PassState, values: Tensor, products: Products
 ) -> Tensor:
-    """d/dr l_n(theta + r V), [n]; the parameters are not touched. `start`, `values` and `products` are of the first
-    pass: what it started from, so that dropout masks are the same, its losses, and what it multiplied.
+    """d/dr l_n(theta + r V), [n]; the parameters are not touched. `start`, `values` and `products` are those of the
+    first pass: the state it started from, so that dropout masks are the same, its losses, and its products.
 
-    Raises: EngineUnavailable: an operation has no forward mode, or this pass is not a repetition of the first.
+    Raises: EngineUnavailable: an operation has no forward mode, or this pass does not repeat the first.
     """
     reused = ReusedProducts(products)
     with start.replayed():
@@ -133,7 +133,7 @@ def _dual_pass(
             duals = {id(p): p.detach() for p in problem.trainable.values()}
             for name, v in direction.items():
                 duals[id(problem.chosen[name])] = forward_ad.make_dual(problem.chosen[name].detach(), v)
-            stack.enter_context(reused)  # beneath the next, so that it meets dual parameters wherever they are held
+            stack.enter_context(reused)  # below the next, so that it sees dual parameters wherever they are held
             stack.enter_context(substituted(problem.model, duals))
             losses = evaluate_losses(problem.model, problem.batch, problem.loss_fn, "batch")
             found = forward_ad.unpack_dual(losses)
@@ -145,12 +145,12 @@ def _dual_pass(
             raise
         raise EngineUnavailable(
             f"an operation of the model has no forward mode ({str(error).splitlines()[0]}); engine='double_backward' "
-            "may be exact, at several times the price"
+            "may be exact, at several times the cost"
         ) from error
 
 
 def _require_all_dual(problem: Problem, losses: Tensor) -> None:
-    """No parameter took part as it is: dual ones require no gradient."""
+    """Raise if a parameter itself took part; dual ones require no gradient."""
     if losses.requires_grad:
         parameters = list(problem.trainable.values())
         require_replaced(
@@ -160,7 +160,7 @@ def _require_all_dual(problem: Problem, losses: Tensor) -> None:
 
 @contextmanager
 def _without_fused_encoder() -> Iterator[None]:
-    """Without gradients nn.TransformerEncoderLayer takes a fused path in eval mode, which has no forward mode."""
+    """Without gradients, nn.TransformerEncoderLayer uses a fused path in eval mode, which has no forward mode."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -171,8 +171,8 @@ def _without_fused_encoder() -> Iterator[None]:
 
 @contextmanager
 def without_fused_lstm(model: nn.Module) -> Iterator[None]:
-    """oneDNN's LSTM has no forward mode, and its backward pass cannot be part of a program; entering and leaving its
-    flags warns about Intel GPUs.
+    """oneDNN's LSTM has no forward mode, and its backward pass cannot be compiled; setting and restoring its flags
+    warns about Intel GPUs.
     """
     if not any(isinstance(module, nn.LSTM) for module in modules_of(model)):
         yield

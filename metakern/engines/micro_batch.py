@@ -1,11 +1,11 @@
 """The ghost engine a few examples at a time: the whole batch's dots and weights, the memory of one part.
 
-    V     = (1/m) sum_j dl'_j/dtheta      meta batch, by parts
-    dots  = <dl_n/dtheta, V>              first pass over the parts; nothing is kept of a part but the dots and losses
-    .grad = sum_n weights_n dl_n/dtheta   second pass over the parts that carry weight
+    V     = (1/m) sum_j dl'_j/dtheta      meta batch, part by part
+    dots  = <dl_n/dtheta, V>              first pass over the parts; only the dots and losses of a part are kept
+    .grad = sum_n weights_n dl_n/dtheta   second pass over the parts that have non-zero weight
 
 Each part is run twice, with the same random numbers, buffers and attributes, so a step costs one more forward and one
-backward pass than without. Weights come from all n dots between the passes.
+more backward pass. Between the passes, weights are computed from all n dots.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ Along = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def several_parts(problem: Problem, engine: str, size: Any) -> bool:
-    """Is one of the batches larger than `size` examples?
+    """Whether one of the batches has more than `size` examples.
 
-    Raises: TypeError, ValueError if `size` is no positive int, the engine takes no parts, or a batch cannot be cut.
+    Raises: TypeError, ValueError if `size` is not a positive int, the engine does not support parts, or a batch cannot
+        be split.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"micro_batch must be None or a positive int, got {size!r}")
@@ -52,8 +53,8 @@ def solve(problem: Problem, size: int, along: Along) -> Answer:
     """
     if normalises_over_batch(problem.model):
         raise EngineUnavailable(
-            "examples interact: batch_norm in training mode takes its statistics over the batch, so a part of the "
-            "batch has other ones; leave out micro_batch, or put the model's normalisation in eval mode"
+            "examples interact: batch_norm in training mode takes its statistics over the batch, and those of a part "
+            "differ; leave out micro_batch, or put the model's normalisation in eval mode"
         )
     meta_loss, direction = _meta_gradient(problem, size)
     mean_over_group(direction, problem.process_group)
@@ -62,13 +63,13 @@ def solve(problem: Problem, size: int, along: Along) -> Answer:
     require_same_in_parts(problem, problem.batch, size, "batch")
     if problem.writes:
         raise EngineUnavailable(
-            "the forward pass writes into parameters, and by parts it would more often than once; leave out micro_batch"
+            "the forward pass writes into parameters, and in parts it would do so several times; leave out micro_batch"
         )
     return Answer(dots, losses, meta_loss, parts.weighted_gradient)
 
 
 class _Parts:
-    """The train batch, part by part, and what is needed to run each part once more."""
+    """The train batch, part by part, and what is needed to run each part again."""
 
     def __init__(self, problem: Problem, size: int) -> None:
         self._problem, self._size, self._starts = problem, size, list[tuple[RandomState, Attributes]]()
@@ -77,7 +78,7 @@ class _Parts:
 
     def dots(self, direction: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Dots and losses of all parts, [n] each; buffers are then as after one pass over the whole batch."""
-        if self._size == 1:  # one example alone says nothing about independence
+        if self._size == 1:  # a single example says nothing about independence
             require_independent(self._problem, cut(self._problem.batch, 2, "batch")[0])
         found, reached = [], set[int]()
         for batch in self._batches:

@@ -1,4 +1,4 @@
-"""A part of a batch as a problem of its own, and the proof that it may be treated as one."""
+"""A part of a batch as a separate problem, and the proof that it may be treated as one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from metakern.engines.recorded import recorded
 
 @dataclass(frozen=True)
 class Part(Problem):
-    """A part of the batch; that a parameter takes no part in it is no error, only noted."""
+    """A part of the batch; parameters that it does not use are recorded, not an error."""
 
     reached: set[int] = field(default_factory=set)
 
@@ -42,23 +42,23 @@ def examples_in(batch: Any) -> int:
 def require_count(losses: Tensor, batch: Any) -> None:
     if losses.shape[0] != examples_in(batch):
         raise ValueError(
-            f"micro_batch cut {examples_in(batch)} examples off the batch along dimension 0 of its tensors, but they "
+            f"micro_batch took {examples_in(batch)} examples of the batch along dimension 0 of its tensors, but they "
             f"have {losses.shape[0]} losses; the first dimension of every tensor must be the examples"
         )
 
 
 def require_independent(problem: Problem, batch: Any) -> None:
-    """Raise EngineUnavailable where the examples of this batch interact; nothing is kept of the pass."""
+    """Raise EngineUnavailable if the examples of this batch interact; the pass leaves no trace."""
     with PassState(problem.model, problem.loss_fn).replayed():
         recorded(part_of(problem, batch, set()))
 
 
 def require_same_in_parts(problem: Problem, batch: Any, size: int, argument: str) -> None:
-    """Raise where examples together are not what they are in parts, as with a mean over the batch's tokens.
+    """Raise if examples have other losses together than in parts, as with a mean over the batch's tokens.
 
     The proof of independence is about gradients: it sees neither a loss divided by a count over the batch nor a buffer
-    that adds up. Where the pass draws random numbers the losses differ anyway, and only buffers are compared. The first
-    time with as many examples as two parts have, and not fewer than eight; then with two.
+    that accumulates. If the pass draws random numbers, the losses differ anyway, and only buffers are compared. The
+    first check takes as many examples as two parts have, but at least eight; later ones take two.
     """
     kind = (problem.context, argument, examples_in(batch), size)
     seen = _SEEN.setdefault(problem.model, set())
@@ -76,7 +76,7 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     state, buffers, attributes = random_state(), PartBuffers(problem.model), Attributes(problem.model)
 
     def losses(batch: Any) -> Tensor:
-        with buffers.of_part(examples_in(batch)):  # with gradients, which a loss may take inside
+        with buffers.of_part(examples_in(batch)):  # gradients enabled: a loss may take some inside
             found = evaluate_losses(problem.model, batch, problem.loss_fn, argument).detach()
         require_count(found, batch)
         return found
@@ -88,14 +88,14 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     attributes.restore()
     if not random and bool(((together - apart).abs() > _rounding(problem) * (1 + together.abs())).any()):
         raise EngineUnavailable(
-            f"the losses of {len(together)} examples of {argument} together are not those of parts of {size} "
-            f"({together.tolist()[:8]} against {apart.tolist()[:8]}), so the loss counts over the batch and a part of "
-            "it has another; leave out micro_batch, or make loss_fn divide by counts of its own example"
+            f"the losses of {len(together)} examples of {argument} together differ from those in parts of {size} "
+            f"({together.tolist()[:8]} against {apart.tolist()[:8]}), so the loss counts over the batch; leave out "
+            "micro_batch, or make loss_fn divide by counts of each example alone"
         )
 
 
 def _rounding(problem: Problem) -> float:
-    """How far two passes over the same example may be apart, relative to its loss."""
+    """How much two passes over the same example may differ, relative to its loss."""
     kind = next(iter(problem.trainable.values())).device.type
     half = torch.is_autocast_enabled(kind) or any(p.element_size() < 4 for p in problem.trainable.values())
     return 0.1 if half else 1e-3

@@ -1,4 +1,4 @@
-"""Buffers of a model that is run part by part, as if it had been run once."""
+"""Buffers of a model that runs part by part, updated as if it had run once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Place = tuple[nn.Module, str]  # a module and the name of its buffer
 
 
 class PartBuffers:
-    """Every part starts from the buffers as they were; what the parts make of them must be what one pass would.
+    """Every part starts from the original buffers; the result of the parts must be that of one pass over the batch.
 
-    That holds for buffers that do not depend on the examples (counters, power iterations), where all parts agree, and
-    for running statistics of instance normalisation, which are means over the examples.
+    That is possible for buffers that do not depend on the examples (counters, power iterations), on which all parts
+    agree, and for running statistics of instance normalisation, which are means over the examples.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ class PartBuffers:
         self._examples = 0
 
     def replayed(self) -> AbstractContextManager[None]:
-        """Run a part once more: nothing that happens to the buffers counts."""
+        """Run a part again; changes of the buffers are undone."""
         return self._start.replayed()
 
     @contextmanager
@@ -45,7 +45,7 @@ class PartBuffers:
                 elif not stored_alike(self._first.setdefault(key, buffer), buffer):
                     raise EngineUnavailable(
                         f"what a forward pass leaves in buffer '{self._name(*key)}' depends on its "
-                        "examples, so parts of a batch cannot stand for the whole; leave out micro_batch"
+                        "examples, so parts of a batch cannot replace the whole; leave out micro_batch"
                     )
 
     def finish(self) -> None:

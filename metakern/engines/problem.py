@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it answers."""
+"""What an engine is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ class Problem:
     meta_batch: Any
     loss_fn: LossFunction | None
     trainable: dict[str, nn.Parameter]  # every parameter that gets a gradient
-    chosen: dict[str, nn.Parameter]  # those that the dots run over
+    chosen: dict[str, nn.Parameter]  # those that contribute to the dots
     writes: Writes  # what the passes over its batches write into parameters
     memory: str
     process_group: Any = None
     dot_precision: str = "same"  # what the ghost engine's products behind the dots may be rounded to
-    unused: set[str] | None = None  # parameters that took no part in the pass; None where that is an error
+    unused: set[str] | None = None  # parameters that took no part in the pass; None if that is an error
 
     @property
     def exact(self) -> bool:
-        """Are the dots asked for as they are, without an approximation?"""
+        """Whether the dots are wanted without approximation."""
         return self.dot_precision == "same"
 
     @property
     def chosen_by_identity(self) -> dict[int, nn.Parameter]:
-        """What `chosen` holds, by the identities that traces know."""
+        """The chosen parameters by identity, as in traces."""
         return {id(p): p for p in self.chosen.values()}
 
     def by_identity(self, v: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """A direction in chosen parameters, by name, as traces take it."""
+        """A direction in chosen parameters, given by name, keyed by identity."""
         return {id(self.chosen[name]): along for name, along in v.items()}
 
     def recast(self, kind: Callable[..., P], **changes: Any) -> P:
-        """The same as a problem of a subclass, but for these fields."""
+        """The same problem as an instance of a subclass, with these fields changed."""
         return kind(**{entry.name: getattr(self, entry.name) for entry in fields(Problem)} | changes)
 
     @property
@@ -65,14 +65,14 @@ class Problem:
 
     @cached_property
     def context(self) -> Hashable:
-        """What may couple examples beside the traced calls: the loss, and the mode of every module."""
+        """What may couple examples besides the traced calls: the loss, and the mode of every module."""
         written = getattr(self.loss_fn, "_torchdynamo_orig_callable", self.loss_fn)  # all compiled ones share a wrapper
         loss = getattr(written, "__code__", None) or type(written)
         return loss, tuple(module.training for module in modules_of(self.model))
 
     @cached_property
     def meta_share(self) -> float:
-        """Size of the meta batch beside the batch, by the first tensor of either: a guess at the rows of its layers."""
+        """Size of the meta batch relative to the batch, by their first tensors: an estimate for the rows of layers."""
         return _elements(self.meta_batch) / max(_elements(self.batch), 1)
 
     def batch_losses(self) -> Tensor:
@@ -83,9 +83,9 @@ class Problem:
         return per_example_losses(self.model, self.meta_batch, self.loss_fn, "meta_batch")
 
     def meta_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward.
+        """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward pass.
 
-        Parameters and running statistics are as before, also where checkpointed layers run again in the backward pass.
+        Parameters and running statistics are restored, also if checkpointed layers run again in the backward pass.
         """
         with unchanged_buffers(self.model), self.writes.taken_back():
             meta_loss = self.meta_losses().mean()
@@ -93,8 +93,8 @@ class Problem:
         return meta_loss.detach(), named_gradients(self.chosen, found)
 
     def require_participation(self, reached: set[int]) -> None:
-        """Raise ValueError for a trainable parameter whose identity is not among those the losses depend on, or note
-        its name.
+        """Raise ValueError for a trainable parameter that the losses do not depend on (`reached` holds the identities
+        of the others), or record its name.
         """
         missing = [name for name, p in self.trainable.items() if id(p) not in reached]
         if self.unused is not None:
@@ -105,12 +105,12 @@ class Problem:
             raise ValueError(
                 f"parameter '{missing[0]}' (of module '{owner}') did not take part in the losses of batch"
                 + (f", nor did {len(missing) - 1} more" if missing[1:] else "")
-                + "; freeze it with requires_grad_(False), make the forward pass use it, or let it go without a "
+                + "; freeze it with requires_grad_(False), make the forward pass use it, or leave it without a "
                 "gradient by allow_unused=True"
             )
 
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Only of parameters that took part, as autograd hands them out."""
+        """Gradients of parameters that took part only, as autograd returns them."""
         return {name: g for name, g in gradient.items() if name not in self.unused} if self.unused else gradient
 
 
@@ -120,8 +120,8 @@ def _elements(batch: Any) -> int:
 
 
 def named_gradients(names: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
-    """The gradients that are there, by name; dense, since neither forward mode nor bags take a sparse direction, as
-    embeddings with sparse=True have it.
+    """The gradients that exist, by name; dense, since neither forward mode nor bags accept a sparse direction, such as
+    that of an embedding with sparse=True.
     """
     return {name: g.to_dense() if g.is_sparse else g for name, g in zip(names, found, strict=False) if g is not None}
 
@@ -166,7 +166,7 @@ def pose(
     chosen = select_parameters(model, trainable, params)
     require_precision(dot_precision, next(iter(chosen.values())).device)
     if allow_unused and process_group is not None:
-        raise ValueError("allow_unused=True with a process_group: every rank sums the gradients of the same parameters")
+        raise ValueError("allow_unused=True and process_group cannot be combined: all ranks must use all parameters")
     writes, unused = Writes(model, parameters_only=True), set[str]() if allow_unused else None
     return Problem(
         model=model,

@@ -1,4 +1,4 @@
-"""A pass that is run a second time must be the first one again."""
+"""A pass that is run a second time must repeat the first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metakern.capture.refusal import EngineUnavailable
 
 
 def agree(again: Tensor, values: Tensor) -> Tensor:
-    """Where the numbers of two passes over one batch differ by no more than rounding, [...]."""
+    """Where the values of two passes over one batch differ by no more than rounding, [...]."""
     share = {torch.float64: 1e-8, torch.float32: 1e-3}.get(values.dtype, 0.1)
     if torch.is_autocast_enabled(values.device.type):
         share = 0.1
@@ -18,12 +18,12 @@ def agree(again: Tensor, values: Tensor) -> Tensor:
 
 
 def require_repetition(again: Tensor, values: Tensor) -> None:
-    """Raise where two passes over one batch differ by more than rounding: the dots would not be of the first."""
-    if not host_may_wait() or is_traced():  # a step is taken before it is traced
+    """Raise if two passes over one batch differ by more than rounding: the dots would not be those of the first."""
+    if not host_may_wait() or is_traced():  # before a step is traced, it has run once
         return
     if again.shape != values.shape or not agree(again, values).all():
         raise EngineUnavailable(
             "two forward passes over the same batch do not agree, so the model draws from a random generator that is "
-            "not torch's, Python's or NumPy's global one, nor an attribute of a module, or it keeps something between "
+            "neither a global one of torch, Python or NumPy nor an attribute of a module, or it keeps state between "
             "calls; forward mode and micro_batch need a pass that can be repeated (engine='double_backward' does not)"
         )

@@ -1,4 +1,4 @@
-"""Run a model with other tensors in place of its parameters, without touching the parameters."""
+"""Run a model with other tensors instead of its parameters, without touching the parameters."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from metakern.capture.unrolled import LastingMode
 
 @contextmanager
 def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside the block every parameter whose identity is a key is replaced, wherever it is registered.
+    """Inside the block, every parameter whose identity is a key is replaced, wherever it is registered.
 
-    And wherever a forward pass gets it from: a list, a closure, an attribute of something else.
+    Also wherever else a forward pass gets it from: a list, a closure, an attribute of another object.
     """
     swapped = [
         (module._parameters, name, p)
@@ -28,7 +28,7 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
     try:
         for owner, name, p in swapped:
             owner[name] = replacement[id(p)]  # type: ignore[assignment]
-            owner[name]._is_param = True  # what torch asks where a forward pass ties one weight to another
+            owner[name]._is_param = True  # torch checks this if a forward pass ties one weight to another
         with _Elsewhere(replacement):
             yield
     finally:
@@ -37,14 +37,14 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
 
 
 def require_replaced(names: Iterable[str], gradients: Iterable[Tensor | None]) -> None:
-    """Raise EngineUnavailable where losses of a pass with other tensors depend on the parameters themselves.
+    """Raise EngineUnavailable if losses of a pass with other tensors depend on the parameters themselves.
 
-    `gradients` are with respect to the parameters of these names, None where nothing depends on one.
+    `gradients` are with respect to the parameters of these names, None if nothing depends on one.
     """
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is not None:
             raise EngineUnavailable(
-                f"parameter '{name}' is used by way of a tensor that was made from it before the forward pass, so it "
+                f"parameter '{name}' is used through a tensor that was made from it before the forward pass, so it "
                 "cannot be replaced for forward mode or a virtual step; make that tensor inside the forward pass"
             )
 
@@ -53,8 +53,8 @@ _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 class _Elsewhere(LastingMode):
-    """Replaces parameters among the arguments of calls; what stands for one is trainable to whoever asks, as penalties
-    on `p for p in model.parameters() if p.requires_grad` do, though dual tensors require no gradient.
+    """Replaces parameters among the arguments of calls. Replacements claim to require a gradient, although dual tensors
+    do not, for the sake of penalties on `p for p in model.parameters() if p.requires_grad`.
     """
 
     def __init__(self, replacement: Mapping[int, Tensor]) -> None:

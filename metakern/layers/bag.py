@@ -19,7 +19,9 @@ from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 def _applies(call: Call) -> bool:
     if call.argument(3, "max_norm") is not None:
-        raise EngineUnavailable("an embedding bag with max_norm rewrites its weight in the forward pass")
+        raise EngineUnavailable(
+            "an embedding bag with max_norm rewrites its weight in the forward pass; set max_norm=None"
+        )
     if call.argument(5, "scale_grad_by_freq", False):
         raise EngineUnavailable(
             "an embedding bag with scale_grad_by_freq=True couples the examples of a batch; set it to False"

@@ -1,7 +1,7 @@
-"""Forward mode of functions that define a backward pass alone: custom autograd.Functions, operators of extensions.
+"""Forward mode of functions that define only a backward pass: custom autograd.Functions, operators of extensions.
 
 A backward pass u -> J^T u is linear in u, so that J t = d<J^T u, t>/du, by two backward passes through that function
-alone. That is the derivative that the gradient takes, also where it is none of what the function computes:
+alone. This is the derivative that the gradient uses, even if it is not that of what the function computes:
 straight-through estimators, surrogate gradients of spikes, gradient reversal.
 """
 
@@ -25,18 +25,18 @@ from metakern.layers.dual import is_dual
 
 _NO_JVP = _SingleLevelFunction.jvp
 _BY_OWN_JVP: WeakSet[Any] = WeakSet()
-"""Functions whose backward pass did not serve; a step that is traced, after one that was not, cannot find out."""
+"""Functions whose backward pass could not be used; found in the step that runs before one is traced, not in tracing."""
 _KEEPS_INPUTS = getattr(checkpoint, "_NoopSaveInputs", None)
-"""By which checkpointed layers keep what they will run on again in torch 2.11; its output is empty."""
+"""With which checkpointed layers keep their inputs in torch 2.11; its output is empty."""
 
 
 @contextmanager
 def custom_functions_forward() -> Iterator[None]:
-    """Inside the block custom functions take dual tensors, by their backward pass where it can be differentiated and
-    else by a `jvp` of their own, and give constants under `torch.no_grad()`.
+    """Inside the block, custom functions accept dual tensors, using their backward pass if it can be differentiated,
+    otherwise their own `jvp`, and return constants under `torch.no_grad()`.
 
-    Their `apply` belongs to torch's core, and modules keep it under names of their own (`rounded = Rounded.apply`). But
-    in every call it looks `forward` and `jvp` up on the class, one after the other, and these are replaced.
+    Their `apply` belongs to torch's core, and modules keep it under other names (`rounded = Rounded.apply`). But every
+    call looks up `forward` and then `jvp` on the class, and these are replaced.
     """
     found: list[list[Tensor | None]] = []  # tangents that `forward` found and `jvp` has not returned yet
 
@@ -54,11 +54,11 @@ def custom_functions_forward() -> Iterator[None]:
 
 
 def _forward(cls: Any, plain: Callable[..., Any], found: list[list[Tensor | None]]) -> Callable[..., Any]:
-    """The function's `forward`; called by `apply` with dual tensors it calls that again, with plain ones."""
+    """The function's `forward`; called by `apply` with dual tensors, it calls `apply` again with plain ones."""
 
     @wraps(plain)  # its signature says what the arguments are
     def forward(*args: Any) -> Any:
-        if forward_ad._is_fwd_grad_enabled():  # not called by `apply` but as plain operations
+        if forward_ad._is_fwd_grad_enabled():  # not called by `apply`, but as plain operations
             return plain(*args)
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             duals = any(map(is_dual, args))
@@ -96,7 +96,7 @@ def _jvp(own: Callable[..., Any], found: list[list[Tensor | None]]) -> Callable[
 
 
 def through_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
-    """What `function` returns of dual tensors, its tangents by two backward passes.
+    """What `function` returns for dual tensors, with tangents from two backward passes.
 
     Raises: NotImplementedError: its backward pass cannot be differentiated, is not linear, or loses what it was given.
     """
@@ -109,15 +109,15 @@ def through_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: 
 def _along_backward(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str
 ) -> tuple[Any, list[Tensor | None]]:
-    """What `function` returns, without tangents, and these: one for each leaf of it, None where it has none.
+    """What `function` returns, without tangents, and the tangents: one for each leaf, None if it has none.
 
     Raises: see `through_backward`.
     """
     given, form = tree_flatten((tuple(args), kwargs))
-    with torch._C.DisableTorchFunction():  # what stands for a parameter says that it is trainable
+    with torch._C.DisableTorchFunction():  # replacements of parameters claim to require a gradient
         in_graph = any(isinstance(value, Tensor) and value.requires_grad for value in given)
     if in_graph:
-        raise _refusal(name, "not where a gradient of its inputs is taken as well")
+        raise _refusal(name, "not if a gradient of its inputs is taken as well")
     duals = [k for k, value in enumerate(given) if is_dual(value)]
     tangents = []
     for k in duals:
@@ -148,7 +148,7 @@ class _Lost(Exception):
 
 
 def _refusal(name: str, reason: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} has no forward mode of its own (jvp), and by its backward pass: {reason}")
+    return NotImplementedError(f"{name} has no forward mode of its own (jvp), nor one by its backward pass: {reason}")
 
 
 def _along(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
@@ -179,7 +179,7 @@ def _may_be_zero(gradient: Tensor) -> bool:
 def _require_linear(
     outputs: list[Tensor], inputs: list[Tensor], u: list[Tensor], back: Sequence[Tensor | None]
 ) -> None:
-    """Raise unless larger gradients come back larger by as much: what clips or normalises them is no derivative."""
+    """Raise unless scaled gradients come back scaled: clipping or normalising them is not a derivative."""
     scale = 16.0 if any(each.dtype == torch.float16 for each in u) else 2.0**24
     more = [each.detach() * scale for each in u]
     scaled = torch.autograd.grad(outputs, inputs, more, retain_graph=True, allow_unused=True)
@@ -187,17 +187,17 @@ def _require_linear(
         if before is not None and after is not None:
             apart = (after / scale - before.detach()).norm()
             if not apart <= _rounding(u) * before.detach().norm():
-                raise _Lost("gradients that are larger by a factor do not come back larger by it")
+                raise _Lost("gradients scaled by a factor do not come back scaled by it")
 
 
 @torch.no_grad()
 def _require_whole(whole: Tensor, u: list[Tensor], found: Sequence[Tensor], size: Tensor | float) -> None:
-    """Raise unless <u, J t> is <J^T u, t>: the derivative by u is then of all that came back."""
+    """Raise unless <u, J t> equals <J^T u, t>: then the derivative with respect to u covers all that came back."""
     apart = whole - sum([(a * b).sum() for a, b in zip(u, found)])
     if not bool(apart.abs() <= _rounding(u) * size):
         raise _Lost("it loses a part of the gradient that it was given, or adds to it")
 
 
 def _rounding(u: list[Tensor]) -> float:
-    """The share of sums by which passes differ that differ by rounding alone."""
+    """By what share of their size sums may differ between passes through rounding alone."""
     return max(torch.finfo(each.dtype).eps for each in u) ** 0.5

@@ -19,7 +19,7 @@ from metakern.layers.bag_parts import bags
 
 
 def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Tensor:
-    """As torch.cdist, [..., rows of x1, rows of x2]; like its own, the derivative at distance zero is zero."""
+    """As torch.cdist, [..., rows of x1, rows of x2]; as there, the derivative at distance zero is zero."""
     apart = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     same = (apart == 0).all(-1)
     norms = torch.linalg.vector_norm(apart.masked_fill(same.unsqueeze(-1), 1.0), p, dim=-1)
@@ -27,15 +27,15 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Te
 
 
 def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Weight normalisation, g v / |v| with one |v| for each index along `dim`, or with -1 one in all; torch's has no
-    forward mode, and a wrong second derivative in v (2.13, on a CPU).
+    """Weight normalisation, g v / |v| with one |v| for each index along `dim`, or for -1 a single one; torch's has no
+    forward mode, and a wrong second derivative with respect to v (2.13, on a CPU).
     """
     others = [d for d in range(v.dim()) if d != dim]  # -1 is none of them
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
 def _whole_logits(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    """`linear_cross_entropy` without parts, which lose tangents without a word and have no second derivative."""
+    """`linear_cross_entropy` without parts, which silently lose tangents and have no second derivative."""
     return F.linear_cross_entropy(*args, **kwargs)
 
 
@@ -62,8 +62,8 @@ class _TwiceDifferentiable(Forms):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(func, HigherOrderOperator) and torch.is_grad_enabled():
             raise EngineUnavailable(
-                f"the gradient of torch's operator {func} cannot be differentiated again, and torch does not say so; "
-                "write it as plain Python"
+                f"the gradient of torch's operator {func} cannot be differentiated again, and torch does not report "
+                "it; write it in plain Python"
             )
         with _without_cudnn() if func in RECURRENT else nullcontext():
             return super().call(func, args, kwargs)
@@ -82,8 +82,8 @@ def _without_cudnn() -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside the block attention, bags and recurrent layers take forms that have second derivatives, and branches and
-    loops that are operators (`torch.cond`, scans), which have none, are refused.
+    """Inside the block, attention, bags and recurrent layers take forms that have second derivatives; branches and
+    loops that are operators (`torch.cond`, scans), which have none, are rejected.
 
     Raises: EngineUnavailable
     """

@@ -1,4 +1,4 @@
-"""Forward-mode differentiation as reverse mode would have it."""
+"""Forward-mode differentiation that agrees with reverse mode."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from metakern.layers.forms import Forms
 from metakern.layers.forward_forms import FORWARD_FORMS
 
 _ONE_AT_A_TIME = threading.RLock()
-"""torch has one level of dual numbers in a process, whichever thread is at it."""
+"""torch has one level of dual numbers per process, shared by all threads."""
 
 
 class _ForwardMode(Forms):
-    """What runs under `torch.no_grad()` is a constant to a backward pass; torch's forward mode differentiates it."""
+    """For a backward pass, anything under `torch.no_grad()` is constant; torch's forward mode differentiates it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,20 +49,20 @@ class _ForwardMode(Forms):
 
 _OPERATORS = OpOverload, OpOverloadPacket, HigherOrderOperator
 _TORCHS_OWN = "aten.", "prims."
-"""They say so where they have no forward mode, and of the latter it makes some derivatives."""
+"""They raise if they have no forward mode; some derivatives are made of the latter."""
 
 
 def _lost(output: Any, given: bool) -> bool:
-    """Operators whose derivatives are written in Python (`torch.library.custom_op`, `torch.cond`, scans) lose tangents
-    without a word where no argument requires a gradient: something dual went in, or may have by a closure, and nothing
-    dual came out.
+    """Operators whose derivatives are written in Python (`torch.library.custom_op`, `torch.cond`, scans) silently lose
+    tangents if no argument requires a gradient: something dual went in, or may have through a closure, and nothing dual
+    came out.
     """
     outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     return given and bool(outputs) and not any(map(is_dual, outputs))
 
 
 def _may_run_again(operator: Any) -> bool:
-    """Is it one of an extension that writes into none of its arguments?"""
+    """Whether it belongs to an extension and writes into none of its arguments."""
     if isinstance(operator, HigherOrderOperator):
         return False
     overloads = [operator] if isinstance(operator, OpOverload) else map(operator.__getattr__, operator.overloads())
@@ -71,10 +71,10 @@ def _may_run_again(operator: Any) -> bool:
 
 @contextmanager
 def dual_level() -> Iterator[None]:
-    """`forward_ad.dual_level` with gradients enabled, so that a block without them inside is one; without the
-    warnings of what is deprecated that torch raises against itself on first use.
+    """`forward_ad.dual_level` with gradients enabled, so that a `no_grad` block inside can be told; without the
+    deprecation warnings that torch raises about itself on first use.
     """
-    # torch's level before ours: where one is open it refuses, and what is patched stays patched for the outer one
+    # torch's level before ours: it raises if one is open, and what is patched then stays patched for the outer one
     with _ONE_AT_A_TIME, torch.enable_grad(), forward_ad.dual_level(), custom_functions_forward():
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
@@ -85,8 +85,8 @@ def dual_level() -> Iterator[None]:
 
 
 def lacks_forward_mode(error: Exception) -> bool:
-    """Is this how torch says that an operation has no forward-mode formula or a faulty one, or that a model takes
-    gradients inside its forward pass, which a dual pass has none of?
+    """Whether this is torch's error for an operation without a forward-mode formula, or with a faulty one, or for a
+    model that takes gradients inside its forward pass, of which a dual pass has none.
     """
     words = ("forward ad", "forward mode", "forward gradient", "jvp", "efficientzerotensor", "does not require grad")
     words += ("_fw_primal",)  # of `requires_grad_` in a dual pass

@@ -55,8 +55,8 @@ def as_recorded(call: Call) -> Iterator[None]:
     """The random state and autocast setting that the call ran under, and torch's own function, not a subclass's."""
     if call.rng_state is not None and not host_may_wait():
         raise EngineUnavailable(
-            f"{call.name} draws random numbers, and its derivative is taken by making the call again with the same "
-            "ones, which a CUDA graph cannot; set its dropout to 0, or take the step without capturing it"
+            f"{call.name} draws random numbers, and its derivative takes a second call with the same numbers, which "
+            "a CUDA graph cannot make; set its dropout to 0, or run the step without capturing it"
         )
     with ExitStack() as stack:
         if not isinstance(call.func, ModuleCall):  # within a module subclasses do as they did

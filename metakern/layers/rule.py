@@ -20,8 +20,8 @@ def require_apart(record: Record, examples: int, *features: int) -> None:
     shape = record.output_grad.shape
     if examples > 1 and record.axes[0].dim in [dim % len(shape) for dim in features]:
         raise EngineUnavailable(
-            f"examples lie along the features of {record.use.name} (output of shape {tuple(shape)}), so that a row is "
-            "of all of them; engine='jvp' is exact"
+            f"examples lie along the features of {record.use.name} (output of shape {tuple(shape)}), so that a row "
+            "belongs to all of them; engine='jvp' is exact"
         )
 
 

@@ -197,8 +197,8 @@ def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomSt
     """Forward mode repeats the pass with the random numbers of the first one; a graph cannot rewind a generator."""
     if engine == "jvp" and not same_torch_state(before, after):
         raise EngineUnavailable(
-            "the step takes forward mode and draws random numbers (dropout), which its two passes must share and "
-            "a CUDA graph draws twice; use compile_step, whose second pass takes the numbers of the first"
+            "the step uses forward mode and draws random numbers (dropout), which its two passes must share but "
+            "a CUDA graph draws twice; use compile_step, whose second pass reuses the numbers of the first"
         )
 
 

@@ -30,14 +30,14 @@ def optimizer_as_before(optimizer: torch.optim.Optimizer | None) -> Iterator[Non
         yield
         if _tensors(optimizer.state) != _tensors(state):
             raise ValueError(
-                "optimizer must have taken a step before the capture, so that its state is there: call "
+                "optimizer must have taken a step before the capture, so that its state exists: call "
                 "metakern.reweight_step(..., optimizer=optimizer) once"
             )
         changed = {name for (_, name), number in (_on_the_host(optimizer).items() - numbers.items())}
         if changed:
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} keeps {', '.join(sorted(changed))} on the host and changes it "
-                "in a step, which the replays of a CUDA graph would not do; use capturable=True where it has that, or "
+                "in each step, which replays of a CUDA graph would not do; use capturable=True if it has that, or "
                 "leave the optimizer out and step from .grad"
             )
         refused = False

@@ -1,4 +1,4 @@
-"""May a step become a program? What one step shows of itself, and whether the program does the same."""
+"""Whether a step can be compiled: what one step does, and whether the program does the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from metakern.step.program import Program
 
 
 class Found(NamedTuple):
-    """What a step, or a part of it, finds out: weights, dots, gradients."""
+    """What a step, or a part of it, computes: weights, dots, gradients."""
 
     engine: str
     values: list[Tensor]
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one step showed."""
+    """What one step did."""
 
     engine: str
     buffers: list[Tensor]  # that it writes
@@ -49,14 +49,14 @@ class Seen(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        """Does it draw from torch's default generators?"""
+        """Whether it draws from torch's default generators."""
         return not same_torch_state(self.start, self.end)
 
 
 def see(model: nn.Module, functions: Sequence[Any], granted: Callable[[], Granted], step: Callable[[], Found]) -> Seen:
-    """One step that does not count, for what is proved once per model; refuse what a program would do once only.
+    """One step whose effects are undone, for what is proved once per model; reject what a program would do only once.
 
-    `functions` are what the step calls beside the model.
+    `functions` are what the step calls besides the model.
     """
     start, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in buffers_of(model)]
     around, writes = Surroundings(model, *functions), Writes(model)
@@ -89,23 +89,23 @@ def restored_on_error(around: Surroundings) -> Iterator[None]:
 def _require_compilable(start: RandomState, end: RandomState, values: Sequence[Tensor], changes: bool) -> None:
     if not same_elsewhere(start, end):
         raise EngineUnavailable(
-            "the pass draws random numbers from Python or NumPy, which a compiled step would draw once only; draw them "
-            "by torch, or take the step uncompiled"
+            "the pass draws random numbers from Python or NumPy, which a compiled step would draw only once; draw them "
+            "with torch, or run the step uncompiled"
         )
     if any(value.is_sparse for value in values):
         raise EngineUnavailable(
-            "a gradient is sparse (of an embedding with sparse=True), which a compiled step cannot hand out; make the "
-            "embedding without sparse=True, or take the step uncompiled"
+            "a gradient is sparse (of an embedding with sparse=True), which a compiled step cannot return; make the "
+            "embedding without sparse=True, or run the step uncompiled"
         )
     if changes:
         raise EngineUnavailable(
-            "the pass writes attributes of the model or puts other tensors in place of its buffers, or it counts or "
-            "keeps something else from call to call; write into buffers (copy_, mul_), or take the step uncompiled"
+            "the pass writes attributes of the model or replaces its buffers by other tensors, or it counts or "
+            "keeps something else from call to call; write into buffers (copy_, mul_), or run the step uncompiled"
         )
 
 
 def _changes(model: nn.Module, granted: Callable[[], Granted], step: Callable[[], Found]) -> bool:
-    """Does the step change anything when it is taken once more? Some models note on their first call what they were
+    """Whether the step changes anything when it is run again. Some models record on their first call what they were
     called with, as transformers do in `config.problem_type`.
     """
     known = granted()
@@ -115,45 +115,45 @@ def _changes(model: nn.Module, granted: Callable[[], Granted], step: Callable[[]
 
 
 def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
-    """Hold the program, which gives values and then buffers, against that step, in what it draws and in what it gives;
-    and run it where that step ended, since what decides the program must not be what the step writes.
+    """Compare the program, which returns values and then buffers, with that step: what it draws and what it returns.
+    Also run it from where that step ended, because the step must not write what the program depends on.
     """
     restore_random_state(seen.start)
     found = _all(program, [*tensors, *seen.buffers])
     if not same_torch_state(seen.end, torch_random_state()):
         raise EngineUnavailable(
-            "a program of the step leaves torch's random generator elsewhere than the step: the pass seeds it, or "
-            "repeats other draws than dropout's; take the step uncompiled"
+            "the traced step leaves torch's random generator in another state than the step: the pass seeds it, or "
+            "repeats other draws than dropout's; run the step uncompiled"
         )
     if found is None or _all(program, [*tensors, *seen.left]) is None:
         raise EngineUnavailable(
-            "the pass reads a number that it changes, as BatchNorm does with momentum=None; take the step uncompiled"
+            "the pass reads a number that it changes, as BatchNorm does with momentum=None; run the step uncompiled"
         )
     for got, want in zip(found, [*seen.values, *seen.left], strict=True):
         if not _alike(got, want):
             raise EngineUnavailable(
-                "a program of the step gives other values than the step, so the pass looks at something that changes "
-                "from call to call, as a clock does; take the step uncompiled"
+                "the traced step gives other values than the step, so the pass reads something that changes from call "
+                "to call, such as a clock; run the step uncompiled"
             )
 
 
 def require_compiled_as_traced(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
-    """Hold what the compiler made of it against that step as well, but where it draws, in an order of its own."""
+    """Compare the compiled program with that step as well, unless it draws random numbers: their order may differ."""
     if seen.draws:
         return
     found, wanted = _all(program, [*tensors, *seen.buffers]), [*seen.values, *seen.left]
     largest = max(map(_size, wanted))
     if found is None or not all(_nearly(got, want, largest) for got, want in zip(found, wanted, strict=True)):
         raise EngineUnavailable(
-            "the compiled program gives other values than the program that it was made of, so the compiler is wrong "
-            "about an operation in it (inductor in torch 2.13: about writes into complex tensors, in forward mode); "
-            "take the step uncompiled"
+            "the compiled program gives other values than the traced one, so the compiler is wrong about an operation "
+            "in it (inductor in torch 2.13: about writes into complex tensors, in forward mode); run the step "
+            "uncompiled"
         )
 
 
 @contextmanager
 def torch_random_state_as_before() -> Iterator[None]:
-    """Torch's default generators are afterwards as they were."""
+    """Torch's default generators are restored after the block."""
     start = torch_random_state()
     try:
         yield
@@ -162,7 +162,7 @@ def torch_random_state_as_before() -> Iterator[None]:
 
 
 def _all(program: Program, tensors: list[Tensor]) -> list[Tensor] | None:
-    """What all parts give, or None where a value that decides the program is another."""
+    """What all parts return, or None if a value that determines the program differs."""
     found: list[Tensor] = []
     for part in program(tensors):
         if part is None:
@@ -176,7 +176,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _nearly(got: Tensor, want: Tensor, largest: float) -> bool:
-    """Equal, but for roundings in another order, of which some values are all there is (gradients that cancel);
+    """Equal up to roundings in another order, which may be all there is of some values (gradients that cancel);
     `largest` is the size of the largest of all values.
     """
     if not want.is_floating_point():
@@ -190,7 +190,7 @@ def _size(tensor: Tensor) -> float:
 
 
 def _alike(got: Tensor, want: Tensor) -> bool:
-    """Equal, but for rounding."""
+    """Equal up to rounding."""
     if not want.is_floating_point() and not want.is_complex():
         return _same(got, want)
     return got.shape == want.shape and bool(agree(got, want).all())

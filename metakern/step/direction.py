@@ -1,4 +1,4 @@
-"""What the dots run along: the meta gradient V, or a direction made from it."""
+"""What the dots are taken with: the meta gradient V, or a direction derived from it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Direction = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def with_weight_decay(model: nn.Module, weight_decay: float) -> Direction:
-    """v = V + weight_decay * theta: the meta loss counts |theta|^2 / 2, as in the CIFAR code of Ren et al. (2018)."""
+    """v = V + weight_decay * theta: weight decay in the meta loss, as in the CIFAR code of Ren et al. (2018)."""
     parameters = trainable_parameters(model)
     return lambda v: {name: g.add(parameters[name].detach(), alpha=weight_decay) for name, g in v.items()}
 
 
 def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_frozen") -> Direction:
-    """v = J V with J = d update/d gradient of `optimizer` at gradient zero, from its present state.
+    """v = J V with J = d update/d gradient of `optimizer` at gradient zero, from its current state.
 
-    Which example helps when the step is the optimizer's and not plain descent; J is read when the step is taken. While
-    Adam's moments are empty J = lr / eps in every entry, which is no preconditioning at all.
+    Which example helps if the step is the optimizer's and not plain descent; J is read at every step. While Adam's
+    moments are empty, J = lr / eps in every entry, so nothing is preconditioned.
     """
     parameters = trainable_parameters(model)
     rule = VirtualRule(virtual, None, optimizer)
@@ -51,10 +51,10 @@ def solve_along(
     size: int | None = None,
     batchnorm: str = "exact",
 ) -> tuple[Answer, str]:
-    """As `solve`, with the dots along `direction(V)`; by parts of `size` examples, or with frozen batch statistics.
+    """As `solve`, with the dots along `direction(V)`; in parts of `size` examples, or with frozen batch statistics.
 
-    Raises: ValueError unless `direction` returns a tensor of its parameter's shape for parameters that count, or for
-        choices that exclude one another.
+    Raises: ValueError unless `direction` returns, for chosen parameters only, tensors of their shapes; also for
+        settings that cannot be combined.
     """
     _require_precision(problem, engine)
 
@@ -83,11 +83,11 @@ def solve_along(
 def solve_pairwise(problem: Problem, start: Start, engine: str, size: int | None, batchnorm: str) -> tuple[Answer, str]:
     """As `solve`, with the dots along the gradient of each meta example, [n, m].
 
-    Raises: ValueError for choices that exclude one another.
+    Raises: ValueError for settings that cannot be combined.
     """
     _require_precision(problem, engine)
     if size is not None:
-        raise ValueError("pairwise and micro_batch exclude each other: ask for the rows of each part of the batch")
+        raise ValueError("pairwise and micro_batch cannot be combined: call grad_dots on each part of the batch")
     if batchnorm != "exact":
         raise ValueError(f"pairwise dots are exact: batchnorm must be 'exact', got {batchnorm!r}")
     return pairwise.solve(problem, engine, start)
@@ -99,24 +99,24 @@ def _require_precision(problem: Problem, engine: str) -> None:
 
 
 FROZEN = "ghost_frozen"
-"""What results call the ghost engine with frozen batch statistics: the one answer that is an approximation."""
+"""The name of the ghost engine with frozen batch statistics in results: the only answer that is an approximation."""
 
 
 def _freezes(problem: Problem, engine: str, size: int | None, batchnorm: str) -> bool:
-    """Are the statistics of a batch to be taken as constants, and are there any?"""
+    """Whether batch statistics are to be treated as constants, and there are any."""
     if batchnorm not in ("exact", "frozen"):
         raise ValueError(f"batchnorm must be 'exact' or 'frozen', got {batchnorm!r}")
     if batchnorm == "exact":
         return False
     if engine not in ("auto", "ghost"):
-        raise ValueError(f"batchnorm='frozen' is for engine='ghost' (or 'auto'); {engine!r} is exact without")
+        raise ValueError(f"batchnorm='frozen' is for engine='ghost' (or 'auto'); {engine!r} is exact without it")
     if size is not None:
-        raise ValueError("batchnorm='frozen' and micro_batch exclude each other: a part has other statistics")
+        raise ValueError("batchnorm='frozen' and micro_batch cannot be combined: a part has other statistics")
     return normalises_over_batch(problem.model)
 
 
 def _directed(problem: Problem, v: Mapping[str, Tensor], direction: Direction | None) -> Mapping[str, Tensor]:
-    """`direction` of the meta gradient in all chosen parameters, which is zero where the meta loss has none."""
+    """`direction` of the meta gradient in all chosen parameters, zero where the meta loss has no gradient."""
     if direction is None:
         return v
     every = {name: v[name] if name in v else torch.zeros_like(p) for name, p in problem.chosen.items()}
@@ -130,7 +130,7 @@ def _require_like(along: Any, v: Mapping[str, Tensor]) -> None:
         raise TypeError(f"direction must return a mapping from parameter names to tensors, got {type(along).__name__}")
     for name, tensor in along.items():
         if name not in v:
-            raise ValueError(f"direction returned '{name}', which is no parameter that the dots run over")
+            raise ValueError(f"direction returned '{name}', which is not among the parameters of the dots")
         if not isinstance(tensor, Tensor) or tensor.shape != v[name].shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(

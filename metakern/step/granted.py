@@ -83,16 +83,16 @@ class Granted:
             self._visit(*self._ahead.pop())
 
     def require(self, now: Granted) -> None:
-        """Raise ValueError where `now` something is another."""
+        """Raise ValueError if something differs `now`."""
         if now.differs_from(self):
             raise ValueError(
                 "model, loss_fn, rule or optimizer: parameters, buffers, state, training flags, attributes, functions "
-                f"or numbers that they look at are not those that the step was made with ({self._difference(now)}); "
-                "make another step, or hold a number that changes in a tensor"
+                f"or numbers that they read are not those that the step was made with ({self._difference(now)}); "
+                "make another step, or keep a number that changes in a tensor"
             )
 
     def _difference(self, now: Granted) -> str:
-        """The first one, by the name that stands before it if there is one."""
+        """The first difference, with the name that precedes it if there is one."""
         name = ""
         for before, after in zip_longest(self._found, now._found):
             if not _same(before, after):

@@ -32,12 +32,12 @@ def hand_over(
     optimizer: torch.optim.Optimizer | None,
     accumulate: bool,
 ) -> None:
-    """Leave `gradient` in `.grad`, replacing what is there or added to it, and step if there is an optimizer.
+    """Leave `gradient` in `.grad`, replacing or adding to what is there, and step if there is an optimizer.
 
-    A parameter that it does not name has no gradient afterwards; with `accumulate` it has the one that was there.
+    A parameter that it does not name has no gradient afterwards; with `accumulate`, it keeps the one it had.
 
-    Where the optimizer or a hook of its own raises, `.grad` is as before. Parameters and state that the optimizer has
-    moved by then stay moved: only a copy of all of them, made before every step, could put them back.
+    If the optimizer or one of its hooks raises, `.grad` is restored. Parameters and state that the optimizer updated
+    before are not: that would take a copy of all of them at every step.
     """
     own, before = separate(gradient, trainable), {p: p.grad for p in trainable.values()}
     for name, p in trainable.items():
@@ -55,10 +55,10 @@ def hand_over(
 
 
 def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:
-    """Every gradient in memory of its own, laid out as its parameter, as a backward pass would leave it.
+    """Every gradient in its own memory, with the strides of its parameter, as a backward pass would leave it.
 
     The gradients of a + b in a and b are one tensor, which clipping in place would scale twice; that of a.sum() is one
-    number spread out; and fused optimizers take the memory of gradient and parameter entry by entry.
+    number, expanded; and fused optimizers walk through gradient and parameter memory in parallel.
     """
     places: set[int] = set()
     found = {}

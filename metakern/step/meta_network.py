@@ -1,4 +1,4 @@
-"""The small network that a step trains beside the model: what it must be, how it steps, how a failure is undone."""
+"""The small network that a step trains along with the model: its requirements, its step, and undoing a failure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from metakern.step.hand_over import separate
 
 
 def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_argument: str, model: Any) -> None:
-    """Raise unless `network` is a module with something to train, of which the model trains nothing, and `optimizer`
-    None or an optimizer of it.
+    """Raise unless `network` is a module with trainable parameters that it does not share with the model, and
+    `optimizer` is None or an optimizer of it.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"{argument} must be a torch.nn.Module, got {type(network).__name__}")
@@ -29,8 +29,8 @@ def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_
     if isinstance(model, nn.Module) and not trainable.isdisjoint(map(id, parameters_of(model))):
         shared = next(name for name, p in model.named_parameters() if id(p) in trainable)
         raise ValueError(
-            f"{argument} shares parameter '{shared}' with the model, and the gradient of either would leave the other "
-            f"out; give {argument} a copy of it (copy.deepcopy), or freeze it with requires_grad_(False)"
+            f"{argument} shares parameter '{shared}' with the model, and the gradient of each would ignore the other; "
+            f"give {argument} a copy of it (copy.deepcopy), or freeze it with requires_grad_(False)"
         )
     if optimizer is None:
         return
@@ -42,12 +42,12 @@ def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_
 
 
 def are_asked_for(features: Any) -> bool:
-    """Are they a function of model and batch?"""
+    """Whether they are a function of model and batch."""
     return callable(features) and not isinstance(features, Tensor)
 
 
 def features_of(features: Any) -> tuple[Any, ...]:
-    """A tensor or a tuple as extra arguments, constants."""
+    """A tensor or a tuple as extra arguments, detached."""
     if features is None:
         return ()
     given = tuple(features) if isinstance(features, (tuple, list)) else (features,)
@@ -57,8 +57,8 @@ def features_of(features: Any) -> tuple[Any, ...]:
 class Features:
     """Extra arguments of a meta network for the train batch of one step.
 
-    A function of the user may read what forward hooks kept, so it is called right after the first forward pass of the
-    batch: later passes (forward mode, a probe for interacting examples) would have overwritten that.
+    A user's function may read what forward hooks kept, so it is called right after the first forward pass of the batch:
+    later passes (forward mode, a probe for interacting examples) would have overwritten that.
     """
 
     def __init__(self, features: Any) -> None:
@@ -67,7 +67,7 @@ class Features:
         self.values: tuple[Any, ...] = () if self._asked else features_of(features)
 
     def listening(self, problem: Problem) -> Problem:
-        """The problem with a loss function that asks for the features when it is first called."""
+        """The problem with a loss function that computes the features when it is first called."""
         return replace(problem, loss_fn=_Listening(self, problem.loss_fn)) if self._asked else problem
 
     def hear(self, model: nn.Module, batch: Any) -> None:
@@ -78,7 +78,7 @@ class Features:
 
 
 class _Listening:
-    """A loss function that is the given one to whoever asks what it is."""
+    """A loss function that passes for the given one when its code is inspected."""
 
     def __init__(self, features: Features, loss_fn: LossFunction | None) -> None:
         self._features, self._loss_fn = features, loss_fn
@@ -93,7 +93,8 @@ class _Listening:
 def ask(network: nn.Module, first: Tensor, features: tuple[Any, ...]) -> Any:
     """network(first, *features) in the network's own precision, also under autocast.
 
-    Its gradient is a sum that cancels, and the network is small: half precision would save nothing and lose the sign.
+    Its gradient is a sum with cancellation, and the network is small: half precision would save nothing and could get
+    the sign wrong.
     """
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
 
@@ -127,7 +128,7 @@ def step_meta_network(
 def undone_on_error(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Parameters, buffers, gradients and optimizer state are as before if an exception leaves the block.
 
-    Everything is copied, so this is for networks that are small beside the model.
+    Everything is copied, so this is for networks that are small compared with the model.
     """
     values = [(p, p.detach().clone()) for p in network.parameters()]
     state = None if optimizer is None else {p: _copied(held) for p, held in optimizer.state.items()}

@@ -217,9 +217,9 @@ def _require_distributions(labels: Tensor) -> None:
     if wrong.any():
         n = int(wrong.nonzero()[0])
         raise ValueError(
-            f"label_net must return distributions, entries from 0 whose sum is 1; those of example {n} are between "
-            f"{float(labels[n].min()):.3g} and {float(labels[n].max()):.3g} and sum to {float(sums[n]):.3g}: let it "
-            "end in a softmax"
+            f"label_net must return distributions, entries >= 0 that sum to 1; those of example {n} lie between "
+            f"{float(labels[n].min()):.3g} and {float(labels[n].max()):.3g} and sum to {float(sums[n]):.3g}: end it "
+            "with a softmax"
         )
 
 

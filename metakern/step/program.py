@@ -1,7 +1,7 @@
-"""A step as a program of torch's operators: traced once, compiled, and not used where a batch takes another way.
+"""A step as a program of torch's operators: traced once, compiled, and not used if a batch takes another branch.
 
-Values that the host reads while it is traced (is this loss finite? which branch?) decide what the program is. Each of
-them comes out of every run again; a run in which one is another says so, and its results are not used.
+Values that the host reads during tracing (is this loss finite? which branch?) determine the program. Every run
+recomputes them; if one of them differs, the run reports it, and its results are discarded.
 
 A function that yields more than once becomes a program in parts, between which the host does what no program can, such
 as letting an optimizer step.
@@ -31,9 +31,9 @@ _READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal
 
 
 class Program:
-    """A function of tensors as a graph of torch's operators; it runs as it was traced until it is compiled.
+    """A function of tensors as a graph of torch's operators; runs as traced until it is compiled.
 
-    Parameters and whatever else it meets are read anew in every run.
+    Parameters and any other tensors that it uses are read again in every run.
     """
 
     def __init__(self, graph: fx.GraphModule, sizes: Sequence[int], tensors: Sequence[Tensor]) -> None:
@@ -43,7 +43,7 @@ class Program:
         self._run: list[Callable[..., Sequence[Tensor]]] = [part.graph for part in self._parts]
 
     def compile(self, backend: Backend) -> None:
-        """Let a backend of torch.compile make what runs from now on."""
+        """Compile it with a backend of torch.compile."""
         with _as_it_stands():
             values = self._start(self._tensors)
             for k, part in enumerate(self._parts):
@@ -55,7 +55,7 @@ class Program:
     def __call__(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor] | None]:
         """What the function yields, part by part.
 
-        None, and nothing after it, if a value that decides what the program is differs from the traced one.
+        None, and nothing after it, if a value that determined the program differs from the traced one.
         """
         values = self._start(tensors)
         for part, run in zip(self._parts, self._run, strict=True):
@@ -73,8 +73,8 @@ class Program:
 
 @contextmanager
 def _as_it_stands() -> Iterator[None]:
-    """A graph of operators has its derivatives and its casts in it: autocast around a run would cast once more, also
-    what the step keeps out of autocast.
+    """The graph contains its derivatives and casts: autocast around a run would cast again, including what the step
+    keeps out of autocast.
     """
     with torch.no_grad(), torch._C._DisableAutocast():
         yield
@@ -83,7 +83,7 @@ def _as_it_stands() -> Iterator[None]:
 def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Tensor]) -> Program:
     """What `function(*tensors)` yields, as a program.
 
-    Raises: NotImplementedError where the function reads numbers from tensors, or makes tensors whose size they decide.
+    Raises: NotImplementedError if the function reads numbers from tensors, or makes tensors whose size depends on them.
     """
     sizes: list[int] = []
 
@@ -102,7 +102,7 @@ def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Te
 
 
 class _Reads(TorchDispatchMode):
-    """Gives the host the truth values and integers that it reads, and keeps where they came from."""
+    """Gives the host the booleans and integers that it reads, and remembers where they came from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,18 +115,18 @@ class _Reads(TorchDispatchMode):
             return args[0].shape == args[1].shape and bool(self._value((args[0] == args[1]).all()))
         if torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args):
             raise EngineUnavailable(
-                f"{func.name()} makes a tensor whose size depends on values, which a compiled step cannot; "
-                "take the step uncompiled"
+                f"{func.name()} makes a tensor whose size depends on values, which a compiled step cannot do; "
+                "run the step uncompiled"
             )
         if torch.Tag.data_dependent_output in func.tags:
-            raise EngineUnavailable(f"{func.name()} reads numbers from a tensor; take the step uncompiled")
+            raise EngineUnavailable(f"{func.name()} reads numbers from a tensor; run the step uncompiled")
         return func(*args, **(kwargs or {}))
 
     def _value(self, tensor: Tensor) -> int | bool:
         if tensor.is_floating_point() or tensor.is_complex():
             raise EngineUnavailable(
                 "the step reads a floating point number from a tensor (item(), float()); keep it a tensor, or "
-                "take the step uncompiled"
+                "run the step uncompiled"
             )
         with disable_proxy_modes_tracing():
             value = tensor.item()
@@ -134,7 +134,7 @@ class _Reads(TorchDispatchMode):
         return value
 
     def as_traced(self, device: torch.device) -> Tensor:
-        """Is every value read since this was last asked, in this run, what it was when the program was traced? []"""
+        """Whether every value read since the last call has, in this run, the value it had when traced, []."""
         same = torch.ones((), dtype=torch.bool, device=device)
         for tensor, value in self._read:
             same = same & (tensor == value).all().to(device)
@@ -143,7 +143,7 @@ class _Reads(TorchDispatchMode):
 
 
 def _by_numbers(func: Any, args: Any) -> bool:
-    """Indexing by integers gives a size that the index has; by truth values one that they decide."""
+    """Indexing by integers gives the size of the index; by booleans, a size that depends on their values."""
     return func is torch.ops.aten.index.Tensor and not any(
         index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     )
@@ -157,8 +157,8 @@ class _Untraceable(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _EXPORTS:
             raise EngineUnavailable(
-                f"the step takes numbers out of torch (Tensor.{func.__name__}), which a compiled step would not do "
-                "again; take the step uncompiled"
+                f"the step takes numbers out of torch (Tensor.{func.__name__}), which a compiled step would not "
+                "repeat; run the step uncompiled"
             )
         _require_strided(args)
         return func(*args, **(kwargs or {}))
@@ -167,7 +167,7 @@ class _Untraceable(TorchFunctionMode):
 def _require_strided(values: Sequence[Any]) -> None:
     if any(isinstance(value, Tensor) and is_sparse(value) for value in values):
         raise EngineUnavailable(
-            "the step reads a sparse tensor, which torch traces and compiles in part only; take the step uncompiled"
+            "the step reads a sparse tensor, which torch can only partly trace and compile; run the step uncompiled"
         )
 
 

@@ -154,7 +154,7 @@ def compilable_rule(
     rule = VirtualRule(virtual, lr, optimizer)
     rule.require_usable(problem.chosen)
     if not rule.affine:
-        raise EngineUnavailable(f"virtual={rule.name!r} reads the optimizer's count of steps; use {uncompiled}")
+        raise EngineUnavailable(f"virtual={rule.name!r} reads the optimizer's step count; use {uncompiled}")
     return rule
 
 

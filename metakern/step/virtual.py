@@ -1,6 +1,6 @@
 """Virtual steps: where a step with gradient G would take the parameters, and how that depends on G.
 
-theta^ = theta - update(G). Every rule here acts on each entry by itself, so J = d update / dG is a diagonal, and
+theta^ = theta - update(G). Every rule here acts on each entry separately, so J = d update / dG is diagonal, and
 d meta_loss(theta^) / dG = -J g_meta(theta^). Source of the formulas: the update rules of torch.optim, differentiated.
 """
 
@@ -27,7 +27,7 @@ class VirtualStep(NamedTuple):
     jacobian: dict[str, Diagonal]
 
     def pulled_back(self, meta_gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """v = J g_meta, the direction that the dots are taken along; the dict is emptied on the way."""
+        """v = J g_meta, the direction of the dots; the dict is emptied to free memory."""
         return {name: meta_gradient.pop(name) * self.jacobian[name] for name in list(meta_gradient)}
 
 
@@ -37,7 +37,7 @@ Rule = Callable[[Tensor, Tensor, Rate, Group, State], tuple[Tensor, Diagonal]]
 
 
 def _descended(p: Tensor, change: Tensor, lr: Rate) -> Tensor:
-    """p - lr change. A compiled step has its rate in a tensor, which may be another in every run."""
+    """p - lr change. In a compiled step lr is a tensor, whose value may change from run to run."""
     return p - lr * change if isinstance(lr, Tensor) else torch.sub(p, change, alpha=lr)
 
 
@@ -115,7 +115,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class VirtualRule:
-    """How a virtual step moves: a rule by name, its learning rate, and the optimizer whose present state it reads.
+    """How a virtual step moves: a rule by name, its learning rate, and the optimizer whose current state it reads.
 
     `lr=None` takes the learning rate of each parameter's group of `optimizer`.
     """
@@ -123,10 +123,10 @@ class VirtualRule:
     name: str
     lr: Rate | None
     optimizer: torch.optim.Optimizer | None
-    group_rates: tuple[Tensor, ...] = ()  # what a program takes in place of the groups' own
+    group_rates: tuple[Tensor, ...] = ()  # used in a compiled step instead of the groups' own rates
 
     def require_usable(self, chosen: Mapping[str, nn.Parameter]) -> None:
-        """Raise unless the rule is known and what it reads is there, for every chosen parameter."""
+        """Raise unless the rule is known, and what it reads exists for every chosen parameter."""
         if self.name not in _RULES:
             raise ValueError(f"virtual must be one of {list(_RULES)}, got {self.name!r}")
         kinds = _RULES[self.name].optimizers
@@ -136,7 +136,7 @@ class VirtualRule:
                 f"{' or '.join(kind.__name__ for kind in kinds)}; got {type(self.optimizer).__name__}"
             )
         if self.lr is None and self.optimizer is None:
-            raise ValueError("virtual_lr is None, which takes the learning rate of optimizer, but there is none")
+            raise ValueError("virtual_lr=None takes the learning rate of optimizer, but there is no optimizer")
         if self.lr is not None and not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr)):
             raise ValueError(f"virtual_lr must be a finite number or None, got {self.lr!r}")
         if self.optimizer is not None and (kinds or self.lr is None):
@@ -148,7 +148,7 @@ class VirtualRule:
 
     @property
     def reads_state(self) -> bool:
-        """Whether it looks at the optimizer's state."""
+        """Whether it reads the optimizer's state."""
         return bool(_RULES[self.name].optimizers)
 
     def rates(self) -> list[float]:
@@ -158,15 +158,15 @@ class VirtualRule:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def at(self, rates: Sequence[Tensor]) -> VirtualRule:
-        """The same rule with those in tensors, each []."""
+        """The same rule with these learning rates, tensors []."""
         if self.lr is not None:
             return replace(self, lr=rates[0])
         return replace(self, group_rates=tuple(rates))
 
     @torch.no_grad()
     def step(self, chosen: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> VirtualStep:
-        """theta^ and J of those that have a gradient, since an optimizer passes over the others; neither parameters nor
-        optimizer are changed.
+        """theta^ and J for the parameters that have a gradient, since optimizers skip the others; changes neither
+        parameters nor optimizer.
         """
         groups = self._groups()
         parameters: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ class VirtualRule:
         return VirtualStep(parameters, jacobian)
 
     def origin(self, chosen: Mapping[str, nn.Parameter]) -> VirtualStep:
-        """theta^ at gradient zero, from where an affine rule moves by -J times the gradient; theta itself for "sgd"."""
+        """theta^ at gradient zero, from which an affine rule moves by -J times the gradient; theta itself for "sgd"."""
         if self.name != "sgd":
             return self.step(chosen, {name: p.new_zeros(()).expand_as(p) for name, p in chosen.items()})
         groups = self._groups()

@@ -34,7 +34,7 @@ def test_token_logits_row_by_row_are_the_logits_transposed() -> None:
         (torch.ones(4, 1), torch.ones(4), r"need probabilities of shape \(4, 1\); for regression"),
         (torch.ones(4, 3), torch.tensor([[1.0, 1.0, 0.0]] * 4), "must be probabilities, .* loss_fn"),
         (torch.ones(4, 3), torch.tensor([[1.5, -0.5, 0.0]] * 4), "must be probabilities"),
-        (torch.ones(4, 3), torch.tensor([0, 1, 2, 3]), "none of the 3 of the logits .* -100 leaves a position out"),
+        (torch.ones(4, 3), torch.tensor([0, 1, 2, 3]), "not among the 3 of the logits .* -100 leaves a position out"),
     ],
 )
 def test_targets_of_another_loss(logits: Tensor, targets: Tensor, message: str) -> None:

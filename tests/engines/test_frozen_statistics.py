@@ -158,7 +158,7 @@ def test_dropout_shares_its_mask() -> None:
     [
         ({"batchnorm": "eval"}, "batchnorm must be 'exact' or 'frozen', got 'eval'"),
         ({"batchnorm": "frozen", "engine": "jvp"}, "batchnorm='frozen' is for engine='ghost'"),
-        ({"batchnorm": "frozen", "micro_batch": 2}, "exclude each other"),
+        ({"batchnorm": "frozen", "micro_batch": 2}, "cannot be combined"),
     ],
 )
 def test_arguments(keywords: dict[str, Any], match: str) -> None:

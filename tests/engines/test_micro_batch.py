@@ -246,10 +246,10 @@ REFUSED: dict[str, tuple[Callable[[], Setup], type[Exception], str]] = {
     "buffer-of-examples": (lambda: setup_of(Counting(examples=True)), NotImplementedError, "buffer '1.seen'"),
     "positions-first": (
         lambda: _with(examples_second, lambda x, y: (inputs.normal(7, 7, 4),)),
-        *(ValueError, r"micro_batch cut \d examples.*7 losses"),
+        *(ValueError, r"micro_batch took \d examples.*7 losses"),
     ),
     "sizes": (lambda: _with(None, lambda x, y: (x, y, torch.ones(9))), ValueError, "dimension 0.*shapes"),
-    "objects": (lambda: _with(over_the_batch, lambda x, y: object()), TypeError, "micro_batch cuts tensors.*object"),
+    "objects": (lambda: _with(over_the_batch, lambda x, y: object()), TypeError, "micro_batch splits tensors.*object"),
 }
 
 

@@ -210,9 +210,9 @@ def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b, m: ((b[0][:4], b[1][:4]), m), r"made with torch.float64 of shape \(8, 1, 28, 28\) in place 0"),
+        (lambda b, m: ((b[0][:4], b[1][:4]), m), r"made with torch.float64 of shape \(8, 1, 28, 28\) at position 0"),
         (lambda b, m: ((b[0].float(), b[1]), m), "torch.float32"),
-        (lambda b, m: ({"x": b[0]}, m), "must be built as the captured ones"),
+        (lambda b, m: ({"x": b[0]}, m), "must be nested like the captured ones"),
     ],
 )
 def test_refuses_other_batches_before_anything_changes(change: Any, message: str) -> None:

@@ -215,8 +215,8 @@ def through(change: Callable[[Tensor], Any]) -> Callable[[nn.Module, Any], Tenso
     ("model", "loss_fn", "message"),
     [
         (Counting(lambda m: random.random()), None, "random numbers from Python or NumPy"),
-        (Counting(lambda m: torch.manual_seed(0)), None, "elsewhere than the step: the pass seeds it"),
-        (Counting(lambda m: setattr(m, "seen", m.seen + 1)), None, "other tensors in place of its buffers"),
+        (Counting(lambda m: torch.manual_seed(0)), None, "in another state than the step: the pass seeds it"),
+        (Counting(lambda m: setattr(m, "seen", m.seen + 1)), None, "replaces its buffers by other tensors"),
         (Counting(lambda m: setattr(m, "calls", m.calls + 1)), None, "writes attributes"),
         (network(), through(lambda weight: weight.sum().item()), "floating point number"),
         (network(), through(lambda weight: float(weight.numpy()[0, 0])), "Tensor.numpy"),
@@ -363,7 +363,7 @@ def test_other_shapes_are_taken_uncompiled_and_the_program_after_them() -> None:
 def test_other_dtypes_and_forms_are_refused_before_anything_changes() -> None:
     step = compile_step(network(), *batches())
     batch, meta = batches()
-    with pytest.raises(ValueError, match=r"shape \(8, 6\) in place 0, got torch.float16"):
+    with pytest.raises(ValueError, match=r"shape \(8, 6\) at position 0, got torch.float16"):
         step((batch[0].half(), batch[1]), meta)
     with pytest.raises(ValueError, match=r"captured ones, \[\(\*, \*\), \(\*, \*\)\]; got \[\[\*, \*\], \(\*, \*\)\]"):
         step([*batch], meta)

@@ -243,10 +243,10 @@ def test_refusals() -> None:
         (
             {"virtual": "adam", "optimizer": torch.optim.Adam(model.parameters())},
             NotImplementedError,
-            "count of steps; use mlc_step",
+            "step count; use mlc_step",
         ),
         ({"virtual": "momentum", "optimizer": sgd(model, 0.9)}, ValueError, "let it step once before"),
-        ({"virtual_lr": None}, ValueError, "virtual_lr is None"),
+        ({"virtual_lr": None}, ValueError, "virtual_lr=None takes"),
         ({"label_optimizer": 3}, TypeError, "label_optimizer must be.*int"),
         ({"clean_batch": 3}, TypeError, "clean_batch must be"),
         ({"logits_fn": lambda model, batch: model(batch[0]) * batch[0].sum().item()}, NotImplementedError, "floating"),
@@ -267,9 +267,9 @@ def test_what_it_looks_at_must_stay() -> None:
     given = {"label_optimizer": None, "virtual_lr": 0.1, "optimizer": optimizer, "virtual": "momentum"}
     metakern.mlc_step(model, net, batch, meta_batch, features=extra, **given)
     step = compile_mlc_step(model, net, batch, meta_batch, features=extra, **given)
-    with pytest.raises(ValueError, match="in place 4"):
+    with pytest.raises(ValueError, match="at position 4"):
         step(batch, meta_batch, extra.half())
-    with pytest.raises(ValueError, match="must be built as"):
+    with pytest.raises(ValueError, match="must be nested like"):
         step(batch, meta_batch, extra, batch)
     with pytest.raises(ValueError, match=r"^carry: .* compile it with carries=True"):
         step(batch, meta_batch, extra, carry={})

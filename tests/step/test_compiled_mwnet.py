@@ -252,10 +252,10 @@ def test_refusals() -> None:
     model, batch, meta_batch = make("mlp")
     net = Ignoring().double()
     for keywords, error, match in (
-        ({"virtual": "adam", "optimizer": adam(model)}, NotImplementedError, "count of steps; use mwnet_step"),
+        ({"virtual": "adam", "optimizer": adam(model)}, NotImplementedError, "step count; use mwnet_step"),
         ({"virtual": "momentum", "optimizer": sgd(model, 0.9)}, ValueError, "let it step once before"),
         ({"normalise": "max"}, ValueError, "normalise must be"),
-        ({"virtual_lr": None}, ValueError, "virtual_lr is None"),
+        ({"virtual_lr": None}, ValueError, "virtual_lr=None takes"),
         ({"features": lambda model, batch: torch.tensor(batch[0].sum().item())}, NotImplementedError, "floating point"),
     ):
         before, before_net = Snapshot.of(model), Snapshot.of(net)
@@ -275,7 +275,7 @@ def test_what_it_looks_at_must_stay() -> None:
     given = {"weight_optimizer": None, "virtual_lr": 0.1, "optimizer": optimizer, "virtual": "momentum"}
     metakern.mwnet_step(model, net, batch, meta_batch, features=extra, **given)
     step = compile_mwnet_step(model, net, batch, meta_batch, features=extra, **given)
-    with pytest.raises(ValueError, match="in place 4"):
+    with pytest.raises(ValueError, match="at position 4"):
         step(batch, meta_batch, extra.half())
     step(batch, meta_batch, extra)
     optimizer.param_groups[0]["momentum"] = 0.5

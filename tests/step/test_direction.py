@@ -128,7 +128,7 @@ def test_arguments() -> None:
     direction: Any
     for direction, error, match in (
         (lambda v: 3, TypeError, "direction must return a mapping.*int"),
-        (lambda v: {"head": torch.ones(3)}, ValueError, "'head', which is no parameter"),
+        (lambda v: {"head": torch.ones(3)}, ValueError, "'head', which is not among the parameters"),
         (lambda v: {"4.bias": torch.ones(2)}, ValueError, r"\(2,\) for '4.bias', expected.*\(3,\)"),
     ):
         with pytest.raises(error, match=match):

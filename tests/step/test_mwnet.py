@@ -339,7 +339,7 @@ def test_arguments() -> None:
         ({"virtual": "lion"}, ValueError, "virtual must be.*'lion'"),
         ({"virtual": "adam"}, TypeError, "optimizer, which must be Adam or AdamW; got NoneType"),
         ({"virtual": "adam", "optimizer": sgd}, TypeError, "got SGD"),
-        ({"virtual_lr": None}, ValueError, "virtual_lr is None"),
+        ({"virtual_lr": None}, ValueError, "virtual_lr=None takes"),
         ({"virtual_lr": float("nan")}, ValueError, "virtual_lr must be a finite"),
         ({"weight_optimizer": 3}, TypeError, "weight_optimizer must be.*int"),
         ({"weight_optimizer": sgd}, ValueError, "weight_optimizer holds none"),

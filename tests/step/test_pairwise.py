@@ -181,7 +181,7 @@ def test_what_is_refused() -> None:
     batch, meta_batch = inputs.pair(5, 3, 3, 4, classes=3)
     before = Snapshot.of(model)
     for settings, message in (
-        ({"micro_batch": 2}, "pairwise and micro_batch exclude each other"),
+        ({"micro_batch": 2}, "pairwise and micro_batch cannot be combined"),
         ({"batchnorm": "frozen"}, "pairwise dots are exact: batchnorm must be 'exact', got 'frozen'"),
         ({"engine": "jvp", "dot_precision": "bf16"}, "dot_precision='bf16' is for engine='ghost'"),
         ({"engine": "other"}, "engine must be 'auto' or one of"),

@@ -1,4 +1,4 @@
-"""A weight net or label net that trains parameters of the model: the gradient of either would leave the other out."""
+"""A weight net or label net that trains parameters of the model: the gradient of each would ignore the other."""
 
 import pytest
 import torch
