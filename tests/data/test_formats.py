@@ -1,7 +1,10 @@
 """Loaders of the published formats, on files of a few rows written here."""
 
 import gzip
+import io
 import json
+import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -25,6 +28,61 @@ def test_cifar10_binary_batches(tmp_path):
     # The last record written is the last test image; its first byte after the label is red at the top left.
     red = (records[-1, 1] / 255 - 0.4914) / 0.2470
     assert float(source.test.inputs[-1, 0, 0, 0]) == pytest.approx(red, rel=1e-5)
+
+
+class PickledByPython2(pickle._Pickler):
+    """Bytes are its plain strings, as in the published batches."""
+
+    def save_string(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_string}
+
+
+def as_python_2(value: object) -> bytes:
+    buffer = io.BytesIO()
+    PickledByPython2(buffer, 2).dump(value)
+    return buffer.getvalue().replace(b"numpy._core", b"numpy.core")
+
+
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar10/cifar-10-batches-py", "cifar10"])
+def test_cifar10_pickled_batches(tmp_path, folder):
+    """The same numbers as the binary batches."""
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "binary").mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        records = rng.integers(0, 256, (10, 3073), dtype=np.uint8)
+        records[:, 0] = np.arange(10)
+        (tmp_path / "binary" / f"{name}.bin").write_bytes(records.tobytes())
+        batch = {b"batch_label": b"one", b"labels": records[:, 0].tolist(), b"data": records[:, 1:].copy()}
+        (tmp_path / folder / name).write_bytes(as_python_2(batch))
+    pickled, binary = load("cifar10", tmp_path), load("cifar10", tmp_path / "binary")
+    for ours, theirs in ((pickled.train, binary.train), (pickled.test, binary.test)):
+        assert torch.equal(ours.inputs, theirs.inputs)
+        assert torch.equal(ours.targets, theirs.targets)
+
+
+class Calling:
+    def __reduce__(self):
+        return print, ("called",)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (pickle.dumps(Calling(), 2), r"data_batch_1 cannot be read .*: it asks for (builtins|__builtin__)\.print"),
+        (pickle.dumps(np.float64), "it asks for numpy.float64, which is no part of an array"),
+        (pickle.dumps({b"labels": [1]}), "data_batch_1 must hold a dict with data and labels"),
+        (pickle.dumps([1, 2])[:-3], "data_batch_1 cannot be read as a pickle of arrays"),
+    ],
+)
+def test_pickles_are_not_run(tmp_path, capsys, raw, message):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        load("cifar10", tmp_path)
+    assert not capsys.readouterr().out
 
 
 def write_cifar100(folder, coarse_of=lambda fine: fine % 2) -> None:

@@ -93,6 +93,6 @@ def test_the_stream_is_part_of_the_state(setup, model, task):
 def test_tokens_are_refused(setup, model):
     tokens = Examples(torch.ones(4, 3, dtype=torch.int64), torch.tensor([0, 1, 0, 1]), torch.arange(4))
     text = Task("text", tokens, tokens, tokens, ("a", "b"), tokens.targets)
-    with pytest.raises(ValueError, match="int64 tokens, which only .* and metabalance-raw-oversample take"):
+    with pytest.raises(ValueError, match=r"int64 tokens, which only .* and metabalance-raw-oversample take"):
         find("metabalance").begin(setup(model, task=text))
     assert find("metabalance-raw-oversample").begin(setup(model, task=text)).outer.inputs.dtype == torch.int64
