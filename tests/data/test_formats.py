@@ -31,12 +31,13 @@ def test_cifar10_binary_batches(tmp_path):
 
 
 class PickledByPython2(pickle._Pickler):
-    """Bytes are its plain strings, as in the published batches."""
+    """Its strings are bytes, as in the published batches."""
 
-    def save_string(self, value: bytes) -> None:
-        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+    def save_string(self, value: bytes | str) -> None:
+        raw = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
 
-    dispatch = pickle._Pickler.dispatch | {bytes: save_string}
+    dispatch = pickle._Pickler.dispatch | {bytes: save_string, str: save_string}
 
 
 def as_python_2(value: object) -> bytes:
