@@ -1,4 +1,4 @@
-"""The columns of a table as features: numbers as they are, kinds as a column of 0 and 1 each."""
+"""The columns of a table as features: numbers as they are, each kind as a column of 0 and 1."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def csv_file(
     _require_columns(paths[0], rows, [("--label", label), ("--group", group)])
     lacking = sorted({*head} - {"split"} - {*tables[-1][0]})
     if lacking:
-        raise ValueError(f"csv: {paths[-1]} has not all columns of {paths[0]}; it lacks {', '.join(lacking)}")
+        raise ValueError(f"csv: {paths[-1]} lacks columns of {paths[0]}: {', '.join(lacking)}")
     for k, row in enumerate(rows):
         if not row[label].strip():
             raise ValueError(f"csv: row {k + 1} has no {label!r}")
@@ -85,7 +85,7 @@ def _require_columns(path: Path, rows: list[dict[str, str]], named: Sequence[tup
     """Raise ValueError where an option names a column that the rows have not."""
     for option, column in named:
         if column is not None and column not in rows[0]:
-            raise ValueError(f"csv: {option} {column!r} is no column of {path}; there are {', '.join(rows[0])}")
+            raise ValueError(f"csv: {option} {column!r} is not a column of {path}; there are {', '.join(rows[0])}")
 
 
 def table_name(file: str) -> str:
@@ -128,7 +128,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     _require_head(path, names)
     for k, row in enumerate(rows):
         if None in row or None in row.values():
-            raise ValueError(f"csv: row {k + 1} of {path} has not {len(names)} cells, as the head has")
+            raise ValueError(f"csv: row {k + 1} of {path} does not have {len(names)} cells, as the head does")
     return [dict(zip(names, row.values(), strict=True)) for row in rows]
 
 
@@ -167,7 +167,7 @@ def _division(
         train, test = train[kept], train[held]
     if not len(test):
         raise ValueError(
-            f"csv: no class has the five rows of which one is tested on: {len(rows)} rows of {classes} classes; add "
+            f"csv: no class has five rows, of which one is for testing: {len(rows)} rows of {classes} classes; add "
             "rows, or a test file"
         )
     return train, test, meta
@@ -181,7 +181,7 @@ def _text_column(rows: list[dict[str, str]], columns: list[str]) -> str | None:
     if "text" in columns:
         return "text"
     if not columns:
-        raise ValueError("csv: there is no column beside that of the classes to learn from")
+        raise ValueError("csv: there is no column to learn from besides that of the classes")
     alone = columns[0] if len(columns) == 1 else None
     return alone if alone and 2 * sum(is_number(row[alone]) for row in rows) < len(rows) else None
 

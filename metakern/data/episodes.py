@@ -96,7 +96,7 @@ def draw_episode(pool: Pool, shots: Tensor, queries: int, generator: torch.Gener
     """
     way = len(shots)
     if way > len(pool.classes):
-        raise ValueError(f"episodes: {way} classes are asked for, there are {len(pool.classes)}")
+        raise ValueError(f"episodes: {way} classes are needed, there are {len(pool.classes)}")
     chosen = torch.randperm(len(pool.classes), generator=generator)[:way]
     support, query = [], []
     for index, count in zip(chosen.tolist(), shots.tolist(), strict=True):
@@ -104,7 +104,7 @@ def draw_episode(pool: Pool, shots: Tensor, queries: int, generator: torch.Gener
         if len(rows) < count + queries:
             raise ValueError(
                 f"episodes: class {pool.classes[index]} has {len(rows)} examples, "
-                f"asked for are {count} to support and {queries} to query"
+                f"but {count} support and {queries} query examples are needed"
             )
         rows = rows[torch.randperm(len(rows), generator=generator)]
         support.append(rows[:count])

@@ -1,4 +1,4 @@
-"""The commands of the command line, each a function of its parsed options."""
+"""The commands, each a function of its parsed options."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Command = Callable[[argparse.Namespace], int | None]
 
 
 def _stoppable(command: Callable[[argparse.Namespace, StopSignals], None]) -> Command:
-    """The command; SIGINT and SIGTERM end it after a step, and it returns their exit status."""
+    """The command; SIGINT and SIGTERM stop it after the current step, and it returns their exit status."""
 
     def stopping(options: argparse.Namespace) -> int:
         with StopSignals() as stop:
             try:
                 command(options, stop)
             except Stopped as stopped:
-                print(f"metakern: {stopped}; the same command goes on from there", file=sys.stderr)
+                print(f"metakern: {stopped}; the same command resumes from there", file=sys.stderr)
                 return stop.status
         return 0
 
@@ -61,7 +61,7 @@ def train_command(options: argparse.Namespace, stop: StopSignals) -> None:
     if finished(folder, config, found) is None or options.overwrite:
         train(config, folder, stop=stop)
     else:
-        print(f"metakern: {folder} has this run already; --overwrite runs it again", file=sys.stderr)
+        print(f"metakern: {folder} already has this run; --overwrite runs it again", file=sys.stderr)
     print(_summary([folder]))
     note = meta_note(read_json(folder / "config.json"))
     if note and find(config.method).needs_meta:
@@ -110,7 +110,7 @@ def audit_command(options: argparse.Namespace) -> None:
     folder = audit_folder(config, options.out, overwrite=options.overwrite, **given)
     found = None if options.overwrite else finished_audit(config, folder, **given)
     if found is not None:
-        print(f"metakern: {folder} has this audit already; --overwrite runs it again", file=sys.stderr)
+        print(f"metakern: {folder} already has this audit; --overwrite runs it again", file=sys.stderr)
     print(found or run_audit(config, folder, **given))
 
 
@@ -128,7 +128,7 @@ def demo_command(options: argparse.Namespace) -> None:
     folders = [run.folder for run in runs]
     report = write_report(folders, options.out / "report.html", step_times=step_times)
     print(_summary(folders, step_times))
-    print(f"A plain step takes {1000 * measured.plain_seconds:.1f} ms here; in brackets the 20th and 80th percentile.")
+    print(f"A plain step takes {1000 * measured.plain_seconds:.1f} ms here; in brackets, 20th and 80th percentiles.")
     print(f"report: {report}")
 
 
@@ -170,6 +170,6 @@ def list_command(options: argparse.Namespace) -> None:
         print("  ".join([*cells, row[-1]]))
     print("\nstep cost: in plain steps, measured at nine tenths of a run; -: not measured, or no steps.")
     print("page: docs/methods/PAGE.md")
-    print("few-shot: " + ", ".join(LEARNERS) + ", each by 'metakern episodes'; docs/methods/few-shot.md")
+    print("few-shot: " + ", ".join(LEARNERS) + ", run by 'metakern episodes'; docs/methods/few-shot.md")
     print("\ndata sets: " + ", ".join(NAMES))
-    print("models: " + ", ".join(MODELS) + ", transformers:DIR; a small one where none is named")
+    print("models: " + ", ".join(MODELS) + ", transformers:DIR; default: a small one")

@@ -1,4 +1,4 @@
-"""A grid of runs, each in its own folder; a finished one is never run again."""
+"""A grid of runs, each in its own folder; finished ones are never run again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def chosen(words: Sequence[str]) -> list[str]:
         else:
             names.append(find(word).name)
     if not names:
-        raise ValueError("--methods names no method")
+        raise ValueError("--methods does not name any method")
     return list(dict.fromkeys(names))
 
 
@@ -97,7 +97,7 @@ def _run(base: TrainConfig, config: TrainConfig, folder: Path, stop: Stop) -> tu
     try:
         train(config, folder, task=make_task(config, _source(base)), progress=False, stop=stop)
     except NotApplicable as reason:
-        return folder, f"{config.method} is left out: {reason}"
+        return folder, f"{config.method} is skipped: {reason}"
     return folder, None
 
 

@@ -1,4 +1,4 @@
-"""What decides a run: every field is a command-line option, and the whole record is stored beside the results."""
+"""The settings of a run: every field is a command-line option, and all of them are stored with the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENGINES = ("auto", "ghost", "jvp", "double_backward")
 LARGEST_SEED = 2**31 - 16  # seeds of the parts of a run, made from this one, must fit into 64 bits
 
 
-METAVARS: dict[type, str] = {str: "NAME", int: "N", float: "NUMBER"}  # of options that name no other
+METAVARS: dict[type, str] = {str: "NAME", int: "N", float: "NUMBER"}  # of options without one
 
 
 def option(default: Any, meaning: str, metavar: str | None = None) -> Any:
@@ -30,49 +30,49 @@ class TrainConfig:
     """One run. The defaults are the settings of the code published with L2RW (Ren et al., ICML 2018)."""
 
     method: str
-    set: str = option("", "settings of the method, as in rule=floor,weight_decay=5e-4: see its page", "NAME=VALUE")
+    set: str = option("", "settings of the method, such as rule=floor,weight_decay=5e-4: see its page", "NAME=VALUE")
     data: str = option("digits-4v9", "data set: see 'metakern list', or images:DIR, or csv:FILE")
-    label: str | None = option(None, "--data csv:FILE: the column of the classes", "COLUMN")
-    group: str | None = option(None, "--data csv:FILE: the column of their groups, for --noise hierarchical", "COLUMN")
-    leave_out: str | None = option(None, "--data csv:FILE: columns that are not read", "COL,COL")
+    label: str | None = option(None, "--data csv:FILE: the column with the classes", "COLUMN")
+    group: str | None = option(
+        None, "--data csv:FILE: the column with their groups, for --noise hierarchical", "COLUMN"
+    )
+    leave_out: str | None = option(None, "--data csv:FILE: columns to ignore", "COL,COL")
     data_dir: str | None = option(None, "folder of data sets (default: the environment variable METAKERN_DATA)", "DIR")
     majority: float | None = option(
         None, "sets of two classes: share of the larger one in training (default: 0.995)", "SHARE"
     )
-    imbalance: float = option(1.0, "sets of more classes: largest class to smallest", "FACTOR")
-    imbalance_shape: str = option("exponential", f"how the classes fall: {', '.join(SHAPES)}", "SHAPE")
+    imbalance: float = option(1.0, "sets of more classes: ratio of largest to smallest class", "FACTOR")
+    imbalance_shape: str = option("exponential", f"how class sizes decrease: {', '.join(SHAPES)}", "SHAPE")
     noise: str | None = option(None, f"label noise, one of {', '.join(NOISE_KINDS)}", "KIND")
-    noise_rate: float = option(0.0, "share of labels the noise draws anew", "SHARE")
+    noise_rate: float = option(0.0, "share of labels that the noise redraws", "SHARE")
     train_size: int = option(5000, "training and meta examples together, at most")
-    meta_per_class: int = option(5, "clean examples of each class that the meta set takes out of them")
+    meta_per_class: int = option(5, "clean examples of each class, set aside as the meta set")
     model: str | None = option(
         None, "the network: see 'metakern list', or transformers:DIR for a pretrained one (default: a small one)"
     )
     augment: str | None = option(
-        None, "crop-flip: images of both batches shifted by up to 4 pixels and mirrored", "KIND"
+        None, "crop-flip: shift images of both batches by up to 4 pixels and mirror them, at random", "KIND"
     )
-    seed: int = option(0, "decides the drawn examples, the initial parameters and the order of batches")
+    seed: int = option(0, "determines the drawn examples, the initial parameters and the order of batches")
     steps: int | None = option(None, "optimizer steps (default: the method's own, times --schedule)")
     schedule: float = option(1.0, "share of the method's own number of steps to take", "SHARE")
-    batch_size: int | None = option(None, "training examples in a batch (default: the method's own)")
-    meta_batch_size: int | None = option(None, "meta examples in a step (default: the method's own, mostly all)")
+    batch_size: int | None = option(None, "training examples per batch (default: the method's own)")
+    meta_batch_size: int | None = option(None, "meta examples per step (default: the method's own, usually all)")
     optimizer: str = option("sgd", f"the optimizer, one of {', '.join(OPTIMIZERS)}")
     lr: float = option(1e-3, "learning rate", "RATE")
     momentum: float = option(0.9, "momentum of SGD, plain or Nesterov's")
     weight_decay: float = option(0.0, "weight decay")
     warmup: float = option(0.0, "share of the run over which the learning rate rises linearly", "SHARE")
-    drops: str = option("", "shares of the run at which the learning rate is divided by 10, as in 0.5,0.75", "S,T")
-    early_stopping: int | None = option(None, "stop after that many evaluations without a lower validation error")
+    drops: str = option("", "shares of the run at which the learning rate is divided by 10, such as 0.5,0.75", "S,T")
+    early_stopping: int | None = option(None, "stop after this many evaluations without a lower validation error")
     validation: float = option(0.1, "share of the training examples that --early-stopping holds out", "SHARE")
     engine: str = option("auto", f"how the dot products are computed, one of {', '.join(ENGINES)}")
-    evaluations: int = option(20, "how often in a run the test error is measured")
+    evaluations: int = option(20, "how often the test error is measured during a run")
     device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...", "DEVICE")
     amp: str | None = option(None, "bf16: autocast to bfloat16")
     threads: int = option(2, "CPU threads")
-    checkpoint_seconds: float = option(
-        60.0, "seconds from one checkpoint to the next; 0: one after every step", "SECONDS"
-    )
-    tensorboard: bool = option(False, "write the metrics for TensorBoard as well")
+    checkpoint_seconds: float = option(60.0, "seconds between checkpoints; 0: one after every step", "SECONDS")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard")
 
     def __post_init__(self) -> None:
         counts = "train_size", "meta_per_class", "steps", "batch_size", "meta_batch_size", "evaluations", "threads"
@@ -85,9 +85,9 @@ class TrainConfig:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         for name in ("momentum", "weight_decay", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be below 0, got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.seed <= LARGEST_SEED:
-            raise ValueError(f"--seed must be from 0 to {LARGEST_SEED}, got {self.seed}")
+            raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {self.seed}")
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("engine", ENGINES),
@@ -111,7 +111,7 @@ class TrainConfig:
     def drop_shares(self) -> list[float]:
         """`drops` as numbers.
 
-        Raises: ValueError for a word that is none.
+        Raises: ValueError for a word that is not a number.
         """
         try:
             return [float(word) for word in self.drops.split(",") if word.strip()]
@@ -134,7 +134,7 @@ class TrainConfig:
         return "-".join([*parts, str(self.seed)])
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the result: not where the data lies, nor threads, checkpoints and curves."""
+        """The fields that determine the result: not the place of the data, threads, checkpoints and curves."""
         idle = "data_dir", "threads", "checkpoint_seconds", "tensorboard"
         return {name: value for name, value in asdict(self).items() if name not in idle}
 

@@ -1,4 +1,4 @@
-"""What decides a comparison of few-shot learners: every field is an option of `metakern episodes`."""
+"""The settings of a comparison of few-shot learners: every field is an option of `metakern episodes`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LEARNERS = ("protonet", "maml", "maml-first-order")
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """A comparison of few-shot learners; which defaults are the benchmark's is said in docs/methods/few-shot.md."""
+    """A comparison of few-shot learners; docs/methods/few-shot.md says which defaults are those of the benchmark."""
 
     data: str = option("iflytek", "data set with many classes: see 'metakern list', or images:DIR, or csv:FILE")
-    label: str | None = option(None, "--data csv:FILE: the column of the classes", "COLUMN")
-    leave_out: str | None = option(None, "--data csv:FILE: columns that are not read", "COL,COL")
+    label: str | None = option(None, "--data csv:FILE: the column with the classes", "COLUMN")
+    leave_out: str | None = option(None, "--data csv:FILE: columns to ignore", "COL,COL")
     data_dir: str | None = option(None, "folder of data sets (default: the environment variable METAKERN_DATA)", "DIR")
     model: str | None = option(None, "the network, as for 'metakern train'")
-    learners: str = option(",".join(LEARNERS), "who learns", "A,B")
-    balances: str = option(",".join(BALANCES), "what is done about the imbalance", "A,B")
-    shapes: str = option(",".join(SHOT_SHAPES), "how the shots fall over the classes of a test episode", "A,B")
-    train_shape: str = option("random", "how they fall in the episodes of training and validation", "SHAPE")
-    way: int = option(5, "classes of an episode")
+    learners: str = option(",".join(LEARNERS), "few-shot learners", "A,B")
+    balances: str = option(",".join(BALANCES), "remedies for the imbalance", "A,B")
+    shapes: str = option(",".join(SHOT_SHAPES), "how shots are distributed over the classes of a test episode", "A,B")
+    train_shape: str = option("random", "the same for training and validation episodes", "SHAPE")
+    way: int = option(5, "classes per episode")
     fewest: int = option(1, "support examples of the smallest class")
     most: int = option(9, "support examples of the largest class")
     minority: float = option(0.2, "shape step: share of the classes that have the fewest", "SHARE")
@@ -35,14 +35,14 @@ class EpisodeConfig:
     queries: int = option(15, "query examples of each class")
     held_out: float = option(0.2, "share of the classes for validation, and again for testing", "SHARE")
     train_episodes: int = option(2000, "episodes to train on")
-    validations: int = option(5, "how often in training the best parameters so far are looked for")
-    validation_episodes: int = option(100, "episodes of each such look")
+    validations: int = option(5, "number of validations during training; the best parameters are kept")
+    validation_episodes: int = option(100, "episodes per validation")
     test_episodes: int = option(600, "episodes of each shape to test on")
-    lr: float = option(1e-3, "learning rate of Adam, a tenth of it in the second half", "RATE")
+    lr: float = option(1e-3, "learning rate of Adam, divided by 10 in the second half", "RATE")
     inner_lr: float = option(0.1, "maml: learning rate of the steps on the support set", "RATE")
-    inner_steps: int = option(10, "maml: how many steps on the support set")
-    episodes_per_step: int = option(4, "maml: episodes of a step of Adam; protonet takes one")
-    seed: int = option(0, "decides the classes held out, the episodes and the initial parameters")
+    inner_steps: int = option(10, "maml: number of steps on the support set")
+    episodes_per_step: int = option(4, "maml: episodes per step of Adam; protonet takes one")
+    seed: int = option(0, "determines the classes held out, the episodes and the initial parameters")
     threads: int = option(2, "CPU threads")
 
     def __post_init__(self) -> None:

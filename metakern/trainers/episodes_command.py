@@ -60,9 +60,9 @@ def _split(source: Source, config: EpisodeConfig) -> ClassSplit:
     found = [len(pool.classes) for pool in split]
     if min(found) < config.way:
         raise ValueError(
-            f"--way {config.way} asks for more classes than there are: of {config.data} {found[0]} to train on, "
-            f"{found[1]} for validation and {found[2]} to test on have the {needed} examples that --most and --queries "
-            "need; lower --way, --most or --queries, or change --held-out"
+            f"--way {config.way} needs more classes than there are: of {config.data}, {found[0]} for training, "
+            f"{found[1]} for validation and {found[2]} for testing have the {needed} examples that --most and "
+            "--queries need; lower --way, --most or --queries, or change --held-out"
         )
     return split
 

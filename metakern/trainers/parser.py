@@ -16,7 +16,7 @@ from metakern.trainers.episode_config import EpisodeConfig
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; a hundred lines of usage before it would hide that."""
+    """Reports errors in one line, which a hundred lines of usage would hide."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}; '{self.prog} --help' lists the options", file=sys.stderr)
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """`metakern COMMAND ...`; the parsed options have the function of the command as `command`."""
+    """`metakern COMMAND ...`; in the parsed options, `command` is the function of the command."""
     root = _Parser(prog="metakern", description="Train with re-weighted examples.")
     root.add_argument("--version", action="version", version=f"metakern {metakern.__version__}")
     added = root.add_subparsers(required=True, metavar="COMMAND")
@@ -35,26 +35,26 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(added)
     _add_report(added)
     _add_check(added)
-    added.add_parser("list", help="the methods and data sets").set_defaults(command=commands.list_command)
+    added.add_parser("list", help="list methods and data sets").set_defaults(command=commands.list_command)
     return root
 
 
 def _add_train(added: Any) -> None:
     one = added.add_parser("train", help="train with one method and write a report")
     one.add_argument("method", metavar="METHOD", help="see 'metakern list'")
-    _add_out(one, "runs/DATA-BIAS-METHOD-SEED", "replace a run that the folder has")
+    _add_out(one, "runs/DATA-BIAS-METHOD-SEED", "replace the run in the folder")
     add_options(one)
     one.set_defaults(command=commands.train_command)
 
 
 def _add_compare(added: Any) -> None:
     many = added.add_parser("compare", help="run methods x majority shares x seeds and write a leaderboard")
-    meaning = "default: all; noise or imbalance: those for it"
+    meaning = "default: all; noise or imbalance: the methods for it"
     many.add_argument("--methods", type=_words, default=list(METHODS), metavar="A,B", help=meaning)
     many.add_argument("--majority", dest="majorities", type=_shares, default=[None], metavar="P,Q", help="shares")
     many.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="A-B", help="seeds, as 0-4 or 0,2,5")
-    many.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    _add_out(many, "runs/compare", "replace runs of other settings that the folder has")
+    many.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs (default: 1)")
+    _add_out(many, "runs/compare", "replace runs with other settings in the folder")
     add_options(many, leave_out=("majority", "seed"))
     many.set_defaults(command=commands.compare_command)
 
@@ -62,22 +62,22 @@ def _add_compare(added: Any) -> None:
 def _add_audit(added: Any) -> None:
     look = added.add_parser("audit", help="train once and rank the training examples by the harm they did")
     look.add_argument("--top", type=int, default=60, metavar="N", help="examples on the page (default: 60)")
-    look.add_argument("--folds", type=int, default=5, metavar="N", help="runs for cleanlab's ranking; 0: without it")
-    _add_out(look, "runs/DATA-BIAS-audit-SEED", "replace an audit that the folder has")
+    look.add_argument("--folds", type=int, default=5, metavar="N", help="runs for cleanlab's ranking; 0: none")
+    _add_out(look, "runs/DATA-BIAS-audit-SEED", "replace the audit in the folder")
     add_options(look, leave_out=UNUSED)
     look.set_defaults(command=commands.audit_command)
 
 
 def _add_episodes(added: Any) -> None:
-    few = added.add_parser("episodes", help="few-shot learners on support sets that are not balanced")
+    few = added.add_parser("episodes", help="few-shot learners on unbalanced support sets")
     _add_folder(few, Path("runs/episodes"))
     add_options(few, of=EpisodeConfig)
     few.set_defaults(command=commands.episodes_command)
 
 
 def _add_demo(added: Any) -> None:
-    demo = added.add_parser("demo", help="plain training beside l2rw, in a few minutes")
-    meaning = "folder of data sets (default: METAKERN_DATA); MNIST is used if there"
+    demo = added.add_parser("demo", help="compare plain training with l2rw, in a few minutes")
+    meaning = "folder of data sets (default: METAKERN_DATA); MNIST is used if found there"
     demo.add_argument("--data-dir", metavar="DIR", help=meaning)
     _add_folder(demo, Path("runs/demo"))
     demo.set_defaults(command=commands.demo_command)
@@ -85,9 +85,9 @@ def _add_demo(added: Any) -> None:
 
 def _add_report(added: Any) -> None:
     report = added.add_parser("report", help="rebuild the report of runs; without runs: what this machine can run")
-    report.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, or a comparison's")
+    report.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs or a comparison")
     report.add_argument("--data-dir", metavar="DIR", help="folder of data sets")
-    meaning = "the file to write (default: report.html in the folder, of several runs in the one around them)"
+    meaning = "the file to write (default: report.html in the folder; for several runs, in their common folder)"
     report.add_argument("--out", type=Path, metavar="FILE", help=meaning)
     report.set_defaults(command=commands.report_command)
 
@@ -96,15 +96,15 @@ def _add_check(added: Any) -> None:
     checked = added.add_parser("check", help="is metakern exact for your model? exit status 0 if so, 1 if not")
     meaning = "module:function or FILE.py:function, which returns (model, batch, meta_batch[, loss_fn])"
     checked.add_argument("target", metavar="MODULE:FUNCTION", help=meaning)
-    checked.add_argument("--examples", type=int, default=8, metavar="N", help="compared (default: %(default)s)")
-    checked.add_argument("--explain", action="store_true", help="which rule and form each layer takes, and its cost")
-    checked.add_argument("--allow-unused", action="store_true", help="parameters that take no part are no error")
+    checked.add_argument("--examples", type=int, default=8, metavar="N", help="to compare (default: %(default)s)")
+    checked.add_argument("--explain", action="store_true", help="print rule, form and cost of each layer")
+    checked.add_argument("--allow-unused", action="store_true", help="accept parameters that the losses do not use")
     checked.set_defaults(command=commands.check_command)
 
 
 def _add_out(command: argparse.ArgumentParser, default: str, overwrite: str) -> None:
-    """--out and --overwrite, of commands that leave other results alone."""
-    meaning = f"folder (default: {default}, or with -2, -3 ... where that has results of other settings)"
+    """--out and --overwrite, for commands that do not replace other results."""
+    meaning = f"folder (default: {default}, with -2, -3 ... appended if that has results of other settings)"
     command.add_argument("--out", type=Path, metavar="DIR", help=meaning)
     command.add_argument("--overwrite", action="store_true", help=overwrite)
 

@@ -1,4 +1,4 @@
-"""Where a command writes: never over the results of other settings, unless that is asked for."""
+"""Where a command writes: never over results of other settings, unless --overwrite is given."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Held = Callable[[Path], str | None]  # what a folder holds that would be lost, i
 
 
 def place(out: Path | None, default: Path, held: Held, *, overwrite: bool = False) -> Path:
-    """`out`, else the first of `default`, default-2, default-3 ... that holds nothing to be lost.
+    """`out`, or else the first of `default`, default-2, default-3 ... that holds nothing that would be lost.
 
-    Raises: ValueError where `out` does, unless `overwrite`.
+    Raises: ValueError if `out` does, unless `overwrite`.
     """
     if overwrite:
         return out or default
@@ -29,12 +29,12 @@ def place(out: Path | None, default: Path, held: Held, *, overwrite: bool = Fals
     folders = chain([default], (default.with_name(f"{default.name}-{k}") for k in count(2)))
     folder = next(folder for folder in folders if held(folder) is None)
     if folder != default:
-        print(f"metakern: {default} {held(default)}; this one goes to {folder}", file=sys.stderr)
+        print(f"metakern: {default} {held(default)}; writing to {folder} instead", file=sys.stderr)
     return folder
 
 
 def other_run(folder: Path, config: TrainConfig, contents: str | None) -> str | None:
-    """The run in `folder`, where it is finished or can go on and is not of `config` and such `contents`."""
+    """The run in `folder`, if it is finished or can be resumed, but is not of `config` and these `contents`."""
     result = read_json(folder / "result.json")
     stored = stored_identity(folder) if result is None else result["identity"]
     if stored is None:
@@ -44,21 +44,21 @@ def other_run(folder: Path, config: TrainConfig, contents: str | None) -> str | 
 
 
 def other_cell(folders: Sequence[Path], configs: Sequence[TrainConfig], contents: str | None) -> str | None:
-    """The first run in `folders` that is not the one of `configs` which belongs there."""
+    """The first run in `folders` that is not the one of `configs` that belongs there."""
     found = (other_run(folder, config, contents) for folder, config in zip(folders, configs, strict=True))
     return next((run for run in found if run is not None), None)
 
 
 def difference(kind: str, stored: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """What `kind` of result has other settings, and which; None where they are the same."""
+    """Which settings of a result of this `kind` differ, in words; None if none does."""
     names = differing(stored, wanted)
     shown = [_told(name, stored.get(name), wanted.get(name)) for name in names[:4]]
     shown += [f"{len(names) - 4} more"] if len(names) > 4 else []
-    return f"holds {kind} of other settings ({'; '.join(shown)})" if names else None
+    return f"holds {kind} with other settings ({'; '.join(shown)})" if names else None
 
 
 def _told(name: str, stored: Any, wanted: Any) -> str:
     if name == "contents":
-        return "of files that have changed since"
+        return "files have changed since"
     before, now = ("not given" if value in (None, "") else str(value) for value in (stored, wanted))
     return f"{'method' if name == 'method' else '--' + name.replace('_', '-')} {before}, now {now}"

@@ -35,7 +35,7 @@ def tokenizer(folder: Path, *, length: int = 64) -> Callable[[list[str]], Tensor
 
     loaded = _read(AutoTokenizer, folder)
     if len(loaded) <= len(loaded.all_special_ids):  # transformers makes one up where the files are missing
-        raise ValueError(f"--model {PREFIX}{folder}: there is no vocabulary of a tokenizer")
+        raise ValueError(f"--model {PREFIX}{folder}: there is no tokenizer vocabulary")
 
     def encode(texts: list[str]) -> Tensor:
         found = loaded(texts, padding="max_length", truncation=True, max_length=length)
@@ -57,15 +57,15 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def _require_only_the_head(folder: Path, mismatched: Any, encoder: str, classes: int) -> None:
-    """Say that a head of another size is new; raise ValueError where another layer has not the size of its config."""
+    """Warn that a head of another size is new; raise ValueError if another layer does not have its config's size."""
     names = sorted(name for name, *_ in mismatched)
     inner = [name for name in names if name.startswith(encoder + ".")]
     if inner:
-        raise ValueError(f"--model {PREFIX}{folder}: {', '.join(inner)} have not the sizes of its config.json")
+        raise ValueError(f"--model {PREFIX}{folder}: sizes of {', '.join(inner)} differ from its config.json")
     if names:
         warnings.warn(
-            f"{folder}: its classification head is for another number of classes; {', '.join(names)} start anew, for "
-            f"{classes} classes",
+            f"{folder}: its classification head is for another number of classes; {', '.join(names)} are initialised "
+            f"anew, for {classes} classes",
             stacklevel=3,
         )
 

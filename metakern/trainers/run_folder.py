@@ -112,5 +112,5 @@ def meta_note(config: dict[str, Any]) -> str | None:
     what, way, test = "rows", "with split=meta", "split=test"
     if config["data"].startswith("images:"):
         what, way, test = "images", "by a folder meta beside train", "a folder test"
-    drawn = f"no {what} are marked as meta: {config['meta_examples']} drawn with the labels they have"
-    return f"{drawn}; mark certain ones {way} (to test on: {test})"
+    drawn = f"no {what} are marked as meta: {config['meta_examples']} were drawn, with the labels they have"
+    return f"{drawn}; mark trusted ones {way} (test examples: {test})"

@@ -60,7 +60,7 @@ def test_methods_by_what_they_are_for():
     assert chosen(["smote", "metabalance-smote-undersample"]) == ["smote", "metabalance-smote-undersample"]
     with pytest.raises(ValueError, match="unknown method 'nois'"):
         chosen(["nois"])
-    with pytest.raises(ValueError, match="--methods names no method"):
+    with pytest.raises(ValueError, match="--methods does not name any method"):
         chosen([])
 
 
@@ -96,7 +96,7 @@ def test_a_method_that_does_not_take_the_data_is_left_out(quick, tmp_path, capsy
     configs = grid(base, ["proportion-as-shipped", "uniform", "random"], [None], [0])
     cells = run_missing(tmp_path, configs, jobs=jobs, progress=False)
     assert [cell.result is not None for cell in cells] == [False, True, True]
-    assert "proportion-as-shipped is left out: " in capsys.readouterr().err
+    assert "proportion-as-shipped is skipped: " in capsys.readouterr().err
     assert [entry.method for entry in leaderboard(cells)] == ["uniform", "random"]
 
 

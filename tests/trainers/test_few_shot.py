@@ -158,4 +158,4 @@ def test_columns_of_a_table_are_left_out(tmp_path, capsys):
     (tmp_path / "own.csv").write_text("a,kind\n" + "".join(f"{k},{k % 7}\n" for k in range(40)))
     own = ["episodes", "--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind", "--out", str(tmp_path / "x")]
     assert main([*own, "--leave-out", "nme"]) == 2
-    assert "--leave-out 'nme' is no column" in capsys.readouterr().err
+    assert "--leave-out 'nme' is not a column" in capsys.readouterr().err

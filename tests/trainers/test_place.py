@@ -40,7 +40,7 @@ def test_a_finished_run_survives_a_typo(here, capsys, more):
     before = files(here / "keep")
     assert main([*TRAIN, *out, *more]) == 2
     said = capsys.readouterr().err
-    assert f"keep holds a finished run of other settings ({more[0]} " in said
+    assert f"keep holds a finished run with other settings ({more[0]} " in said
     assert f"now {more[1].replace('1e30', '1e+30')}); name another folder with --out, or replace it with --over" in said
     assert files(here / "keep") == before
 
@@ -75,8 +75,8 @@ def test_a_sweep_takes_a_folder_for_each_run(here, capsys):
     first = "digits-4v9-0.9-uniform-0"
     assert {path.name for path in (here / "runs").iterdir()} == {first, f"{first}-2", f"{first}-3"}
     said = capsys.readouterr().err
-    assert f"runs/{first} holds a finished run of other settings (--lr 0.1, now 0.2); this one goes to" in said
-    assert f"runs/{first}-2 has this run already" in said
+    assert f"runs/{first} holds a finished run with other settings (--lr 0.1, now 0.2); writing to" in said
+    assert f"runs/{first}-2 already has this run" in said
 
 
 def test_tables_of_one_name_in_two_folders(here):
@@ -90,7 +90,7 @@ def test_a_table_that_has_changed(here, capsys):
     for shift, status in ((0, 0), (1, 2)):
         data = ["--data", table(here / "own.csv", shift=shift), "--label", "y", "--meta-per-class", "1"]
         assert main(["train", "uniform", *QUICK[2:], *data, "--out", "keep"]) == status
-    assert "of files that have changed since" in capsys.readouterr().err
+    assert "files have changed since" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_shown_and_not_repeated(here, capsys, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_finished_run_is_shown_and_not_repeated(here, capsys, monkeypatch):
         assert main(TRAIN) == 0
     again = capsys.readouterr()
     assert again.out == first
-    assert "has this run already; --overwrite runs it again" in again.err
+    assert "already has this run; --overwrite runs it again" in again.err
     before = (here / "runs/digits-4v9-0.9-uniform-0/result.json").stat().st_mtime_ns
     assert main([*TRAIN, "--overwrite"]) == 0
     assert (here / "runs/digits-4v9-0.9-uniform-0/result.json").stat().st_mtime_ns > before
@@ -162,10 +162,10 @@ def test_audits_are_kept_apart(here, capsys, monkeypatch):
         assert main([*own, "--data", f"csv:{here / 'own.csv'}"]) == 0
     again = capsys.readouterr()
     assert again.out == first
-    assert "has this audit already" in again.err
+    assert "already has this audit" in again.err
     # Corrected labels are audited beside what was found before.
     assert main([*own, "--data", table(here / "own.csv", shift=1)]) == 0
     assert files(here / "runs/csv-own-audit-0") == before
     assert (here / "runs/csv-own-audit-0-2/audit.json").is_file()
     assert main([*own, "--data", f"csv:{here / 'own.csv'}", "--out", "runs/csv-own-audit-0"]) == 2
-    assert "holds an audit of other settings (of files that have changed since)" in capsys.readouterr().err
+    assert "holds an audit with other settings (files have changed since)" in capsys.readouterr().err

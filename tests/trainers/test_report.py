@@ -164,7 +164,9 @@ def test_report_of_images_that_have_changed(quick, tmp_path):
     page = write_report([run.folder], tmp_path / "report.html").read_text()
     assert "<img" in page
     assert "; 10 examples in the meta set" in page  # whose labels nobody has called certain
-    assert "No images are marked as meta: 10 drawn with the labels they have; mark certain ones by a folder" in page
+    assert (
+        "No images are marked as meta: 10 were drawn, with the labels they have; mark trusted ones by a folder" in page
+    )
     Image.new("L", (28, 28), 0).save(tmp_path / "photos" / "dark" / "00.png")
     again = write_report([run.folder], tmp_path / "report.html").read_text()
     assert "<img" not in again
@@ -178,7 +180,7 @@ def test_a_meta_set_that_nobody_vouches_for_is_said(tmp_path, capsys, method, ma
     options = ["--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind", "--steps", "2", "--threads", "1"]
     for _ in range(2):  # run, and shown again
         assert main(["train", method, *options, "--out", str(tmp_path / "run")]) == 0
-        said = "o rows are marked as meta: 10 drawn with the labels they have; mark certain ones with split=meta"
+        said = "o rows are marked as meta: 10 were drawn, with the labels they have; mark trusted ones with split=meta"
         # The report shows a meta set whatever the method does with it.
         assert (f"n{said}" in capsys.readouterr().out) == (method == "l2rw" and not marked)
         assert (f"N{said}" in (tmp_path / "run" / "report.html").read_text()) != marked

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run stops after its step with a checkpoint, and the same command goes on from there."""
+"""SIGINT and SIGTERM: a run stops after its step with a checkpoint, and the same command resumes from there."""
 
 import multiprocessing
 import os
@@ -53,7 +53,7 @@ def test_a_signal_stops_after_the_step(quick, tmp_path, capsys, monkeypatch, num
     with monkeypatch.context() as patch:
         signalled(patch, number, 3, again)
         assert main(command) == status
-    assert "metakern: stopped at step 3; the same command goes on from there" in capsys.readouterr().err
+    assert "metakern: stopped at step 3; the same command resumes from there" in capsys.readouterr().err
     stored = load_checkpoint(tmp_path / "run", quick.identity())
     assert stored is not None
     assert stored["step"] == 3
@@ -124,7 +124,7 @@ def test_a_comparison_stops_and_goes_on(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGINT, 9)
         assert main(command) == 130
-    assert "stopped at step 3; the same command goes on from there" in capsys.readouterr().err
+    assert "stopped at step 3; the same command resumes from there" in capsys.readouterr().err
     assert len(list((tmp_path / "parts").glob("cells/*/result.json"))) == 1
     assert len(list((tmp_path / "parts").glob("cells/*/checkpoint.pt"))) == 1
     assert main(command) == 0
