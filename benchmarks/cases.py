@@ -6,7 +6,7 @@ example a positive dot for the first `KEPT` of the batch and a negative one for 
 kept is reported beside its time. `SCALING` grows one size at a time, that share among them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,6 +114,18 @@ def _grown() -> list[Case]:
 
 
 SCALING = _grown()
+
+
+def named(names: Sequence[str], known: Sequence[Case]) -> list[Case]:
+    """The cases of these names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    by_name = {case.name: case for case in known}
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"no case {', '.join(map(repr, unknown))}; the cases are {', '.join(by_name)}")
+    return [by_name[name] for name in names]
 
 
 def problem_of(case: Case, device: str = "cpu", seed: int = 0) -> Problem:

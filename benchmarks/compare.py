@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.cases import CPU_CASES, named
+
 ROOT = Path(__file__).parents[1]
 MEASURE = """
 import json, sys
@@ -31,6 +33,20 @@ for step in steps.values():
     step()
 print(json.dumps(interleaved(steps, unit="plain", seconds=float(sys.argv[3]), device="cpu")["metakern"].ratio))
 """
+
+
+def require_commit(ref: str) -> None:
+    """Raises ValueError, with the names there are, if `ref` is no commit of this repository."""
+    if _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}").returncode == 0:
+        return
+    if _git("rev-parse").returncode:
+        raise ValueError(f"{ROOT} is no git repository: there is no commit {ref!r} to compare with")
+    names = _git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags").stdout.split()
+    raise ValueError(f"no commit {ref!r}; REF is a commit's hash, HEAD~N, or one of {', '.join(names)}")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 @contextmanager
@@ -68,15 +84,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, metavar="X", help="of each process (default: 5)")
     parser.add_argument("--threads", type=int, default=2, metavar="X", help="default: %(default)s")
     given = parser.parse_args()
+    try:
+        cases = named(given.cases.split(","), CPU_CASES)
+        require_commit(given.ref)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{'case':20}{given.ref[:16]:>22}{'this tree':>22}    medians (least - most) of {given.rounds} processes")
     with checked_out(given.ref) as other:
-        for case in given.cases.split(","):
+        for case in cases:
             turns = [
-                [plain_steps(package, case, given.threads, given.seconds) for package in (other, ROOT)]
+                [plain_steps(package, case.name, given.threads, given.seconds) for package in (other, ROOT)]
                 for _ in range(given.rounds)
             ]
             cells = [f"{statistics.median(of):.2f} ({min(of):.2f} - {max(of):.2f})" for of in zip(*turns, strict=True)]
-            print(f"{case:20}{cells[0]:>22}{cells[1]:>22}", flush=True)
+            print(f"{case.name:20}{cells[0]:>22}{cells[1]:>22}", flush=True)
 
 
 if __name__ == "__main__":

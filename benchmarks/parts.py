@@ -18,17 +18,20 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import CPU_CASES, Problem, problem_of
+from benchmarks.cases import CPU_CASES, Problem, named, problem_of
 from benchmarks.providers import Step, ours, plain
 from metakern.engines import ghost, recorded
 
 PARTS: dict[str, tuple[Any, str]] = {
     "forward": (recorded, "trace_batch"),
-    "output gradients": (recorded, "output_gradients"),
+    "output gradients": (recorded, "visit_output_gradients"),
     "meta batch": (ghost, "_meta_pass"),
     "dots": (recorded.Recorded, "dots_along"),
     "weighted gradient": (recorded.Recorded, "weighted_gradient"),
 }
+
+# Forward mode, for examples that see each other, has none of these parts.
+WITH_PARTS = [case for case in CPU_CASES if not case.interacting]
 
 Times = dict[str, list[float]]
 
@@ -99,15 +102,18 @@ def line(name: str, found: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="where the time of a step goes, in plain steps")
-    parser.add_argument("cases", nargs="*", default=[case.name for case in CPU_CASES], help="all without it")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="all that have these parts without it")
     parser.add_argument("--seconds", type=float, default=8.0)
     options = parser.parse_args()
+    try:
+        cases = named(options.cases, WITH_PARTS) or WITH_PARTS
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(int(os.environ.get("METAKERN_BENCH_THREADS", "2")))
     heads = ["case", "plain ms", "step", *PARTS, "rest", "between operators", "plain: forward", "between operators"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    by_name = {case.name: case for case in CPU_CASES}
-    for name in options.cases:
-        print(line(name, parts(problem_of(by_name[name]), options.seconds)), flush=True)
+    for case in cases:
+        print(line(case.name, parts(problem_of(case), options.seconds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,14 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from benchmarks import compare, parts
+from benchmarks.cases import CPU_CASES, problem_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +40,42 @@ def test_this_tree_beside_a_commit() -> None:
     settings = "--cases lenet-100-10 --rounds 1 --seconds 0.1 --threads 1".split()
     printed = run(["-m", "benchmarks.compare", "HEAD", *settings])
     assert printed.splitlines()[-1].startswith("lenet-100-10"), printed
+
+
+def test_every_part_has_its_function() -> None:
+    """A part is timed by the name of what does it, which may have moved."""
+    for part, (owner, name) in parts.PARTS.items():
+        assert callable(getattr(owner, name, None)), f"{part}: {owner.__name__} has no {name}"
+
+
+def test_parts_of_a_step() -> None:
+    problem = problem_of(replace(CPU_CASES[0], n=20, m=4))
+    found = parts.parts(problem, seconds=0.0)
+    assert {*parts.PARTS, "metakern", "plain", "the rest"} <= set(found)
+    assert parts.line("lenet", found).count("|") == len(parts.PARTS) + 8
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (parts.main, ["lenet"], "no case 'lenet'; the cases are lenet-100-10, "),
+        (parts.main, ["conv-bn-64-16"], "no case 'conv-bn-64-16'; "),  # by forward mode, which has no such parts
+        (compare.main, ["HEAD", "--cases", "lenet-100-10,nets"], "no case 'nets'; the cases are lenet-100-10, "),
+        (compare.main, ["no-such-branch"], "no-such-branch'"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_known(
+    main: Callable[[], None],
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 REAL_CASES = """
