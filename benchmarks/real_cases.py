@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks.cases import Case
-from benchmarks.real_models import LanguageModel, VisionTransformer, bert, gpt2, wide_resnet
+from benchmarks.real_models import LanguageModel, VisionTransformer, bert, gpt2
 from metakern.testing import models
-from metakern.testing.networks import Norm, resnet
+from metakern.testing.networks import Norm, resnet, wide_resnet
 
 Build = Callable[[], nn.Module]
 

@@ -45,6 +45,40 @@ def resnet(depth: int = 32, width: int = 16, classes: int = 10, norm: Norm = nn.
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
+class WideBlock(nn.Module):
+    """Pre-activation block; a 1x1 convolution on the skip path where the width changes.
+
+    Source: Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016, section 2.
+    """
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.first = nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.norm2, self.second = nn.BatchNorm2d(out), nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.skip = None if channels == out else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm1(x))
+        skip = x if self.skip is None else self.skip(hidden)
+        return skip + self.second(F.relu(self.norm2(self.first(hidden))))
+
+
+def wide_resnet(depth: int, widening: int, classes: int = 10) -> nn.Sequential:
+    """WRN-depth-widening for images [n, 3, h, w] -> logits [n, C]; depth is 6 k + 4.
+
+    Source: Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016, table 1.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
+    channels = 16
+    for stage in range(3):
+        for block in range((depth - 4) // 6):
+            out = 16 * widening * 2**stage
+            layers.append(WideBlock(channels, out, 2 if stage and not block else 1))
+            channels = out
+    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(channels, classes))
+
+
 class ChannelsLastNorm(nn.LayerNorm):
     """Layer normalisation over the channels of an image."""
 

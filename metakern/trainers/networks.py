@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.data import NodeTask, Task
-from metakern.testing.networks import resnet
+from metakern.testing.networks import resnet, wide_resnet
 from metakern.trainers.graph_network import GraphConvolution
 from metakern.trainers.lenet import LeNet, initialise
 from metakern.trainers.pretrained import Encoder, folder_of, with_unused_frozen
@@ -58,6 +58,7 @@ IMAGE_MODELS: dict[str, Callable[[int], nn.Module]] = {
     "small-batchnorm": lambda classes: convolutional(3, classes, norm=nn.BatchNorm2d),
     "resnet32": lambda classes: resnet(32, classes=classes),
     "resnet32-groupnorm": lambda classes: resnet(32, classes=classes, norm=group_norm),
+    "wrn-28-10": lambda classes: wide_resnet(28, 10, classes),
 }
 MODELS = (*IMAGE_MODELS, "transformer")
 
