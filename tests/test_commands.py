@@ -12,6 +12,7 @@ from metakern.data import NAMES, is_own
 from metakern.methods import find
 from metakern.trainers.compare import chosen, grid
 from metakern.trainers.config import from_options
+from metakern.trainers.networks import MODELS
 from metakern.trainers.parser import parser
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,7 @@ def take(words: list[str]) -> None:
     for config in configs:
         find(config.method, config.set)
         assert config.data in NAMES or is_own(config.data), config.data
+        assert config.model in (None, *MODELS, "transformers:DIR"), config.model
 
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
