@@ -25,7 +25,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "methods": {"step", "weights", "data"},
     "trainers": {"check_target", "step", "weights", "methods", "data", "report", "testing"},
-    "integrations": {"step", "weights", "methods", "trainers"},
     "report": {"ops"},
     "cli": {"trainers", "methods", "data", "report", "testing"},
     "planning": {"engines", "capture", "layers", "dots"},
@@ -71,6 +70,10 @@ def name_of(path: Path) -> str:
 
 
 every_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
+
+
+def test_every_room_with_arrows_is_there() -> None:
+    assert {room_of(path) for path in SOURCES} == set(MAY_IMPORT)
 
 
 @every_source
