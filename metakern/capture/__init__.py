@@ -1,4 +1,4 @@
-"""Stage 1: one forward and backward pass; per use of a parameter, its inputs A and output gradients B."""
+"""Stage 1: one forward and backward pass; for each use of a parameter, its inputs A and output gradients B."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def trace_batch(
     writes: Writes | None = None,
     rows: bool = True,
 ) -> Trace:
-    """Forward pass of one batch, with every use of a trainable parameter noted; `writes` sees what it overwrites.
+    """Forward pass of one batch, with every use of a trainable parameter recorded; `writes` sees what it overwrites.
 
-    Where only sums over the batch are wanted, `rows=False` spares looking whose rows are whose.
+    If only sums over the batch are wanted, `rows=False` skips tracking which rows belong to which example.
     """
     tracer = Tracer(trainable.values(), constants_of(model), writes, rows)
     # A gradient that the model takes of itself on a GPU would be calculated by another thread, which numbers the nodes

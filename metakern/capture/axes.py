@@ -1,4 +1,4 @@
-"""Along which dimension of a layer's output examples are told apart."""
+"""Which dimension of a layer's output separates the examples."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kind_of(axis: ExampleAxis) -> Kind:
 
 
 def sized(kind: Kind, shape: Sequence[int], examples: int) -> ExampleAxis | None:
-    """The axis of that kind at these sizes; None where a size does not fit."""
+    """The axis of that kind at these sizes; None if a size does not fit."""
     size = shape[kind.dim]
     rest, left = divmod(size, examples)
     if left or rest == 0 or kind.fold == "mixed" or (kind.fold == "none" and rest != 1):

@@ -1,17 +1,17 @@
 """Which part of a layer's output belongs to which example: proved, not assumed.
 
-Layers see the batch first, second (time-major attention), or folded into another dimension (tokens as rows, windows).
-Per-layer dots are right only if the loss of one example reaches the output of a layer at that example's own rows. The
-proof lets NaN loose: the backward pass runs with NaN as the cotangent of a set S of examples, and NaN may arrive only
-at rows that belong to S. NaN times zero is NaN, so the strength of an interaction does not matter, and no tolerance is
+Layers have the batch first, second (time-major attention), or folded into another dimension (tokens as rows, windows).
+Per-layer dots are right only if the loss of one example reaches the output of a layer only at that example's own rows.
+The proof uses NaN: the backward pass runs with NaN as the cotangent of a set S of examples, and NaN may arrive only at
+rows that belong to S. NaN times zero is NaN, so the strength of an interaction does not matter, and no tolerance is
 needed. Each S is half of the examples, and for any two of them one S holds the first and not the second, so all pairs
-are covered. That finds the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs);
-then this engine refuses. The same is then asked of the forward pass (`capture.poison`), which also sees couplings that
-sleep in this batch.
+are covered. This finds the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs);
+then this engine rejects the model. The same check is then made in the forward pass (`capture.poison`), which also finds
+couplings that are inactive in this batch.
 
-The verdict is kept per model and structure, so later steps do not pay. Where a pass has other sizes or other numbers
-than any before it, whether rows line up is checked once more for these (`capture.order`), which costs two or three more
-backward passes, and the forward passes of the proof are run for them. Where a pass may pick rows by data (sorting,
+The verdict is kept per model and structure, so later steps cost nothing extra. If a pass has other sizes or numbers
+than any before, the alignment of rows is checked again for these (`capture.order`), which costs two or three more
+backward passes, and the forward passes of the proof are run for them. If a pass may select rows by data (sorting,
 routing), rows are checked in every step.
 """
 
@@ -40,11 +40,11 @@ Poisoned = Callable[[Sequence[Sequence[ExampleAxis | None]], Tensor], Tensor]
 
 
 Axes = list[list[ExampleAxis | None]]
-"""Of every output of every use; None where no loss depends on it."""
+"""For every output of every use; None if no loss depends on it."""
 
 
 class _Proved(NamedTuple):
-    """The axes; whether a pass of this form may still pick rows by data; whether couplings that sleep are ruled out."""
+    """The axes; whether a pass of this form may still select rows by data; whether inactive couplings are ruled out."""
 
     axes: Axes
     moves: bool
@@ -53,7 +53,7 @@ class _Proved(NamedTuple):
 
 @dataclass
 class _Known:
-    """Of one model: the kinds of axes by structure, the axes by structure, sizes and numbers; or why it is refused."""
+    """For one model: kinds of axes by structure; axes by structure, sizes and numbers; or why it is rejected."""
 
     kinds: dict[Hashable, list[list[Kind | None]] | str] = field(default_factory=dict)
     axes: dict[Hashable, _Proved | str] = field(default_factory=dict)
@@ -62,15 +62,15 @@ class _Known:
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
 _MOST = 4096
-"""Sizes and numbers that are remembered of one model."""
+"""How many combinations of sizes and numbers are remembered per model."""
 _AT_ONCE = 32
-"""So many new forms are proved where they are first met; beyond that, a form is proved when it comes a second time."""
+"""So many new forms are proved as soon as they occur; beyond that, a form is proved when it occurs a second time."""
 
 
 def example_axes(
     model: torch.nn.Module, trace: Trace, fingerprint: Fingerprint, context: Hashable, poisoned: Poisoned
 ) -> Axes:
-    """The example axes; raises EngineUnavailable where examples interact.
+    """The example axes; raises EngineUnavailable if examples interact.
 
     `context` names what else decides how examples may interact: the loss function and the training flags.
     `poisoned(axes, inside)` repeats the pass with the examples `inside` NaN and returns its losses.
@@ -93,7 +93,7 @@ def example_axes(
         )
     if found is not None and not found.moves and found.lasting:
         return found.axes
-    # The NaN of the proof is meant; what checkpointed layers do in its backward passes does not count.
+    # The NaN of the proof is intended; what checkpointed layers write in its backward passes is undone.
     with torch.autograd.set_detect_anomaly(False), unchanged_buffers(model):
         if found is None:
             moves = trace.reorders or fingerprint.unseen
@@ -106,7 +106,7 @@ def example_axes(
 
 
 def new_in_a_row(model: torch.nn.Module) -> int:
-    """How many of the last passes of a model had a structure that was not met before."""
+    """How many of the last passes of a model in a row had a new structure."""
     known = _KNOWN.get(model)
     return 0 if known is None else known.new_in_a_row
 
@@ -118,7 +118,7 @@ def _sizes(trace: Trace) -> Hashable:
 def _found_out(
     trace: Trace, known: _Known, form: Hashable, structure: Hashable, moves: bool, poisoned: Poisoned
 ) -> Axes:
-    """The axes of a form that was not met before: of a known structure at other sizes or numbers, or proved."""
+    """The axes of a new form: those of a known structure, at other sizes or numbers, or proved."""
     structure = (structure, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
     kinds = known.kinds.get(structure)
     known.new_in_a_row = known.new_in_a_row + 1 if kinds is None else 0
@@ -153,13 +153,13 @@ def _remember(known: _Known, form: Hashable, found: _Proved | str) -> None:
 def _lasting(
     trace: Trace, found: _Proved, verdicts: dict[Hashable, Any], form: Hashable, poisoned: Poisoned
 ) -> _Proved:
-    """The same once nothing couples examples but what the axes allow: what these numbers wake may still sleep."""
+    """The same once it is proved that nothing couples examples in this form, not even couplings inactive so far."""
     _require_no_forward_path(trace, found.axes, verdicts, form, poisoned)
     return found._replace(lasting=True)
 
 
 def _may_move_examples(trace: Trace, pick: Pick) -> bool:
-    """Can the examples lie along the dimensions by which a call picks? The same NaN as in the proof tells."""
+    """Whether the examples may lie along the dimensions by which a call selects, found by NaN as in the proof."""
     n = trace.examples
     dims = [dim for dim in pick.dims if pick.shape[dim] and pick.shape[dim] % n == 0]
     if not dims or pick.edge is None:
@@ -174,7 +174,7 @@ def _may_move_examples(trace: Trace, pick: Pick) -> bool:
 
 
 def _sized_all(verdict: list[list[Kind | None]], trace: Trace) -> Axes | None:
-    """The known axes at the sizes of this pass; None where a size does not fit."""
+    """The known axes at the sizes of this pass; None if a size does not fit."""
     axes: Axes = []
     for kinds, use in zip(verdict, trace.uses):
         line = [kind and sized(kind, shape, trace.examples) for kind, shape in zip(kinds, use.output_shapes)]
@@ -185,8 +185,8 @@ def _sized_all(verdict: list[list[Kind | None]], trace: Trace) -> Axes | None:
 
 
 def _prove(trace: Trace, known: dict[Hashable, Any], structure: Hashable, poisoned: Poisoned) -> Axes:
-    """The axes that survive every set S; refuses where none does. The verdict is kept where a single one survives
-    wherever a gradient arrives, and the batch is an ordinary one: B finite, and not zero throughout.
+    """The axes that survive every set S; raises if none does. The verdict is kept if exactly one survives wherever a
+    gradient arrives, and the batch is ordinary: B is finite, and not zero everywhere.
     """
     n = trace.examples
     fitting = [[list(candidates(shape, n)) for shape in use.output_shapes] for use in trace.uses]
@@ -199,13 +199,13 @@ def _prove(trace: Trace, known: dict[Hashable, Any], structure: Hashable, poison
         for line, before, after in zip(fitting, plain, output_gradients(trace, cotangent, retain_graph=True)):
             for k, (b, grad) in enumerate(zip(before, after)):
                 if grad is not None and grad.numel():
-                    # What is not finite by itself tells nothing; where dots run over it they say so themselves.
+                    # Entries that are not finite anyway tell nothing; dots that use them will not be finite either.
                     reached = grad.isnan() if finite or b is None else grad.isnan() & b.isfinite()
                     line[k] = [axis for axis in line[k] if _stays_inside(reached, axis, inside)]
     _require_axes(trace, plain, fitting, known, structure)
     axes: Axes = [[found[0] if len(found) == 1 else None for found in line] for line in fitting]
     _require_no_forward_path(trace, axes, known, structure, poisoned)
-    shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is where all B are zero
+    shown = any(bool(b.any()) for line in plain for b in line if b is not None)  # nothing is shown if all B are zero
     reached = [[b is not None for b in line] for line in plain]
     if finite and shown and all(map(_told, axes, reached)):
         known[structure] = [
@@ -223,8 +223,8 @@ def _told(axes: Sequence[ExampleAxis | None], reached: Sequence[bool]) -> bool:
 
 
 def _sets(examples: int, device: torch.device) -> Iterator[Tensor]:
-    """Sets of examples, as masks, such that every ordered pair has a set with the first in it and not the second: each
-    example is in half of the sets, and in others than any other example.
+    """Sets of examples, as masks, such that every ordered pair has a set that holds the first and not the second: each
+    example is in half of the sets, and no two are in the same ones.
     """
     count = next(count for count in itertools.count(2) if math.comb(count, count // 2) >= examples)
     codes = list(itertools.islice(itertools.combinations(range(count), count // 2), examples))
@@ -255,7 +255,7 @@ def _require_no_forward_path(
     key: Hashable,
     poisoned: Poisoned,
 ) -> None:
-    """Raise where NaN in some examples reaches the loss of others; the verdict is kept under `key`."""
+    """Raise if NaN in some examples reaches the loss of others; the verdict is kept under `key`."""
     for inside in _sets(trace.examples, trace.losses.device):
         try:
             reached = poisoned(axes, inside).isnan()

@@ -1,4 +1,4 @@
-"""What can be told of a torch function by its name: looked up once, asked at every call."""
+"""What is known about a torch function by its name: looked up once, used at every call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHAPE_ONLY = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor"))
 
-# Of a second tensor they take the shape, or the dtype, alone.
+# They use only the shape, or the dtype, of a second tensor.
 _LIKE_ANOTHER = frozenset("expand_as view_as reshape_as type_as to".split())
 
 # Frequent calls that never draw random numbers; for all others the generators are compared before and after.
@@ -45,13 +45,13 @@ _ROW_BY_ROW = frozenset(
     "contiguous clone detach ctc_loss".split()
 )
 
-# What they make follows from the numbers that autograd keeps of them, and the sizes of what they take.
+# Their results follow from the numbers that autograd keeps, and the sizes of their inputs.
 _TOLD_BY_GRAPH = frozenset(
     "softmax log_softmax sum mean cat stack transpose permute t unsqueeze squeeze unbind chunk split layer_norm "
     "group_norm max_pool1d max_pool2d avg_pool2d conv1d conv2d".split()
 )
 
-# Views and casts: of a tensor that is the same in every pass they make one that is too.
+# Views and casts: if their input is the same in every pass, so is their output.
 _STATIC = frozenset("unsqueeze view reshape expand flatten to long int contiguous".split())
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -59,12 +59,12 @@ _IN_PLACE_OPERATORS = frozenset(
     "__setitem__ __delitem__".split()
 )
 
-# Of operators whose names say what they do, as torch's functions do.
+# Namespaces of operators whose names say what they do, as for torch's functions.
 _NAMESPACES = frozenset(("aten", "prims", "metakern"))
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
-# They keep the rows that they take within `max_norm`.
+# They clip the rows that they look up to `max_norm`.
 _TABLES = frozenset((F.embedding, F.embedding_bag))
 
 _STATISTICS = {
@@ -80,7 +80,7 @@ _UNROLLED = {F.multi_head_attention_forward}
 
 
 class Function(NamedTuple):
-    """A torch function, by what tracing wants to know of it."""
+    """What tracing needs to know about a torch function."""
 
     name: str
     kind: str  # "call"; "metadata", "unrolled", "attribute", "batch_norm" and "hook" are met in ways of their own
@@ -155,12 +155,12 @@ def written_by(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def only_watches(hook: Any) -> bool:
-    """Is a hook on a tensor one of `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use?"""
+    """Whether a hook on a tensor is from `torch.autograd.graph.register_multi_grad_hook`, which FLOP counters use."""
     return getattr(hook, "__module__", "") == "torch.autograd.graph"
 
 
 def _is_known(func: Callable[..., Any]) -> bool:
-    """Is it a function of torch, or our own? Operators of extensions live in `torch._ops` as well."""
+    """Whether it is a function of torch, or our own. Operators of extensions live in `torch._ops` as well."""
     module = getattr(func, "__module__", None) or "torch"
     if module.startswith("torch._ops."):
         return module.split(".")[2] in _NAMESPACES

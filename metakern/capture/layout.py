@@ -1,4 +1,4 @@
-"""Tensors that are stored as their entries beside zero; torch's own `is_sparse` is true of one kind of them alone."""
+"""Sparse tensors in every layout; torch's own `is_sparse` is true for only one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_sparse(tensor: Tensor) -> bool:
 
 
 def stored(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The strided tensors that hold it: itself, or where its entries are and what they are."""
+    """The strided tensors that hold it: itself, or its indices and values."""
     if not is_sparse(tensor):
         return (tensor,)
     if tensor.layout == torch.sparse_coo:
@@ -25,7 +25,7 @@ def stored(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def stored_alike(left: Tensor, right: Tensor) -> bool:
-    """`torch.equal`, which takes no sparse tensors, of what is stored."""
+    """`torch.equal`, which does not take sparse tensors, applied to what is stored."""
     if left.layout != right.layout or left.shape != right.shape:
         return False
     return all(map(torch.equal, stored(left), stored(right)))

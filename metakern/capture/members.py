@@ -46,7 +46,7 @@ def keepers_of(model: nn.Module) -> list[nn.Module]:
 
 
 _DEPTH, _LARGEST = 3, 256
-"""How deep lists and dicts are looked into, and how many entries they may have: larger ones hold data."""
+"""How deep lists and dicts are searched, and how many entries they may have: larger ones hold data."""
 
 
 def _held_in(values: Iterable[Any], kind: type[_Kind], depth: int = _DEPTH) -> Iterator[_Kind]:
@@ -68,8 +68,8 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def constants_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers without a gradient, also of unregistered modules, and whole numbers that are attributes or
-    lie in one (positions, masks, prompts); what two modules hold comes twice.
+    """Parameters and buffers without a gradient, also of unregistered modules, and integer tensors in attributes or
+    inside them (positions, masks, prompts); a tensor that two modules hold is listed twice.
     """
     modules = keepers_of(model)
     kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
@@ -79,7 +79,7 @@ def constants_of(model: nn.Module) -> list[Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Numbers with fractions may be what a pass has kept of its data for the next."""
+    """Floating-point tensors may be data that one pass keeps for the next."""
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 

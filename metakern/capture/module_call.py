@@ -14,8 +14,8 @@ PARAMETER = "parameter:"
 class ModuleCall:
     """A module as a function of its inputs and of its parameters, given as keywords `parameter:NAME`.
 
-    Every call works on fresh copies of the buffers as they are now: a replay sees what the first call saw, and does
-    not count.
+    Every call works on fresh copies of the buffers as they are now: a replay sees what the first call saw, and leaves
+    no trace.
     """
 
     def __init__(self, module: nn.Module) -> None:

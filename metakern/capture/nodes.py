@@ -1,7 +1,7 @@
-"""What autograd keeps of a call for its backward pass, read from the node of the graph: numbers, sizes and tensors.
+"""What autograd keeps of a call for its backward pass, read from the graph node: numbers, sizes and tensors.
 
-They and the graph are all that a backward pass is made of. Where two passes have the same graph, numbers and sizes,
-nothing but the values of tensors can put rows in other places.
+A backward pass consists of these and the graph alone. If two passes have the same graph, numbers and sizes, only the
+values of tensors can put rows in other places.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from metakern.capture.outputs import tensors_in
 from metakern.capture.record import Gap
 from metakern.capture.reordering import is_index
 
-# They scale or bound values, say how these lie in memory, or belong to one row alone. They may differ in every step.
+# These scale or bound values, describe memory layout, or belong to a single row. They may differ in every step.
 _VALUES = frozenset(
     "alpha beta delta dropout dropout_p eps epsilon ignore_index input_lengths input_scale lambd margin max max_val "
     "min min_val negative_slope scale target_lengths value weight mat1_sym_strides mat2_sym_strides "
     "self_sym_strides".split()
 )
-# Of these only whole numbers are of another kind than the rest: an exponent of zero, the order of a norm.
+# Of these only whole numbers are special: an exponent of zero, the order of a norm.
 _WHOLE = frozenset("exponent initial lower maxnorm ord other p scalar scalars self threshold upper".split())
 _KEPT, _RAW = "_saved_", "_raw_saved_"
 
-# They pick by numbers of floating point, write into a part of a tensor, or leave out NaN, which `capture.poison` lets
-# show where it sees the call.
+# These select by floating-point numbers, write into a part of a tensor, or leave out NaN, which `capture.poison`
+# reveals if it sees the call.
 _UNTOLD = (
     "GridSampler", "FractionalMaxPool", "CopySlices", "Renorm", "NanToNum", "Nanmedian", "Mode", "Fmax", "Fmin",
     "PowBackward1",
@@ -42,7 +42,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {}
 
 
 def numbers_at(node: Any, name: str) -> Any:
-    """Numbers that the node of that name keeps, sizes of what it took among them."""
+    """Numbers that the node of that name keeps, including sizes of its inputs."""
     read = _READERS.get(name)
     if read is None:
         read = _READERS[name] = _reader(type(node))
@@ -64,7 +64,7 @@ def _attributes(kind: type, prefix: str) -> list[str]:
 
 
 def unseen_nodes(nodes: Iterable[Any], gaps: Sequence[Gap]) -> list[Any]:
-    """Those that were made while no call was under way, in the spans of their numbers that `gaps` tells."""
+    """The nodes that were made outside any call, with sequence numbers inside `gaps`."""
     found = []
     for node in nodes:
         number = node._sequence_nr()
@@ -75,15 +75,15 @@ def unseen_nodes(nodes: Iterable[Any], gaps: Sequence[Gap]) -> list[Any]:
 
 
 def unseen_numbers(node: Any) -> Hashable:
-    """Sizes of what such a node made, and what a custom autograd.Function keeps, of which torch knows nothing."""
+    """Output sizes of such a node, and what a custom autograd.Function keeps without torch's knowledge."""
     kept = tuple(vars(node).values()) if isinstance(node, BackwardCFunction) else ()
     return plain([made.shape for made in node._input_metadata]), numbers_of(kept, {}, fractions=True)
 
 
 def may_pick_rows(node: Any, constants: Sequence[Tensor]) -> bool:
-    """May a node that no call was seen to make pick rows by something else than numbers, or leave some out by it?
+    """Whether a node that no seen call made may select rows, or leave some out, by anything but numbers.
 
-    `constants` are tensors of the model, which are the same in every pass if they are numbers to calculate with.
+    `constants` are tensors of the model, which are the same in every pass if they hold floating-point numbers.
     """
     if isinstance(node, BackwardCFunction):
         return _own_may_pick(node, constants)
@@ -96,8 +96,8 @@ def may_pick_rows(node: Any, constants: Sequence[Tensor]) -> bool:
 
 
 def _own_may_pick(node: Any, constants: Sequence[Tensor]) -> bool:
-    """The same of a custom autograd.Function. What it computed itself in floating point, masks over all entries of what
-    it returned, and what hooks keep of a function of activations alone, are taken to be values.
+    """The same for a custom autograd.Function. Floating-point tensors that it computed itself, masks over all entries
+    of what it returned, and what hooks keep of a function of activations alone, count as values.
     """
     if node._forward_cls.__module__.startswith("metakern."):
         return False

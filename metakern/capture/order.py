@@ -1,7 +1,7 @@
-"""What losses scaled by powers of two show: whose rows are whose in this very pass, and that gradients scale along.
+"""What losses scaled by powers of two show: which rows belong to which example in this pass, and that gradients scale.
 
-Powers of two round nothing, so output gradients B have to scale exactly, up to sums taken in another order, and but for
-functions whose backward pass is no product: `logcumsumexp` takes logarithms of gradients, `matrix_exp` a series.
+Powers of two cause no rounding, so output gradients B must scale exactly, up to sums in another order. Exceptions are
+functions whose backward pass is not a product: `logcumsumexp` takes logarithms of gradients, `matrix_exp` a series.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Grads = Sequence[Sequence[Tensor | None]]
 
 
 def require_order(trace: Trace, axes: Sequence[Sequence[Any]]) -> None:
-    """Raise unless every row of this very pass belongs to one example, its own: scaled losses must scale B alike.
+    """Raise unless every row of this pass belongs to its own example only: scaled losses must scale B equally.
 
-    A row into which another example mixes shows as soon as its share is no longer lost in the rounding. Each pass
-    tells apart what differs in one digit of the example's number.
+    A row into which another example mixes is detected unless its share is lost in rounding. Each pass separates
+    examples whose numbers differ in one digit.
     """
     plain = output_gradients(trace, retain_graph=True)
     numbers, left = torch.arange(trace.examples, device=trace.losses.device), trace.examples
@@ -45,10 +45,10 @@ def require_order(trace: Trace, axes: Sequence[Sequence[Any]]) -> None:
 
 
 def require_linear(trace: Trace, plain: Grads) -> None:
-    """Raise unless the output gradients of losses scaled alike, by much, are those of the losses, scaled.
+    """Raise unless the output gradients scale with the losses, all scaled by the same large factor.
 
-    What clips, normalises or disturbs gradients on their way back is no derivative of the losses, and dots and weighted
-    gradient would be of different things.
+    If gradients are clipped, normalised or disturbed in the backward pass, they are not derivatives of the losses, and
+    dots and weighted gradient would refer to different things.
     """
     scale = 1 / 16 if _in_float16(plain) else 2.0**24
     scaled = output_gradients(trace, torch.full_like(trace.losses, scale), retain_graph=True)
@@ -67,14 +67,14 @@ def _in_float16(grads: Grads) -> bool:
 
 
 _SUMS = 8
-"""Roundings of sums in another order."""
+"""Rounding errors of sums in another order."""
 _ROUGH = ("Logcumsumexp", "LinalgMatrixExp")
 _ROUGHLY = 2.0**-8
-"""What their gradients may be off by; what clips or normalises is off by all, at a factor of 2^24."""
+"""How much their gradients may be off; clipping or normalising is off by everything, at a factor of 2^24."""
 
 
 def _same(trace: Trace, b: Tensor, unscaled: Tensor) -> bool:
-    """Equal up to roundings."""
+    """Equal up to rounding."""
     if not b.numel():
         return True
     number = torch.finfo(b.dtype)

@@ -13,7 +13,7 @@ from metakern.ops.waiting import capturing
 
 
 class RandomState(NamedTuple):
-    """What is None is not looked at: CUDA's generators where there are none, all but torch's for a single call."""
+    """None is ignored: CUDA's generators if there are none, all but torch's for a single call."""
 
     cpu: Tensor
     cuda: list[Tensor] | None
@@ -46,19 +46,19 @@ def restore_random_state(state: RandomState) -> None:
 
 
 def same_state(left: RandomState, right: RandomState) -> bool:
-    """Has nothing been drawn between the two?"""
+    """Whether nothing was drawn between the two."""
     return same_torch_state(left, right) and same_elsewhere(left, right)
 
 
 def same_torch_state(left: RandomState, right: RandomState) -> bool:
-    """Has nothing been drawn from torch's default generators?"""
+    """Whether nothing was drawn from torch's default generators."""
     return torch.equal(left.cpu, right.cpu) and all(
         torch.equal(a, b) for a, b in zip(left.cuda or [], right.cuda or [])
     )
 
 
 def same_elsewhere(left: RandomState, right: RandomState) -> bool:
-    """Has nothing been drawn from Python's and NumPy's generators?"""
+    """Whether nothing was drawn from Python's and NumPy's generators."""
     if left.python != right.python:
         return False
     one, other = left.numpy, right.numpy  # [1] is a block of numbers, [2] the place in it

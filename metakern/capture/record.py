@@ -1,4 +1,4 @@
-"""What capture keeps: plain frozen values, nothing hung on modules or parameters.
+"""What capture keeps: plain frozen values; nothing is attached to modules or parameters.
 
 A *use* is one call of a torch function that mixes a trainable parameter (or a tensor derived from parameters alone)
 with example data. A *derivation* is a call that makes such a tensor from parameters and constants alone: the transpose
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 
 class ArgPath(NamedTuple):
-    """Where a tensor sits in a call: the position or keyword, and the index inside it when it is a sequence."""
+    """Where a tensor is in a call: the position or keyword, and the index inside it if that is a sequence."""
 
     key: int | str
     item: int | None = None
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     versions: tuple[tuple[Tensor, int], ...] = ()  # data arguments with their version counters at the call
 
     def without_arguments(self) -> Call:
-        """The call without what it read, so that this may go."""
+        """The call without the tensors it read, so that these can be freed."""
         parameters, outputs = self.parameters, self.outputs
         return Call(self.func, self.name, (), {}, parameters, outputs, self.in_place, self.rng_state, self.autocast)
 
@@ -62,7 +62,7 @@ def versions_of(tensors: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:
 
 
 class Use(NamedTuple):
-    """A call in which parameters meet example data; B = d(sum of losses)/d(output) is asked for at its edges."""
+    """A call in which parameters meet example data; B = d(sum of losses)/d(output) is taken at its edges."""
 
     call: Call
     edges: tuple[GradientEdge, ...]
@@ -80,18 +80,18 @@ class Use(NamedTuple):
 
 Place = tuple[Any, int]
 Gap = tuple[int, int]
-"""The number of a node in order of making, and that of the first one after it that is none of these."""
+"""The sequence number of the first node of a gap, and of the first node after the gap."""
 
 
 def place_of(edge: GradientEdge) -> Place:
-    """Node and number of the output, which tell a tensor of a graph."""
+    """Node and output number, which identify a tensor in a graph."""
     return edge.node, edge.output_nr
 
 
 class Pick(NamedTuple):
-    """A call that picks entries of an activation by data along `dims`; harmless unless these hold the examples."""
+    """A call that selects entries of an activation by data along `dims`; harmless unless these hold the examples."""
 
-    edge: GradientEdge | None  # of the activation; None where it is only written into
+    edge: GradientEdge | None  # of the activation; None if it is only written into
     shape: torch.Size
     dims: tuple[int, ...]
 
@@ -104,8 +104,8 @@ class Trace:
     uses: tuple[Use, ...]
     derivations: tuple[Call, ...]
     couplings: tuple[str, ...] = ()  # reasons why examples are known to interact in this pass
-    reorders: bool = False  # rows are picked by data, so that the order of examples may differ from pass to pass
-    picks: tuple[Pick, ...] = ()  # where entries are picked by data along other dimensions than the first
+    reorders: bool = False  # rows are selected by data, so that the order of examples may differ from pass to pass
+    picks: tuple[Pick, ...] = ()  # where entries are selected by data along other dimensions than the first
     numbers: int = 0  # fingerprint of the Python numbers that calls on activations were made with
     hooked: frozenset[Place] = frozenset()  # tensors with a hook that may change their gradient
     first: int = 0  # the number of the first node that the pass made
@@ -113,7 +113,7 @@ class Trace:
     constants: Sequence[Tensor] = ()  # parameters and buffers of the model without a gradient
 
     def released(self) -> Trace:
-        """Without the uses and derivations, and so without what they keep."""
+        """Without uses and derivations, and the tensors that they keep."""
         return replace(self, losses=self.losses.detach(), uses=(), derivations=(), picks=(), constants=())
 
     @property
@@ -129,7 +129,7 @@ class Record:
     output_grads: tuple[Tensor | None, ...]
     axes: tuple[Any, ...]
     dot_precision: str = "same"  # what the products behind the dots may be rounded to: "same", "tf32", "bf16" or "fp8"
-    gradients: Mapping[int, Tensor] = field(default_factory=dict)  # of single examples, in place of A and B
+    gradients: Mapping[int, Tensor] = field(default_factory=dict)  # per example, instead of A and B
 
     @property
     def call(self) -> Call:

@@ -1,7 +1,7 @@
 """Calls that may put examples into another order depending on data: sorting, routing, masks over the batch.
 
-Whatever takes activations together with whole numbers, truth values or a sparse matrix may pick rows by them, unless it
-is known that it does not.
+Any function that takes activations together with integers, booleans or a sparse matrix may select rows by them, unless
+it is known that it does not.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _ANYWHERE = frozenset("masked_select masked_scatter masked_scatter_ take put put
 _BY_PLACE = frozenset(("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"))  # along all dims after two
 _BY_INDEX = frozenset(("__getitem__", "__setitem__"))
 
-# These take each entry with its own number or mask. What `where` leaves out of a batch, `capture.poison` lets show.
+# These combine each entry with its own number or mask. What `where` leaves out of a batch, `capture.poison` reveals.
 ENTRY_BY_ENTRY = frozenset(
     "add add_ sub sub_ mul mul_ div div_ true_divide pow lerp maximum minimum fmax fmin clamp where masked_fill "
     "masked_fill_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ "
     "__rtruediv__ __itruediv__ __pow__ to type_as eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__".split()
 )
-# Losses take each row with its own label; attention lets NaN through its mask.
+# Losses combine each row with its own label; attention lets NaN through its mask.
 _LOSSES = frozenset(
     "cross_entropy cross_entropy_rows nll_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss "
     "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss "
@@ -39,19 +39,19 @@ _LOSSES = frozenset(
     "scaled_dot_product_attention multi_head_attention_forward".split()
 )
 KEEPS_ROWS = ENTRY_BY_ENTRY | _LOSSES
-"""Names of functions whose whole numbers, truth values and sparse matrices pick no rows."""
+"""Names of functions whose integers, booleans and sparse matrices select no rows."""
 
 REORDERING = _ANYWHERE | _BY_INDEX | _BY_PLACE | _OVER.keys() | _ALONG.keys()
-"""Names of the functions that `picked_dims` has to look at."""
+"""Names of the functions that `picked_dims` must examine."""
 
 
 def picked_dims(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], from_data: bool, is_static: Callable[[Tensor], bool]
 ) -> Sequence[int] | None:
-    """Dimensions but the first along which this call picks by data; None if it may pick along the first.
+    """Dimensions other than the first along which this call selects by data; None if it may select along the first.
 
-    `from_data` says whether what it picks from is an activation, and `is_static` tells index tensors that are the same
-    in every pass. Indices that are Python numbers are noted with the other numbers of a call.
+    `from_data`: whether it selects from an activation; `is_static` recognises index tensors that are the same in every
+    pass. Indices that are Python numbers are recorded with the other numbers of a call.
     """
     rank = args[0].dim() if args and isinstance(args[0], Tensor) else 0
     if name in _ANYWHERE or rank == 0:
@@ -74,17 +74,17 @@ def picked_dims(
 
 
 def picks_rows(tensors: Sequence[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
-    """Do activations come together with something that is no number to calculate with, and not the same every time?"""
+    """Whether activations meet integers, booleans or sparse tensors that are not the same in every pass."""
     return any([is_index(t) and not is_static(t) for t in tensors])
 
 
 def is_index(tensor: Tensor) -> bool:
-    """Is it no number to calculate with?"""
+    """Whether it holds integers or booleans, or is sparse, rather than plain floating-point numbers."""
     return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def picks_unseen(tensors: Sequence[Tensor], constants: Sequence[Tensor], is_static: Callable[[Tensor], bool]) -> bool:
-    """The same of a function that is not torch's: it may pick by any tensor that is neither activation nor weight."""
+    """The same for functions that are not torch's: they may select by any tensor but activations and weights."""
     others = [t for t in tensors if not (t.requires_grad or isinstance(t, nn.Parameter) or is_static(t))]
     return any(is_index(t) or not any(t is constant for constant in constants) for t in others)
 

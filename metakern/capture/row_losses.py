@@ -1,7 +1,7 @@
-"""Cross entropy of rows of logits: by our own operators where these are faster, by torch's elsewhere.
+"""Cross entropy of rows of logits: by our own operators where these are faster, otherwise by torch's.
 
-The operators keep two numbers of a row where torch keeps its log-probabilities, and write nothing but the gradient.
-They are for a backward pass; what is differentiated in another way is made of torch's functions.
+The operators keep two numbers per row, where torch keeps log-probabilities, and write nothing but the gradient. They
+support only a backward pass; for other kinds of differentiation, torch's functions are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from metakern import ops
 from metakern.ops.select import OPERATORS
 
 CLASSES, LOGITS = 512, 1 << 20
-"""Of a row, and in all: with fewer, torch's cross entropy takes less time on the CPU than finding the operators."""
+"""Per row, and in total: with fewer, torch's cross entropy takes less time on the CPU than finding the operators."""
 
 
 def row_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _operators_are_faster(logits: Tensor, targets: Tensor) -> bool:
 
 
 def cross_entropy_rows(logits: Tensor, targets: Tensor) -> Tensor:
-    """By the operators; function modes see this call as a whole, as they see `F.cross_entropy`."""
+    """By the operators; function modes see this as one call, as they see `F.cross_entropy`."""
     if has_torch_function_variadic(logits, targets):
         return handle_torch_function(cross_entropy_rows, (logits, targets), logits, targets)
     return _CrossEntropyRows.apply(logits, targets)

@@ -1,4 +1,4 @@
-"""What the calls of a pass say of where rows go: by which numbers, by which tensors, and what was not seen at all."""
+"""What the calls of a pass tell about where rows go: by which numbers and tensors, and what was not seen at all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ next_node = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 
 class RowNotes:
-    """Filled call by call. `constants` are those of the model, `parametric` the identities of what is made of
-    parameters alone. Unless they are wanted, rows are taken to go anywhere.
+    """Filled call by call. `constants` are those of the model, `parametric` the identities of tensors made from
+    parameters alone. Unless `wanted`, rows are assumed to go anywhere.
     """
 
     def __init__(self, constants: Sequence[Tensor], parametric: Container[int], wanted: bool) -> None:
@@ -34,7 +34,7 @@ class RowNotes:
         self.gaps = list[Gap]()
 
     def found(self) -> dict[str, Any]:
-        """What a `Trace` holds of it."""
+        """The fields of a `Trace` that these notes fill."""
         self.before_call()
         return {
             "reorders": self.reorders,
@@ -46,7 +46,7 @@ class RowNotes:
         }
 
     def before_call(self) -> None:
-        """Nodes that were made since the last call come from what cannot be seen: scripted functions, custom
+        """Nodes made since the last call come from code that cannot be seen: scripted functions, custom
         autograd.Functions, extensions.
         """
         now = next_node()
@@ -62,8 +62,8 @@ class RowNotes:
         tensors: Sequence[Tensor],
         in_graph: bool = False,
     ) -> None:
-        """A call on these tensors, parameters left out or not. `in_graph`: it left a node in the graph, whose saved
-        numbers are read there; calls inside a use did not.
+        """A call on these tensors, with or without parameters. `in_graph`: it left a node in the graph, and its saved
+        numbers are read from there; calls inside a use did not.
         """
         if self.reorders or not (any([t.requires_grad for t in tensors]) or peek_interpreter_stack()):
             return  # no activation; inside vmap none requires a gradient
@@ -84,7 +84,7 @@ class RowNotes:
                 self.reorders = picks_rows(taken, self._is_static)
 
     def _note_target(self, target: Any = None) -> None:
-        """What is written into, where that is a part of something else: which part?"""
+        """The target of a write, if it is a part of another tensor: record which part."""
         if isinstance(target, Tensor) and target._is_view():
             self.numbers.append((target.storage_offset(), target.shape, target.stride()))
 
@@ -99,7 +99,7 @@ class RowNotes:
             self.picks.append(Pick(edge, source.shape, tuple(dims)))
 
     def note_module(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        """A registered module on these tensors: where not all of its calls were seen, it may pick by any of them."""
+        """A registered module on these tensors: if not all of its calls were seen, it may select by any of them."""
         self.before_call()
         self.numbers.append(numbers_of(args, kwargs, fractions=True))
         last = max([t.grad_fn._sequence_nr() for t in tensors if t.grad_fn is not None], default=None)
@@ -107,7 +107,7 @@ class RowNotes:
             self.reorders = self.reorders or picks_unseen(tensors, self.constants, self._is_static)
 
     def note_constant(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """`arange(n)` and its views hold the same numbers in every pass; a tensor made of a list need not."""
+        """`arange(n)` and its views hold the same numbers in every pass; a tensor made from a list may not."""
         whole = function.name == "arange" and len(args) == 1 and not {"start", "step"} & kwargs.keys()
         if whole or (self._static and function.static and args and self._is_static(args[0])):
             self._static[id(output)] = output

@@ -1,5 +1,5 @@
-"""What a function mode has to see although torch calls it past the mode: the inside of torch functions that are written
-in Python, and operators of extensions.
+"""Calls that bypass a function mode but that it must see: inside torch functions written in Python, and operators of
+extensions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 _PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 _TENSORS_ALONE = (Tensor,)
-"""The types that come with a function written in Python, where no tensor is of a kind of its own."""
+"""The types passed with a function written in Python if no tensor is of a subclass."""
 _BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
 
@@ -32,7 +32,7 @@ def unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dispatches(types: Iterable[type]) -> bool:
-    """Will torch ask one of these types, whose `__torch_function__` is its own, so that a call may do anything?"""
+    """Whether torch will call the own `__torch_function__` of one of these types, so that a call may do anything."""
     if types == _TENSORS_ALONE:
         return False
     own = any(getattr(kind.__torch_function__, "__func__", None) is not _PLAIN for kind in types)
@@ -40,9 +40,9 @@ def dispatches(types: Iterable[type]) -> bool:
 
 
 def dispatched(func: Callable[..., Any], types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the types make of a call, as torch asks them one after the other; function modes see the calls within.
+    """The result of a call as handled by the types, in torch's order; function modes see the calls inside.
 
-    Raises: TypeError where none of them knows the function, as torch does.
+    Raises: TypeError if none of them knows the function, as torch does.
     """
     for kind in types:
         output = kind.__torch_function__(func, types, args, kwargs)  # type: ignore[attr-defined]
@@ -52,10 +52,10 @@ def dispatched(func: Callable[..., Any], types: tuple[type, ...], args: tuple[An
 
 
 class SeeingMode(TorchFunctionMode):
-    """A function mode that sees operators of extensions also where subclasses are disabled, as in the inside of these.
+    """A function mode that sees operators of extensions also where subclasses are disabled, as inside their methods.
 
-    Since torch 2.14 operators that are written in Python have a short way to their kernels, which there does not ask
-    whether a mode is active; while one is, they take the way of all operators.
+    Since torch 2.14, operators written in Python have a shortcut to their kernels, which there does not check whether a
+    mode is active; while one is, they are dispatched like all operators.
     """
 
     _active = 0
@@ -80,7 +80,7 @@ _SHORT_WAY = OpOverload.__call__ if hasattr(OpOverload, "_enable_pyobj_dispatch"
 
 
 class LastingMode(SeeingMode):
-    """A function mode that holds in backward passes as well, where checkpointed layers run once more."""
+    """A function mode that stays active in backward passes, where checkpointed layers run again."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _BACKWARD:
@@ -89,5 +89,5 @@ class LastingMode(SeeingMode):
         return self.call(func, args, kwargs or {})
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve any other call."""
+        """Handle any other call."""
         raise NotImplementedError

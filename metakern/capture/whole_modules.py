@@ -1,4 +1,4 @@
-"""Modules that are traced as a whole because their user registered them: what happens inside need not be seen."""
+"""Modules that are traced as one call because the user registered them: their inside need not be seen."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from metakern.capture.random_state import random_state
 from metakern.capture.trace import Tracer
 
 REGISTERED: set[type[nn.Module]] = set()
-"""Module types that are traced as a whole; `metakern.register_layer` adds to it."""
+"""Module types that are traced as one call; `metakern.register_layer` adds to it."""
 
 
 @contextmanager
 def registered_modules_as_wholes(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Inside the block `tracer` notes the calls of registered modules, and nothing within them."""
+    """Inside the block, `tracer` records the calls of registered modules, and nothing inside them."""
     if not REGISTERED:
         yield
         return

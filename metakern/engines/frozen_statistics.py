@@ -1,12 +1,12 @@
-"""An approximation, on request: dots of a model in training mode with its batch statistics taken as constants.
+"""An approximation, on request: dots of a model in training mode with its batch statistics treated as constants.
 
     x^_nc = (x_nc - mu_c) / sqrt(sigma_c^2 + eps)      mu, sigma^2 of this batch, as in any training step
     dots_n = <g_n, V>      g_n without the derivatives of mu and sigma, so that no example sees another: ghost applies
     .grad  = d/dtheta sum_n weights_n l_n      with them: exact for the weights that were found
 
 Leaving the statistics out of the training gradient would let parameters before a normalisation drift without effect on
-the loss (Ioffe & Szegedy, Batch Normalization, ICML 2015, section 2); leaving them out of the dots only moves the
-weights. One forward pass serves both: the backward of the normalisation is told which derivative is wanted.
+the loss (Ioffe & Szegedy, Batch Normalization, ICML 2015, section 2); leaving them out of the dots only changes the
+weights. Both use one forward pass: the backward of the normalisation is told which derivative is wanted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Batch(NamedTuple):
 
 
 class _Statistics(TorchFunctionMode):
-    """Normalisations in the order of their calls: the first pass takes the statistics, later ones meet the same."""
+    """Normalisations in call order: the first pass takes the statistics, later passes reuse them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ _EPS = 2.0**-20  # torch 2.11 rejects 0; variance 1 - eps plus eps is exactly 1
 def _taken(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> _Batch:
-    """The statistics of this batch; the running ones move as in any training step."""
+    """The statistics of this batch; running statistics are updated as in any training step."""
     with torch.no_grad():
         _, mean, inverse = torch.ops.aten.native_batch_norm(
             input, None, None, running_mean, running_var, True, momentum, eps
@@ -103,7 +103,7 @@ def _taken(
 
 
 class _Normalise(torch.autograd.Function):
-    """x -> x^ with given statistics, whose dependence on x counts in the backward pass only when asked for."""
+    """x -> x^ with given statistics, whose dependence on x counts in the backward pass only on request."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: _Batch, statistics: _Statistics) -> Tensor:
@@ -129,7 +129,7 @@ def _along(values: Tensor, x: Tensor) -> Tensor:
 
 
 class _Train(NamedTuple):
-    """The train batch, marked: the meta batch is normalised as ever."""
+    """The train batch, marked: the meta batch is normalised as usual."""
 
     batch: Any
 
@@ -153,7 +153,7 @@ class _Frozen(Problem):
 def solve(problem: Problem, along: Along) -> Answer:
     """Approximate dots along `along(V)`, by ghost; an exact weighted gradient, by a second backward pass.
 
-    Raises: EngineUnavailable: examples interact by more than batch normalisation, or ghost does not serve the model.
+    Raises: EngineUnavailable: examples interact by more than batch normalisation, or ghost cannot handle the model.
     """
     statistics = _Statistics()
 

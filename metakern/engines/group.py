@@ -23,7 +23,7 @@ def mean_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
 
 
 def sum_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
-    """Add up weighted gradients over the group, in place; sparse ones, whose rows differ between ranks, as dense."""
+    """Sum weighted gradients over the group, in place; sparse ones, whose rows differ between ranks, become dense."""
     if group is not None:
         for name, tensor in tensors.items():
             tensors[name] = tensor.to_dense()

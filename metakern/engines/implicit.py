@@ -4,9 +4,9 @@ For a weight W of a linear layer with records A, B of the train batch and inputs
 
     A' W^^T + b^ = A' W0^T + b0 - (k A' A^T + k_b) diag(c) B
 
-where the bias beside it, used nowhere else, comes along. With few meta rows the two thin products cost far less than
-the weighted gradient, and so do those that autograd takes backward. The same backward pass gives the dots of both:
-<g_n, k g_meta(theta^)> = -d meta_loss/dc_n, c being a leaf of the product. All other parameters move explicitly.
+which includes the bias, if it is used nowhere else. With few meta rows the two thin products cost far less than the
+weighted gradient, and so do those of autograd's backward pass. The same backward pass gives the dots of both:
+<g_n, k g_meta(theta^)> = -d meta_loss/dc_n, where c is a leaf of the product. All other parameters move explicitly.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ImplicitUse(NamedTuple):
 
 
 def implicit_weights(problem: Problem, train: Recorded) -> dict[str, ImplicitUse]:
-    """Names of the weights for which not forming W^ is cheaper -> their use in the train pass."""
+    """Names of the weights for which it is cheaper not to form W^ -> their use in the train pass."""
     names = {id(p): name for name, p in problem.chosen.items()}
     candidates = pairable(train.trace, problem.chosen_by_identity)
     biases = pairable_biases(train.trace, candidates)
@@ -99,9 +99,9 @@ def move(
 
 
 class Moving(LastingMode):
-    """Linear layers answer as if weight and bias had moved; `weights` by identity of the weight.
+    """Linear layers behave as if weight and bias had moved; `weights` by identity of the weight.
 
-    A gradient in one of these itself then comes from a use that was not seen. One seen and not served is noted.
+    If one of these still gets a gradient, that comes from an unseen use. Uses seen but not handled are recorded.
     """
 
     def __init__(self, weights: Mapping[int, Move]) -> None:
@@ -113,7 +113,7 @@ class Moving(LastingMode):
         return id(parameter) in self._moving
 
     def require_served(self) -> None:
-        """Raise EngineUnavailable where the values of a moved weight were used in another way."""
+        """Raise EngineUnavailable if the values of a moved weight were used in another way."""
         if self._unserved:
             raise EngineUnavailable(f"{self._unserved} reads a weight whose virtual step is not formed")
 
@@ -129,14 +129,14 @@ class Moving(LastingMode):
             if met == {id(given["weight"])}:
                 return _moved(given["input"], move, bias, 0.0)
         output = func(*args, **kwargs)
-        # Its shape or dtype may be asked for; its values may not, with a gradient or without.
+        # Its shape or dtype may be read; its values may not, with or without a gradient.
         if tensors_in(output):
             self._unserved = getattr(func, "__name__", str(func))
         return output
 
 
 def _moved(x: Tensor, move: Move, bias: Tensor | None, bias_factor: float | Tensor) -> Tensor:
-    """x W^^T + b^. The Gram lies in columns, [rows, meta rows]: this way round the library is quicker at it."""
+    """x W^^T + b^. The Gram matrix is [rows, meta rows]: the library is faster in this order."""
     output = F.linear(x, move.origin, bias)
     x = x.to_dense() if is_sparse(x) else x
     gram = move.inputs @ x.to(move.inputs.dtype).reshape(-1, x.shape[-1]).t()

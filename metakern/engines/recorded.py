@@ -1,4 +1,4 @@
-"""The train pass of the ghost engine: inputs A and output gradients B of every use, kept or looked at in passing."""
+"""The train pass of the ghost engine: inputs A and output gradients B of every use, kept or used in passing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NONE_FOLDED: Names = {}
 
 
 class Recorded:
-    """A and B of every use are kept, and no graph: any number of directions and weightings, without a backward."""
+    """A and B of every use are kept, but no graph: any number of directions and weights, without a backward pass."""
 
     def __init__(self, problem: Problem, fold: Names = NONE_FOLDED) -> None:
         self._problem = problem
@@ -62,8 +62,8 @@ class Recorded:
             _require_dots(problem, self, self.expected)
 
     def fold(self, names: Names) -> None:
-        """Keep gradients of single examples in these parameters, in place of A and B, where several answers cost less
-        by them. Given to the constructor, A and B go as they come by.
+        """Keep per-example gradients of these parameters instead of A and B, where that makes several answers cheaper.
+        If `names` are given to the constructor, A and B are dropped during the pass.
         """
         uses = list(self.trace.uses)
         for k in self._foldable(uses, names):
@@ -74,7 +74,7 @@ class Recorded:
         self.trace = replace(self.trace, uses=tuple(uses))
 
     def _foldable(self, uses: Sequence[Use], names: Names) -> set[int]:
-        """Uses whose layer forms gradients of single examples in any case, or may for these parameters."""
+        """Uses whose layer always forms per-example gradients, or may for these parameters."""
         wanted, found = self._served(names), set[int]()
         for k, use in enumerate(uses):
             rule = rule_for(use.call)
@@ -87,8 +87,8 @@ class Recorded:
     ) -> Tensor:
         """<dl_n/dtheta, V>, [n]; V by identity of the parameter, or as the meta record paired with a use.
 
-        Given a number of columns the records are of that many meta examples, each with a column of its own, and the
-        direction is that of the first: [n, columns].
+        If a number of columns is given, the records belong to that many meta examples, one column each, and the
+        direction to the first of them: [n, columns].
         """
         self._require_intact()
         tangents = stage_dots.extend_to_derived(direction, self.trace.derivations)
@@ -102,7 +102,7 @@ class Recorded:
     def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
         """sum_n weights_n dl_n/dtheta by name, for every trainable parameter or for some.
 
-        Unless `keep`, each record is let go once its gradient is there, and the pass is over.
+        Unless `keep`, each record is freed once its gradient is computed, and the pass is over.
         """
         self._require_intact()
         kept = [record for record in self.records if record is not None]
@@ -128,7 +128,7 @@ class Recorded:
 
 
 class InPassing:
-    """The graph is kept instead: each B is used as it comes by and dropped, a weighted gradient is another backward."""
+    """The graph is kept instead: each B is used and dropped; a weighted gradient takes another backward pass."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -165,7 +165,7 @@ class InPassing:
 
 
 def recorded(problem: Problem, fold: Names = NONE_FOLDED) -> Recorded | InPassing:
-    """The train pass as `problem.memory` asks for it; where it keeps records, those of `fold` as `Recorded.fold` says.
+    """The train pass according to `problem.memory`; if it keeps records, those of `fold` as in `Recorded.fold`.
 
     Raises:
         EngineUnavailable: examples interact, or a parameter is used where tracing cannot see it.
@@ -201,7 +201,7 @@ def _traced(problem: Problem) -> tuple[Trace, Axes, Hashable]:
 def _record(
     use: Use, grads: list[Tensor | None], axes: Sequence[ExampleAxis | None], dot_precision: str
 ) -> Record | None:
-    """The use with its B; None where the losses do not depend on it, or not through any entry."""
+    """The use with its B; None if the losses do not depend on it, or it has no entries."""
     if all([g is None or g.numel() == 0 for g in grads]):
         return None
     require_unchanged(use)
@@ -210,19 +210,19 @@ def _record(
 
 
 def _folded(record: Record, trace: Trace) -> Record:
-    """The record with gradients of single examples in place of A and B, where its layer forms them."""
+    """The record with per-example gradients instead of A and B, if its layer forms them."""
     with torch.no_grad(), _without_autocast(trace.losses.device.type):
         return stage_dots.folded(record, trace.examples)
 
 
 def _let_go(records: list[Record]) -> Iterator[Record]:
-    """One record at a time, so that the memory of each is free for the gradient of the next."""
+    """One record at a time, so that the memory of each can be reused for the gradient of the next."""
     while records:
         yield records.pop()
 
 
 def restricted(record: Record, wanted: Set[int]) -> Record | None:
-    """The record as if only the wanted tensors were trainable; None where it has none of them."""
+    """The record as if only the wanted tensors were trainable; None if it has none of them."""
     parameters = tuple(entry for entry in record.call.parameters if id(entry[1]) in wanted)
     if len(parameters) == len(record.call.parameters):
         return record
@@ -259,12 +259,12 @@ class _Total:
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Products of V are no part of the model: autocast would round V, and in float16 overflow."""
+    """Products with V are not part of the model: autocast would round V, and overflow in float16."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _with_range(record: Record) -> Record:
-    """B in float32 where it is float16: a gradient scaled to fit its range times V, scaled as well, would not."""
+    """B in float32 if it is float16: a gradient scaled to fit its range, times V, scaled as well, would not fit."""
     if all([g is None or g.dtype != torch.float16 for g in record.output_grads]):
         return record
     return replace(record, output_grads=tuple(None if g is None else g.float() for g in record.output_grads))

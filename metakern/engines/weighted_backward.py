@@ -21,15 +21,15 @@ def weighted_backward(
     only: Mapping[str, nn.Parameter] | None = None,
     form: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Tensor]:
-    """sum_n w_n dl_n/dtheta by name, for every trainable parameter or for some; `keep` leaves the graph for more.
+    """sum_n w_n dl_n/dtheta by name, for every trainable parameter or for some; `keep` keeps the graph for more.
 
-    Checkpointed layers run again in a backward pass: in the `form` that the graph was made in. What that leaves in
-    buffers counts once, in the last pass.
+    Checkpointed layers run again in a backward pass, in the `form` that the graph was made in. Their writes into
+    buffers count once, in the last pass.
 
-    Raises: ValueError if a trainable parameter took no part, unless only some were asked for.
+    Raises: ValueError if a trainable parameter took no part, unless only some were requested.
     """
     parameters = problem.trainable if only is None else only
-    weights = weights.to(losses.dtype, copy=True)  # which autograd hands on as a gradient where losses add a parameter
+    weights = weights.to(losses.dtype, copy=True)  # autograd may return them as a gradient if losses add a parameter
     with unchanged_buffers(problem.model) if keep else nullcontext(), form(), nothing_added(problem.trainable):
         found = torch.autograd.grad(losses, list(parameters.values()), weights, retain_graph=keep, allow_unused=True)
     reached = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}

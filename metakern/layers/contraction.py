@@ -37,7 +37,7 @@ class _Product(NamedTuple):
 
 
 def _product(call: Call) -> _Product | None:
-    """None for another call: of other operands than two, of letters of W that come twice, alone or for a size 1."""
+    """None for other calls: not of two operands, or with letters of W that occur twice, alone or for a size of 1."""
     func = call.func.func if isinstance(call.func, RealParts) else call.func
     found = _of_einsum(call) if func is torch.einsum else _of_matrices(call)
     if found is None or len(call.parameters) != 1:

@@ -1,6 +1,6 @@
-"""Products of matrices as dual numbers where one is sparse: features, the edges of a graph.
+"""Products of dual matrices of which one is sparse: features, the edges of a graph.
 
-torch has no forward mode of these, though a product is linear in either operand.
+torch has no forward mode for these, though a product is linear in both operands.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from metakern.layers.dual import unpacked
 from metakern.layers.matrix_product import PRODUCTS
 
 PAIRED = (*PRODUCTS, torch.sparse.mm, torch.spmm, torch.mv, Tensor.mv, torch.bmm, Tensor.bmm)
-"""Functions of two factors and nothing else."""
+"""Functions of two factors only."""
 
 
 def dual_product(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Y + r dY with dY = dA B + A dB; `product` is made of operands that are dense as it is."""
+    """Y + r dY with dY = dA B + A dB; dense operands go to `product` directly."""
 
     def multiplied(*args: Any, **kwargs: Any) -> Tensor:
         operands = (*args, *kwargs.values())
@@ -46,7 +46,7 @@ def dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def dual_sum(addition: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.addmm` and its kin, beta C + alpha A B, likewise."""
+    """`torch.addmm` and similar, beta C + alpha A B, likewise."""
 
     def added(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if not is_sparse(mat1):

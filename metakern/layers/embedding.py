@@ -1,8 +1,8 @@
-"""Table look-up, torch.nn.functional.embedding: dots_n = sum_t <B_nt, V[a_nt]>; the padding row takes no part.
+"""Table look-up, torch.nn.functional.embedding: dots_n = sum_t <B_nt, V[a_nt]>; the padding row is ignored.
 
-Where other uses of the table gave a gradient already, as the head does that is tied to it, rows are added to that.
-With sparse=True the gradient is sparse, as a backward pass leaves it: of every row that was looked up, by examples of
-weight zero as well, since SparseAdam moves these too.
+If other uses of the table, such as a tied head, already gave a gradient, rows are added to it. With sparse=True the
+gradient is sparse, as after a backward pass: it has every row that was looked up, also by examples of weight zero,
+since SparseAdam moves these too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _applies(call: Call) -> bool:
 
 
 def _padding(call: Call) -> int:
-    """Index of the row that takes no part, or -1."""
+    """Index of the row that is ignored, or -1."""
     padding = call.argument(2, "padding_idx")
     return -1 if padding is None else padding % call.argument(1, "weight").shape[0]
 
@@ -37,7 +37,7 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
     call, grad, axis = record.call, record.output_grad, record.axes[0]
     table = tangents[id(call.argument(1, "weight"))]
     require_apart(record, examples, -1)
-    # Where examples do not come first, every row stands alone and is added up afterwards.
+    # If examples do not come first, every row is separate, and rows are summed afterwards.
     first = examples if axis.leading else grad.numel() // grad.shape[-1]
     rows = ops.embedding_dots(
         call.argument(0, "input").reshape(first, -1),
@@ -69,7 +69,7 @@ def _is_sparse(call: Call) -> bool:
 
 
 def _kept(record: Record, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Indices and w_n B_n, of examples of another weight than zero where the host knows them."""
+    """Indices and w_n B_n, of examples of non-zero weight if the host knows them."""
     indices, grad, axis, w = record.call.argument(0, "input"), record.output_grad, record.axes[0], weights.values
     if axis.leading and axis.inner == 1 and weights.kept is not None:
         indices, grad = indices[weights.kept], grad[weights.kept]
@@ -78,14 +78,14 @@ def _kept(record: Record, weights: Weights) -> tuple[Tensor, Tensor]:
 
 
 def _scaled_or_zero(record: Record, weights: Weights) -> Tensor:
-    """w_n B_n, zero for examples of weight zero whatever their B."""
+    """w_n B_n, zero for examples of weight zero, whatever their B."""
     grad = record.output_grad
     w = record.axes[0].spread(weights.values, grad.shape).to(grad.dtype)
     return (grad * w).masked_fill_(w == 0, 0.0)
 
 
 def _add_rows(table: Tensor, rows: Tensor, indices: Tensor) -> None:
-    """In an order that is the same every time: on a CPU that of the rows; elsewhere `index_put_` sorts them."""
+    """In a fixed order: on a CPU that of the rows; elsewhere `index_put_` sorts them."""
     indices, rows = indices.reshape(-1), rows.reshape(-1, rows.shape[-1])
     if table.device.type == "cpu":
         table.index_add_(0, indices, rows)

@@ -1,8 +1,8 @@
-"""Functions in a form whose forward mode is the derivative that their backward pass takes.
+"""Functions in a form whose forward mode agrees with their backward pass.
 
-torch's own forward mode of them is missing or fails, or it is another derivative: that of a factorisation which takes
-any tangent where the gradient is symmetric, or of a row that gets no gradient. For a scalar loss l(theta) both must
-give the same number, <dl/dtheta, v>; tests/capture/test_torch_functions.py holds torch's functions to that.
+torch's own forward mode of them is missing or fails, or is a different derivative: of a factorisation that accepts any
+tangent although the gradient is symmetric, or of a row that gets no gradient. For a scalar loss l(theta) both must
+give the same number, <dl/dtheta, v>; tests/capture/test_torch_functions.py checks torch's functions for this.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from metakern.layers.packing_parts import packed, padded
 
 
 def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch's forward mode of group normalisation takes rows of memory in order, and fails for channels_last."""
+    """torch's forward mode of group normalisation expects contiguous memory, and fails for channels_last."""
     return lambda input, *args, **kwargs: group_norm(input.contiguous(), *args, **kwargs)
 
 
 def _in_one_precision(normalisation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch's forward mode gives the tangent in the precision of the weights where the input has another (autocast)."""
+    """torch's forward mode gives tangents in the precision of the weights, even if the input has another (autocast)."""
 
     def normalised(*args: Any, **kwargs: Any) -> Tensor:
         output = normalisation(*args, **kwargs)
@@ -46,8 +46,8 @@ def _in_one_precision(normalisation: Callable[..., Tensor]) -> Callable[..., Ten
 def _scatter_reduce(
     input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
-    """With the derivative that a backward pass takes: torch's forward mode has none of products, and shares extremes
-    with no entry of `input` that is as large and left out.
+    """With the derivative of the backward pass: torch's forward mode has none for products, and does not split the
+    gradient of an extreme with an equal entry of `input` that is left out.
     """
     if reduce == "prod" and (is_dual(input) or is_dual(src)):
         raise NotImplementedError("scatter_reduce(..., reduce='prod') has no forward mode")
@@ -64,7 +64,7 @@ def _scatter_reduce(
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """At zero the slope of the left side, as in a backward pass; in torch's forward mode it is that of the right."""
+    """At zero the left slope, as in the backward pass; torch's forward mode takes the right one."""
     columns = (1, -1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 and input.dim() > 1 else ()
     return torch.where(input > 0, input, weight.reshape(columns) * input)
 
@@ -75,7 +75,7 @@ def _by_backward(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 
 def _grouped_product(input: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Tokens, group by group, times the matrix of their expert: linear in either; torch has no forward mode of it."""
+    """Tokens, group by group, times the matrix of their expert: linear in both; torch has no forward mode for it."""
     product = torch._grouped_mm  # type: ignore[attr-defined]
     (input, rows), (weights, matrices) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weights)
     output = product(input, weights, *args, **kwargs)
@@ -85,7 +85,7 @@ def _grouped_product(input: Tensor, weights: Tensor, *args: Any, **kwargs: Any) 
 
 
 def _laid_out_as(primal: Tensor, tangent: Tensor) -> Tensor:
-    """Grouped products take few layouts."""
+    """Grouped products accept few memory layouts."""
     return tangent if tangent.stride() == primal.stride() else torch.empty_like(primal).copy_(tangent)
 
 
@@ -115,7 +115,7 @@ def _looked_up(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of a table; that of padding gets no gradient, but it has a tangent where the table is used elsewhere."""
+    """Rows of a table; the padding row gets no gradient, but has a tangent if the table is used elsewhere."""
     weight, tangent = forward_ad.unpack_dual(weight)
     output = F.embedding(input, weight, padding_idx, max_norm, norm_type)
     if tangent is None:
@@ -129,13 +129,13 @@ def _looked_up(
 
 
 def _rows_of(weight: Tensor, indices: Tensor, padding_idx: int = -1, *scaled: bool, **options: bool) -> Tensor:
-    """torch.embedding, which has its arguments in another order, and -1 for no padding."""
+    """torch.embedding, which takes its arguments in another order, and -1 for no padding."""
     by_count = scaled[0] if scaled else options.get("scale_grad_by_freq", False)
     return _looked_up(indices, weight, padding_idx if padding_idx >= 0 else None, scale_grad_by_freq=by_count)
 
 
 def _symmetric(factorisation: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass takes the matrix to be symmetric and gives it a symmetric gradient, whatever triangle is read."""
+    """A backward pass assumes the matrix symmetric and gives it a symmetric gradient, whichever triangle is read."""
 
     def factorised(*args: Any, **kwargs: Any) -> Any:
         matrices = {key: _with_symmetric_tangent(value) for key, value in kwargs.items()}

@@ -28,14 +28,14 @@ def _rows_per_example(record: Record) -> bool:
 
 
 def matrices(record: Record, examples: int) -> tuple[Tensor, Tensor]:
-    """A[n,t,i] and B[n,t,o]; where examples do not come first, every row stands alone: A[rows,1,i], B[rows,1,o]."""
+    """A[n,t,i] and B[n,t,o]; if examples do not come first, every row is separate: A[rows,1,i], B[rows,1,o]."""
     return rows_of(record, record.call.argument(0, "input"), examples)
 
 
 def rows_of(record: Record, inputs: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """The same of any product of inputs with a matrix; sparse ones come where the other batch's are dense.
+    """The same for any product of inputs with a matrix; sparse inputs occur if those of the other batch are dense.
 
-    Raises: EngineUnavailable where examples lie along the columns.
+    Raises: EngineUnavailable if examples lie along the columns.
     """
     require_apart(record, examples, -1)
     inputs, grad = inputs.detach(), record.output_grad
@@ -69,7 +69,7 @@ def dots(record: Record, tangents: Tangents, examples: int) -> Tensor:
 
 def bias_dots(b: Tensor, direction: Tensor) -> Tensor:
     """sum_t B_nt . v, [n]."""
-    dtype = accumulator(b.dtype)  # dots are promised in it, and a sum over positions needs it
+    dtype = accumulator(b.dtype)  # the dtype of dots, which a sum over positions needs
     rows = b.squeeze(1).to(dtype) if b.shape[1] == 1 else b.sum(1, dtype=dtype)
     return torch.mv(rows, direction.to(dtype))
 
@@ -90,7 +90,7 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
 
 
 def row_weights(record: Record, weights: Weights) -> Tensor:
-    """The weight of every example, or of every row where each stands alone."""
+    """The weight of every example, or of every row if rows are separate."""
     if _rows_per_example(record):
         return weights.values
     shape = record.output_grad.shape[:-1]
@@ -104,7 +104,7 @@ def bias_gradient(b: Tensor, w: Tensor) -> Tensor:
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
-    """sum_t B_nt A_nt^T, [n, o i], and sum_t B_nt where positions are many."""
+    """sum_t B_nt A_nt^T, [n, o i], and sum_t B_nt, if there are several positions and it is cheaper."""
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     a, b = matrices(record, examples)
     if weight is None or a.shape[1] == 1 or not cheaper(weight, a, b, examples):

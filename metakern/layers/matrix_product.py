@@ -39,7 +39,7 @@ def _applies(call: Call) -> bool:
 
 
 def _trained(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """W and b, where they are."""
+    """W and b, if trained."""
     shift, _, weight = operands(call)
     trained = {id(p) for _, p in call.parameters}
     return weight if id(weight) in trained else None, shift if shift is not None and id(shift) in trained else None

@@ -37,14 +37,14 @@ def _instance(call: Call, x: Tensor) -> Tensor:
 
 
 def _batch(call: Call, x: Tensor) -> Tensor:
-    """With its own statistics in training mode, which is for a batch of one example."""
+    """With its own statistics in training mode, which occurs for a batch of one example only."""
     training = call.argument(5, "training", False)
     mean, var = _statistics(call, x, own=training)
     return F.batch_norm(x, mean, var, training=training, eps=call.argument(7, "eps", 1e-5))
 
 
 def _statistics(call: Call, x: Tensor, own: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The running statistics in the precision of x, unless it is normalised by its own."""
+    """The running statistics in the precision of x, unless x is normalised by its own."""
     if own:
         return None, None
     return call.argument(1, "running_mean").to(x.dtype), call.argument(2, "running_var").to(x.dtype)

@@ -1,4 +1,4 @@
-"""Packed sequences in forward mode: torch's own packing has no forward-mode formula, its parts have."""
+"""Packed sequences in forward mode: torch's own packing has no forward-mode formula, but its parts have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def packed(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """[t, n, ...] with descending lengths -> the rows of position 0, of position 1, and so on; and their numbers."""
+    """[t, n, ...] with descending lengths -> the rows of position 0, position 1, and so on; and how many each has."""
     by_position = input.transpose(0, 1) if batch_first else input
     held = [int((lengths > t).sum()) for t in range(int(lengths.max()))]
     return torch.cat([by_position[t, :rows] for t, rows in enumerate(held)]), torch.tensor(held, device="cpu")
@@ -16,7 +16,7 @@ def packed(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, T
 def padded(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
-    """The way back: [t, n, ...], `padding_value` where a sequence has ended, and the lengths [n]."""
+    """The inverse: [t, n, ...], `padding_value` where a sequence has ended, and the lengths [n]."""
     held = batch_sizes.tolist()
     examples, positions = held[0], max(total_length, len(held))
     rows = data.split(held)

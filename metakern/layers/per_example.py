@@ -1,7 +1,7 @@
-"""Gradients of single examples, where they are small: dots_n = <G_n, V>, weighted gradient sum_n w_n G_n.
+"""Per-example gradients, where they are small: dots_n = <G_n, V>, weighted gradient sum_n w_n G_n.
 
-A record has them in place of A and B (`folded`): of normalisations in any pass that keeps records, of other layers,
-where that is cheaper, in passes that answer several times, as for a virtual step.
+A record holds them instead of A and B (`folded`): for normalisations in every pass that keeps records; for other
+layers, if that is cheaper, in passes that answer several times, as for a virtual step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from metakern.capture.record import Record
 from metakern.layers.rule import Gradients, LayerRule, Tangents, Weights
 
 LARGEST_SHARE = 2
-"""How large they may be beside A and B. Larger ones are bound by memory, as long as examples have few positions."""
+"""How large they may be relative to A and B. Larger ones are memory-bound, as long as examples have few positions."""
 
 
 def cheaper(weight: Tensor, inputs: Tensor, grad: Tensor, examples: int) -> bool:
-    """Are the gradients of single examples in a weight small beside A and B? On a GPU nothing was measured."""
+    """Whether per-example gradients of a weight are small compared with A and B. On a GPU nothing was measured."""
     if grad.is_cuda or grad.dtype not in (torch.float32, torch.float64):
         return False
     return weight.numel() * examples <= LARGEST_SHARE * (inputs.numel() + grad.numel())
@@ -34,7 +34,7 @@ def along(gradients: Mapping[int, Tensor], tangents: Tangents) -> Tensor:
 
 
 def weighted(gradients: Mapping[int, Tensor], weights: Weights) -> Gradients:
-    """sum_n w_n G_n by parameter, [numbers]; examples of weight zero are not read where the host knows them."""
+    """sum_n w_n G_n by parameter, [numbers]; examples of weight zero are not read if the host knows them."""
     w, found = weights.values, {}
     for p, grads in gradients.items():
         rows = w.to(grads.dtype)
@@ -45,19 +45,19 @@ def weighted(gradients: Mapping[int, Tensor], weights: Weights) -> Gradients:
 
 
 class Folded(NamedTuple):
-    """Stands for the function of a call whose record is folded, and names the rule that formed its gradients."""
+    """Replaces the function of a call whose record is folded, and names the rule that formed its gradients."""
 
     rule: LayerRule
 
 
 def folded(record: Record, gradients: Mapping[int, Tensor], rule: LayerRule) -> Record:
-    """The record with gradients of single examples, [n, numbers] by parameter, in place of A and B."""
+    """The record with per-example gradients, [n, numbers] by parameter, instead of A and B."""
     call = record.call.without_arguments()._replace(func=Folded(rule))
     return replace(record, use=record.use._replace(call=call), output_grads=(), gradients=gradients)
 
 
 def _shaped(record: Record, weights: Weights) -> Gradients:
-    """As the parameters are: where one is used several times other uses of it add to this."""
+    """In the shapes of the parameters: if one is used several times, other uses add to this."""
     found = weighted(record.gradients, weights)
     return {id(p): found[id(p)].view_as(p) for _, p in record.call.parameters}
 
@@ -68,4 +68,4 @@ RULE = LayerRule(
     weighted_grads=_shaped,
     fresh=True,
 )
-"""Of folded records."""
+"""The rule of folded records."""

@@ -1,7 +1,7 @@
-"""Lower precision for the products behind the dots, where the caller allows it: the dots only decide the weights.
+"""Lower precision for the products behind the dots, if the caller allows it: the dots only determine the weights.
 
-"tf32" multiplies float32 operands as the tensor cores of a GPU do, "bf16" rounds operands to bfloat16, "fp8" those of
-linear layers to eight bits, each tensor scaled to fill them, and the others to bfloat16. Sums are kept in float32.
+"tf32" multiplies float32 operands as the tensor cores of a GPU do; "bf16" rounds operands to bfloat16; "fp8" rounds
+those of linear layers to eight bits, each tensor scaled to their range, and others to bfloat16. Sums stay in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PRECISIONS = ("same", "tf32", "bf16", "fp8")
 
 
 def require_precision(precision: str, device: torch.device) -> None:
-    """Raise ValueError for a name that is unknown, or for a precision that the device has no products in."""
+    """Raise ValueError for an unknown name, or for a precision that the device does not support."""
     if precision not in PRECISIONS:
         raise ValueError(f"dot_precision must be one of {list(PRECISIONS)}, got {precision!r}")
     if precision not in ("tf32", "fp8"):
@@ -40,7 +40,7 @@ def lowered(precision: str, *operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def direction_dots(precision: str, a: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    """`ops.direction_dots` of operands rounded so; gradients keep their range, so B is never rounded to eight bits."""
+    """`ops.direction_dots` of rounded operands; gradients need their range, so B is never rounded to eight bits."""
     if precision != "fp8":
         return ops.direction_dots(*lowered(precision, a, v, b))
     (a, a_scale), (v, v_scale) = _eight_bits(a), _eight_bits(v)
@@ -48,8 +48,8 @@ def direction_dots(precision: str, a: Tensor, v: Tensor, b: Tensor) -> Tensor:
 
 
 def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensor scaled to the largest number that eight bits hold, rounded to them, and the scale; no host waits, and
-    nothing is as large as a copy in float32.
+    """The tensor scaled to the range of eight bits and rounded, and the scale; the host does not wait, and no float32
+    copy is made.
     """
     largest = torch.linalg.vector_norm(x, math.inf).float() if x.numel() else torch.zeros((), device=x.device)
     scale = torch.where(largest > 0, torch.finfo(EIGHT_BITS).max / largest, 1.0)
@@ -57,7 +57,7 @@ def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def products(precision: str) -> AbstractContextManager[None]:
-    """PyTorch's own products, and ours, use TF32 inside where that is what is allowed."""
+    """Inside the block, torch's products and ours use TF32, if that is allowed."""
     return _in_tf32() if precision == "tf32" else nullcontext()
 
 

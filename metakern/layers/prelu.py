@@ -1,6 +1,6 @@
 """PReLU: Y = x where x > 0, else s x, with a slope for each channel or one for all.
 
-Gradients of single examples are formed as B comes by, and x and B are let go: G_n = sum_t B_nt min(x_nt, 0).
+Per-example gradients are formed as soon as B is known, and x and B are freed: G_n = sum_t B_nt min(x_nt, 0).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _applies(call: Call) -> bool:
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
-    """G_n by the parameter, [n, slopes]; None where examples do not come first, each as one."""
+    """G_n by the parameter, [n, slopes]; None unless examples come first, one entry each."""
     axis, grad, ((_, slope),) = record.axes[0], record.output_grad, record.call.parameters
     if not axis.leading or axis.inner != 1 or (slope.numel() > 1 and grad.dim() < 2):
         return None

@@ -1,11 +1,11 @@
-"""Recurrent layers step by step: what their products give at every step, and the gradients of that.
+"""Recurrent layers step by step: their products at every step, and the gradients of these.
 
     rnn   h_t = tanh or relu(p_t + h_(t-1) U^T)
     lstm  i, f, g, o of p_t + h_(t-1) U^T;  c_t = f c_(t-1) + i g;  h_t = o tanh(c_t)
     gru   q_t = h_(t-1) U^T + b;  r, z of p_t + q_t;  n = tanh(p_t + r q_t);  h_t = (1 - z) n + z h_(t-1)
 
-with p_t = x_t W^T + b. Both directions run side by side: shapes are [d, t, r, .] for directions, steps and rows. All
-that a step back is multiplied by is formed for all steps at once.
+with p_t = x_t W^T + b. Both directions run in parallel: shapes are [d, t, r, .] for directions, steps and rows. The
+factors of the backward recursion are formed for all steps at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Back = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Gradients of every h_t, and beside these of the last h and c -> gradients of p_t and of h_(t-1) U^T (+ b)."""
+"""Gradients of every h_t, and additionally of the last h and c -> gradients of p_t and of h_(t-1) U^T (+ b)."""
 
 
 class Steps(NamedTuple):

@@ -1,7 +1,7 @@
-"""Recurrent layers and cells as the linear layers in them: X W^T of what comes in, H U^T of what was there before.
+"""Recurrent layers and cells as their linear layers: X W^T of the inputs, H U^T of the previous states.
 
-A pass gives B of their outputs alone. From it and a repetition of the layer step by step come the output gradients of
-both products (`layers/recurrence.py`), for all steps in one:
+A pass gives B of their outputs only. From this, and from repeating the layer step by step, follow the output gradients
+of both products (`layers/recurrence.py`), for all steps at once:
 
 dots_n = sum_t <B_nt, V A_nt + v> over the products;  weighted gradient sum_nt w_n B_nt A_nt^T and sum_nt w_n B_nt.
 """
@@ -40,7 +40,7 @@ class _Product(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """Stands for the function of a call whose record is one of these products."""
+    """Replaces the function of a call whose record consists of these products."""
 
     products: tuple[_Product, ...]
 
@@ -50,12 +50,12 @@ class _Layer(NamedTuple):
 
     w: list[Tensor]
     u: list[Tensor]
-    b: list[Tensor]  # none where it has no biases
+    b: list[Tensor]  # empty without biases
     c: list[Tensor]
 
 
 class _Settings(NamedTuple):
-    """What a call is given: a sequence [t, r, i], what was there before [layers * d, r, k] each, and weights."""
+    """The arguments of a call: a sequence [t, r, i], initial states [layers * d, r, k] each, and weights."""
 
     kind: str  # "rnn_tanh", "rnn_relu", "lstm" or "gru"
     x: Tensor
@@ -109,12 +109,12 @@ def _layers(flat: list[Tensor], count: int, biases: bool, directions: int) -> li
 
 
 def _applies(call: Call) -> bool:
-    """What was there before is data."""
+    """Inputs and initial states are data."""
     return _settings(call) is not None and all(path.key != 1 and path.key != 0 for path, _ in call.parameters)
 
 
 def opened(record: Record) -> Record:
-    """The record of the products, by rows; the record itself where rows are not along the dimension of a batch."""
+    """The record of the products, by rows; the record itself if rows do not lie along the batch dimension."""
     found = _settings(record.call)
     assert found is not None
     whole = record.call.func not in CELLS
@@ -132,7 +132,7 @@ def opened(record: Record) -> Record:
 
 
 class _Given:
-    """Gradients of the outputs in a precision to calculate with, zeros where there are none."""
+    """Gradients of the outputs in at least float32, zeros where there are none."""
 
     def __init__(self, found: _Settings, grads: dict[int, Tensor | None], whole: bool) -> None:
         dtype = torch.promote_types(found.layers[0].w[0].dtype, torch.float32)

@@ -1,6 +1,6 @@
-"""Make a traced call again, with parameters replaced: the exact derivative of any torch function.
+"""Repeat a traced call, with parameters replaced: the exact derivative of any torch function.
 
-This is what serves a call that no layer rule knows: forward mode through that one call for the dots,
+This handles calls that no layer rule knows: forward mode through that one call for the dots,
 `dots_n = <B_n, d/dr f(A_n; p + r V)>`, and one vector-Jacobian product for the weighted gradient.
 """
 
@@ -26,7 +26,7 @@ from metakern.layers.forward_mode import dual_level, lacks_forward_mode
 
 
 def with_parameters(call: Call, replacement: Callable[[Tensor], Any]) -> list[Tensor]:
-    """Call again with every trainable tensor replaced; other tensors are detached. Returns all output tensors."""
+    """Repeat the call with every trainable tensor replaced, other tensors detached. Returns all output tensors."""
     args, kwargs = list(call.args), dict(call.kwargs)
     chosen = {path: replacement(tensor) for path, tensor in call.parameters}
     for container in (args, kwargs):
@@ -59,7 +59,7 @@ def as_recorded(call: Call) -> Iterator[None]:
             "a CUDA graph cannot make; set its dropout to 0, or run the step without capturing it"
         )
     with ExitStack() as stack:
-        if not isinstance(call.func, ModuleCall):  # within a module subclasses do as they did
+        if not isinstance(call.func, ModuleCall):  # inside a module, subclasses act as before
             stack.enter_context(torch._C.DisableTorchFunctionSubclass())
         if call.autocast is not None:
             kind, dtype = call.autocast
@@ -87,7 +87,7 @@ def output_tangents(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor |
 
 
 def _with_leaves(call: Call) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """The outputs of the call made again with leaves in place of its parameters, and these by identity."""
+    """The outputs of the repeated call, with leaves instead of its parameters, and these by identity."""
     leaves: dict[int, Tensor] = {}
 
     def leaf(parameter: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _with_leaves(call: Call) -> tuple[list[Tensor], dict[int, Tensor]]:
 
 
 def _tangents_by_two_reversals(call: Call, tangents: Mapping[int, Tensor]) -> list[Tensor | None]:
-    """The same where forward mode is missing: with g(u) = J^T u, which is linear in u, J V = d<g(u), V>/du."""
+    """The same without forward mode: with g(u) = J^T u, which is linear in u, J V = d<g(u), V>/du."""
     with torch.enable_grad(), twice_differentiable():
         outputs, leaves = _with_leaves(call)
         kept = [o for o in outputs if o.requires_grad]

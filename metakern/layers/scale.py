@@ -1,7 +1,7 @@
 """Y = x * s entry by entry, with s broadcast: LayerScale, gates, normalisations written by hand (RMSNorm of LLMs).
 
-Where s is small beside an example's part of Y, gradients of single examples are formed as B comes by, and x and B are
-let go: G_n = sum of B_n * x_n over all that s is broadcast along. Otherwise this is any differentiable call.
+If s is small compared with an example's part of Y, per-example gradients are formed as soon as B is known, and x and B
+are freed: G_n = sum of B_n * x_n over the dimensions that s is broadcast along. Otherwise the generic rule applies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PRODUCTS = (
     *(torch.Tensor.__mul__, torch.Tensor.__rmul__),
 )
 SMALL = 4
-"""How many times as large as all its gradients of single examples the output must be."""
+"""How many times as large as all per-example gradients the output must be."""
 
 
 def _applies(call: Call) -> bool:
@@ -33,7 +33,7 @@ def _factors(call: Call) -> tuple[Any, Any]:
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
-    """G_n by the parameter, [n, its entries]; None where it is not small, or has entries for different examples."""
+    """G_n by the parameter, [n, its entries]; None if it is not small, or has separate entries for examples."""
     ((_, scale),) = record.call.parameters
     first, second = _factors(record.call)
     x, grad, axis = second if first is scale else first, record.output_grad, record.axes[0]
@@ -42,7 +42,7 @@ def per_example(record: Record, examples: int) -> Gradients | None:
         return None
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     product = axis.folded(grad.to(dtype) * x.detach().to(dtype), examples).movedim(axis.dim + 1, 0)
-    # The dimension of the examples has left two factors where it was.
+    # Two factors of the examples' dimension remain in its place.
     summed = [size == 1 for size in (*sizes[: axis.dim], 1, 1, *sizes[axis.dim + 1 :])]
     return {id(scale): product.sum([d + 1 for d, yes in enumerate(summed) if yes]).reshape(examples, -1)}
 

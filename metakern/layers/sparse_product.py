@@ -1,7 +1,6 @@
-"""Y = A W^T + b or A W + b of a sparse A: counts of words, one-hot features. Nothing of A's size is made dense.
+"""Y = A W^T + b or A W + b with a sparse A: word counts, one-hot features. Nothing of A's size is made dense.
 
-dots_n = <B_n, A_n V^T + v>;  weighted gradient (A^T diag(w) B)^T and sum_n w_n B_n; with W [i, o] both the other way
-round.
+dots_n = <B_n, A_n V^T + v>;  weighted gradient (A^T diag(w) B)^T and sum_n w_n B_n; transposed for W [i, o].
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def _operands(call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
 
 
 def _applies(call: Call) -> bool:
-    """All that is added to A W is a trained bias [o], so that Y is linear in what is trained."""
+    """Nothing but a trained bias [o] is added to A W, so that Y is linear in the trained tensors."""
     if len(call.args) < 2 or not call.kwargs.keys() <= {"bias"}:
         return False
     bias, inputs, weight = _operands(call)

@@ -1,7 +1,7 @@
-"""Random numbers in a program: where a generator was set back, the pass meets the numbers that it drew before.
+"""Random numbers in a program: if a generator was rewound, the pass gets the numbers that it drew before.
 
-A dual pass and checkpointed layers repeat a pass from the state of the generator that it began with, so that their
-dropout masks are the same. A program sets no generator back; there the first numbers stand for the second ones.
+A dual pass and checkpointed layers repeat a pass from the generator state that it began with, so that their dropout
+masks are the same. A program cannot rewind a generator; there the first numbers are reused.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _OF_SHAPE = frozenset(
         _MASKED,
     )
 )
-"""What these draw does not depend on the values of their arguments; others draw anew."""
+"""What these draw does not depend on the values of their arguments; others draw new numbers."""
 
 
 class Draws(TorchDispatchMode):
-    """While a program is traced, draws from a state of the generators that was met before give what they gave first."""
+    """While a program is traced, repeated draws from the same generator state return the first result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def _with(func: Any, args: Any, kwargs: Any, drawn: Tensor) -> Any:
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Hashable:
-    """All that decides what is drawn, beside the generator."""
+    """Everything but the generator that determines what is drawn."""
 
     def known(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""A step must not go on with numbers that are none."""
+"""A step must not go on with values that are not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def require_finite(dots: Tensor, problem: Problem) -> None:
 
 
 def require_finite_weights(weights: Tensor, problem: Problem) -> None:
-    """So must the weights of a rule that is not the library's own."""
+    """The weights of a user's rule must be finite, too."""
     if not host_may_wait() or finite_sum(weights) or _uses_float16(problem):
         return
     bad = (~torch.isfinite(weights)).nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""What a compiled step takes for granted: all that its functions look at, but for the values of tensors.
+"""What a compiled step takes for granted: everything that its functions read, except the values of tensors.
 
 A program holds the numbers, flags, functions and tensors that it was traced with: the exponent of a loss, a schedule in
 a configuration, a list of scales in the model. Whether they are still the same is looked up before every run.
@@ -28,13 +28,13 @@ from metakern.capture.surroundings import globals_of
 from metakern.step.lookup import OwnWords, Words, classes_of, function_of, is_foreign, is_own, unnamed, words_of
 
 _DEPTH = 6
-"""How deep into the objects of a model, and into libraries."""
+"""How deep to look into the objects of a model, and into libraries."""
 _LARGEST = 4096
-"""What holds more entries is taken for data."""
+"""Collections with more entries are taken to be data."""
 
 
 class _Tensor(NamedTuple):
-    """A tensor but for its values."""
+    """A tensor without its values."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -42,8 +42,8 @@ class _Tensor(NamedTuple):
     device: torch.device
     requires_grad: bool
     hooked: bool
-    place: int  # in memory; 0 where it does not matter
-    number: str  # where it is one that the host reads; "" where that does not matter
+    place: int  # in memory; 0 if that does not matter
+    number: str  # if the host reads it; "" if that does not matter
 
 
 _BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), _Tensor))
@@ -54,9 +54,9 @@ _NOTHING: Mapping[str, Any] = {}
 
 
 class Granted:
-    """What the modules of a model hold, and what functions look at, at one moment.
+    """What the modules of a model hold, and what functions read, at one moment.
 
-    Of objects outside the model only those attributes count that one of the functions has a word for: what a trainer
+    Of objects outside the model, only attributes whose names occur in one of the functions count: what a trainer
     counts elsewhere may change. `places` asks for tensors to be where they were in memory, too, and for numbers in
     tensors of the host's to be the same: a CUDA graph holds them as they were.
     """

@@ -11,7 +11,7 @@ class LabelNet(nn.Module):
     """Given label y and features h of an example, a distribution over labels.
 
     o = W3 tanh(W2 tanh(W1 [h, e_y] + b1) + b2) + b3,  p = softmax(o);  with `skip`, a onehot(y) + (1 - a) softmax(o)
-    where a = sigmoid of an extra output, so that an untrained net can leave a label as it is.
+    where a = sigmoid of an extra output, so that even an untrained net can keep a label.
 
     Called as `net(labels [n], features [n, F])`, or `net(labels)` when built with `features=0`; returns [n, C].
 

@@ -1,4 +1,4 @@
-"""How functions find what they look at: the names that they have a word for, and where these are looked up."""
+"""How functions find what they read: the names that occur in their code, and where these are looked up."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from metakern.capture.surroundings import FOREIGN
 
 
 class OwnWords(set[str]):
-    """The words of all functions of a run's own, which grow while these are found."""
+    """The names in all functions of a run's own code, a set that grows while these are found."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 Words = OwnWords | frozenset[str] | None
-"""The attributes of an object that count: by own words, by those of a library's function, or all, as in a model."""
+"""The attributes of an object that count: by own names, by those of a library's function, or all, as in a model."""
 
 _BY_STRING = frozenset("getattr attrgetter vars __dict__ __getattribute__".split())
-"""A function with one of these words may name attributes in strings."""
+"""A function with one of these names may access attributes by strings."""
 
 _UNNAMED = frozenset(
     f"__{name}__"
     for name in "call getitem getattr getattribute get iter next len contains bool float int index enter exit add radd "
     "sub rsub mul rmul truediv rtruediv matmul rmatmul pow rpow neg abs lt le gt ge".split()
 )
-"""Methods that run without a word."""
+"""Methods that run without being named."""
 
 
 _HOLDERS = (types.SimpleNamespace, Namespace, local)
-"""Of the standard library, and made to hold what others put into them."""
+"""Classes of the standard library that hold other code's values."""
 
 
 @functools.lru_cache(4096)
 def words_of(code: types.CodeType) -> frozenset[str]:
-    """Names of globals and attributes that a function has a word for, also in functions defined inside it."""
+    """Names of globals and attributes that occur in a function, also in functions defined inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     found = frozenset(code.co_names).union(*map(words_of, inner))
     return found.union(_strings(code.co_consts)) if found & _BY_STRING else found
@@ -58,7 +58,7 @@ def unnamed(kind: type) -> frozenset[str]:
 
 
 def function_of(held: Any) -> types.FunctionType | None:
-    """The function that an attribute of a class is, or that its value is made by."""
+    """The function that an attribute of a class is, or that computes its value."""
     if isinstance(held, property):
         held = held.fget
     elif isinstance(held, (staticmethod, classmethod)):
@@ -70,7 +70,7 @@ def function_of(held: Any) -> types.FunctionType | None:
 
 @functools.lru_cache(4096)
 def classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
-    """Where the attributes of a class are looked up, but for libraries that look at no setting of a training run."""
+    """Where the attributes of a class are looked up, except libraries that read no setting of a training run."""
     return tuple(vars(each) for each in kind.__mro__ if not is_foreign(each))
 
 
@@ -86,5 +86,5 @@ def is_foreign(value: Any) -> bool:
 
 
 def is_own(value: Any) -> bool:
-    """Does it come from a training run's own code?"""
+    """Whether it comes from a training run's own code."""
     return isinstance(value, _HOLDERS) or is_module_of_user(_origin(value))

@@ -1,4 +1,4 @@
-"""The buffers that a compiled step writes: it runs on copies, and what it leaves in them is a result like others."""
+"""The buffers that a compiled step writes: it runs on copies, whose final values are results like any other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metakern.capture.members import keepers_of
 
 
 def buffers_of(model: nn.Module) -> list[Tensor]:
-    """Buffers, also of modules that are not registered; what two modules hold comes once."""
+    """Buffers, also of modules that are not registered; one that two modules hold is listed once."""
     entries = (b for module in keepers_of(model) for b in module._buffers.values() if b is not None)
     return list({id(b): b for b in entries}.values())
 
@@ -32,7 +32,7 @@ class OwnBuffers:
 
     @contextmanager
     def copied(self, values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Inside the block the model has copies of `values` in place of its buffers; the block is given the copies."""
+        """Inside the block, the model has copies of `values` instead of its buffers; yields the copies."""
         copies = [value.clone() for value in values]
         self._put(copies)
         try:

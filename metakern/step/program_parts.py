@@ -1,4 +1,4 @@
-"""Cut a graph into parts that run one after the other, each handing on what later ones need."""
+"""Split a graph into parts that run one after the other, each passing on what later ones need."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class Part(NamedTuple):
     given: list[str]  # names of the inputs and kept values that it takes
     results: int
     kept: list[str]
-    needed: frozenset[str]  # by later parts, of all that is there
+    needed: frozenset[str]  # by later parts
 
     def keep(self, values: MutableMapping[str, Tensor], found: Sequence[Tensor]) -> None:
-        """Add what it has found, and let go of what no later part needs."""
+        """Add what it has computed, and free what no later part needs."""
         values.update(zip(self.kept, found[self.results + 1 :], strict=True))
         for name in values.keys() - self.needed:
             del values[name]
 
 
 def cut(graph: fx.GraphModule, sizes: Sequence[int]) -> list[Part]:
-    """Parts of a graph whose outputs are so many results of each part, in order, with one more value after each.
+    """Parts of a graph whose outputs are `sizes` results of each part, in order, with one more value after each.
 
-    A part ends where that value is computed. Operations keep their order, so that writes in place count as before.
+    A part ends where that value is computed. Operations keep their order, so that in-place writes act as before.
     """
     (output,) = graph.graph.find_nodes(op="output")
     (outputs,) = output.args

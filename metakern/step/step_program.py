@@ -1,4 +1,4 @@
-"""A step as a program, with all that the program takes and leaves: batches, buffers, random numbers."""
+"""A step as a program, with everything that it reads and writes: batches, buffers, random numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from metakern.step.own_buffers import OwnBuffers
 from metakern.step.program import Backend, Program, traced
 
 Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
-"""What a step finds out part by part, given batches, numbers and the name of an engine."""
+"""What a step computes part by part, given batches, numbers and the name of an engine."""
 
 
 class AnotherWay(Exception):
@@ -33,7 +33,7 @@ class AnotherWay(Exception):
 
 
 class StepProgram:
-    """A compiled step; between its parts the caller may change what the later ones read."""
+    """A compiled step; between its parts the caller may change what later parts read."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class StepProgram:
         self.engine = engine
 
     def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
-        """What each part finds out about new batches.
+        """What each part computes for new batches.
 
-        Raises: AnotherWay where a batch has other shapes than the compiled one, or takes another branch (a loss that is
-            not finite among them); ValueError when more differs than shapes and the values of tensors, or what the step
-            looks at has changed by more than values.
+        Raises: AnotherWay if a batch has other shapes than the compiled one, or takes another branch (as a non-finite
+            loss does); ValueError if more differs than shapes and tensor values, or if anything that the step reads has
+            changed in more than tensor values.
         """
         self._known.require(self._granted())
         self._others = None if self._batches.fit(*given) else list(given)
@@ -68,7 +68,7 @@ class StepProgram:
 
     @contextmanager
     def nothing_drawn_on_error(self) -> Iterator[None]:
-        """Torch's default generators are as before if an exception leaves the block."""
+        """Torch's default generators are restored if an exception leaves the block."""
         start = torch_random_state() if self._draws else None
         try:
             yield
@@ -82,7 +82,7 @@ class StepProgram:
         return self._batches.built() if self._others is None else self._others
 
     def settle(self, found: list[Tensor]) -> None:
-        """Write into the buffers what the last part has left for them, at the end of what it has found."""
+        """Write into the buffers the values at the end of the last part's results."""
         self._buffers.take(found[len(found) - len(self._buffers.tensors) :])
 
 
@@ -96,9 +96,9 @@ def compiled(
     backend: Backend,
     numbers: Sequence[Tensor] = (),
 ) -> StepProgram:
-    """Take the step once for what is proved once, trace it, hold the program against it, and compile it.
+    """Run the step once for what is proved once, trace it, compare the program with it, and compile it.
 
-    `functions` are what the step calls beside the model. Gradients are left as the step leaves them.
+    `functions` are what the step calls besides the model. Gradients are left as the step leaves them.
     """
 
     def once() -> Found:

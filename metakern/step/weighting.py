@@ -1,4 +1,4 @@
-"""What a weight net makes of a batch of losses: coefficients of the virtual step, and weights of the real one."""
+"""From the losses of a batch, by a weight net: coefficients of the virtual step, and weights of the real one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Weighting:
     def coefficients(self, losses: Tensor, features: tuple[Any, ...]) -> Tensor:
         """c_n = dG/dl_n, [n], with a graph through the weight net and nothing else.
 
-        Without `detach_losses` the losses enter the weight net as variables, and c holds dw/dl as well.
+        Without `detach_losses`, the losses enter the weight net as variables, and c includes dw/dl.
         """
         leaf = _at_least_float32(losses).requires_grad_()
         with torch.enable_grad():
