@@ -1,10 +1,11 @@
 """Builds `metakern._C` with CMake and ninja. Imports no torch: the extension does not depend on it.
 
 METAKERN_BUILD=auto|cpu|cuda|none (auto: CUDA where an nvcc is found), METAKERN_CUDA_ARCHS="80;90a;100a" and MAX_JOBS
-are the only switches.
+are the only switches. An empty one has its default.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
+ARCHITECTURES = "80;90a;100a"
 
 
 def say(text: str) -> None:
@@ -23,10 +25,27 @@ def say(text: str) -> None:
 
 
 def build_mode() -> str:
-    mode = os.environ.get("METAKERN_BUILD", "auto")
+    mode = os.environ.get("METAKERN_BUILD") or "auto"
     if mode not in MODES:
         sys.exit(f"metakern: METAKERN_BUILD must be one of {', '.join(MODES)}; got {mode!r}")
     return mode
+
+
+def cuda_architectures() -> str:
+    found = os.environ.get("METAKERN_CUDA_ARCHS") or ARCHITECTURES
+    if not re.fullmatch(r"\d{2,3}[af]?(;\d{2,3}[af]?)*", found, re.ASCII):
+        sys.exit(
+            f"metakern: METAKERN_CUDA_ARCHS must be CUDA architectures, separated by semicolons, as in "
+            f"{ARCHITECTURES!r}; got {found!r}"
+        )
+    return found
+
+
+def parallel_jobs() -> str:
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not re.fullmatch(r"0*[1-9]\d*", jobs, re.ASCII):
+        sys.exit(f"metakern: MAX_JOBS must be a whole number, 1 or more, of parallel compilers; got {jobs!r}")
+    return jobs
 
 
 def find_nvcc(mode: str) -> str | None:
@@ -62,6 +81,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        architectures, jobs = cuda_architectures(), parallel_jobs()
         nvcc = find_nvcc(build_mode())
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -70,7 +90,7 @@ class CMakeBuild(build_ext):
             "METAKERN_PYBIND11_INCLUDE": pybind11_include(),
             "METAKERN_OUTPUT_DIRECTORY": target.parent,
             "METAKERN_OUTPUT_NAME": target.name,
-            "METAKERN_CUDA_ARCHS": os.environ.get("METAKERN_CUDA_ARCHS", "80;90a;100a"),
+            "METAKERN_CUDA_ARCHS": architectures,
             "METAKERN_CUDA": "ON" if nvcc else "OFF",
         }
         if nvcc:
@@ -78,7 +98,6 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake")
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions])
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.check_call([cmake, "--build", build, "--parallel", jobs])
         say(f"built {target.name} for CPU{' and CUDA' if nvcc else ''}")
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from metakern.ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "csrc", "LICENSE", "README.md", "metakern")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "CMakeLists.txt", "csrc", "LICENSE", "README.md", "metakern")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
 
@@ -48,6 +49,19 @@ def wheel(checkout: Path, **switches: str) -> list[str]:
     return zipfile.ZipFile(path).namelist()
 
 
+def test_a_source_distribution_holds_what_the_build_reads(checkout: Path) -> None:
+    """All of csrc/, with its headers; what is not needed there stays out."""
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", "out"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    (path,) = (checkout / "out").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    native = {str(path.relative_to(checkout)) for path in (checkout / "csrc").rglob("*.*")}
+    assert len(native) > 10
+    assert native | {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= found
+    assert {"metakern/ops/tiles.json", "metakern/trainers/step_costs.csv", "metakern/py.typed"} <= found
+
+
 def modules(checkout: Path) -> list[Path]:
     return list((checkout / "metakern").glob("_C*.so"))
 
@@ -64,6 +78,24 @@ def test_unknown_mode_is_refused(checkout: Path) -> None:
     result = build(checkout, METAKERN_BUILD="gpu")
     assert result.returncode != 0
     assert "METAKERN_BUILD must be one of auto, cpu, cuda, none; got 'gpu'" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "values", "wanted"),
+    [
+        ("METAKERN_CUDA_ARCHS", ["80,90a", "8.0", "foo", "80;", "80 90a"], "semicolons, as in '80;90a;100a'"),
+        ("MAX_JOBS", ["abc", "0", "-1", "1.5"], "a whole number, 1 or more"),
+    ],
+)
+def test_wrong_switches_are_named(checkout: Path, variable: str, values: list[str], wanted: str) -> None:
+    for value in values:
+        result = build(checkout, METAKERN_BUILD="cpu", **{variable: value})
+        assert result.returncode != 0
+        (said,) = [line for line in result.stdout.splitlines() if line.startswith("metakern: ")]
+        assert said.startswith(f"metakern: {variable} must be ")
+        assert wanted in said
+        assert said.endswith(f"; got {value!r}")
+        assert "Traceback" not in result.stdout
 
 
 @pytest.mark.slow
@@ -87,8 +119,12 @@ def without_nvcc(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_missing_nvcc_is_said_in_one_line(checkout: Path) -> None:
-    result = build(checkout, METAKERN_BUILD="auto", **without_nvcc(checkout))
+    """Of a build by the defaults, which empty switches have; CMake's cache has the architectures that it was given."""
+    switches = {"METAKERN_BUILD": "", "METAKERN_CUDA_ARCHS": "", "MAX_JOBS": ""}
+    result = build(checkout, **switches, **without_nvcc(checkout))
     assert result.returncode == 0, result.stdout
+    (cache,) = checkout.glob("build/cmake-*/CMakeCache.txt")
+    assert re.search(r"^METAKERN_CUDA_ARCHS:STRING=80;90a;100a$", cache.read_text(), re.MULTILINE)
     assert result.stdout.count("no nvcc found: building the CPU kernels only") == 1
     refused = build(checkout, METAKERN_BUILD="cuda", PATH=str(checkout / "tools"), CUDA_HOME=str(checkout))
     assert refused.returncode != 0
