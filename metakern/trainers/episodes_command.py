@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from metakern import __version__
 from metakern.data import Source, load
 from metakern.data.episodes import ClassSplit, split_classes
 from metakern.data.shots import SHOT_SHAPES
@@ -97,6 +98,7 @@ def _save(rows: list[dict[str, Any]], config: EpisodeConfig, source: Source, spl
         table.writerows(rows)
     record = {
         "config": asdict(config),
+        "metakern": __version__,
         "torch": torch.__version__,
         "classes": {
             part: [source.class_names[number] for number in pool.classes] for part, pool in split._asdict().items()

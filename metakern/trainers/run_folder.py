@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from metakern import __version__
 from metakern.data import Task
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.evaluate import Errors
@@ -57,6 +58,7 @@ def start(folder: Path, config: TrainConfig, task: Task) -> None:
             "meta_examples": len(task.meta),
             "certain_meta": task.certain_meta,
             "test_examples": len(task.test),
+            "metakern": __version__,
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

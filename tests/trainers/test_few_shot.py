@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import metakern
 from metakern.cli import main
 from metakern.data import Examples, Source
 from metakern.data.episodes import split_classes
@@ -97,6 +98,7 @@ def test_the_command_leaves_a_table_and_a_record(config, tmp_path):
     assert all(float(row["difference"]) == 0 for row in rows if row["balance"] == "none")
     record = json.loads((tmp_path / "episodes.json").read_text())
     assert record["config"]["way"] == 3
+    assert record["metakern"] == metakern.__version__
     assert not set(record["classes"]["train"]) & set(record["classes"]["test"])
     for row in rows[:5]:
         assert f"{float(row['accuracy']):.1f} ± {float(row['interval']):.1f}" in shown

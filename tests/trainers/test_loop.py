@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import metakern
 from metakern.trainers import train
 from metakern.trainers.ledger import Ledger
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.networks import network_for
+from metakern.trainers.report import write_report
 from metakern.trainers.run_folder import finished
 from metakern.trainers.task import make_task
 
@@ -20,6 +22,8 @@ def test_a_run_leaves_its_records(quick, tmp_path):
     assert config["method"] == "random"
     assert config["train_examples"] == len(run.task.train)
     assert config["steps"] == 6
+    assert config["metakern"] == metakern.__version__
+    assert config["torch"] == torch.__version__
     metrics = read_metrics(tmp_path / "metrics.csv")
     assert metrics["step"] == [2, 4, 6]
     assert metrics["test_error"][-1] == pytest.approx(run.errors.test, rel=1e-5)
@@ -147,3 +151,12 @@ def test_a_result_from_before_an_option_existed_still_counts(quick, tmp_path):
     path.write_text(json.dumps(result))
     assert finished(tmp_path, quick) is not None
     assert finished(tmp_path, replace(quick, noise="uniform", noise_rate=0.2)) is None
+
+
+def test_a_run_from_before_a_version_was_noted_still_counts(quick, tmp_path):
+    train(quick, tmp_path, progress=False)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "metakern"}))
+    assert finished(tmp_path, quick) is not None
+    assert write_report([tmp_path], tmp_path / "again.html").is_file()
