@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from metakern.capture import EngineUnavailable, trace_batch
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
+from metakern.capture.state import PassState
 from metakern.capture.uncompiled import uncompiled
 from metakern.engines import Problem, pose
 from metakern.engines.recorded import recorded
@@ -90,50 +91,52 @@ def check(
     Raises:
         As `l2rw_step`; ValueError for examples < 1; RuntimeError if the copy cannot run in float64.
     """
-    if examples < 1:
-        raise ValueError(f"examples must be at least 1, got {examples}")
+    if not isinstance(examples, int) or examples < 1:
+        raise ValueError(f"examples must be at least 1 and whole, got {examples!r}")
     require_servable(model)
     chosen = list(select_parameters(model, trainable_parameters(model), params))
-    replica, without_dropout = _float64_copy(model)
-    batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
-    try:
-        truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
-    except RuntimeError as error:
-        if isinstance(error, EngineUnavailable):
-            raise
-        raise RuntimeError(
-            "check runs a copy of the model in float64, and its forward or backward pass fails there; tensors that are "
-            "neither parameters, buffers or attributes of a module nor part of the batch keep their precision: "
-            f"{error}"
-        ) from error
-    found = reweight_step(
-        replica,
-        batch,
-        meta_batch,
-        rule=truth.weights_like,
-        loss_fn=loss_fn,
-        engine=engine,
-        params=chosen,
-        memory=memory,
-        micro_batch=micro_batch,
-        allow_unused=allow_unused,
-    )
-    named = trainable_parameters(replica)
-    uses = _uses(replica, batch, loss_fn, named)
-    problem = pose(replica, batch, meta_batch, loss_fn, chosen, memory, allow_unused=allow_unused)
-    why_not = _refusal(problem) if found.engine == "jvp" else ""
-    advice = ["dropout was switched off for the comparison"] if without_dropout else []
-    dots, rows = _judged(truth, found.dots, named, uses, torch.float64)
-    if not (dots.ok and all(row.gradient.ok for row in rows)):
-        rounded, rounded_rows = _judged(truth, found.dots, named, uses, torch.float32)
-        if rounded.ok and all(row.gradient.ok for row in rounded_rows):
-            dots, rows = rounded, rounded_rows
-            advice.append("exact only to float32, because the model computes in float32 inside, or nearly so")
-    if why_not:
-        advice.append(
-            "but for the reason given above, the cheaper engine, ghost, would run; metakern.explain shows costs"
+    # Whatever runs on the copy draws random numbers and calls the same loss function.
+    with PassState(model, loss_fn).replayed():
+        replica, without_dropout = _float64_copy(model)
+        batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
+        try:
+            truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
+        except RuntimeError as error:
+            if isinstance(error, EngineUnavailable):
+                raise
+            raise RuntimeError(
+                "check runs a copy of the model in float64, and its forward or backward pass fails there; tensors that "
+                "are neither parameters, buffers or attributes of a module nor part of the batch keep their precision: "
+                f"{error}"
+            ) from error
+        found = reweight_step(
+            replica,
+            batch,
+            meta_batch,
+            rule=truth.weights_like,
+            loss_fn=loss_fn,
+            engine=engine,
+            params=chosen,
+            memory=memory,
+            micro_batch=micro_batch,
+            allow_unused=allow_unused,
         )
-    return CheckReport(found.engine, why_not, dots, rows, tuple(advice))
+        named = trainable_parameters(replica)
+        uses = _uses(replica, batch, loss_fn, named)
+        problem = pose(replica, batch, meta_batch, loss_fn, chosen, memory, allow_unused=allow_unused)
+        why_not = _refusal(problem) if found.engine == "jvp" else ""
+        advice = ["dropout was switched off for the comparison"] if without_dropout else []
+        dots, rows = _judged(truth, found.dots, named, uses, torch.float64)
+        if not (dots.ok and all(row.gradient.ok for row in rows)):
+            rounded, rounded_rows = _judged(truth, found.dots, named, uses, torch.float32)
+            if rounded.ok and all(row.gradient.ok for row in rounded_rows):
+                dots, rows = rounded, rounded_rows
+                advice.append("exact only to float32, because the model computes in float32 inside, or nearly so")
+        if why_not:
+            advice.append(
+                "but for the reason given above, the cheaper engine, ghost, would run; metakern.explain shows costs"
+            )
+        return CheckReport(found.engine, why_not, dots, rows, tuple(advice))
 
 
 def _judged(

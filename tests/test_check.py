@@ -1,7 +1,9 @@
 """`metakern.check`: a verdict that can be trusted both ways, and a model left alone."""
 
+import random
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -94,7 +96,7 @@ def test_a_loss_of_ones_own_and_few_examples() -> None:
         return (model(batch[0]) ** 2).sum(1)
 
     assert metakern.check(network(), *batches(), loss_fn=losses, examples=3).ok
-    with pytest.raises(ValueError, match="examples must be at least 1"):
+    with pytest.raises(ValueError, match="examples must be at least 1 and whole"):
         metakern.check(network(), *batches(), examples=0)
 
 
@@ -217,3 +219,22 @@ def test_command_with_parameters_that_take_no_part(capsys: pytest.CaptureFixture
 def test_command_with_an_unusable_target(target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", target]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_random_numbers_and_the_loss_stay_as_they_were(fails: bool) -> None:
+    calls = []
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(random.random() + float(torch.rand(())))
+        if fails and len(calls) > 1:
+            raise RuntimeError("no loss")
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    model = network()
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.raises(RuntimeError, match="no loss") if fails else nullcontext():
+        metakern.check(model, *batches(), loss_fn=losses)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert not calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ from metakern.capture.contents import LARGEST_ARRAY, LARGEST_LIST, PutBack, cont
 from metakern.capture.members import is_torchs_own, keepers_of
 
 _OWN = frozenset(vars(nn.Module()))
+_COLLECTIONS = frozenset((list, dict, set, deque))
 _PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
-_DEPTH = 3
-"""Levels of nesting of objects and collections that are looked into."""
+_DEPTH, _DEEP = 3, 9
+"""Levels of nesting of objects and collections that are looked into, and before passes with NaN in them."""
 
 
 class _Kept(NamedTuple):
@@ -25,14 +27,18 @@ class _Kept(NamedTuple):
 class Attributes:
     """The attributes of every module of a model at one moment: which objects they are, and what these hold."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, deep: bool = False) -> None:
         self._kept, self._contents = list[_Kept](), list[PutBack]()
         seen: set[int] = set()
         for module in keepers_of(model):
             attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
             self._kept.append(_Kept(module, module.training, attributes))
-            if not is_torchs_own(type(module)):
-                _look_into((*attributes.values(), type(module)), _DEPTH, seen, self._contents)
+            if is_torchs_own(type(module)):  # what it has itself never changes; others may have given it a list
+                held = [value for value in attributes.values() if type(value) in _COLLECTIONS]
+            else:
+                held = [*attributes.values(), type(module)]
+            if held:
+                _look_into(held, _DEEP if deep else _DEPTH, seen, self._contents)
 
     def restore(self) -> None:
         for kept in self._kept:
@@ -48,10 +54,10 @@ class Attributes:
             put_back()
 
 
-def _look_into(values: Iterable[Any], depth: int, seen: set[int], found: list[PutBack]) -> None:
+def _look_into(values: Iterable[Any], depth: int, seen: set[int], found: list[PutBack], nested: bool = False) -> None:
     """Add to `found` what puts back the contents of these values, and of what they hold."""
     for value in values:
-        if type(value) in _PLAIN or id(value) in seen or (depth < _DEPTH and _is_large(value)):
+        if type(value) in _PLAIN or id(value) in seen or (nested and _is_large(value)):
             continue
         put_back = content_of(value)
         if put_back is None:
@@ -59,7 +65,7 @@ def _look_into(values: Iterable[Any], depth: int, seen: set[int], found: list[Pu
         seen.add(id(value))
         found.append(put_back)
         if depth and size_of(value) <= LARGEST_LIST:
-            _look_into(inside(value), depth - 1, seen, found)
+            _look_into(inside(value), depth - 1, seen, found, nested=True)
 
 
 def _is_large(value: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.snapshot import LARGE, put_back, snapshot
+from metakern.capture.snapshot import Snapshot
 
 LARGEST_LIST, LARGEST_ARRAY = 4096, 2**20
 """What is larger is taken for data, which a pass reads and does not write: the items of a list; an array, a tensor."""
@@ -209,9 +209,7 @@ def _call_all(functions: tuple[PutBack, ...]) -> None:
 def _tensor(value: Tensor) -> PutBack | None:
     if value.grad_fn is not None or value.is_inference() or isinstance(value, nn.Parameter):
         return None
-    if value.numel() >= LARGE:
-        return partial(put_back, value, snapshot(value))
-    return partial(_call, value.data.copy_, value.detach().clone())
+    return Snapshot(value).restore
 
 
 def _call(function: Callable[[Any], Any], value: Any) -> None:

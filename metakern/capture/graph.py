@@ -176,6 +176,19 @@ def _reaches(known: set[Any], start: Any, free: set[Any]) -> bool:
     return bool(ahead)
 
 
+def leaves_of(outputs: Tensor) -> set[int]:
+    """Identities of the tensors to which a backward pass from `outputs` would give a gradient."""
+    met, ahead, found = set[Any](), [outputs.grad_fn], set[int]()
+    while ahead:
+        node: Any = ahead.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            if hasattr(node, "variable"):
+                found.add(id(node.variable))
+            ahead += [before for before, _ in node.next_functions]
+    return found
+
+
 def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:
     """Hooks that pass the output gradients of one use to `visit` when its nodes run."""
 

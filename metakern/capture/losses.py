@@ -6,7 +6,6 @@ A batch is `(inputs, targets)`, a mapping with "labels" for `model(**batch)`, or
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.capture.contents import PutBack, content_of
+from metakern.capture.contents import PutBack, attributes_kept, content_of
 from metakern.capture.host import finite_sum, host_may_wait, is_traced
 from metakern.capture.row_losses import row_losses
 
@@ -55,17 +54,22 @@ def evaluate_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, 
             put_back()
 
 
-def _contents(batch: Any) -> Iterator[PutBack]:
-    if isinstance(batch, UserDict):
-        batch = batch.data
-    if isinstance(batch, (dict, list)):
-        put_back = content_of(batch)
-        if put_back is not None:
-            yield put_back
-    if isinstance(batch, (dict, list, tuple)):
-        for value in batch.values() if isinstance(batch, dict) else batch:
-            if isinstance(value, (dict, list, tuple, UserDict)):
-                yield from _contents(value)
+def _contents(batch: Any, depth: int = 3) -> Iterator[PutBack]:
+    """What puts back collections and objects of the batch; tensors in them are data."""
+    if depth == 0 or isinstance(batch, (Tensor, str, int, float, nn.Module, type(None))):
+        return
+    put_back = content_of(batch)
+    if put_back is not None:
+        yield put_back
+    elif hasattr(batch, "__dict__") and not callable(batch):  # a library's class, as of graphs
+        yield attributes_kept(batch)
+    inside = [*batch] if isinstance(batch, (list, tuple)) else []
+    if isinstance(batch, dict):
+        inside = [*batch.values()]
+    elif not inside and hasattr(batch, "__dict__"):
+        inside = [*vars(batch).values()]
+    for value in inside:
+        yield from _contents(value, depth - 1)
 
 
 def losses_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
@@ -94,6 +98,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
             "[n, C, positions]; pass loss_fn(model, batch) -> losses[n] for another loss"
         )
     hard = not targets.is_floating_point()
+    if hard and targets.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(
+            f"{argument}: targets must be class indices in int64, got {targets.dtype}; call .long() on them"
+        )
     found, expected = tuple(targets.shape), (shape[0], *shape[2:]) if hard else tuple(shape)
     if found != expected:
         raise ValueError(
@@ -225,7 +233,8 @@ def require_losses(losses: Any, argument: str) -> None:
             "reduction='none' and sum or average over everything but the examples"
         )
     if losses.shape[0] == 0:
-        raise ValueError(f"{argument} has no examples (n = 0); at least one is needed")
+        count = "m" if argument == "meta_batch" else "n"
+        raise ValueError(f"{argument} has no examples ({count} = 0); at least one is needed")
     if not losses.requires_grad:
         raise ValueError(
             f"{argument}: the losses do not depend on any trainable parameter (all frozen, or computed under "

@@ -6,6 +6,7 @@ selects, it does not multiply). Forward, NaN passes relu, clamp and max, so a co
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -99,15 +100,26 @@ def _fill_apart(tensor: Tensor, where: Tensor) -> None:
         tensor.data = tensor.data.masked_fill(where, torch.nan)
 
 
+_lock = threading.Lock()
+_blocks, _checked = 0, True
+
+
 @contextmanager
 def _distributions_take_nan() -> Iterator[None]:
-    """Inside the block distributions do not check their arguments."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    """Inside the block distributions do not check their arguments, in any thread; blocks of two end in any order."""
+    global _blocks, _checked
+    with _lock:
+        if _blocks == 0:
+            _checked = Distribution._validate_args
+            Distribution.set_default_validate_args(False)
+        _blocks += 1
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(before)
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0:
+                Distribution.set_default_validate_args(_checked)
 
 
 def poisoned_losses(
@@ -119,7 +131,7 @@ def poisoned_losses(
     inside: Tensor,
 ) -> Tensor:
     """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
-    with PassState(model, loss_fn).replayed(), _distributions_take_nan():
+    with PassState(model, loss_fn, deep=True).replayed(), _distributions_take_nan():
         constants = constants_of(model)
         with _Poisoner(trainable.values(), constants, axes, inside):
             return evaluate_losses(model, batch, loss_fn, "batch").detach().clone()

@@ -9,28 +9,54 @@ from torch import Tensor
 
 from metakern.capture.host import is_traced
 
-LARGE = 1 << 16
+LARGE = 1 << 12
 """Entries of a tensor whose copy would be noticed."""
 
 
-def snapshot(tensor: Tensor) -> Tensor:
-    """What `tensor` holds, for `put_back`; never to be written into while `tensor` lives."""
-    if tensor.numel() >= LARGE and _may_share(tensor):
-        try:
-            return tensor.detach()._lazy_clone()
-        except RuntimeError:  # memory that torch has not allocated itself
-            pass
-    return tensor.detach().clone()
+class Snapshot:
+    """What a tensor holds, and the version at which a graph may have saved it; `value` is not to be written into."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.value = tensor, _on_write(tensor)
+        self._version = None if is_traced() else tensor._version
+        self._memory, self._place = None, 0
+        if self.value is None:
+            self.value, self._memory = tensor.detach().clone(), tensor.data  # others may lie there as well
+        else:
+            self._place = tensor.untyped_storage()._cdata
+
+    def restore(self) -> None:
+        """Whatever its version says: batch_norm and writes through `.data` do not raise it."""
+        if self._memory is not None:
+            if _moved(self.tensor, self._memory):  # `tensor.data = other`
+                self.tensor.data = self._memory
+            self._memory.copy_(self.value)
+        elif self.tensor.untyped_storage()._cdata != self._place:
+            self.tensor.data = self.copy()
+        elif address(self.tensor) != address(self.value):
+            self.tensor.data.copy_(self.value)
+        if self._version is not None and self.tensor._version != self._version:
+            # A graph that saved it finds these same values; it would refuse the version.
+            torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
+
+    def copy(self) -> Tensor:
+        """Another tensor that holds the same."""
+        shared = _on_write(self.value)
+        return self.value.clone() if shared is None else shared
 
 
-def put_back(tensor: Tensor, kept: Tensor) -> None:
-    """Let `tensor` hold what it held when `kept` was made of it.
+def _on_write(tensor: Tensor) -> Tensor | None:
+    """A copy of a large tensor that takes memory only once one of the two is written; None where that cannot be."""
+    if tensor.numel() < LARGE or not _may_share(tensor):
+        return None
+    try:
+        return tensor.detach()._lazy_clone()
+    except RuntimeError:  # memory that torch has not allocated itself
+        return None
 
-    Whatever its version says: batch_norm and writes through `.data` do not raise it. Nor does this, since a graph that
-    saved the tensor holds these same values.
-    """
-    if tensor.numel() < LARGE or not _share(tensor, kept):
-        tensor.data.copy_(kept)
+
+def _moved(tensor: Tensor, memory: Tensor) -> bool:
+    return _has_memory(tensor) and not is_traced() and address(tensor) != address(memory)
 
 
 def address(tensor: Tensor) -> int:
@@ -45,10 +71,6 @@ def _may_share(tensor: Tensor) -> bool:
     if not _has_memory(tensor) or tensor.device.type != "cpu" or is_traced():
         return False
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2  # the tensor's own, and this object's
-
-
-def _share(tensor: Tensor, kept: Tensor) -> bool:
-    return _has_memory(kept) and torch._C._is_cow_tensor(kept) and address(tensor) == address(kept)
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -3,104 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metakern.capture.attributes import Attributes
-from metakern.capture.members import keepers_of, parameters_of
+from metakern.capture.buffers import Buffers
+from metakern.capture.members import parameters_of
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.registration import nothing_registered
-from metakern.capture.snapshot import put_back, snapshot
 from metakern.capture.surroundings import Surroundings
 from metakern.capture.uncompiled import uncompiled
 from metakern.capture.writes import Writes, nothing_written
 
 
-class _Buffer(NamedTuple):
-    tensor: Tensor
-    value: Tensor
+class Held:
+    """What modules hold beside parameters and buffers, and what functions hold, at one moment."""
 
-
-_Named = tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
-"""The buffers of a module, and a copy of the names and what they stand for."""
-
-
-class Buffers:
-    """The buffers of a model, its unregistered modules included, at one moment: which tensors, and what they hold."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._named, self._kept = list[_Named](), list[_Buffer]()
-        for module in keepers_of(model):
-            named = module._buffers.copy()
-            self._named.append((module._buffers, named))
-            for buffer in named.values():
-                if buffer is not None and _can_be_written(buffer):
-                    self._kept.append(_Buffer(buffer, snapshot(buffer)))
+    def __init__(self, model: nn.Module, loss_fn: Any, *, deep: bool = False) -> None:
+        self._attributes, self.around = Attributes(model, deep=deep), Surroundings(model, loss_fn, deep=deep)
 
     def restore(self) -> None:
-        """Put back whatever has changed since, by value, by identity and by name."""
-        for buffers, named in self._named:
-            if buffers or named:
-                _refill(buffers, named)
-        for tensor, value in self._kept:
-            put_back(tensor, value)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Inside the block the model has fresh copies of the buffers as they were kept, and its own afterwards."""
-        now = [buffers.copy() for buffers, _ in self._named]
-        fresh = {id(kept.tensor): snapshot(kept.value) for kept in self._kept}  # what modules share they share still
-        try:
-            for buffers, named in self._named:
-                if buffers or named:
-                    _refill(buffers, {name: fresh.get(id(buffer), buffer) for name, buffer in named.items()})
-            yield
-        finally:
-            for (buffers, _), after in zip(self._named, now):
-                if buffers or after:
-                    _refill(buffers, after)
-
-
-def _can_be_written(buffer: Tensor) -> bool:
-    """torch refuses to write into inference tensors, and where several entries are one number in memory."""
-    expanded = buffer.layout == torch.strided and 0 in buffer.stride()
-    return not (buffer.is_inference() or (expanded and torch._debug_has_internal_overlap(buffer) == 1))
-
-
-def _refill(buffers: dict[str, Tensor | None], named: dict[str, Tensor | None]) -> None:
-    buffers.clear()
-    buffers.update(named)
+        self._attributes.restore()
+        self.around.restore()
 
 
 class PassState:
     """What a forward pass starts from: the same pass can be run once more from it, and that run does not count."""
 
-    def __init__(self, model: nn.Module, loss_fn: Any = None, writes: Writes | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: Any = None, writes: Writes | None = None, *, deep: bool = False
+    ) -> None:
         self._writes = writes  # what the pass writes into parameters
-        self._model, self._buffers, self._attributes = model, Buffers(model), Attributes(model)
-        self._loss_fn, self._surroundings, self._random = loss_fn, Surroundings(model, loss_fn), random_state()
+        self._model, self._loss_fn, self._deep = model, loss_fn, deep
+        self._buffers, self._held, self._random = Buffers(model), Held(model, loss_fn, deep=deep), random_state()
         if writes is not None and writes.around is None:
-            writes.around = self._surroundings
+            writes.around = self._held.around
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside the block all is as it was then, random numbers included; afterwards as it was before the block."""
-        now, after = Attributes(self._model), random_state()
-        around = Surroundings(self._model, self._loss_fn)
-        self._attributes.restore()
-        self._surroundings.restore()
+        now, after = Held(self._model, self._loss_fn, deep=self._deep), random_state()
+        self._held.restore()
         restore_random_state(self._random)
         try:
-            rewound = nullcontext() if self._writes is None else self._writes.rewound()
-            with self._buffers.replayed(), rewound, nothing_written(self._model):
+            with ExitStack() as stack:
+                stack.enter_context(self._buffers.replayed())
+                if self._writes is not None:
+                    stack.enter_context(self._writes.rewound())
+                    stack.enter_context(self._writes.aside())
+                stack.enter_context(nothing_written(self._model))
                 yield
         finally:
             now.restore()
-            around.restore()
             restore_random_state(after)
 
 
@@ -117,6 +75,7 @@ class Start:
     def restore(self) -> None:
         if self._writes is not None:
             self._writes.undo()
+            self._writes.left = None
         self._buffers.restore()
         self._attributes.restore()
         if self._writes is not None and self._writes.around is not None:
@@ -137,6 +96,8 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
     try:
         with uncompiled(), nothing_registered(model, start.parameters), _cast_anew():
             yield start
+            if writes is not None:
+                writes.settle()
     except BaseException:
         start.restore()
         for p, grad in zip(start.parameters, grads):

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from metakern.capture.contents import (
     LARGEST_ARRAY,
@@ -30,8 +31,13 @@ from metakern.capture.contents import (
 )
 from metakern.capture.members import modules_of
 
-_DEPTH = 4
+_DEPTH, _DEEP = 4, 10
+"""How far is looked in every step, and before passes with NaN in them, which no list may keep."""
 
+_FEW = 256
+"""So many tensors may be written by one pass and read by another one; more are data."""
+
+_FUNCTIONS = frozenset((types.FunctionType, types.MethodType, functools.partial))
 _OPAQUE = (types.ModuleType, str, bytes, int, float, complex, bool, type(None))
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 """Where objects come from that keep no state of a training run: loggers, locks, data loaders, optimizers."""
@@ -40,14 +46,17 @@ FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 class Surroundings:
     """What functions can reach at one moment: which objects names stand for, and what these hold.
 
-    `model` itself is looked after elsewhere, but not what its own functions and hooks reach.
+    `model` itself is looked after elsewhere, but not what its own functions and hooks reach. `deep`: also far away, and
+    what collections of any size hold in collections, such as a history of every example of a data set.
     """
 
-    def __init__(self, model: nn.Module, *functions: Any) -> None:
+    def __init__(self, model: nn.Module, *functions: Any, deep: bool = False) -> None:
+        self._deep = deep
         self._seen: dict[int, Any] = {id(module): module for module in modules_of(model)}
         self._put_back: list[PutBack] = []
+        self.tensors: list[Tensor] = []
         for function in (*functions, *_own_functions(model)):
-            self._visit(function, _DEPTH)
+            self._visit(function, _DEEP if deep else _DEPTH)
 
     def restore(self) -> None:
         for put_back in self._put_back:
@@ -80,7 +89,7 @@ class Surroundings:
         kind, size, put_back = type(value), size_of(value), content_of(value)
         if size > LARGEST_ARRAY or (put_back is None and isinstance(value, (list, dict, set, deque))):
             return
-        held = inside(value) if size <= LARGEST_LIST else []
+        held = self._inside(value, size)
         if isinstance(value, type):  # which of its functions are called is not known
             held = [each for each in held if not isinstance(each, types.FunctionType)]
         elif is_of_user(kind):
@@ -90,7 +99,14 @@ class Surroundings:
             held += attributes_of(value).values()
         if put_back is not None:
             self._put_back.append(put_back)
+            if isinstance(value, Tensor) and len(self.tensors) < _FEW:
+                self.tensors.append(value)
         self._visit_all(held, depth - 1)
+
+    def _inside(self, value: Any, size: int) -> list[Any]:
+        if size <= LARGEST_LIST:
+            return inside(value)
+        return [each for each in inside(value) if isinstance(each, (list, dict, set, deque))] if self._deep else []
 
     def _function(self, function: types.FunctionType, depth: int) -> None:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
@@ -129,14 +145,15 @@ def _keeps_state(kind: type) -> bool:
 
 def _own_functions(model: nn.Module) -> Iterator[Any]:
     """Functions that a forward pass may call: its classes' own, those held as attributes, and hooks."""
+    yield from module_hooks._global_forward_hooks.values()
+    yield from module_hooks._global_forward_pre_hooks.values()
     for module in modules_of(model):
         if not type(module).__module__.startswith("torch."):
             yield type(module).forward
-        yield from module._forward_hooks.values()
-        yield from module._forward_pre_hooks.values()
-        for value in vars(module).values():
-            if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-                yield value
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks:
+                yield from hooks.values()
+        yield from [value for value in vars(module).values() if type(value) in _FUNCTIONS]
 
 
 @functools.lru_cache(4096)

@@ -15,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from metakern.capture.function import Function, function_of, may_write, written_by
 from metakern.capture.members import parameters_of
+from metakern.capture.moment import Left, Moment
 from metakern.capture.outputs import tensors_in
 from metakern.capture.snapshot import address
 from metakern.capture.surroundings import Surroundings
@@ -62,6 +63,7 @@ class Writes:
         self._kept: dict[int, _Kept] = {}
         self.seen_pass = False  # whether a whole pass was looked at
         self.around: Surroundings | None = None
+        self.left: Left | None = None  # by the meta batch
         self._made: set[int] = set()  # places of tensors that the pass itself made
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
@@ -124,8 +126,45 @@ class Writes:
             yield
         self.seen_pass = True
 
+    def moment(self) -> Moment:
+        """What the model holds now, and the tensors that were found around it."""
+        return Moment(self._model, self._outside())
+
+    def _outside(self) -> list[Tensor]:
+        return [] if self.around is None else self.around.tensors
+
     @contextmanager
-    def taken_back(self) -> Iterator[None]:
+    def apart(self) -> Iterator[None]:
+        """Inside the block the meta batch passes, between the forward and the backward pass of the train batch. What it
+        leaves in parameters and buffers does not count; all else waits for `settle`.
+        """
+        before = self.moment()
+        if self.left is not None:
+            self.left.restore()
+        try:
+            with self._taken_back():
+                yield
+        finally:
+            self.left = Left(self._model, self._outside())
+            before.restore()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside the block passes run that do not count, nor do those of the meta batch."""
+        left, self.left = self.left, None
+        try:
+            yield
+        finally:
+            self.left = left
+
+    def settle(self) -> None:
+        """Let what the meta batch has left come after what the train batch has left."""
+        if self.left is not None:
+            self.left.restore()
+            self.left = None
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[None]:
         """Inside the block a pass runs that does not count: what it writes is undone after it.
 
         Where a pass was seen that wrote nothing, this one is not looked at.

@@ -90,8 +90,9 @@ class Expected:
         if apart > self._share * size and math.isfinite(apart + size):  # values that are not finite tell nothing
             _VERDICTS.setdefault(self._model, {})[self._key] = reason = (
                 f"{what} disagrees with a plain backward pass over the same batch (by {_share_of(apart, size):.1e} of "
-                f"its size): torch {torch.__version__} or metakern has a derivative of this model wrong. Please report "
-                "the model; engine='double_backward' uses autograd alone, at several times the cost"
+                f"its size): a rule given to register_layer, torch {torch.__version__} or metakern has a derivative of "
+                "this model wrong. Unless it is the first, please report the model; engine='double_backward' uses "
+                "autograd alone, at several times the cost"
             )
             raise EngineUnavailable(reason)
 

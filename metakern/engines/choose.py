@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -24,9 +23,6 @@ ENGINES: dict[str, Callable[[Problem], Answer]] = {
 }
 
 T = TypeVar("T")
-
-_SERVED: WeakSet[nn.Module] = WeakSet()
-"""Models whose last step was by ghost: it most likely handles the next one, so nothing is kept to go back."""
 
 
 def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
@@ -48,16 +44,15 @@ def first_exact(
         EngineUnavailable: the requested engine is not exact for this model, or with "auto" none is; the message says
             why.
     """
+    if engine != "auto" and engine not in engines:
+        raise ValueError(f"engine must be 'auto' or one of {sorted(engines)}, got {engine!r}")
+    problem.writes.look_around(problem.loss_fn)  # if ghost rejects the problem, what the loss has changed goes back
     if engine != "auto":
-        if engine not in engines:
-            raise ValueError(f"engine must be 'auto' or one of {sorted(engines)}, got {engine!r}")
-        with ghost_first(problem) if engine == "ghost" else nullcontext():
-            return engines[engine](problem), engine
+        return engines[engine](problem), engine
     if normalises_over_batch(problem.model) or _never_twice_alike(problem.model):
         return engines["jvp"](problem), "jvp"
     try:
-        with ghost_first(problem):
-            return engines["ghost"](problem), "ghost"
+        return engines["ghost"](problem), "ghost"
     except EngineUnavailable as error:
         refusal = str(error)  # the error itself would keep alive, by its traceback, what ghost's pass has kept
     start.restore()
@@ -68,19 +63,6 @@ def first_exact(
             f"neither ghost nor jvp is exact here (engine='double_backward' may be, at several times the cost). "
             f"ghost: {refusal}. jvp: {second}"
         ) from second
-
-
-@contextmanager
-def ghost_first(problem: Problem) -> Iterator[None]:
-    """If ghost rejects the problem, or its proof fails, what it changed outside the model can be restored."""
-    if problem.model not in _SERVED:
-        problem.writes.look_around(problem.loss_fn)
-    try:
-        yield
-        _SERVED.add(problem.model)
-    except EngineUnavailable:
-        _SERVED.discard(problem.model)
-        raise
 
 
 _ALL_NEW, _PASSED_BY = 16, 32

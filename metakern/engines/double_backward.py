@@ -41,7 +41,9 @@ def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[st
     Raises: EngineUnavailable: an operation of the model has no second derivative.
     """
     with unchanged_buffers(problem.model), twice_differentiable():
-        return _differentiated_twice(problem, losses, direction)
+        dots = _differentiated_twice(problem, losses, direction)
+    problem.require_reached(losses)
+    return dots
 
 
 def _differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[str, Tensor]) -> Tensor:

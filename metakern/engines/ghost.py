@@ -15,7 +15,6 @@ from metakern.capture import trace_batch
 from metakern.capture.examples import ExampleAxis
 from metakern.capture.graph import require_complete
 from metakern.capture.record import Record, Trace
-from metakern.capture.state import unchanged_buffers
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.recorded import recorded, require_unchanged
@@ -50,7 +49,7 @@ def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
         loss, gradient = problem.meta_gradient()
         mean_over_group(gradient, problem.process_group)
         return Meta(loss, problem.by_identity(gradient), {}, {})
-    with unchanged_buffers(problem.model), problem.writes.taken_back():
+    with problem.writes.apart():
         meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable
         meta_trace = trace_batch(*meta, "meta_batch", rows=False)
         return meta_gradients(problem, trace, meta_trace, candidates, whole)

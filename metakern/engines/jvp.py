@@ -49,6 +49,7 @@ def solve(problem: Problem) -> Answer:
     with first_pass(problem) as products:
         losses = problem.batch_losses()
     require_forward_mode(problem, losses, start, products)
+    problem.require_reached(losses)
     meta_loss, direction = problem.meta_gradient()
     mean_over_group(direction, problem.process_group)
     dots = loss_tangents(problem, direction, start, losses.detach(), products)

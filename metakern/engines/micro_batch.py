@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.capture.attributes import Attributes
 from metakern.capture.random_state import RandomState, random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state import Held
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.cut import cut
 from metakern.engines.group import mean_over_group
@@ -72,7 +72,7 @@ class _Parts:
     """The train batch, part by part, and what is needed to run each part again."""
 
     def __init__(self, problem: Problem, size: int) -> None:
-        self._problem, self._size, self._starts = problem, size, list[tuple[RandomState, Attributes]]()
+        self._problem, self._size, self._starts = problem, size, list[tuple[RandomState, Held]]()
         self._batches, self._losses = cut(problem.batch, size, "batch"), list[Tensor]()
         self._buffers = PartBuffers(problem.model)
 
@@ -82,7 +82,7 @@ class _Parts:
             require_independent(self._problem, cut(self._problem.batch, 2, "batch")[0])
         found, reached = [], set[int]()
         for batch in self._batches:
-            self._starts.append((random_state(), Attributes(self._problem.model)))
+            self._starts.append((random_state(), self._held()))
             part = part_of(self._problem, batch, reached)
             with self._buffers.of_part(examples_in(batch)):
                 train = recorded(part)
@@ -97,13 +97,13 @@ class _Parts:
     def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
         """sum_n weights_n dl_n/dtheta by name; parts without weight are not run."""
         total: dict[str, Tensor] = {}
-        after, now = random_state(), Attributes(self._problem.model)
+        after, now = random_state(), self._held()
         try:
             shares = zip(self._batches, self._starts, self._losses, weights.split(self._size), strict=True)
-            for batch, (state, attributes), losses, some in shares:
+            for batch, (state, held), losses, some in shares:
                 if bool((some != 0).any()):
                     restore_random_state(state)
-                    attributes.restore()
+                    held.restore()
                     with self._buffers.replayed():
                         self._add(total, batch, losses, some)
         finally:
@@ -114,6 +114,9 @@ class _Parts:
             name: total[name].to(p.dtype) if name in total else torch.zeros_like(p) for name, p in trainable.items()
         }
         return self._problem.without_unused(found)
+
+    def _held(self) -> Held:
+        return Held(self._problem.model, self._problem.loss_fn)
 
     def _add(self, total: dict[str, Tensor], batch: Any, losses: Tensor, weights: Tensor) -> None:
         part = part_of(self._problem, batch, set())

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from metakern import dots as stage_dots
+from metakern.capture.moment import Moment
 from metakern.capture.record import Record
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Start, unchanged_buffers
+from metakern.capture.state import Start
 from metakern.engines.problem import Answer, Problem, named_gradients
 from metakern.engines.recorded import NONE_PAIRED, Recorded, restricted
 from metakern.engines.train_pass import GhostPass, TrainPass, open_pass
@@ -30,32 +31,38 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
     Raises: as `metakern.engines.solve`.
     """
     train, used = open_pass(problem, engine, start)
-    with unchanged_buffers(problem.model):
-        columns, losses = _columns(problem, train)
+    after_train = problem.writes.moment()
+    with problem.writes.apart():
+        columns, losses = _columns(problem, train, after_train)
         dots = torch.stack(list(columns), 1)
     return Answer(dots, train.losses, losses.mean(), train.weighted_gradient), used
 
 
-def _columns(problem: Problem, train: TrainPass) -> tuple[Iterator[Tensor], Tensor]:
-    """Dots with each meta example in turn, and the losses of the meta batch, [m]."""
+def _columns(problem: Problem, train: TrainPass, after_train: Moment) -> tuple[Iterator[Tensor], Tensor]:
+    """Dots with each meta example in turn, and the losses of the meta batch, [m].
+
+    The backward passes of both batches take turns, each with what its own forward pass has left.
+    """
     if isinstance(train, GhostPass):
         try:
             meta = Recorded(_as_batch(problem))
         except EngineUnavailable:  # meta examples interact among themselves, say
             pass
         else:
-            return _by_records(problem, train, meta), meta.losses
+            return _by_records(problem, train, meta, after_train), meta.losses
     losses = problem.meta_losses()
-    return _by_backward(problem, train, losses), losses.detach()
+    return _by_backward(problem, train, losses, after_train), losses.detach()
 
 
-def _by_backward(problem: Problem, train: TrainPass, losses: Tensor) -> Iterator[Tensor]:
+def _by_backward(problem: Problem, train: TrainPass, losses: Tensor, after_train: Moment) -> Iterator[Tensor]:
     for one in torch.eye(len(losses), dtype=losses.dtype, device=losses.device):
         v = weighted_backward(problem, losses, one, keep=True, only=problem.chosen)
-        yield train.dots(named_gradients(v, v.values()))
+        with after_train.again():
+            dots = train.dots(named_gradients(v, v.values()))
+        yield dots
 
 
-def _by_records(problem: Problem, train: GhostPass, meta: Recorded) -> Iterator[Tensor]:
+def _by_records(problem: Problem, train: GhostPass, meta: Recorded, after_train: Moment) -> Iterator[Tensor]:
     m = len(meta.losses)
     paired = _pairs(problem, train, meta)
     covered = {id(p) for record in paired.values() for _, p in record.call.parameters}
@@ -65,7 +72,8 @@ def _by_records(problem: Problem, train: GhostPass, meta: Recorded) -> Iterator[
     def along(one: Tensor, paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0) -> Tensor:
         found = meta.weighted_gradient(one, keep=True, only=directed) if directed else {}
         v = named_gradients(found, found.values())
-        return train.records.dots_along({id(directed[name]): g for name, g in v.items()}, paired, columns)
+        with after_train.again():
+            return train.records.dots_along({id(directed[name]): g for name, g in v.items()}, paired, columns)
 
     first, *others = torch.eye(m, dtype=meta.losses.dtype, device=meta.losses.device)
     columns = along(first, paired, m).unbind(1)

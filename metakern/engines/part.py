@@ -10,11 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.attributes import Attributes
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.random_state import random_state, restore_random_state, same_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import PassState
+from metakern.capture.state import Held, PassState
 from metakern.engines.cut import cut, examples_of
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Problem
@@ -73,7 +72,8 @@ _SEEN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None:
     if examples_in(some) <= size:
         return
-    state, buffers, attributes = random_state(), PartBuffers(problem.model), Attributes(problem.model)
+    state, buffers = random_state(), PartBuffers(problem.model)
+    held = Held(problem.model, problem.loss_fn)
 
     def losses(batch: Any) -> Tensor:
         with buffers.of_part(examples_in(batch)):  # gradients enabled: a loss may take some inside
@@ -85,7 +85,7 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     random = not same_state(state, random_state())
     apart = torch.cat([losses(part) for part in cut(some, size, argument)])
     restore_random_state(state)
-    attributes.restore()
+    held.restore()
     if not random and bool(((together - apart).abs() > _rounding(problem) * (1 + together.abs())).any()):
         raise EngineUnavailable(
             f"the losses of {len(together)} examples of {argument} together differ from those in parts of {size} "

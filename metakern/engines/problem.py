@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from metakern.capture.graph import leaves_of
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import modules_of
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
-from metakern.capture.state import unchanged_buffers
 from metakern.capture.writes import Writes
 from metakern.layers.precision import require_precision
 
@@ -76,6 +76,7 @@ class Problem:
         return _elements(self.meta_batch) / max(_elements(self.batch), 1)
 
     def batch_losses(self) -> Tensor:
+        self.writes.settle()
         with self.writes.watching():
             return per_example_losses(self.model, self.batch, self.loss_fn, self.argument)
 
@@ -85,9 +86,9 @@ class Problem:
     def meta_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward pass.
 
-        Parameters and running statistics are restored, also if checkpointed layers run again in the backward pass.
+        The backward pass is inside as well, since checkpointed layers run again there.
         """
-        with unchanged_buffers(self.model), self.writes.taken_back():
+        with self.writes.apart():
             meta_loss = self.meta_losses().mean()
             found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
         return meta_loss.detach(), named_gradients(self.chosen, found)
@@ -108,6 +109,10 @@ class Problem:
                 + "; freeze it with requires_grad_(False), make the forward pass use it, or leave it without a "
                 "gradient by allow_unused=True"
             )
+
+    def require_reached(self, outputs: Tensor) -> None:
+        """The same by the graph of `outputs`: where only dots are wanted, no gradient tells."""
+        self.require_participation(leaves_of(outputs))
 
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of parameters that took part only, as autograd returns them."""
@@ -162,6 +167,9 @@ def pose(
             f"loss_fn is called with model and batch, and {name} takes outputs and targets; pass "
             "lambda model, batch: criterion(model(batch[0]), batch[1]), with reduction='none' and one loss per example"
         )
+    if process_group is not None and not hasattr(process_group, "allreduce"):
+        got = type(process_group).__name__
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {got}")
     trainable = trainable_parameters(model)
     chosen = select_parameters(model, trainable, params)
     require_precision(dot_precision, next(iter(chosen.values())).device)

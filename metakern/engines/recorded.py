@@ -181,6 +181,7 @@ def _require_dots(problem: Problem, train: Recorded | InPassing, expected: Expec
 
 def _traced(problem: Problem) -> tuple[Trace, Axes, Hashable]:
     """The pass, the example axes of its uses, and which operations it is made of."""
+    problem.writes.settle()
     trace = trace_batch(
         problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument, problem.writes
     )

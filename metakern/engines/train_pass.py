@@ -78,6 +78,7 @@ class _Dual(GraphPass):
             losses = problem.batch_losses()
         super().__init__(problem, losses)
         jvp.require_forward_mode(problem, losses, self._start, self._products)
+        problem.require_reached(losses)
 
     def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
         return jvp.loss_tangents(self._problem, dict(direction), self._start, self.losses, self._products)

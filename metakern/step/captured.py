@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from metakern.capture.host import without_waiting
 from metakern.capture.losses import LossFunction
+from metakern.capture.members import parameters_of
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.random_state import RandomState, random_state, restore_random_state, same_torch_state
 from metakern.capture.refusal import EngineUnavailable
@@ -114,7 +115,7 @@ def capture_step(
             optimizer=optimizer,
         )
 
-    with torch.cuda.device(device), gradients_as_before(trainable.values()):
+    with torch.cuda.device(device), gradients_as_before(parameters_of(model)):
         _warm_up(model, step)
         with optimizer_as_before(optimizer):
             graph, result = _captured(lambda: step(optimizer))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
+from metakern.capture.members import parameters_of
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.state import gradients_as_before
 from metakern.step.compilable import Found
@@ -33,6 +34,7 @@ class CompiledStep:
 
     def __init__(
         self,
+        model: nn.Module,
         program: StepProgram,
         trainable: Mapping[str, nn.Parameter],
         names: Sequence[str],
@@ -40,7 +42,7 @@ class CompiledStep:
         uncompiled: Callable[..., StepResult],
     ) -> None:
         self._program, self._optimizer, self._uncompiled = program, optimizer, uncompiled
-        self._trainable = trainable
+        self._model, self._trainable = model, trainable
         self._names = names  # of the parameters for which the program returns a gradient
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
@@ -62,7 +64,7 @@ class CompiledStep:
     def _taken(self, batch: Any, meta_batch: Any, accumulate: bool) -> StepResult:
         found = next(self._program.run(batch, meta_batch))
         weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._names)]
-        hand_over(self._trainable, dict(zip(self._names, gradient)), self._optimizer, accumulate)
+        hand_over(self._model, self._trainable, dict(zip(self._names, gradient)), self._optimizer, accumulate)
         self._program.settle(found)
         return StepResult(weights, dots, losses, meta_loss, self._program.engine)
 
@@ -133,10 +135,10 @@ def compile_step(
         return Granted(model, loss_fn, rule)
 
     compiler = torch._dynamo.lookup_backend(backend)
-    with gradients_as_before(trainable.values()):
+    with gradients_as_before(parameters_of(model)):
         program = compiled(model, [loss_fn], granted, batches, parts, engine, compiler)
 
     def uncompiled(*given: Any, accumulate: bool) -> StepResult:
         return take(*given, optimizer=optimizer, accumulate=accumulate)
 
-    return CompiledStep(program, trainable, names, optimizer, uncompiled)
+    return CompiledStep(model, program, trainable, names, optimizer, uncompiled)

@@ -57,12 +57,14 @@ def solve_along(
         settings that cannot be combined.
     """
     _require_precision(problem, engine)
+    if direction is not None and not callable(direction):
+        raise TypeError(f"direction must be a function of the meta gradient or None, got {type(direction).__name__}")
 
     def along(v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return _directed(problem, v, direction)
 
+    problem.writes.look_around(problem.loss_fn)
     if _freezes(problem, engine, size, batchnorm):
-        problem.writes.look_around(problem.loss_fn)
         try:
             return frozen_statistics.solve(problem, along), FROZEN
         except EngineUnavailable:
@@ -70,7 +72,6 @@ def solve_along(
                 raise
             start.restore()
     if size is not None and micro_batch.several_parts(problem, engine, size):
-        problem.writes.look_around(problem.loss_fn)
         return micro_batch.solve(problem, size, along), "ghost"
     if direction is None:
         return solve(problem, engine, start)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from metakern.capture.members import parameters_of
 from metakern.weighted_grad import added
 
 K = TypeVar("K", bound=Hashable)
@@ -27,6 +28,7 @@ def require_optimizer(optimizer: torch.optim.Optimizer | None, trainable: Mappin
 
 
 def hand_over(
+    model: nn.Module,
     trainable: Mapping[str, nn.Parameter],
     gradient: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None,
@@ -34,12 +36,16 @@ def hand_over(
 ) -> None:
     """Leave `gradient` in `.grad`, replacing or adding to what is there, and step if there is an optimizer.
 
-    A parameter that it does not name has no gradient afterwards; with `accumulate`, it keeps the one it had.
+    A parameter that it does not name has no gradient afterwards, nor has a frozen one, which the optimizer would move
+    by the gradient of an earlier step; with `accumulate`, they keep the ones they had.
 
     If the optimizer or one of its hooks raises, `.grad` is restored. Parameters and state that the optimizer updated
     before are not: that would take a copy of all of them at every step.
     """
-    own, before = separate(gradient, trainable), {p: p.grad for p in trainable.values()}
+    own, frozen = separate(gradient, trainable), [] if accumulate else frozen_with_gradient(model)
+    before = {p: p.grad for p in (*trainable.values(), *frozen)}
+    for p in frozen:
+        p.grad = None
     for name, p in trainable.items():
         if not accumulate or p.grad is None:
             p.grad = own.get(name)
@@ -52,6 +58,11 @@ def hand_over(
             for p, grad in before.items():
                 p.grad = grad
             raise
+
+
+def frozen_with_gradient(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a backward pass before has given a gradient, and that require none any more."""
+    return [p for p in parameters_of(model) if not p.requires_grad and p.grad is not None]
 
 
 def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:

@@ -66,6 +66,7 @@ def logit_tangents(
     loss_fn: LossFunction | None = None,
     logits_fn: LogitsFunction | None = None,
     params: Any = None,
+    allow_unused: bool = False,
 ) -> LogitTangents:
     """Derivative of every logit of a batch along the meta gradient, in one forward-mode pass; changes nothing.
 
@@ -75,7 +76,7 @@ def logit_tangents(
     <d log q_nk/dtheta, g_meta> = dz_nk - sum_j q_nj dz_nj.
 
     Args:
-        model, batch, meta_batch, params: as for `l2rw_step`.
+        model, batch, meta_batch, params, allow_unused: as for `l2rw_step`.
         loss_fn: the loss of the meta batch, `loss_fn(model, meta_batch) -> losses [m]`; default: cross entropy.
         logits_fn: `logits_fn(model, batch) -> logits [n, C]`; default: the model's output or its `.logits`.
 
@@ -83,11 +84,12 @@ def logit_tangents(
 
     Raises: as `l2rw_step`; NotImplementedError if an operation of the model has no forward mode.
     """
-    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse")
+    problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     aside = gradients_aside(problem.trainable.values())
     with unchanged_on_error(model, problem.writes), aside, PassState(model).replayed():
         meta_loss, direction = problem.meta_gradient()
         given = LogitPass(problem, logits_fn)
+        problem.require_reached(given.logits)
         tangents = given.tangents(direction)
     return LogitTangents(tangents, given.logits.detach(), meta_loss)
 

@@ -115,11 +115,10 @@ def gradient_of(network: nn.Module, surrogate: Tensor) -> dict[nn.Parameter, Ten
 def step_meta_network(
     network: nn.Module, optimizer: torch.optim.Optimizer | None, gradient: dict[nn.Parameter, Tensor]
 ) -> None:
-    """Replace `.grad` of every trainable parameter, and step the optimizer if there is one."""
+    """Replace `.grad` of every parameter, and step the optimizer if there is one."""
     own = separate(gradient, {p: p for p in gradient})
     for p in network.parameters():
-        if p.requires_grad:
-            p.grad = own.get(p)
+        p.grad = own.get(p)  # None where it is frozen: the optimizer would move it by the gradient of an earlier step
     if optimizer is not None:
         optimizer.step()
 

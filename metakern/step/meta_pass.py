@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import PassState, unchanged_buffers
+from metakern.capture.state import PassState
 from metakern.engines.implicit import Move, Moving, implicit_weights, move
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
@@ -42,7 +42,7 @@ def _meta_pass_at(
     replaced = substituted(problem.model, {id(chosen[name]): leaf for name, leaf in leaves.items()})
     names = [name for name, p in chosen.items() if name in leaves or moving.moves(p)]
     # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
-    with unchanged_buffers(problem.model), problem.writes.taken_back(), replaced, moving if moves else nullcontext():
+    with problem.writes.apart(), replaced, moving if moves else nullcontext():
         meta_loss = problem.meta_losses().mean()
         moving.require_served()
         wanted = [*leaves.values(), *others]

@@ -99,7 +99,7 @@ def metabalance_step(
                 total = _plus(total, inner.gradient, leak)
         problem.require_participation({id(problem.trainable[name]) for name in total})
         total = total if scale == 1 else {name: g * scale for name, g in total.items()}
-        hand_over(problem.trainable, total, optimizer, accumulate)
+        hand_over(model, problem.trainable, total, optimizer, accumulate)
     return MetaBalanceResult(inner.loss, outer_loss, alignment)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metakern.capture.host import host_may_wait
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.state import gradients_aside, unchanged_buffers, unchanged_on_error
+from metakern.capture.state import gradients_aside, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
@@ -113,9 +113,19 @@ def mlc_step(
             if step_label_net:
                 step_meta_network(label_net, label_optimizer, learnt)
             labels, gradient = train.corrected() if again else (found.labels, found.virtual)
-        hand_over(problem.trainable, gradient, optimizer, accumulate)
+        problem.writes.settle()
+        hand_over(model, problem.trainable, gradient, optimizer, accumulate)
     held = None if step_label_net else learnt
     return CorrectionResult(labels, found.tangents, train.losses(labels).detach(), found.meta_loss, held, "jvp")
+
+
+def _given_labels(batch: Any) -> Any:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    got = f"a mapping with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(f"batch must be (inputs, labels, ...) or a mapping with 'labels' for label_net to read; got {got}")
 
 
 class Corrected:
@@ -132,16 +142,14 @@ class Corrected:
         self._features = given.values
         self.examples, self._clean = self._log_q.shape[0], dict[str, Tensor]()
         if clean is not None:
-            with unchanged_buffers(problem.model), problem.writes.taken_back(), PLAIN_ATTENTION():
+            with problem.writes.apart(), PLAIN_ATTENTION():
                 losses = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
                 self.examples += losses.shape[0]
                 self._clean = self._mean_gradient(losses)
 
     def propose(self) -> Tensor:
         """Soft labels, [n, C]."""
-        batch = self._problem.batch
-        targets = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-        labels = ask(self.label_net, targets, self._features)
+        labels = ask(self.label_net, _given_labels(self._problem.batch), self._features)
         if not isinstance(labels, Tensor) or labels.shape != self._log_q.shape:
             got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(

@@ -107,7 +107,8 @@ def mwnet_step(
                 train, used = plain_pass(given.listening(problem))
             weights = weighting.weights(train.losses, given.values)
             gradient = train.weighted_gradient(weights)
-        hand_over(problem.trainable, gradient, optimizer, accumulate)
+        problem.writes.settle()
+        hand_over(model, problem.trainable, gradient, optimizer, accumulate)
     return MetaStepResult(weights, dots, train.losses, meta_loss, used)
 
 

@@ -107,7 +107,8 @@ def reweight_step(
                 require_finite_weights(weights, problem)
             gradient = answer.weighted_gradient(weights)
         sum_over_group(gradient, process_group)
-        hand_over(problem.trainable, gradient, optimizer, accumulate)
+        problem.writes.settle()
+        hand_over(model, problem.trainable, gradient, optimizer, accumulate)
     return StepResult(weights, answer.dots, answer.losses, answer.meta_loss, used)
 
 

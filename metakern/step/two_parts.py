@@ -134,7 +134,7 @@ class CompiledParts:
                 learn(first, gradient)
             found = next(run)
             second, gradient = self._read(1, found)
-            hand_over(self._trainable, gradient, step.optimizer, accumulate)
+            hand_over(step.model, self._trainable, gradient, step.optimizer, accumulate)
             self._program.settle(found)
         return first, second
 

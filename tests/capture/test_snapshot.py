@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.capture.contents import content_of
-from metakern.capture.snapshot import LARGE, address, put_back, snapshot
-from metakern.capture.state import Buffers
+from metakern.capture.snapshot import LARGE, Snapshot, address
+from metakern.capture.buffers import Buffers
 from metakern.testing import inputs
 
 SIZES = [8, LARGE // 8]  # rows of 8
@@ -19,11 +19,6 @@ SIZES = [8, LARGE // 8]  # rows of 8
 
 def rows_of(size: int) -> Tensor:
     return torch.arange(size * 8, dtype=torch.float32).view(size, 8).clone()  # no view: its memory is its own
-
-
-def by_statistics(tensor: Tensor) -> None:
-    """Which does not raise the tensor's version."""
-    nn.functional.batch_norm(torch.randn(3, tensor.numel()), tensor.view(-1), None, training=True)
 
 
 WRITERS: dict[str, Callable[[Tensor], object]] = {
@@ -42,14 +37,35 @@ WRITERS: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_what_is_written_is_put_back(write: Callable[[Tensor], object], size: int) -> None:
     tensor, truth = rows_of(size), rows_of(size)
-    kept = snapshot(tensor)
+    kept, row = Snapshot(tensor), tensor[3]
     write(tensor)
     assert not torch.equal(tensor, truth)
-    assert torch.equal(kept, truth)
-    put_back(tensor, kept)
+    kept.restore()
     assert torch.equal(tensor, truth)
+    assert torch.equal(row, truth[3])
     write(tensor)
-    assert torch.equal(kept, truth)
+    assert torch.equal(kept.value, truth)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_other_memory_is_left_alone(size: int) -> None:
+    tensor, other = rows_of(size), torch.ones(size, 8)
+    kept = Snapshot(tensor)
+    tensor.data = other
+    kept.restore()
+    assert torch.equal(tensor, rows_of(size))
+    assert torch.equal(other, torch.ones(size, 8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_graph_that_saved_it_goes_on(size: int) -> None:
+    tensor, weight = rows_of(size), torch.ones(8, requires_grad=True)
+    output = (tensor * weight).sum()
+    kept = Snapshot(tensor)
+    tensor.mul_(3)
+    kept.restore()
+    (grad,) = torch.autograd.grad(output, weight)
+    assert torch.equal(grad, rows_of(size).sum(0))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -66,14 +82,14 @@ def test_statistics_are_put_back(size: int) -> None:
 def test_of_a_large_tensor_nothing_is_copied_until_it_is_written() -> None:
     tensor = rows_of(LARGE // 8)
     place = address(tensor)
-    first, second = snapshot(tensor), snapshot(tensor)
+    first, second = Snapshot(tensor), Snapshot(tensor)
     tensor @ torch.randn(8, 3)
     tensor[torch.tensor([1, 2])].sum()
-    put_back(tensor, first)
-    assert {address(tensor), address(first), address(second)} == {place}
+    first.restore()
+    assert {address(tensor), address(first.value), address(second.value)} == {place}
     tensor.add_(1)
     assert address(tensor) != place
-    assert torch.equal(first, second)
+    assert torch.equal(first.value, second.value)
 
 
 @pytest.mark.parametrize("shared", [lambda t: t.numpy(), lambda t: t[1:], lambda t: t.detach()])
@@ -81,10 +97,10 @@ def test_memory_that_others_hold_stays_theirs(shared: Callable[[Tensor], Tensor]
     """An array of NumPy's would neither be seen to be written nor follow the tensor to other memory."""
     tensor = rows_of(LARGE // 8)
     place, other = address(tensor), shared(tensor)
-    kept = snapshot(tensor)
+    kept = Snapshot(tensor)
     other[3] = 7.0
     assert address(tensor) == place
-    put_back(tensor, kept)
+    kept.restore()
     assert torch.equal(tensor, rows_of(LARGE // 8))
     tensor.fill_(5.0)
     assert float(other[3][0]) == 5.0
