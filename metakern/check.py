@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -173,12 +174,12 @@ class _Truth:
         return weights
 
     def judge_dots(self, dots: Tensor, dtype: torch.dtype) -> Verdict:
-        want = sum(self.parts.values())
+        want = reduce(torch.add, self.parts.values())
         sizes = torch.stack([_norm(g) for g in self.gradients]) * _norm(self.direction)
         return verdict("dots", dots[: self.count], want, unit(dtype, 1000) * sizes)
 
     def judge(self, name: str, parameter: nn.Parameter, uses: list[str], dtype: torch.dtype) -> ParameterCheck:
-        want = sum(w * g[name] for w, g in zip(self.weights.tolist(), self.gradients))
+        want = reduce(torch.add, (g[name] * w for w, g in zip(self.weights.tolist(), self.gradients)))
         size = sum(w * _norm(g) for w, g in zip(self.weights.tolist(), self.gradients))
         total = sum(part.abs().sum() for part in self.parts.values())
         share = float(self.parts[name].abs().sum() / total) if float(total) else 0.0

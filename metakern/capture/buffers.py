@@ -54,7 +54,8 @@ class Buffers:
 def _can_be_written(buffer: Tensor) -> bool:
     """torch refuses to write into inference tensors, and where several entries are one number in memory."""
     expanded = buffer.layout == torch.strided and 0 in buffer.stride()
-    return not (buffer.is_inference() or (expanded and torch._debug_has_internal_overlap(buffer) == 1))
+    overlap = torch._debug_has_internal_overlap  # pyright: ignore[reportPrivateImportUsage]
+    return not (buffer.is_inference() or (expanded and overlap(buffer) == 1))
 
 
 def _refill(buffers: dict[str, Tensor | None], named: dict[str, Tensor | None]) -> None:

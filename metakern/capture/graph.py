@@ -229,7 +229,7 @@ def _require_graph(name: str, given: Sequence[Tensor | None], taken: Sequence[Te
         )
 
 
-def _custom_functions(losses: Tensor) -> list[BackwardCFunction]:
+def _custom_functions(losses: Tensor) -> list[Any]:
     return [node for node in nodes_of(losses) if isinstance(node, BackwardCFunction)]
 
 

@@ -76,8 +76,9 @@ def unseen_nodes(nodes: Iterable[Any], gaps: Sequence[Gap]) -> list[Any]:
 
 def unseen_numbers(node: Any) -> Hashable:
     """Output sizes of such a node, and what a custom autograd.Function keeps without torch's knowledge."""
+    sizes = plain([made.shape for made in node._input_metadata])
     kept = tuple(vars(node).values()) if isinstance(node, BackwardCFunction) else ()
-    return plain([made.shape for made in node._input_metadata]), numbers_of(kept, {}, fractions=True)
+    return sizes, numbers_of(kept, {}, fractions=True)
 
 
 def may_pick_rows(node: Any, constants: Sequence[Tensor]) -> bool:
@@ -88,7 +89,8 @@ def may_pick_rows(node: Any, constants: Sequence[Tensor]) -> bool:
     if isinstance(node, BackwardCFunction):
         return _own_may_pick(node, constants)
     kind = type(node)
-    if getattr(torch._C._functions, kind.__name__, None) is not kind or kind.__name__.startswith(_UNTOLD):
+    known = torch._C._functions  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(known, kind.__name__, None) is not kind or kind.__name__.startswith(_UNTOLD):
         return True
     kept = [getattr(node, _RAW + name) for name in _attributes(kind, _RAW)]
     held = [tensor.data for entry in kept for tensor in (entry if isinstance(entry, tuple) else (entry,))]

@@ -53,8 +53,8 @@ def _of_any_kind(value: Any, fractions: bool) -> Hashable:
         return value.start, value.stop, value.step
     if isinstance(value, (type, torch.nn.Module)) or (isinstance(value, Tensor) and not _is_number(value)):
         return None
-    if hasattr(value, "tobytes"):
-        return value.tobytes()
+    if (as_bytes := getattr(value, "tobytes", None)) is not None:
+        return as_bytes()
     if isinstance(value, torch.SymInt):  # that of a nested tensor has no value
         return str(value)
     if hasattr(value, "__index__"):

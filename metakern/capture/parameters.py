@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack
 
 from metakern.capture.members import modules_of, name_of
@@ -98,7 +99,7 @@ def _require_plain_surroundings() -> None:
     """Refuse what keeps calls from being seen or differentiated, if it is active around this one."""
     if torch.is_inference_mode_enabled():
         raise ValueError("the call is inside torch.inference_mode(), where nothing has a gradient; move it outside")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         raise NotImplementedError(
             "the call is inside a transform of torch.func (grad, vmap, jvp or similar), which rejects writes into "
             "buffers; move the step outside, or use the transform inside the forward pass or loss_fn"

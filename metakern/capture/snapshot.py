@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _unsafe_set_version_counter
 
 from metakern.capture.host import is_traced
 
@@ -17,13 +18,13 @@ class Snapshot:
     """What a tensor holds, and the version at which a graph may have saved it; `value` is not to be written into."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.value = tensor, _on_write(tensor)
+        self.tensor, shared = tensor, _on_write(tensor)
         self._version = None if is_traced() else tensor._version
         self._memory, self._place = None, 0
-        if self.value is None:
+        if shared is None:
             self.value, self._memory = tensor.detach().clone(), tensor.data  # others may lie there as well
         else:
-            self._place = tensor.untyped_storage()._cdata
+            self.value, self._place = shared, tensor.untyped_storage()._cdata
 
     def restore(self) -> None:
         """Whatever its version says: batch_norm and writes through `.data` do not raise it."""
@@ -37,7 +38,7 @@ class Snapshot:
             self.tensor.data.copy_(self.value)
         if self._version is not None and self.tensor._version != self._version:
             # A graph that saved it finds these same values; it would refuse the version.
-            torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
+            _unsafe_set_version_counter((self.tensor,), (self._version,))
 
     def copy(self) -> Tensor:
         """Another tensor that holds the same."""
@@ -61,7 +62,7 @@ def _moved(tensor: Tensor, memory: Tensor) -> bool:
 
 def address(tensor: Tensor) -> int:
     """Where its first entry lies; `data_ptr` would count as a write, and copy."""
-    return torch._C._data_address(tensor)
+    return torch._C._data_address(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _may_share(tensor: Tensor) -> bool:

@@ -64,7 +64,7 @@ class SeeingMode(TorchFunctionMode):
     def __enter__(self) -> Any:
         with SeeingMode._turn:
             if SeeingMode._active == 0 and _SHORT_WAY is not None:
-                OpOverload.__call__ = lambda self, /, *args, **kwargs: self._cpp_dispatch_handle(*args, **kwargs)
+                OpOverload.__call__ = _by_the_dispatcher
             SeeingMode._active += 1
         return super().__enter__()
 
@@ -74,6 +74,10 @@ class SeeingMode(TorchFunctionMode):
             SeeingMode._active -= 1
             if SeeingMode._active == 0 and _SHORT_WAY is not None:
                 OpOverload.__call__ = _SHORT_WAY  # type: ignore[method-assign]
+
+
+def _by_the_dispatcher(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return self._cpp_dispatch_handle(*args, **kwargs)
 
 
 _SHORT_WAY = OpOverload.__call__ if hasattr(OpOverload, "_enable_pyobj_dispatch") else None

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -73,7 +74,7 @@ class _Statistics(TorchFunctionMode):
     ) -> Tensor:
         if not training or input.numel() == input.shape[1]:  # torch refuses one value per channel in its own words
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        hooks = _top_saved_tensors_default_hooks(False)
         if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
             raise EngineUnavailable(
                 "batch normalisation in checkpointed layers runs again in the backward pass, where its statistics "

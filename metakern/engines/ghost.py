@@ -5,7 +5,7 @@ Exact wherever the loss of one example does not depend on other examples; captur
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def meta_gradients(
     pairs = _pairs(problem, trace, meta_trace, candidates)
     loss = meta_trace.losses.mean()
     directed = [p for key, p in problem.chosen_by_identity.items() if whole or key not in pairs]
-    edges = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
+    edges: list[Any] = [meta_trace.uses[j].edges[0] for _, j in pairs.values()]
     found = torch.autograd.grad(loss, [*directed, *edges], allow_unused=True)
     every = {id(p): g.to_dense() if g.is_sparse else g for p, g in zip(directed, found) if g is not None}
     direction = {key: v for key, v in every.items() if key not in pairs}

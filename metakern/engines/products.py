@@ -15,6 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.host import host_may_wait, is_traced
@@ -118,6 +120,7 @@ class ReusedProducts(TorchFunctionMode):
             if host_may_wait() and not is_traced():
                 self._compare(first.operands, (x.primal, w.primal, b.primal))
             if func in _POOLINGS:
+                assert x.tangent is not None  # the only operand
                 output, indices = first.known
                 tangent = _largest(x.tangent, indices)
             elif func in _PRODUCTS:
@@ -211,8 +214,8 @@ def _is_noted(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and not tensor.is_inference()
         and torch.is_grad_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and peek_interpreter_stack() is None
+        and _top_saved_tensors_default_hooks(False) is None
     )
 
 

@@ -27,8 +27,8 @@ def substituted(model: nn.Module, replacement: Mapping[int, Tensor]) -> Iterator
     ]
     try:
         for owner, name, p in swapped:
-            owner[name] = replacement[id(p)]  # type: ignore[assignment]
-            owner[name]._is_param = True  # torch checks this if a forward pass ties one weight to another
+            owner[name] = other = replacement[id(p)]  # type: ignore[assignment]
+            other._is_param = True  # torch checks this if a forward pass ties one weight to another
         with _Elsewhere(replacement):
             yield
     finally:

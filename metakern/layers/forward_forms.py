@@ -148,6 +148,7 @@ def _with_symmetric_tangent(value: Any) -> Any:
     if not is_dual(value):
         return value
     matrix, tangent = forward_ad.unpack_dual(value)
+    assert tangent is not None
     return forward_ad.make_dual(matrix, (tangent + tangent.mH) / 2)
 
 

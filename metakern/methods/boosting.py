@@ -44,6 +44,8 @@ def samme_round(weights: Tensor, wrong: Tensor, classes: int) -> Round:
 class Vote(nn.Module):
     """inputs[n, ...] -> votes[n, C]: each network's weight goes to the class it predicts."""
 
+    votes: Tensor
+
     def __init__(self, networks: list[nn.Module], votes: list[float], classes: int) -> None:
         super().__init__()
         self.networks, self.classes = nn.ModuleList(networks), classes

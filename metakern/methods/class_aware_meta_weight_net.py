@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def class_groups(counts: Tensor, *, groups: int = 3) -> Tensor:
     from sklearn.cluster import KMeans
 
     sizes = counts.double().cpu().unsqueeze(1).numpy()
-    found = KMeans(min(groups, len(counts.unique())), n_init=10, random_state=0).fit(sizes)
+    found = KMeans(min(groups, len(counts.unique())), n_init=cast(Any, 10), random_state=0).fit(sizes)
     rank = found.cluster_centers_[:, 0].argsort().argsort()
     return torch.from_numpy(rank[found.labels_]).long()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def _centroids(smallest: int, seed: int) -> Any:
     from imblearn.under_sampling import ClusterCentroids
     from sklearn.cluster import MiniBatchKMeans
 
-    return ClusterCentroids(estimator=MiniBatchKMeans(n_init=1, random_state=seed), random_state=seed)
+    return ClusterCentroids(estimator=MiniBatchKMeans(n_init=cast(Any, 1), random_state=seed), random_state=seed)
 
 
 def _near_miss(smallest: int, seed: int) -> Any:

@@ -56,6 +56,7 @@ class ChannelStep:
         logits = channel_logits_from_confusion(predicted, train.targets, self.setup.classes)
         with torch.no_grad():
             start = self.channel.layer.bias if isinstance(self.channel, ComplexNoise) else self.channel.logits
+            assert isinstance(start, Tensor)
             start.copy_(logits.view_as(start))
 
     def __call__(

@@ -24,7 +24,7 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.step.draws import Draws
 from metakern.step.program_parts import cut
 
-Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]
+Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., tuple[Tensor, ...]]]
 
 _EXPORTS = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
@@ -130,6 +130,7 @@ class _Reads(TorchDispatchMode):
             )
         with disable_proxy_modes_tracing():
             value = tensor.item()
+        assert not isinstance(value, float)
         self._read.append((tensor, value))
         return value
 

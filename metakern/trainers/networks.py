@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,12 @@ def _image_network(task: Task, name: str) -> nn.Module:
     inputs = task.train.inputs
     if inputs.ndim != 4 or inputs.shape[1] != 3:
         raise ValueError(f"--model {name} takes colour images [n, 3, h, w], got {inputs.dtype} {list(inputs.shape)}")
-    return IMAGE_MODELS[name](len(task.class_names)).to(memory_format=torch.channels_last)
+    return _channels_last(IMAGE_MODELS[name](len(task.class_names)))
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """Convolutions and pools of small images on a CPU are a third faster this way; the values are the same."""
+    return cast(Any, model).to(memory_format=torch.channels_last)  # which torch's types of `to` leave out
 
 
 def _fitting(task: Task, seed: int) -> nn.Module:
@@ -95,10 +101,9 @@ def _fitting(task: Task, seed: int) -> nn.Module:
     if inputs.shape[1:] == (1, 28, 28):
         model = LeNet(classes)
         initialise(model, torch.Generator().manual_seed(seed))
-        # Convolutions and pools of small images on a CPU are a third faster this way; the values are the same.
-        return model.to(memory_format=torch.channels_last)
+        return _channels_last(model)
     if inputs.ndim == 4:
-        return convolutional(inputs.shape[1], classes).to(memory_format=torch.channels_last)
+        return _channels_last(convolutional(inputs.shape[1], classes))
     if inputs.dtype == torch.int64:
         return BagOfTokens(_vocabulary(task), classes)
     if inputs.ndim == 2:

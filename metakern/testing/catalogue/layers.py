@@ -173,13 +173,13 @@ EMBEDDINGS = [
 
 NORMS = [
     layer_case("layer-norm", lambda: nn.LayerNorm(5), 3, 5),
-    layer_case("layer-norm-two-dimensions", lambda: nn.LayerNorm((3, 5)), 2, 3, 5),
+    layer_case("layer-norm-two-dimensions", lambda: nn.LayerNorm([3, 5]), 2, 3, 5),
     layer_case("layer-norm-no-bias", lambda: nn.LayerNorm(5, bias=False), 5),
     layer_case("layer-norm-no-affine", lambda: nn.LayerNorm(5, elementwise_affine=False), 5),
     layer_case("group-norm", lambda: nn.GroupNorm(2, 6), 6, 3, 4),
     layer_case("group-norm-flat", lambda: nn.GroupNorm(3, 6), 6),
     layer_case("rms-norm", lambda: nn.RMSNorm(5, eps=1e-5), 4, 5),
-    layer_case("rms-norm-two-dimensions", lambda: nn.RMSNorm((4, 5)), 4, 5),
+    layer_case("rms-norm-two-dimensions", lambda: nn.RMSNorm([4, 5]), 4, 5),
     layer_case("instance-norm1d", lambda: nn.InstanceNorm1d(3, affine=True), 3, 7),
     layer_case("instance-norm2d", lambda: nn.InstanceNorm2d(3, affine=True), 3, 4, 5),
     layer_case("instance-norm3d", lambda: nn.InstanceNorm3d(2, affine=True), 2, 2, 3, 3),
@@ -218,7 +218,7 @@ ATTENTION = [
 
 PARAMETRIZED = [
     layer_case("weight-norm", lambda: parametrizations.weight_norm(nn.Linear(5, 4)), 5),
-    layer_case("weight-norm-conv", lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3), dim=None), 2, 5, 5),
+    layer_case("weight-norm-conv", lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3), dim=-1), 2, 5, 5),
     layer_case("spectral-norm-eval", lambda: parametrizations.spectral_norm(nn.Linear(5, 4)), 5, train=False),
     layer_case("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(5, 4)), 5, ghost="either", auto="either"),
 ]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -49,7 +50,8 @@ _STYLE = {
 def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterator[tuple[list[Axes], list[str]]]:
     """Axes to draw on, and a list that holds the figure's SVG afterwards."""
     svg: list[str] = []
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    settings: dict[Any, Any] = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield list(figure.subplots(1, columns, squeeze=False)[0]), svg
         buffer = io.StringIO()
