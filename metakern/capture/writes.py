@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _unsafe_set_version_counter
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 
@@ -35,7 +36,7 @@ class _Kept(NamedTuple):
             if tensor.data_ptr() != data.data_ptr():  # `tensor.data = other`
                 tensor.data = data
             if version is not None:  # a graph may have saved these values at that version
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+                _unsafe_set_version_counter((tensor,), (version,))
 
 
 def _kept(memory: Tensor, owners: Iterable[Tensor]) -> _Kept:
@@ -64,7 +65,7 @@ class Writes:
         self.seen_pass = False  # whether a whole pass was looked at
         self.around: Surroundings | None = None
         self.left: Left | None = None  # by the meta batch
-        self._made: set[int] = set()  # places of tensors that the pass itself made
+        self._made: set[int | torch.SymInt] = set()  # places of tensors that the pass itself made
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
     def __bool__(self) -> bool:
@@ -220,7 +221,7 @@ def _place(tensor: Tensor) -> int:
         return 0
 
 
-def _place_read(tensor: Tensor) -> int:
+def _place_read(tensor: Tensor) -> int | torch.SymInt:
     """The same of a tensor that is only read: what is shared until it is written stays so."""
     try:
         return address(tensor) - tensor.storage_offset() * tensor.element_size()
