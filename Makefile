@@ -36,7 +36,7 @@ test: setup  ## the whole suite: everything, then the Triton kernels under the i
 check: setup  ## ruff, pyright, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $(filter-out %.txt,$(NATIVE))
 
 format: setup  ## apply ruff and clang-format

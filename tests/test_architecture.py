@@ -154,6 +154,14 @@ def test_native_kernels_do_not_know_torch() -> None:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), f"{path.name} includes torch"
 
 
+def test_types_are_checked_with_torch() -> None:
+    """By default pyright takes the interpreter on PATH: without a torch there, all of torch is Unknown, and passes."""
+    for name in ("Makefile", ".pre-commit-config.yaml"):
+        lines = re.findall(r"^(?:\t|\s*entry: )\S*pyright\b.*", (ROOT / name).read_text(), re.MULTILINE)
+        assert len(lines) == 1, name
+        assert re.search(r"--pythonpath \S+/bin/python$|--pythonpath \$\(BIN\)/python$", lines[0]), name
+
+
 def test_every_room_has_its_tests() -> None:
     """tests/ mirrors metakern/."""
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
