@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -19,53 +21,70 @@ _DEPTH, _DEEP = 3, 9
 
 
 class _Kept(NamedTuple):
+    """All that a module's `__dict__` held, torch's own entries too: a copy is cheaper than a choice."""
+
     module: nn.Module
-    training: bool
-    attributes: dict[str, Any]
+    held: dict[str, Any]
+
+    def unchanged(self) -> bool:
+        now = vars(self.module)
+        return len(now) == len(self.held) and all(map(operator.is_, now.values(), self.held.values()))
+
+    def restore(self) -> None:
+        now = vars(self.module)
+        for name in [name for name in now if name not in _OWN and name not in self.held]:
+            del now[name]
+        now.update((name, value) for name, value in self.held.items() if name not in _OWN or name == "training")
 
 
 class Attributes:
     """The attributes of every module of a model at one moment: which objects they are, and what these hold."""
 
     def __init__(self, model: nn.Module, *, deep: bool = False) -> None:
-        self._kept, self._contents = list[_Kept](), list[PutBack]()
-        seen: set[int] = set()
-        for module in keepers_of(model):
-            attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
-            self._kept.append(_Kept(module, module.training, attributes))
-            if is_torchs_own(type(module)):  # what it has itself never changes; others may have given it a list
-                held = [value for value in attributes.values() if type(value) in _COLLECTIONS]
-            else:
-                held = [*attributes.values(), type(module)]
-            if held:
-                _look_into(held, _DEEP if deep else _DEPTH, seen, self._contents)
+        self._kept = [_Kept(module, vars(module).copy()) for module in keepers_of(model)]
+        self._contents: dict[int, _Content] = {}
+        for module, held in self._kept:
+            if not is_torchs_own(type(module)):
+                values = [value for name, value in held.items() if name not in _OWN]
+                _look_into((*values, type(module)), _DEEP if deep else _DEPTH, self._contents)
+            elif deep or module._forward_hooks or module._forward_pre_hooks:
+                # What it has itself never changes; hooks of others may fill a list that they have set on it.
+                values = [value for name, value in held.items() if name not in _OWN and type(value) in _COLLECTIONS]
+                _look_into(values, _DEEP if deep else _DEPTH, self._contents)
 
     def restore(self) -> None:
         for kept in self._kept:
-            now = vars(kept.module)
-            for name in [name for name in now if name not in _OWN and name not in kept.attributes]:
-                del now[name]
-            for name, value in kept.attributes.items():
-                if name not in now or now[name] is not value:
-                    now[name] = value
-            if kept.module.training is not kept.training:
-                kept.module.training = kept.training
-        for put_back in self._contents:
-            put_back()
+            if not kept.unchanged():
+                kept.restore()
+        for content in self._contents.values():
+            content.put_back()
+
+    def exchange(self) -> Attributes:
+        """Restore, and return what was there instead, as far as it is another."""
+        others = copy.copy(self)
+        others._kept = [_Kept(kept.module, vars(kept.module).copy()) for kept in self._kept if not kept.unchanged()]
+        others._contents = dict[int, _Content]()
+        _look_into([content.value for content in self._contents.values()], 0, others._contents)
+        self.restore()
+        return others
 
 
-def _look_into(values: Iterable[Any], depth: int, seen: set[int], found: list[PutBack], nested: bool = False) -> None:
+class _Content(NamedTuple):
+    value: Any
+    put_back: PutBack
+
+
+def _look_into(values: Iterable[Any], depth: int, found: dict[int, _Content], nested: bool = False) -> None:
     """Add to `found` what puts back the contents of these values, and of what they hold."""
     for value in values:
-        if type(value) in _PLAIN or id(value) in seen or (nested and _is_large(value)):
+        if type(value) in _PLAIN or id(value) in found or (nested and _is_large(value)):
             continue
         put_back = content_of(value)
         if put_back is None:
             continue
-        seen.add(id(value))
-        found.append(put_back)
+        found[id(value)] = _Content(value, put_back)
         if depth and size_of(value) <= LARGEST_LIST:
-            _look_into(inside(value), depth - 1, seen, found, nested=True)
+            _look_into(inside(value), depth - 1, found, nested=True)
 
 
 def _is_large(value: Any) -> bool:

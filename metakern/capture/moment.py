@@ -6,7 +6,7 @@ has saved, and layers that run again in the backward pass what they read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from metakern.capture.snapshot import Snapshot
 class Left:
     """Attributes of modules, and tensors outside of the model; `restore` puts back both, and versions with them."""
 
-    def __init__(self, model: nn.Module, outside: Sequence[Tensor]) -> None:
-        self._attributes, self._tensors = Attributes(model), [Snapshot(tensor) for tensor in outside]
+    def __init__(self, attributes: Attributes, tensors: Iterable[Tensor]) -> None:
+        self._attributes, self._tensors = attributes, [Snapshot(tensor) for tensor in tensors]
 
     def restore(self) -> None:
         self._attributes.restore()
@@ -32,12 +32,20 @@ class Moment(Left):
     """The same, and buffers."""
 
     def __init__(self, model: nn.Module, outside: Sequence[Tensor]) -> None:
-        super().__init__(model, outside)
+        super().__init__(Attributes(model), outside)
         self._of, self._buffers = (model, outside), Buffers(model)
 
     def restore(self) -> None:
         self._buffers.restore()
         super().restore()
+
+    def exchange(self) -> Left:
+        """Restore, and return what was there instead, buffers aside."""
+        left = Left(self._attributes.exchange(), [kept.tensor for kept in self._tensors])
+        for kept in self._tensors:
+            kept.restore()
+        self._buffers.restore()
+        return left
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -129,10 +129,7 @@ class Writes:
 
     def moment(self) -> Moment:
         """What the model holds now, and the tensors that were found around it."""
-        return Moment(self._model, self._outside())
-
-    def _outside(self) -> list[Tensor]:
-        return [] if self.around is None else self.around.tensors
+        return Moment(self._model, [] if self.around is None else self.around.tensors)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -146,8 +143,7 @@ class Writes:
             with self._taken_back():
                 yield
         finally:
-            self.left = Left(self._model, self._outside())
-            before.restore()
+            self.left = before.exchange()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -187,3 +187,14 @@ def test_either_batch_counts_once(double: None) -> None:
     loss.couples = False
     metakern.l2rw_step(model, batch, meta_batch, loss_fn=loss, micro_batch=4)
     assert loss.calls == 7  # two parts and the meta batch
+
+
+def test_what_an_optimizer_leaves_on_the_model_stays(double: None) -> None:
+    model = Noted(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: setattr(model, "steps", vars(model).get("steps", 0) + 1))
+    batch, meta_batch = inputs.pair(8, 4, 5, classes=3)
+    for k in (1, 2):
+        metakern.l2rw_step(model, batch, meta_batch, optimizer=optimizer)
+        assert vars(model)["steps"] == k
+        assert torch.equal(model.mask, meta_batch[0][:, :1].abs())  # the meta batch passes last
