@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
 
 from metakern import dots as stage_dots
 from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
 from metakern.capture.losses import LossFunction
 from metakern.capture.record import Call
 from metakern.capture.state import PassState, unchanged_buffers, unchanged_on_error
+from metakern.capture.trace import tensor_arguments
 from metakern.engines import ghost
 from metakern.engines.cut import cut
 from metakern.engines.micro_batch import several_parts
@@ -27,14 +27,14 @@ from metakern.engines.part import examples_in, part_of
 from metakern.engines.problem import Problem, pose
 from metakern.engines.recorded import Recorded
 from metakern.layers.per_example import Folded
+from metakern.layers.recurrent import Opened
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
-from metakern.planning import pass_counts
+from metakern.planning import pass_counts, peak_memory
 from metakern.planning.explanation import Explanation, UseCost
-from metakern.planning.forward_mode_memory import by_forward_mode
-from metakern.planning.kept_pass import Sizes, inputs_of, kept_pass, sizes, there_before
-from metakern.planning.pass_counts import NONE, Passes
-from metakern.planning.peak_memory import Memory, foretold, foretold_by_parts
+from metakern.planning.live_storage import Sizes, sizes
+from metakern.planning.pass_counts import NONE, Passes, counter
+from metakern.planning.peak_memory import Memory
 
 
 def explain(
@@ -51,7 +51,7 @@ def explain(
 
     direction: dots_n = sum_t B_nt^T V A_nt;  pairs: dots_n = (1/m) sum_j sum_ts (A_nt.A'_js)(B_nt.B'_js)
 
-    Runs a few passes over batch [n] and meta_batch [m], or over one part of each; the model, its gradients and
+    Runs some ten passes over batch [n] and meta_batch [m], or over two parts of each; the model, its gradients and
     attributes, and the random state are left unchanged. The last lines predict the operations of a step, in plain
     steps, and its peak memory beyond what is allocated before; with `micro_batch`, assuming that each part has an
     example of non-zero weight.
@@ -62,55 +62,47 @@ def explain(
         `micro_batch`, which only ghost supports, NotImplementedError.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
-    parts = WHOLE
-    if micro_batch is not None and several_parts(problem, "auto", micro_batch):
-        problem, parts = _largest_part(problem, micro_batch)
+    size = micro_batch if micro_batch is not None and several_parts(problem, "auto", micro_batch) else None
     start = PassState(model, loss_fn)
-    with warnings.catch_warnings():
-        # A compiled module runs uncompiled here, and the counter's own hooks may be called twice.
-        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-        try:
-            with start.replayed(), unchanged_on_error(model):
-                return _by_ghost(problem, parts)
-        except EngineUnavailable as error:
-            if parts is not WHOLE:
-                raise
-            refusal = str(error)  # the error itself would keep alive, by its traceback, what ghost's passes have kept
-        with start.replayed():
-            return Explanation("jvp", refusal, (), *_by_forward_mode(problem))
+    try:
+        with start.replayed(), unchanged_on_error(model):
+            return _by_ghost(problem) if size is None else _by_parts(problem, size)
+    except EngineUnavailable as error:
+        if size is not None:
+            raise
+        refusal = str(error)  # the error itself would keep alive, by its traceback, what ghost's passes have kept
+    with start.replayed():
+        return Explanation("jvp", refusal, (), *_by_forward_mode(problem))
 
 
 plan = explain
 
 
-class _Parts(NamedTuple):
-    """Passes over a whole batch, in passes over its first part."""
-
-    train: float
-    meta: float
-    size: int | None = None  # examples of a part; None for whole batches
+def _by_ghost(problem: Problem) -> Explanation:
+    costs, passes = _operations(problem, whole=True)
+    return Explanation("ghost", "", costs, passes, peak_memory.by_ghost(problem))
 
 
-WHOLE = _Parts(1.0, 1.0)
-
-
-def _largest_part(problem: Problem, size: int) -> tuple[Problem, _Parts]:
-    """The first part of both batches as a problem; at least two examples, with which parts of one are proved too."""
+def _by_parts(problem: Problem, size: int) -> Explanation:
+    """Operations of the first part of both batches, so many times; of at least two examples, with which parts of one
+    are proved too.
+    """
     batches = problem.batch, problem.meta_batch
     batch, meta_batch = (cut(b, max(size, 2), name)[0] for b, name in zip(batches, ("batch", "meta_batch")))
     times, meta_times = (examples_in(b) / examples_in(first) for b, first in zip(batches, (batch, meta_batch)))
-    return part_of(problem, batch, set(), meta_batch=meta_batch), _Parts(times, meta_times, size)
+    costs, passes = _operations(part_of(problem, batch, set(), meta_batch=meta_batch), whole=False)
+    costs = tuple(_times(cost, times) for cost in costs)
+    return Explanation("ghost", "", costs, passes.times(times, meta_times), peak_memory.by_parts(problem, size), size)
 
 
-def _by_ghost(problem: Problem, parts: _Parts) -> Explanation:
+def _operations(problem: Problem, whole: bool) -> tuple[tuple[UseCost, ...], Passes]:
     train = Recorded(problem)
     meta = trace_batch(problem.model, problem.meta_batch, problem.loss_fn, problem.trainable, "meta_batch")
-    forms = _Forms(problem, train.trace, meta, parts is WHOLE)
+    forms = _Forms(problem, train.trace, meta, whole)
     _, v = problem.meta_gradient()
-    costs = tuple(_times(cost, parts.train) for cost in _costs(problem, train, forms, v))
-    forward, backward, meta_passes, _ = pass_counts.by_ghost(problem, meta, pairs=parts is WHOLE)
-    passes = Passes(round(parts.train * forward), round(parts.train * backward), round(parts.meta * meta_passes))
-    return Explanation("ghost", "", costs, passes, _memory(problem, forms, parts, _folded(train)), parts.size)
+    costs = tuple(_costs(problem, train, forms, v))
+    opened = any(isinstance(record.call.func, Opened) for record in train.records if record is not None)
+    return costs, pass_counts.by_ghost(problem, pairs=whole, opened=opened)
 
 
 def _times(cost: UseCost, parts: float) -> UseCost:
@@ -124,46 +116,13 @@ def _by_forward_mode(problem: Problem) -> tuple[Passes, Memory | None]:
             passes = pass_counts.by_forward_mode(problem)
     except EngineUnavailable:
         return NONE, None
-    start = PassState(problem.model, problem.loss_fn, problem.writes)
-    try:
-        with start.replayed():
-            return passes, by_forward_mode(problem)
-    except EngineUnavailable:
-        return passes, None
-    except RuntimeError as error:
-        return passes, _not_seen(error)
-
-
-def _not_seen(error: RuntimeError) -> None:
-    """No figure for memory if the model forbids looking at what its graph keeps; other errors are raised."""
-    if "saved tensor hooks" not in str(error):
-        raise error
-
-
-def _folded(train: Recorded) -> set[int]:
-    """Uses for which per-example gradients are kept instead of A and B."""
-    return {k for k, use in enumerate(train.trace.uses) if isinstance(use.call.func, Folded)}
-
-
-def _memory(problem: Problem, forms: _Forms, parts: _Parts, folded: set[int]) -> Memory | None:
-    """The peaks of a step; None if the model forbids looking at what its graph keeps."""
-    try:
-        train = kept_pass(problem, problem.batch, "batch", folded)
-        meta = kept_pass(problem, problem.meta_batch, "meta_batch", folded)
-    except RuntimeError as error:
-        return _not_seen(error)
-    paired = forms.paired
-    chosen = problem.chosen_by_identity.keys()
-    without_v = {id(p) for p in problem.trainable.values()} - chosen | paired.keys()
-    if parts is WHOLE:
-        return foretold(train, meta, without_v, forms.traced, list(paired.values()))
-    return foretold_by_parts(train, meta, without_v, parts.train, parts.meta)
+    return passes, peak_memory.by_forward_mode(problem)
 
 
 @torch.no_grad()
 def _costs(problem: Problem, train: Recorded, forms: _Forms, v: dict[str, Tensor]) -> Iterator[UseCost]:
     names = _names(problem, train.trace)
-    held = there_before(problem.model, problem.batch)
+    held = sizes([*problem.model.parameters(), *problem.model.buffers(), *tree_leaves(problem.batch)], ())
     tangents = stage_dots.extend_to_derived({id(problem.chosen[k]): d for k, d in v.items()}, train.trace.derivations)
     n = train.trace.examples
     weights = Weights(torch.full((n,), 1 / n, dtype=train.losses.dtype, device=train.losses.device), None)
@@ -172,10 +131,10 @@ def _costs(problem: Problem, train: Recorded, forms: _Forms, v: dict[str, Tensor
             continue
         form, why, dots_flops = forms.of(k)
         if form == "direction":
-            with FlopCounterMode(display=False) as counted:
+            with counter() as counted:
                 stage_dots.direction_dots(record, tangents, n)
             dots_flops = counted.get_total_flops()
-        with FlopCounterMode(display=False) as counted:
+        with counter() as counted:
             rule_for(record.call).weighted_grads(record, weights)
         yield UseCost(
             _listed(dict.fromkeys(names[id(p)] for _, p in record.call.parameters)),
@@ -201,16 +160,6 @@ class _Forms:
         self._served = {*ghost.pair_candidates(problem, trace).values()}
         self._meta_use = stage_dots.pairable(meta, chosen)
         self._counts = Counter(id(p) for use in trace.uses for _, p in use.call.parameters)
-
-    @property
-    def traced(self) -> bool:
-        """Whether the meta batch is traced, so that pairs can be formed."""
-        return bool(self._served)
-
-    @property
-    def paired(self) -> dict[int, int]:
-        """Identity of a weight handled in pairs form -> its use in the meta pass."""
-        return {key: self._meta_use[key] for k, key in self._train_use.items() if self.of(k)[0] == "pairs"}
 
     def of(self, k: int) -> tuple[str, str, int]:
         """Form, reason, and the FLOPs of the pairs form if it is used."""
@@ -259,8 +208,15 @@ def _short(call: Call) -> str:
     return "view" if call.name == "__get__" else call.name.strip("_")
 
 
+def _inputs_of(call: Call) -> list[Tensor]:
+    """A: the tensors that a use reads beside its parameters; a sum keeps none."""
+    parameters = {id(p) for _, p in call.parameters}
+    given = tensor_arguments(call.args, call.kwargs) if call.versions else ()
+    return [tensor for _, tensor in given if id(tensor) not in parameters]
+
+
 def _newly_kept(record: Record, held: Sizes) -> int:
     """Bytes of A and B that are not yet in `held`, to which they are added."""
-    found = sizes([*inputs_of(record.call), *record.output_grads, *record.gradients.values()], held)
+    found = sizes([*_inputs_of(record.call), *record.output_grads, *record.gradients.values()], held)
     held.update(found)
     return sum(found.values())

@@ -31,21 +31,23 @@ class Explanation:
     why_not_ghost: str  # "" if ghost runs; otherwise there are no uses
     uses: tuple[UseCost, ...]
     passes: Passes = NONE  # NONE if neither ghost nor forward mode can run
-    memory: Memory | None = None  # peaks; None if no engine can run, or if passes cannot be inspected (torch.func)
+    memory: Memory | None = None  # peaks; None if no engine can run
     micro_batch: int | None = None  # examples of a part, if a batch is larger
 
     @property
     def plain_flops(self) -> int:
         """FLOPs of a plain step: forward, output gradients, gradients of the parameters."""
+        if self.passes.plain:
+            return self.passes.plain
         gradient = sum(use.gradient_flops for use in self.uses)
         return self.passes.forward + self.passes.backward + gradient
 
     def step_flops(self, kept: float = 0.5) -> float:
         """FLOPs of `l2rw_step` if the share `kept` of the batch has non-zero weight; with parts, if each has some."""
+        once = sum(self.passes) - self.passes.plain + sum(use.dots_flops for use in self.uses)
         if self.micro_batch is not None:
-            kept = 1.0
-        again = 0 if self.micro_batch is None else self.passes.forward + self.passes.backward
-        return sum(self.passes) + again + sum(use.dots_flops + kept * use.gradient_flops for use in self.uses)
+            return once + self.plain_flops
+        return once + kept * sum(use.gradient_flops for use in self.uses)
 
     @property
     def kept_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from metakern.capture.graph import output_gradients
 from metakern.capture.state import unchanged_buffers
 from metakern.engines import ghost, jvp
 from metakern.engines.problem import Problem
+from metakern.engines.recorded import Recorded
 from metakern.engines.weighted_backward import weighted_backward
+from metakern.planning.peak_memory import LaterStep
 
 
 class Passes(NamedTuple):
@@ -22,30 +25,85 @@ class Passes(NamedTuple):
     backward: int
     meta: int  # forward and backward of the meta batch
     dual: int = 0  # forward mode's second pass over the train batch
+    opening: int = 0  # recurrent layers once more, step by step, for B of the products in them
+    plain: int = 0  # a plain step as a whole, if it has recurrent layers, whose gradients are not formed by use
+
+    def times(self, parts: float, meta_parts: float) -> Passes:
+        """Of so many times as many examples."""
+        return Passes(*(round((meta_parts if k == 2 else parts) * flops) for k, flops in enumerate(self)))
 
 
 NONE = Passes(0, 0, 0)
 
 
-def by_ghost(problem: Problem, meta: Trace, pairs: bool = True) -> Passes:
-    """The passes of a ghost step over the train batch and the traced meta batch; without `pairs` it forms all of V."""
+class _Whole:
+    """In place of what tells modules apart: its hooks on a graph do not allow a backward pass to chosen tensors."""
+
+    parents = frozenset(("Global",))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _layer(inputs: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * math.prod(inputs[:-1]) * sum(map(math.prod, weights[:2]))
+
+
+def _layer_backward(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """To inputs and weights."""
+    return 2 * _layer(*shapes)
+
+
+def _sum_of_products(term: Any, a: Any, b: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+_FURTHER = {
+    torch.ops.aten.mkldnn_rnn_layer: _layer,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _layer_backward,
+    torch.ops.aten.baddbmm_: _sum_of_products,
+}
+"""What torch's counter does not know of: an LSTM on a CPU is one operator, and a sum may be written over a term."""
+
+
+def counter() -> FlopCounterMode:
+    """Counts products as torch does, and those that its counter does not know of."""
+    found = FlopCounterMode(display=False, custom_mapping=_FURTHER)
+    found.mod_tracker = _Whole()  # pyright: ignore
+    return found
+
+
+def by_ghost(problem: Problem, pairs: bool = True, opened: bool = False) -> Passes:
+    """The passes of a ghost step over both batches.
+
+    Args:
+        pairs: whether weights may be handled in pairs form; without, all of V is formed.
+        opened: whether recurrent layers are opened into products.
+    """
 
     def traced(batch: Any, argument: str) -> Trace:
         return trace_batch(problem.model, batch, problem.loss_fn, problem.trainable, argument)
 
-    # A pass that was counted forward is not run backward: the counter leaves hooks that chosen leaves do not stand.
-    with FlopCounterMode(display=False) as forward:
-        traced(problem.batch, "batch")
-    with FlopCounterMode(display=False) as meta_forward:
-        traced(problem.meta_batch, "meta_batch")
-    trace = traced(problem.batch, "batch")
-    with FlopCounterMode(display=False) as backward:
+    with counter() as forward:
+        trace = traced(problem.batch, "batch")
+    with counter() as backward:
         output_gradients(trace)
-    candidates = ghost.pair_candidates(problem, trace) if pairs else {}
-    with FlopCounterMode(display=False) as meta_backward:
-        ghost.meta_gradients(problem, trace, meta, candidates)
-    counts = [each.get_total_flops() for each in (forward, backward, meta_forward, meta_backward)]
-    return Passes(counts[0], counts[1], counts[2] + counts[3])
+    with counter() as meta:
+        candidates = ghost.pair_candidates(problem, trace) if pairs else {}
+        ghost.meta_gradients(problem, trace, traced(problem.meta_batch, "meta_batch"), candidates)
+    passes = Passes(*(each.get_total_flops() for each in (forward, backward, meta)))
+    return _with_recurrent_layers(problem, passes) if opened else passes
+
+
+def _with_recurrent_layers(problem: Problem, passes: Passes) -> Passes:
+    with counter() as opened:
+        Recorded(problem.recast(LaterStep))
+    with counter() as plain:
+        losses = problem.batch_losses()
+        weighted_backward(problem, losses, torch.ones_like(losses), only=problem.trainable)
+    opening = opened.get_total_flops() - passes.forward - passes.backward
+    return passes._replace(opening=opening, plain=plain.get_total_flops())
 
 
 def by_forward_mode(problem: Problem) -> Passes:
@@ -54,16 +112,16 @@ def by_forward_mode(problem: Problem) -> Passes:
     Raises: EngineUnavailable where it does not serve either.
     """
     with unchanged_buffers(problem.model):
-        with FlopCounterMode(display=False) as forward:
+        with counter() as forward:
             problem.batch_losses()
         losses = problem.batch_losses()
-    with FlopCounterMode(display=False) as backward:
+    with counter() as backward:
         weighted_backward(problem, losses, torch.ones_like(losses))
-    with FlopCounterMode(display=False) as meta:
+    with counter() as meta:
         problem.meta_gradient()
     with unchanged_buffers(problem.model):
         jvp.solve(problem)  # the first is held against autograd, which is not counted
-    with FlopCounterMode(display=False) as both:
+    with counter() as both:
         jvp.solve(problem)
     first, second, third = (each.get_total_flops() for each in (forward, backward, meta))
     return Passes(first, second, third, both.get_total_flops() - first - third)

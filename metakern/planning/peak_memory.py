@@ -1,18 +1,25 @@
-"""Peak memory of a plain step and of the ghost engine's, foretold from the sizes of what their passes keep.
+"""Peak memory of a plain step and of metakern's, counted in passes that the plan runs itself.
 
-Whole batches or by parts; forward mode's is in `forward_mode_memory.py`.
-
-A backward pass is followed from use to use: what autograd still keeps, the output gradients and gradients of parameters
-that are there already, and what is on its way. Buffers inside kernels and what an allocator wastes are not in it.
+Whole batches are run once as each kind of step would; of a step by parts two parts of either batch are run, since more
+hold no more. What is checked in the first step of a model alone is not in it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from metakern.planning.kept_pass import KeptPass, Sizes, total
+import torch
+from torch import Tensor
+
+from metakern.capture.state import PassState, unchanged_buffers
+from metakern.engines import ghost, jvp, micro_batch
+from metakern.engines.cut import cut
+from metakern.engines.part import Part, examples_in, part_of
+from metakern.engines.problem import Problem
+from metakern.engines.recorded import recorded
+from metakern.engines.weighted_backward import weighted_backward
+from metakern.planning.live_storage import LiveStorage
 
 
 class Memory(NamedTuple):
@@ -20,9 +27,9 @@ class Memory(NamedTuple):
 
     plain: int  # a plain step
     train: int  # the train pass back to its first use: what autograd keeps, every A, every B met so far
-    meta: int  # every A and B, and a pass of the meta batch
-    dots: int  # every A and B, V, and the meta records of the pairs form
-    gradient: int  # every A and B not taken yet, and the gradients that are there
+    meta: int  # every A and B, and a pass of the meta batch; by parts, these passes alone
+    dots: int  # every A and B, V, and the meta records of the pairs form; by parts, the train pass of one and its dots
+    gradient: int  # every A and B not taken yet, and the gradients that are there; of the whole batch or half of it
     two_pass: int  # the largest phase of memory="two_pass"
 
     @property
@@ -30,140 +37,115 @@ class Memory(NamedTuple):
         return max(self.train, self.meta, self.dots, self.gradient)
 
 
-def foretold(
-    train: KeptPass, meta: KeptPass, without_v: Collection[int], traced: bool, paired: Collection[int]
-) -> Memory:
-    """The peaks of a step.
+class LaterStep(Part):
+    """The problem of a step that is not a model's first, in which nothing is held against autograd."""
 
-    Args:
-        without_v: identities of the parameters that V is not formed for: pairs serve them, or no dots run over them.
-        traced: whether the pass of the meta batch is traced for pairs, which holds every A of it.
-        paired: uses of the meta pass whose A and B stay for the pairs form.
+    @property
+    def exact(self) -> bool:
+        return False
+
+
+def by_ghost(problem: Problem) -> Memory:
+    """The peaks of a step by ghost."""
+    reuse, two_pass = (_ghost_phases(problem.recast(LaterStep, memory=memory)) for memory in ("reuse", "two_pass"))
+    return Memory(max(_plain(problem)), *reuse, max(two_pass))
+
+
+def _ghost_phases(problem: Problem) -> list[int]:
+    # Some views are made by others where operators are watched: a structure that may be new, and is proved first.
+    with LiveStorage() as live:
+        train = recorded(problem)
+        live.take_peak()
+        train.weighted_gradient(_weights(train.losses, every=2))
+        half = live.take_peak()
+        del train
+    with LiveStorage() as live:
+        train = recorded(problem)
+        peaks = [live.take_peak()]
+        meta = ghost._meta_pass(problem, train.trace, whole=False)
+        peaks.append(live.take_peak())
+        train.dots_along(meta.direction, meta.paired)
+        peaks.append(live.take_peak())
+        del meta
+        train.weighted_gradient(_weights(train.losses))
+    return [*peaks, max(half, live.take_peak())]
+
+
+def by_forward_mode(problem: Problem) -> Memory:
+    """The peaks of a step by forward mode; its phase "dots" is the dual pass.
+
+    Raises: EngineUnavailable: forward mode does not serve the model either.
     """
-    uses = range(len(train.outputs))
-    graph, records = sum(graph_of(train, total(train.inputs)).values()), train.records()
-    meta_pass = backward_peak(meta, total(meta.inputs) if traced else {}, paired, without_v)
-    v = gradients(meta, 0, without_v) + sum(total(meta.inputs[j] for j in paired).values())
-    v += sum(meta.outputs[j] for j in paired)
-    plain = backward_peak(train, {}, (), ())
-    left = (train.records(k + 1) for k in uses)
-    further = ((train.sums[k] - 1) * sum(_waiting(train, k).values()) for k in uses)
-    return Memory(
-        plain=plain,
-        train=_record_peak(train),
-        meta=records + meta_pass,
-        dots=records + v,
-        gradient=max((gradients(train, k, ()) + sum(held) for k, held in enumerate(zip(left, further))), default=0),
-        two_pass=max(graph + meta_pass, graph + v + _passing(train), plain),
-    )
+    reuse, two_pass = (_dual_phases(problem.recast(LaterStep, memory=memory)) for memory in ("reuse", "two_pass"))
+    return Memory(max(_plain(problem)), *reuse, max(two_pass))
 
 
-def foretold_by_parts(
-    train: KeptPass, meta: KeptPass, without_v: Collection[int], parts: float, meta_parts: float
-) -> Memory:
-    """The peaks of a step with `micro_batch`: V first, then the dots of each part beside it, then its gradient.
-
-    Args:
-        train, meta: of one part of either batch.
-        parts, meta_parts: how many parts there are, or 1.
-    """
-    v, parameters = gradients(meta, 0, without_v), total(train.parameters)
-    meta_pass, gradient = backward_peak(meta, {}, (), without_v), backward_peak(train, {}, (), ())
-    meta_two_pass = meta_pass
-    if meta_parts > 1:  # beside the sum of the parts before and the last of them; and one for the proof of independence
-        meta_two_pass = 2 * v + max(meta_pass, sum(graph_of(meta).values()))
-        meta_pass = 2 * v + max(meta_pass, _record_peak(meta))
-    if parts > 1:
-        summed = sum(parameters.values())
-        gradient = summed + max(gradient, summed + max(parameters.values(), default=0))
-    in_passing = v + sum(graph_of(train).values()) + _passing(train)
-    return Memory(
-        plain=backward_peak(_times(parts, train), {}, (), ()),
-        train=v + _record_peak(train),
-        meta=meta_pass,
-        dots=v + train.records(),
-        gradient=gradient,
-        two_pass=max(meta_two_pass, in_passing, gradient),
-    )
+def _dual_phases(problem: Problem) -> list[int]:
+    start = PassState(problem.model, problem.loss_fn, problem.writes)
+    with unchanged_buffers(problem.model), LiveStorage() as live:
+        with jvp.first_pass(problem) as products:
+            losses = problem.batch_losses()
+        peaks = [live.take_peak()]
+        _, direction = problem.meta_gradient()
+        peaks.append(live.take_peak())
+        jvp.loss_tangents(problem, direction, start, losses.detach(), products)
+        peaks.append(live.take_peak())
+        del direction, products
+        weighted_backward(problem, losses, _weights(losses), form=jvp.PLAIN_ATTENTION)
+    return [*peaks, live.take_peak()]
 
 
-def _record_peak(kept: KeptPass) -> int:
-    """Of a backward pass to every B."""
-    return backward_peak(kept, total(kept.inputs[k] for k in kept.recorded), kept.recorded, None)
+def by_parts(problem: Problem, size: int) -> Memory:
+    """The peaks of a step with `micro_batch`; train and dots are one phase."""
+    few = _first(problem, 2 * size)
+    reuse, two_pass = (_part_phases(few.recast(Part, memory=memory), size) for memory in ("reuse", "two_pass"))
+    meta, dots, gradient = reuse
+    return Memory(_plain_of_all(problem, size), dots, meta, dots, gradient, max(two_pass))
 
 
-def _times(parts: float, kept: KeptPass) -> KeptPass:
-    """A pass of so many times as many examples."""
+def _part_phases(problem: Problem, size: int) -> list[int]:
+    peaks = []
 
-    def grown(found: Sizes) -> Sizes:
-        return {key: round(parts * size) for key, size in found.items()}
+    def along(v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        peaks.append(live.take_peak())
+        return v
 
-    return kept._replace(
-        saved=[list(map(grown, some)) for some in kept.saved],
-        inputs=list(map(grown, kept.inputs)),
-        outputs=[round(parts * size) for size in kept.outputs],
-        downwards=[round(parts * size) for size in kept.downwards],
-        loss=round(parts * kept.loss),
-    )
-
-
-def _passing(kept: KeptPass) -> int:
-    """The largest B on its way, with the gradient of A that is made of it."""
-    return max((size + max(below, size) for size, below in zip(kept.outputs, kept.downwards)), default=0)
+    for _ in range(2):  # the first checks more than later ones
+        with LiveStorage() as live:
+            answer = micro_batch.solve(problem, size, along)
+            peaks.append(live.take_peak())
+            answer.weighted_gradient(_weights(answer.losses))
+            peaks.append(live.take_peak())
+    return peaks[-3:]
 
 
-def backward_peak(kept: KeptPass, held: Sizes, outputs: Collection[int], without: Collection[int] | None) -> int:
-    """The largest sum of a backward pass, with what is `held` all the while.
-
-    B of the uses `outputs` stays; gradients are formed of all parameters but those `without`, or of none.
-    """
-    peak = sum(graph_of(kept, held).values()) + kept.loss
-    for k in reversed(range(len(kept.outputs))):
-        staying = sum(kept.outputs[j] for j in outputs if j > k)
-        staying += 0 if without is None else gradients(kept, k, without)
-        waiting = {} if without is None else _waiting(kept, k, without)
-        second, below = sum(waiting.values()), kept.downwards[k]
-        own = kept.outputs[k] if k in outputs else 0
-        earlier = total(_flat(kept.saved[:k]), held)
-        at = sum(total(kept.saved[k], earlier).values()) + kept.outputs[k] + below + second
-        adding = sum(total(_others(kept, k), earlier).values()) + own + below + second + _sums(kept, k, waiting)
-        # On the way to the use before, the last operation has its output's gradient and makes its input's, while what
-        # it saved, first of all since that use, is still there.
-        between = sum(total(kept.saved[k][:1], earlier).values()) + own + (2 * kept.outputs[k - 1] if k else 0)
-        peak = max(peak, staying + max(at, adding, between))
-    return peak
+def _first(problem: Problem, size: int) -> Problem:
+    """So many examples of both batches as a problem."""
+    batch, meta_batch = (cut(getattr(problem, name), size, name)[0] for name in ("batch", "meta_batch"))
+    return part_of(problem, batch, set(), meta_batch=meta_batch)
 
 
-def _others(kept: KeptPass, k: int) -> Sequence[Sizes]:
-    """Saved since the use before, and not by use k itself, which saves its input last."""
-    parts = [part for part in kept.saved[k] if part]
-    return parts[:-1] if parts and parts[-1].keys() <= kept.inputs[k].keys() else parts
+def _plain(problem: Problem) -> Sequence[int]:
+    """What a plain step holds, after each operator."""
+    with unchanged_buffers(problem.model), LiveStorage() as live:
+        losses = problem.batch_losses()
+        weighted_backward(problem, losses, _weights(losses), only=problem.trainable)
+    return live.settled()
 
 
-def _waiting(kept: KeptPass, k: int, without: Collection[int] = ()) -> Sizes:
-    """Gradients of parameters of use k that later uses gave: there when its own are made, and added to them."""
-    later = total(kept.parameters[k + 1 :])
-    return {key: size for key, size in kept.parameters[k].items() if key in later and key not in without}
+def _plain_of_all(problem: Problem, size: int) -> int:
+    """Of a plain step over the whole batch: what one and two parts hold, drawn on in a straight line."""
+    few, more = (_first(problem, max(times * size, 2)) for times in (1, 2))
+    whole, less, some = (examples_in(each.batch) for each in (problem, few, more))
+    one, two = _plain(few), _plain(more)
+    if len(one) != len(two):
+        one, two = [max(one)], [max(two)]
+    share = (whole - some) / (some - less) if some > less else 0.0
+    return round(max(b + share * (b - a) for a, b in zip(one, two)))
 
 
-def _sums(kept: KeptPass, k: int, waiting: Sizes) -> int:
-    """What sums take beside their terms. Autograd adds to the gradient that waits, unless that is a view: the first one
-    of a weight that is transposed.
-    """
-    later = [(key, kept.views[j]) for j in range(k + 1, len(kept.outputs)) for key in kept.parameters[j]]
-    times = Counter(key for key, _ in later)
-    return sum(waiting[key] for key, view in later if view and key in waiting and times[key] == 1)
-
-
-def graph_of(kept: KeptPass, held: Sizes | None = None) -> Sizes:
-    """All that autograd keeps of a pass, with what is `held` beside it."""
-    return total(_flat(kept.saved), held)
-
-
-def gradients(kept: KeptPass, k: int, without: Collection[int]) -> int:
-    """Gradients of parameters that are there once the backward pass has come down to use k."""
-    return sum(size for key, size in total(kept.parameters[k:]).items() if key not in without)
-
-
-def _flat(saved: Iterable[Iterable[Sizes]]) -> Iterable[Sizes]:
-    return (part for parts in saved for part in parts)
+def _weights(losses: Tensor, every: int = 1) -> Tensor:
+    """Of every example, or of each second one."""
+    weights = torch.zeros_like(losses)
+    weights[::every] = 1 / max(len(losses), 1)
+    return weights

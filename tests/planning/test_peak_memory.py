@@ -10,8 +10,7 @@ from torch import Tensor, nn
 import metakern
 from benchmarks.measure import count
 from metakern.engines import pose
-from metakern.planning.forward_mode_memory import by_forward_mode
-from metakern.planning.peak_memory import Memory
+from metakern.planning.peak_memory import Memory, by_forward_mode
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
 from metakern.testing.models import Block, Transformer, conv_net, lenet, mlp
