@@ -6,7 +6,7 @@ hold no more. What is checked in the first step of a model alone is not in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,8 +47,7 @@ class LaterStep(Part):
 
 def by_ghost(problem: Problem) -> Memory:
     """The peaks of a step by ghost."""
-    reuse, two_pass = (_ghost_phases(problem.recast(LaterStep, memory=memory)) for memory in ("reuse", "two_pass"))
-    return Memory(max(_plain(problem)), *reuse, max(two_pass))
+    return _by_phases(problem, _ghost_phases)
 
 
 def _ghost_phases(problem: Problem) -> list[int]:
@@ -76,8 +75,13 @@ def by_forward_mode(problem: Problem) -> Memory:
 
     Raises: EngineUnavailable: forward mode does not serve the model either.
     """
-    reuse, two_pass = (_dual_phases(problem.recast(LaterStep, memory=memory)) for memory in ("reuse", "two_pass"))
-    return Memory(max(_plain(problem)), *reuse, max(two_pass))
+    return _by_phases(problem, _dual_phases)
+
+
+def _by_phases(problem: Problem, phases: Callable[[Problem], list[int]]) -> Memory:
+    reuse, two_pass = (phases(problem.recast(LaterStep, memory=memory)) for memory in ("reuse", "two_pass"))
+    train, meta, dots, gradient = reuse
+    return Memory(max(_plain(problem)), train, meta, dots, gradient, max(two_pass))
 
 
 def _dual_phases(problem: Problem) -> list[int]:
