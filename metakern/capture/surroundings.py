@@ -118,7 +118,9 @@ class Surroundings:
                 continue
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
-        self._named(globals_of(function.__code__), function.__globals__, function, depth - 1)
+        # Where it was written, whatever it wraps: the compiler of torch keeps its stance among the globals of a wrapper.
+        if str(function.__globals__.get("__name__")).partition(".")[0] not in FOREIGN:
+            self._named(globals_of(function.__code__), function.__globals__, function, depth - 1)
 
     def _named(self, names: Iterable[str], held: dict[str, Any], function: types.FunctionType, depth: int) -> None:
         """What a function has a word for, among its globals and in modules of the run's own."""

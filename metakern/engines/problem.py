@@ -167,14 +167,14 @@ def pose(
             f"loss_fn is called with model and batch, and {name} takes outputs and targets; pass "
             "lambda model, batch: criterion(model(batch[0]), batch[1]), with reduction='none' and one loss per example"
         )
-    if process_group is not None and not hasattr(process_group, "allreduce"):
-        got = type(process_group).__name__
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {got}")
     trainable = trainable_parameters(model)
     chosen = select_parameters(model, trainable, params)
     require_precision(dot_precision, next(iter(chosen.values())).device)
     if allow_unused and process_group is not None:
         raise ValueError("allow_unused=True and process_group cannot be combined: all ranks must use all parameters")
+    if process_group is not None and not hasattr(process_group, "allreduce"):
+        got = type(process_group).__name__
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {got}")
     writes, unused = Writes(model, parameters_only=True), set[str]() if allow_unused else None
     return Problem(
         model=model,

@@ -86,7 +86,7 @@ def logit_tangents(
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     aside = gradients_aside(problem.trainable.values())
-    with unchanged_on_error(model, problem.writes), aside, PassState(model).replayed():
+    with unchanged_on_error(model, problem.writes), aside, PassState(model, loss_fn, problem.writes).replayed():
         meta_loss, direction = problem.meta_gradient()
         given = LogitPass(problem, logits_fn)
         problem.require_reached(given.logits)
