@@ -118,7 +118,7 @@ class Surroundings:
                 continue
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
-        # Where it was written, whatever it wraps: the compiler of torch keeps its stance among the globals of a wrapper.
+        # Where it was written, whatever it wraps: torch's compiler keeps its stance among the globals of its wrapper.
         if str(function.__globals__.get("__name__")).partition(".")[0] not in FOREIGN:
             self._named(globals_of(function.__code__), function.__globals__, function, depth - 1)
 
