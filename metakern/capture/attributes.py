@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import deque
 from collections.abc import Iterable
@@ -42,7 +41,7 @@ class Attributes:
 
     def __init__(self, model: nn.Module, *, deep: bool = False) -> None:
         self._kept = [_Kept(module, vars(module).copy()) for module in keepers_of(model)]
-        self._contents: dict[int, _Content] = {}
+        self._contents = dict[int, PutBack]()
         for module, held in self._kept:
             if not is_torchs_own(type(module)):
                 values = [value for name, value in held.items() if name not in _OWN]
@@ -56,25 +55,11 @@ class Attributes:
         for kept in self._kept:
             if not kept.unchanged():
                 kept.restore()
-        for content in self._contents.values():
-            content.put_back()
-
-    def exchange(self) -> Attributes:
-        """Restore, and return what was there instead, as far as it is another."""
-        others = copy.copy(self)
-        others._kept = [_Kept(kept.module, vars(kept.module).copy()) for kept in self._kept if not kept.unchanged()]
-        others._contents = dict[int, _Content]()
-        _look_into([content.value for content in self._contents.values()], 0, others._contents)
-        self.restore()
-        return others
+        for put_back in self._contents.values():
+            put_back()
 
 
-class _Content(NamedTuple):
-    value: Any
-    put_back: PutBack
-
-
-def _look_into(values: Iterable[Any], depth: int, found: dict[int, _Content], nested: bool = False) -> None:
+def _look_into(values: Iterable[Any], depth: int, found: dict[int, PutBack], nested: bool = False) -> None:
     """Add to `found` what puts back the contents of these values, and of what they hold."""
     for value in values:
         if type(value) in _PLAIN or id(value) in found or (nested and _is_large(value)):
@@ -82,7 +67,7 @@ def _look_into(values: Iterable[Any], depth: int, found: dict[int, _Content], ne
         put_back = content_of(value)
         if put_back is None:
             continue
-        found[id(value)] = _Content(value, put_back)
+        found[id(value)] = put_back
         if depth and size_of(value) <= LARGEST_LIST:
             _look_into(inside(value), depth - 1, found, nested=True)
 

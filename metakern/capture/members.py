@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 _Kind = TypeVar("_Kind")
+_OWN = frozenset(vars(nn.Module()))
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -86,3 +87,10 @@ def _is_whole(tensor: Tensor) -> bool:
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
     """The qualified name of a module of the model, "" for the model itself; the type of an unregistered one."""
     return next((name for name, module in model.named_modules() if module is wanted), type(wanted).__name__)
+
+
+def tensors_held_by(module: nn.Module) -> list[Tensor]:
+    """Tensors that are attributes, or lie in one, and that a pass may write: no parameters, buffers or activations."""
+    values = [value for name, value in vars(module).items() if name not in _OWN]
+    found = _held_in(values, Tensor)
+    return [t for t in found if t.grad_fn is None and not t.is_inference() and not isinstance(t, nn.Parameter)]

@@ -40,6 +40,16 @@ class Snapshot:
             # A graph that saved it finds these same values; it would refuse the version.
             _unsafe_set_version_counter((self.tensor,), (self._version,))
 
+    def changed(self) -> bool:
+        """Whether the tensor holds anything else now."""
+        if not _has_memory(self.tensor):
+            return self._version is None or self.tensor._version != self._version
+        if self._memory is None:
+            if self.tensor.untyped_storage()._cdata != self._place:
+                return True
+            return address(self.tensor) != address(self.value) and not torch.equal(self.tensor, self.value)
+        return _moved(self.tensor, self._memory) or not torch.equal(self._memory, self.value)
+
     def copy(self) -> Tensor:
         """Another tensor that holds the same."""
         shared = _on_write(self.value)

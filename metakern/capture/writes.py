@@ -137,8 +137,7 @@ class Writes:
         leaves in parameters and buffers does not count; all else waits for `settle`.
         """
         before = self.moment()
-        if self.left is not None:
-            self.left.restore()
+        self.settle()
         try:
             with self._taken_back():
                 yield
@@ -155,9 +154,9 @@ class Writes:
             self.left = left
 
     def settle(self) -> None:
-        """Let what the meta batch has left come after what the train batch has left."""
+        """Bring back what the meta batch has left, after what the train batch has."""
         if self.left is not None:
-            self.left.restore()
+            self.left.bring_back()
             self.left = None
 
     @contextmanager

@@ -38,9 +38,12 @@ WRITERS: dict[str, Callable[[Tensor], object]] = {
 def test_what_is_written_is_put_back(write: Callable[[Tensor], object], size: int) -> None:
     tensor, truth = rows_of(size), rows_of(size)
     kept, row = Snapshot(tensor), tensor[3]
+    assert not kept.changed()
     write(tensor)
+    assert kept.changed()
     assert not torch.equal(tensor, truth)
     kept.restore()
+    assert not kept.changed()
     assert torch.equal(tensor, truth)
     assert torch.equal(row, truth[3])
     write(tensor)
