@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metakern.capture.contents import LARGEST_ARRAY, LARGEST_LIST, PutBack, content_of, inside, size_of
-from metakern.capture.members import is_torchs_own, keepers_of
+from metakern.capture.members import OWN, is_torchs_own, keepers_of
 
-_OWN = frozenset(vars(nn.Module()))
 _COLLECTIONS = frozenset((list, dict, set, deque))
 _PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 _DEPTH, _DEEP = 3, 9
 """Levels of nesting of objects and collections that are looked into, and before passes with NaN in them."""
 
 
-class _Kept(NamedTuple):
+class Bound(NamedTuple):
     """All that a module's `__dict__` held, torch's own entries too: a copy is cheaper than a choice."""
 
     module: nn.Module
@@ -31,24 +30,24 @@ class _Kept(NamedTuple):
 
     def restore(self) -> None:
         now = vars(self.module)
-        for name in [name for name in now if name not in _OWN and name not in self.held]:
+        for name in [name for name in now if name not in OWN and name not in self.held]:
             del now[name]
-        now.update((name, value) for name, value in self.held.items() if name not in _OWN or name == "training")
+        now.update((name, value) for name, value in self.held.items() if name not in OWN or name == "training")
 
 
 class Attributes:
     """The attributes of every module of a model at one moment: which objects they are, and what these hold."""
 
     def __init__(self, model: nn.Module, *, deep: bool = False) -> None:
-        self._kept = [_Kept(module, vars(module).copy()) for module in keepers_of(model)]
+        self._kept = [Bound(module, vars(module).copy()) for module in keepers_of(model)]
         self._contents = dict[int, PutBack]()
         for module, held in self._kept:
             if not is_torchs_own(type(module)):
-                values = [value for name, value in held.items() if name not in _OWN]
+                values = [value for name, value in held.items() if name not in OWN]
                 _look_into((*values, type(module)), _DEEP if deep else _DEPTH, self._contents)
             elif deep or module._forward_hooks or module._forward_pre_hooks:
                 # What it has itself never changes; hooks of others may fill a list that they have set on it.
-                values = [value for name, value in held.items() if name not in _OWN and type(value) in _COLLECTIONS]
+                values = [value for name, value in held.items() if name not in OWN and type(value) in _COLLECTIONS]
                 _look_into(values, _DEEP if deep else _DEPTH, self._contents)
 
     def restore(self) -> None:

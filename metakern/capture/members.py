@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 _Kind = TypeVar("_Kind")
-_OWN = frozenset(vars(nn.Module()))
+OWN = frozenset(vars(nn.Module()))
+"""What every module has in its `__dict__`; all else there was set by its class or by others."""
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -91,6 +92,6 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 def tensors_held_by(module: nn.Module) -> list[Tensor]:
     """Tensors that are attributes, or lie in one, and that a pass may write: no parameters, buffers or activations."""
-    values = [value for name, value in vars(module).items() if name not in _OWN]
+    values = [value for name, value in vars(module).items() if name not in OWN]
     found = _held_in(values, Tensor)
     return [t for t in found if t.grad_fn is None and not t.is_inference() and not isinstance(t, nn.Parameter)]

@@ -7,18 +7,17 @@ hold. Collections and objects are left alone, since neither depends on them.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from metakern.capture.attributes import Bound
 from metakern.capture.buffers import Buffers
-from metakern.capture.members import is_torchs_own, keepers_of, tensors_held_by
+from metakern.capture.members import OWN, is_torchs_own, keepers_of, tensors_held_by
 from metakern.capture.snapshot import Snapshot
 
-_OWN = frozenset(vars(nn.Module())) - {"training"}
 _NONE = object()
 
 
@@ -50,7 +49,7 @@ class Moment:
 
     def __init__(self, model: nn.Module, outside: Sequence[Tensor]) -> None:
         self._of = model, outside
-        self._bound = [(module, vars(module).copy()) for module in keepers_of(model)]
+        self._bound = [Bound(module, vars(module).copy()) for module in keepers_of(model)]
         own = (tensors_held_by(module) for module, _ in self._bound if not is_torchs_own(type(module)))
         found = {id(tensor): tensor for tensors in (*own, outside) for tensor in tensors}
         self._tensors, self._buffers = [Snapshot(tensor) for tensor in found.values()], Buffers(model)
@@ -81,12 +80,11 @@ class Moment:
 
     def _changed(self) -> list[_Attribute]:
         found = []
-        for module, held in self._bound:
+        for module, held in [bound for bound in self._bound if not bound.unchanged()]:
             now = vars(module)
-            if len(now) != len(held) or not all(map(operator.is_, now.values(), held.values())):
-                names = [name for name in held.keys() | now.keys() if name not in _OWN]
-                pairs = [(name, held.get(name, _NONE), now.get(name, _NONE)) for name in names]
-                found += [_Attribute(module, *each) for each in pairs if each[1] is not each[2]]
+            names = [name for name in {**held, **now} if name not in OWN or name == "training"]
+            pairs = [(name, held.get(name, _NONE), now.get(name, _NONE)) for name in names]
+            found += [_Attribute(module, *each) for each in pairs if each[1] is not each[2]]
         return found
 
 
