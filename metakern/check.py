@@ -19,6 +19,7 @@ from metakern.capture.uncompiled import uncompiled
 from metakern.engines import Problem, pose
 from metakern.engines.recorded import recorded
 from metakern.step import reweight_step
+from metakern.step.failing_pass import failing_pass_named
 from metakern.testing.budget import Verdict, unit, verdict
 from metakern.testing.oracle import copy_of
 
@@ -101,7 +102,8 @@ def check(
         replica, without_dropout = _float64_copy(model)
         batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
         try:
-            truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
+            with failing_pass_named():
+                truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
         except RuntimeError as error:
             if isinstance(error, EngineUnavailable):
                 raise

@@ -23,7 +23,7 @@ from metakern.step.compilable import Found
 from metakern.step.granted import Granted
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.own_batches import OwnBatches
-from metakern.step.program import Backend
+from metakern.step.program import Backend, compiler_of
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
 from metakern.step.step_program import AnotherWay, StepProgram, compiled
@@ -106,7 +106,7 @@ def compile_step(
             `reweight_step` handles all of these.
         Otherwise as `reweight_step`.
     """
-    trainable = trainable_parameters(model)
+    compiler, trainable = compiler_of(backend), trainable_parameters(model)
     require_optimizer(optimizer, trainable)
     batches = OwnBatches(batch=batch, meta_batch=meta_batch)
     names: list[str] = []  # of the parameters that take part
@@ -134,7 +134,6 @@ def compile_step(
     def granted() -> Granted:
         return Granted(model, loss_fn, rule)
 
-    compiler = torch._dynamo.lookup_backend(backend)
     with gradients_as_before(parameters_of(model)):
         program = compiled(model, [loss_fn], granted, batches, parts, engine, compiler)
 

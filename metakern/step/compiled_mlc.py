@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction
 from metakern.engines import pose
 from metakern.engines.problem import Problem
+from metakern.step.failing_pass import failing_pass_named
 from metakern.step.logit_tangents import LogitsFunction
 from metakern.step.meta_network import are_asked_for, require_meta_network, step_meta_network
-from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, with_carry
+from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, require_carry, with_carry
 from metakern.step.own_batches import OwnBatches
-from metakern.step.program import Backend
+from metakern.step.program import Backend, compiler_of
 from metakern.step.step_program import AnotherWay
 from metakern.step.two_parts import CompiledParts, Half, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
@@ -35,11 +36,12 @@ class CompiledCorrectionStep:
     def __init__(
         self,
         programs: Mapping[bool, CompiledParts],
-        learn: Callable[[dict[nn.Parameter, Tensor]], None],
+        label_net: nn.Module,
+        label_optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[..., CorrectionResult],
     ) -> None:
         self._programs = programs  # by whether the label net steps; one alone carries nothing
-        self._learn, self._uncompiled = learn, uncompiled
+        self._label_net, self._label_optimizer, self._uncompiled = label_net, label_optimizer, uncompiled
 
     def __call__(
         self,
@@ -64,12 +66,13 @@ class CompiledCorrectionStep:
         if len(self._programs) == 1 and (carry is not None or not step_label_net):
             what = "step_label_net=False" if carry is None else "carry"
             raise ValueError(f"{what}: this step was compiled to carry nothing; compile it with carries=True")
+        require_carry(carry, self._label_net)
         parts, learnt = self._programs[step_label_net], dict[nn.Parameter, Tensor]()
 
         def learn(found: list[Tensor], gradient: dict[nn.Parameter, Tensor]) -> None:
             learnt.update(gradient if carry is None else with_carry(gradient, carry, gamma=found[-1]))
             if step_label_net:
-                self._learn(learnt)
+                step_meta_network(self._label_net, self._label_optimizer, learnt)
 
         try:
             first, second = parts.take(batch, meta_batch, features, clean_batch, learn=learn, accumulate=accumulate)
@@ -89,6 +92,7 @@ class CompiledCorrectionStep:
         return CorrectionResult(labels, tangents, losses, meta_loss, held, parts.engine)
 
 
+@failing_pass_named()
 def compile_mlc_step(
     model: nn.Module,
     label_net: nn.Module,
@@ -168,7 +172,7 @@ def compile_mlc_step(
             functions=[logits_fn],
             halves=halves,
         )
-        return CompiledParts(step, batches, "jvp", backend)
+        return CompiledParts(step, batches, "jvp", compiler_of(backend))
 
     programs = {True: program(again=not fused)}
     if carries:
@@ -187,4 +191,4 @@ def compile_mlc_step(
         params=params,
         allow_unused=allow_unused,
     )
-    return CompiledCorrectionStep(programs, partial(step_meta_network, label_net, label_optimizer), uncompiled)
+    return CompiledCorrectionStep(programs, label_net, label_optimizer, uncompiled)

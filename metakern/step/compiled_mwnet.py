@@ -20,10 +20,11 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.state import Start
 from metakern.engines import pose
 from metakern.engines.problem import Problem
+from metakern.step.failing_pass import failing_pass_named
 from metakern.step.meta_network import Features, are_asked_for
 from metakern.step.mwnet import MetaStepResult, meta_gradient, mwnet_step, require_weight_net
 from metakern.step.own_batches import OwnBatches
-from metakern.step.program import Backend
+from metakern.step.program import Backend, compiler_of
 from metakern.step.step_program import AnotherWay
 from metakern.step.two_parts import CompiledParts, Half, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
@@ -56,6 +57,7 @@ class CompiledMetaStep:
         return MetaStepResult(weights, dots, losses, meta_loss, self._parts.engine)
 
 
+@failing_pass_named()
 def compile_mwnet_step(
     model: nn.Module,
     weight_net: nn.Module,
@@ -139,4 +141,4 @@ def compile_mwnet_step(
         halves=halves,
     )
     batches = OwnBatches(batch=batch, meta_batch=meta_batch, features=features if asked is None else None)
-    return CompiledMetaStep(CompiledParts(step, batches, engine, backend), uncompiled)
+    return CompiledMetaStep(CompiledParts(step, batches, engine, compiler_of(backend)), uncompiled)

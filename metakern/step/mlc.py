@@ -16,6 +16,7 @@ from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
 from metakern.engines.repetition import agree
 from metakern.engines.weighted_backward import weighted_backward
+from metakern.step.failing_pass import failing_pass_named
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.logit_tangents import LogitPass, LogitsFunction
@@ -45,6 +46,7 @@ class CorrectionResult(NamedTuple):
     engine: str  # "jvp"
 
 
+@failing_pass_named()
 def mlc_step(
     model: nn.Module,
     label_net: nn.Module,
@@ -98,6 +100,7 @@ def mlc_step(
     Source: Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021, equations 3 to 8.
     """
     require_meta_network(label_net, label_optimizer, "label_net", "label_optimizer", model)
+    require_carry(carry, label_net)
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     require_optimizer(optimizer, problem.trainable)
     rule = VirtualRule(virtual, virtual_lr, optimizer)
@@ -241,6 +244,23 @@ def _discount(problem: Problem, step: VirtualStep, after: Mapping[str, Tensor]) 
         if name in before and name in after:
             along = along + ((1 - jacobian) * after[name] * before[name]).sum()
     return along / (norm + (norm == 0))
+
+
+def require_carry(carry: Any, label_net: nn.Module) -> None:
+    """Raise unless it is what a previous step of this label net returned as `carry`."""
+    expected = "the carry of a previous result, which maps parameters of label_net to tensors, or None"
+    if carry is None:
+        return
+    if not isinstance(carry, Mapping):
+        raise TypeError(f"carry must be {expected}; got {type(carry).__name__}")
+    shapes = {p: p.shape for p in label_net.parameters()}
+    for p, gradient in carry.items():
+        if p not in shapes:
+            got = f"a parameter {tuple(p.shape)} that label_net does not have" if isinstance(p, Tensor) else repr(p)
+            raise ValueError(f"carry must be {expected}; one of its keys is {got}")
+        if not isinstance(gradient, Tensor) or gradient.shape != shapes[p]:
+            got = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
+            raise ValueError(f"carry must be {expected}; for a parameter {tuple(shapes[p])} it has {got}")
 
 
 def with_carry(found: dict[nn.Parameter, Tensor], carry: Carry, gamma: Tensor) -> dict[nn.Parameter, Tensor]:

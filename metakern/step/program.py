@@ -26,6 +26,18 @@ from metakern.step.program_parts import cut
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., tuple[Tensor, ...]]]
 
+
+def compiler_of(backend: str | Backend) -> Backend:
+    """The backend of that name, or the function itself."""
+    expected = "the name of a backend of torch.compile, such as 'inductor', or a function"
+    if not isinstance(backend, str) and not callable(backend):
+        raise TypeError(f"backend must be {expected}; got {type(backend).__name__}")
+    try:
+        return torch._dynamo.lookup_backend(backend)
+    except torch._dynamo.exc.InvalidBackend as error:
+        raise ValueError(f"backend must be {expected}; got {backend!r}") from error
+
+
 _EXPORTS = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
 

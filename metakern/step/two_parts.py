@@ -93,7 +93,7 @@ class TwoParts:
 class CompiledParts:
     """Such a step, compiled for batches of the shapes and dtypes that it was built with."""
 
-    def __init__(self, step: TwoParts, batches: OwnBatches, engine: str, backend: str | Backend) -> None:
+    def __init__(self, step: TwoParts, batches: OwnBatches, engine: str, compiler: Backend) -> None:
         self._step, self._trainable = step, trainable_parameters(step.model)
         self._layout: list[tuple[int, tuple[Any, ...]]] = [(0, ()), (0, ())]  # number of values, keys of the gradient
 
@@ -102,7 +102,6 @@ class CompiledParts:
                 self._layout[place] = len(half.values), tuple(half.gradient)
                 yield Found(half.engine, [*half.values, *half.gradient.values()], more=place == 0)
 
-        compiler = torch._dynamo.lookup_backend(backend)
         self._program = compiled(
             step.both(), step.called(), step.granted, batches, parts, engine, compiler, step.rates()
         )
