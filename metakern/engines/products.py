@@ -165,7 +165,7 @@ def _product(
     if x.tangent is None:
         return function(x.primal, w.tangent, b.tangent, *rest, **settings)
     tangent = function(x.tangent, w.primal, b.tangent, *rest, **settings)
-    return tangent if w.tangent is None else tangent + function(x.primal, w.tangent, None, *rest, **settings)
+    return tangent if w.tangent is None else tangent.add_(function(x.primal, w.tangent, None, *rest, **settings))
 
 
 def _largest(tangent: Tensor, indices: Tensor) -> Tensor:

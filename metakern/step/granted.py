@@ -25,7 +25,7 @@ from metakern.capture.contents import attributes_of
 from metakern.capture.layout import stored
 from metakern.capture.members import modules_of
 from metakern.capture.surroundings import globals_of
-from metakern.step.lookup import OwnWords, Words, classes_of, function_of, is_foreign, is_own, unnamed, words_of
+from metakern.step.lookup import OwnWords, Words, function_of, is_foreign, is_own, named_in, words_of
 
 _DEPTH = 6
 """How deep to look into the objects of a model, and into libraries."""
@@ -50,7 +50,6 @@ _BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), _Tenso
 _COLLECTIONS = frozenset((dict, OrderedDict, set, list, tuple))
 _FORWARD = frozenset(("forward",))
 _ENVIRONMENT = frozenset(("environ", "getenv"))
-_NOTHING: Mapping[str, Any] = {}
 
 
 class Granted:
@@ -221,12 +220,9 @@ class Granted:
 
     def _named(self, value: Any, words: Container[str], depth: int) -> None:
         """What it holds under these names, or gives without a word; each only once."""
-        kind = value if isinstance(value, type) else type(value)
-        without = unnamed(kind)
-        for holder in (getattr(value, "__dict__", _NOTHING), *classes_of(kind)):
-            for name in [name for name in holder if name in words or name in without]:
-                if self._first(value, (name, words)):
-                    self._attribute(value, name, holder[name], words, depth)
+        for name, held in named_in(value, words):
+            if self._first(value, (name, words)):
+                self._attribute(value, name, held, words, depth)
 
     def _attribute(self, value: Any, name: str, held: Any, words: Any, depth: int) -> None:
         if isinstance(held, types.MemberDescriptorType) and not isinstance(value, type):  # a slot

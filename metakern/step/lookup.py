@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from threading import local
 from typing import Any
 
@@ -32,6 +32,7 @@ _UNNAMED = frozenset(
 )
 """Methods that run without being named."""
 
+_NOTHING: Mapping[str, Any] = {}
 
 _HOLDERS = (types.SimpleNamespace, Namespace, local)
 """Classes of the standard library that hold other code's values."""
@@ -52,9 +53,17 @@ def _strings(constants: tuple[object, ...]) -> frozenset[str]:
 
 
 @functools.lru_cache(4096)
-def unnamed(kind: type) -> frozenset[str]:
+def _unnamed(kind: type) -> frozenset[str]:
     """Methods of a class that run without a word: when its objects are called, indexed, added."""
     return _UNNAMED.intersection(*[[name for each in kind.__mro__ for name in vars(each)]])
+
+
+def named_in(value: Any, words: Container[str]) -> list[tuple[str, Any]]:
+    """What an object or a class holds under these names, itself or by its classes, and methods that need no name."""
+    kind = value if isinstance(value, type) else type(value)
+    unnamed = _unnamed(kind)
+    holders = (getattr(value, "__dict__", _NOTHING), *_classes_of(kind))
+    return [(name, held[name]) for held in holders for name in held if name in words or name in unnamed]
 
 
 def function_of(held: Any) -> types.FunctionType | None:
@@ -69,7 +78,7 @@ def function_of(held: Any) -> types.FunctionType | None:
 
 
 @functools.lru_cache(4096)
-def classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
+def _classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
     """Where the attributes of a class are looked up, except libraries that read no setting of a training run."""
     return tuple(vars(each) for each in kind.__mro__ if not is_foreign(each))
 
