@@ -45,6 +45,14 @@ class Audit:
         return np.argsort(self.value, kind="stable")
 
 
+class Unfinished(ValueError):
+    """A step of an audit failed; `found` is what had been measured by then, None if nothing had."""
+
+    def __init__(self, message: str, found: Audit | None) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 class _Sums:
     """Sums over the steps, by training example."""
 
@@ -64,6 +72,11 @@ class _Sums:
         self._probabilities.index_add_(0, rows, probabilities.cpu().double())
         self._predicted.index_add_(0, rows, torch.ones(len(rows), 1, dtype=torch.float64))
 
+    @property
+    def any(self) -> bool:
+        """Whether a step has been added."""
+        return bool(self._seen.any())
+
     def audit(self) -> Audit:
         value, scaled, loss = torch.where(self._seen > 0, self._sums, torch.nan).T.numpy()
         mean = self._probabilities / self._predicted  # 0 / 0 where never seen
@@ -75,7 +88,8 @@ def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
 
     The dots come out of the same backward pass as the step. With momentum mu an example's whole effect is about
     1 / (1 - mu) times its value, for all alike.
-    Raises: as `metakern.reweight_step`.
+    Raises: Unfinished where `metakern.reweight_step` raises ValueError, or predictions are not finite, those after the
+        last step included.
     Source: the first-order form of Wang, Mittal, Song, Jia, "Data Shapley in One Training Run", ICLR 2025, section 4.
     """
     torch.set_num_threads(config.threads)
@@ -90,12 +104,17 @@ def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
         rows = next(batches)
         inputs, targets = task.train.inputs[rows], task.train.targets[rows]
         set_rate(optimizer, config.lr * rate_factor(config, step, steps))
-        if step >= steps // 10:
-            sums.add_predictions(rows, predict(model, inputs).softmax(1))
-        result = metakern.reweight_step(
-            model, (inputs, targets), meta_batch, rule=_equal, optimizer=optimizer, engine=config.engine
-        )
-        sums.add(rows, result.dots, result.losses, optimizer.param_groups[0]["lr"])
+        try:
+            if step >= steps // 10:
+                sums.add_predictions(rows, predict(model, inputs).softmax(1))
+            result = metakern.reweight_step(
+                model, (inputs, targets), meta_batch, rule=_equal, optimizer=optimizer, engine=config.engine
+            )
+            sums.add(rows, result.dots, result.losses, optimizer.param_groups[0]["lr"])
+            if step == steps - 1:  # no later step would notice that this one diverged
+                predict(model, task.meta.inputs)
+        except ValueError as error:
+            raise Unfinished(f"step {step + 1}: {error}", sums.audit() if sums.any else None) from error
     return sums.audit()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metakern.data import Task, contents
-from metakern.trainers.audit import Audit, audit
+from metakern.trainers.audit import Audit, Unfinished, audit
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.detection import (
     Detection,
@@ -63,7 +63,8 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
 
     Where labels are known to be wrong, this ranking stands beside the highest loss and, with `folds` above 1, beside
     cleanlab's on held-out predictions.
-    Raises: ValueError when top is below 1 or folds is 1 or negative; as `make_task`.
+    Raises: ValueError when top is below 1 or folds is 1 or negative, and when a step fails, with what had been measured
+        by then in audit.csv and no audit.json; as `make_task`.
     """
     if top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
@@ -72,7 +73,21 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
     source = make_source(config)
     task = make_task(config, source)
     folder.mkdir(parents=True, exist_ok=True)  # before the work whose results could not be left there
-    found = audit(config, task, progress=progress)
+    table = folder / "audit.csv"
+    for path in (
+        folder / NAME,
+        folder / "audit.html",
+        table,
+    ):  # that audit.json exists says that the audit beside it is complete
+        path.unlink(missing_ok=True)
+    try:
+        found = audit(config, task, progress=progress)
+    except Unfinished as error:
+        if error.found is None:
+            raise
+        write_table(error.found, task, source, table)
+        raise ValueError(f"{error}; what had been measured by then is in {table}") from error
+    write_table(found, task, source, table)
     wrong = (task.train.targets != task.clean_targets).cpu().numpy()
     notes, detections = [], {}
     if wrong.any():
@@ -81,7 +96,6 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
         notes.append(_suggestions(task, found, wrong))
         if folds and not has_cleanlab():
             notes.append(NO_CLEANLAB)
-    write_table(found, task, source, folder / "audit.csv")
     write_page(found, task, source, detections, notes, folder / "audit.html", top=top)
     record = {
         "identity": _identity(config, top, folds),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from metakern.data import Task
 from metakern.data.episodes import ClassSplit, Episode, Pool, draw_episode
+from metakern.methods.finite import require_finite
 from metakern.methods.maml import adapted
 from metakern.methods.prototypes import prototype_logits
 from metakern.methods.support_balance import BALANCES, oversampled
@@ -69,10 +70,15 @@ class Learner:
         return loss(self.logits(episode, loss, order=2 if self.name == "maml" else 1), episode.query.targets)
 
     def predictions(self, episode: Episode) -> Tensor:
-        """The classes of the query examples, [q] int64."""
+        """The classes of the query examples, [q] int64.
+
+        Raises: ValueError when a logit is not finite.
+        """
         counts = torch.bincount(episode.support.targets)
         with torch.no_grad():
-            return self.logits(episode, partial(self._loss, counts), order=1).argmax(1)
+            logits = self.logits(episode, partial(self._loss, counts), order=1)
+        require_finite("prediction", logits)
+        return logits.argmax(1)
 
     def _loss(self, counts: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         return self._balance.loss(logits, targets, counts)
@@ -86,7 +92,10 @@ def episodes(pool: Pool, shape: str, count: int, config: EpisodeConfig, seed: in
 
 
 def fit(learner: Learner, split: ClassSplit, config: EpisodeConfig, *, progress: bool = True) -> None:
-    """Train on episodes of the training classes; the model keeps the parameters best on the validation classes."""
+    """Train on episodes of the training classes; the model keeps the parameters best on the validation classes.
+
+    Raises: ValueError when a loss or, in a validation, a logit is not finite.
+    """
     together = 1 if learner.name == "protonet" else config.episodes_per_step
     steps = max(1, config.train_episodes // together)
     optimizer = torch.optim.Adam(learner.model.parameters(), config.lr)
@@ -97,7 +106,12 @@ def fit(learner: Learner, split: ClassSplit, config: EpisodeConfig, *, progress:
         learner.model.train()
         optimizer.zero_grad()
         for _ in range(together):
-            (learner.query_loss(next(drawn)) / together).backward()
+            loss = learner.query_loss(next(drawn))
+            if not loss.isfinite():
+                raise ValueError(
+                    f"step {step + 1} of {learner.name}: its loss is not finite; a smaller --lr usually helps"
+                )
+            (loss / together).backward()
         optimizer.step()
         schedule.step()
         if (step + 1) * config.validations // steps > step * config.validations // steps:

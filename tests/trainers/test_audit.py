@@ -11,6 +11,7 @@ from torch import nn
 from metakern.cli import main
 from metakern.data import Examples, Source, Task
 from metakern.data.sampling import shuffled
+from metakern.trainers import audit as audit_module
 from metakern.trainers import audit_command
 from metakern.trainers.audit import Audit, audit
 from metakern.trainers.audit_command import run_audit
@@ -224,3 +225,28 @@ def test_unusable_options(option, message, capsys, tmp_path):
     assert main(["audit", option, value, "--out", str(tmp_path / "x")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_a_run_that_diverges_fails_and_leaves_what_it_measured(steps, capsys, tmp_path):
+    """In its last step as in any other; nothing beside the table says that the audit is complete."""
+    (tmp_path / "audit.html").touch()  # of an earlier audit
+    given = ["--data", "digits-4v9", "--steps", str(steps), "--lr", "1e30", "--threads", "1", "--out", str(tmp_path)]
+    assert main(["audit", *given]) == 2
+    said = capsys.readouterr().err
+    assert f"step {min(steps, 2)}: " in said
+    assert "finite" in said
+    assert f"what had been measured by then is in {tmp_path / 'audit.csv'}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.csv"]
+    with (tmp_path / "audit.csv").open(newline="", encoding="utf-8") as file:
+        assert any(row["value"] not in ("", "nan") for row in csv.DictReader(file))
+
+
+def test_a_first_step_that_fails_leaves_no_table(quick, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(audit_module, "predict", fail)
+    with pytest.raises(ValueError, match=r"^step 1: not finite$"):
+        run_audit(quick, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -161,3 +161,11 @@ def test_columns_of_a_table_are_left_out(tmp_path, capsys):
     own = ["episodes", "--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind", "--out", str(tmp_path / "x")]
     assert main([*own, "--leave-out", "nme"]) == 2
     assert "--leave-out 'nme' is not a column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("learner", ["protonet", "maml-first-order"])
+@pytest.mark.parametrize("episodes", [1, 8])
+def test_a_learner_that_diverges_fails(learner, episodes, config, tmp_path):
+    """In its last step as well; the learners before it are in the table."""
+    with pytest.raises(ValueError, match="finite; a smaller --lr"):
+        run_episodes(replace(config, learners=learner, train_episodes=episodes, lr=1e30), tmp_path, progress=False)
