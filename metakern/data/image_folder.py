@@ -19,6 +19,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".t
 SIDE = 64
 KEPT = range(8, 129)  # sides of images that stay as they are: three poolings need 8, and memory grows with the square
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises besides errors of its own
+BACKGROUNDS = (255, 0, 128)  # white, black, grey
+VISIBLE = 25  # of 255: by how much a pixel must differ from its background
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes that Pillow gives images of 16 bits
 
 
@@ -26,10 +28,11 @@ def image_folder(folder: str) -> Source:
     """FOLDER/CLASS/image, or FOLDER/train/CLASS/image beside test or meta; images [n, c, h, w] float32.
 
     FOLDER/meta has images whose class is certain. Without FOLDER/test a fifth of each class is the test set, the same
-    in every run. One channel where every image is grey, else three; of 16 bits the upper eight are read; what is
-    transparent is white; images are turned as their EXIF data say. Images of several sizes, or of one that has a side
-    below 8 or above 128, are scaled to a shorter side of 64 and cut to 64 x 64 in the middle. Each channel has mean 0
-    and deviation 1 over the training images. Ids are places in the sorted list of files; hidden ones are not read.
+    in every run. One channel where every image is grey, else three; of 16 bits the upper eight are read; images are
+    turned as their EXIF data say. Transparent parts of all images become white, or black or grey where fewer training
+    images are blank with it. Images of several sizes, or of one that has a side below 8 or above 128, are scaled to a
+    shorter side of 64 and cut to 64 x 64 in the middle. Each channel has mean 0 and deviation 1 over the training
+    images. Ids are places in the sorted list of files; hidden ones are not read.
     Raises: DataNotFound for a missing folder, ValueError where there are no images, where some lie deeper, or the test
     set has other classes, ModuleNotFoundError without Pillow.
     """
@@ -44,7 +47,7 @@ def image_folder(folder: str) -> Source:
         raise ValueError(f"images: no image of {root} is left to test on; a class needs five, or make a folder test")
     if len(meta):
         require_every_class(meta, targets, class_names)
-    inputs = _normalised(_pixels(files), train)
+    inputs = _normalised(_pixels(files, train), train)
     training, testing, clean = (Examples(inputs[part], targets[part], part) for part in (train, test, meta))
     return Source(
         root.name,
@@ -89,18 +92,20 @@ def _files(root: Path) -> list[Path]:
     return images
 
 
-def _pixels(files: list[Path]) -> Tensor:
-    """[n, c, h, w] uint8."""
+def _pixels(files: list[Path], train: Tensor) -> Tensor:
+    """[n, c, h, w] uint8; `train` are the numbers of the images that the background is chosen by."""
     pictures = [_open(path) for path in files]
     if len({picture.size for picture in pictures}) > 1:
         pictures = [_squared(picture) for picture in pictures]
-    grey = all(picture.mode == "L" for picture in pictures)
-    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("L" if grey else "RGB")) for picture in pictures]))
+    grey = all(picture.mode in ("L", "LA") for picture in pictures)
+    background = _background([pictures[k] for k in train.tolist() if _is_transparent(pictures[k])])
+    found = [_on(background, picture).convert("L" if grey else "RGB") for picture in pictures]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in found]))
     return pixels.unsqueeze(1) if grey else pixels.permute(0, 3, 1, 2)
 
 
 def _open(path: Path) -> Any:
-    """In mode L or RGB; a size that would not stay is squared at once, before the next image takes memory."""
+    """In mode L, LA, RGB or RGBA; a size that would not stay is squared at once, before the next image takes memory."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as missing:
@@ -108,7 +113,7 @@ def _open(path: Path) -> Any:
     try:
         with Image.open(path) as picture:
             picture.load()
-            found = _opaque(_of_eight_bits(ImageOps.exif_transpose(picture), Image), Image)
+            found = _in_plain_mode(_of_eight_bits(ImageOps.exif_transpose(picture), Image))
             return found if all(side in KEPT for side in found.size) else _squared(found)
     except (UnidentifiedImageError, Image.DecompressionBombError, *UNREADABLE) as error:
         raise ValueError(f"images: {path} cannot be read: {error}") from error
@@ -129,13 +134,41 @@ def _of_eight_bits(picture: Any, library: Any) -> Any:
     return library.fromarray((pixels >> 8).astype(np.uint8))
 
 
-def _opaque(picture: Any, library: Any) -> Any:
-    """In mode L where it is grey, else RGB, with white behind what is transparent."""
+def _in_plain_mode(picture: Any) -> Any:
+    """In mode L where it is grey, else RGB; LA or RGBA where a part is transparent."""
     mode = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = library.alpha_composite(library.new("RGBA", picture.size, "white"), picture)
+        mode += "A" if picture.getextrema()[3][0] < 255 else ""
     return picture.convert(mode)
+
+
+def _is_transparent(picture: Any) -> bool:
+    return picture.mode in ("LA", "RGBA")
+
+
+def _on(background: int, picture: Any) -> Any:
+    """Without transparent parts."""
+    if not _is_transparent(picture):
+        return picture
+    below = picture.convert("RGBA")
+    below.paste((background, background, background, 255), (0, 0, *below.size))
+    below.alpha_composite(picture.convert("RGBA"))
+    return below.convert(picture.mode[:-1])
+
+
+def _background(pictures: list[Any]) -> int:
+    """The first of BACKGROUNDS on which the fewest pictures are blank.
+
+    One for the whole set: chosen picture by picture, it would add a feature of its own.
+    """
+    blank = np.zeros(len(BACKGROUNDS), np.int64)
+    for picture in pictures:
+        *colours, alpha = np.moveaxis(np.asarray(picture.convert("RGBA")).astype(np.int32), -1, 0)
+        for k, background in enumerate(BACKGROUNDS):
+            differences = np.abs(np.stack(colours) - background).max(0) * alpha // 255
+            blank[k] += differences.max() < VISIBLE
+    return BACKGROUNDS[int(blank.argmin())]
 
 
 def _squared(picture: Any) -> Any:

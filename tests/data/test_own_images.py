@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from metakern.data import load
 
@@ -96,17 +97,17 @@ def test_hidden_and_deeper_images(tmp_path):
         load(f"images:{tmp_path}")
 
 
-def shapes(folder: Path, mode: str, grey: bool = False) -> None:
-    """Twelve pictures each of upright and lying bars, black on nothing at all."""
+def shapes(folder: Path, mode: str, grey: bool = False, shades: tuple[int, int] = (0, 0)) -> None:
+    """Twelve pictures each of upright and lying bars, black or of these shades, on nothing at all."""
     from PIL import Image
 
-    for name in ("upright", "lying"):
+    for name, shade in zip(("upright", "lying"), shades, strict=True):
         (folder / name).mkdir(parents=True)
         for k in range(12):
             alpha = np.zeros((20, 20), np.uint8)
             alpha[k % 8 : k % 8 + 10, 8:12] = 255
             picture = Image.fromarray(alpha if name == "upright" else alpha.T.copy())
-            icon = Image.new("LA" if grey else "RGBA", (20, 20), (0, 0) if grey else (0, 0, 0, 0))
+            icon = Image.new("LA" if grey else "RGBA", (20, 20), (shade, 0) if grey else (shade, shade, shade, 0))
             icon.putalpha(picture)
             icon.convert(mode).save(folder / name / f"{k}.png")
 
@@ -120,6 +121,63 @@ def test_what_is_transparent_is_white(tmp_path, mode, channels):
     assert white - black > 1
     assert ((inputs == black).sum((1, 2, 3)) == 40 * channels).all()
     assert (inputs[:, :, 0, 0] == white).all()
+
+
+def grey_levels(folder: Path) -> Tensor:
+    """Of the training images, before they are normalised."""
+    inputs = load(f"images:{folder}").train.inputs
+    return (inputs - inputs.min()) / (inputs.max() - inputs.min())
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
+def test_white_shapes_are_put_on_black(tmp_path, mode):
+    """On white nothing would be left of them."""
+    shapes(tmp_path, mode, grey=mode == "LA", shades=(255, 255))
+    levels = grey_levels(tmp_path)
+    assert levels.unique().tolist() == [0, 1]
+    assert ((levels == 1).sum((1, 2, 3)) == 40 * levels.shape[1]).all()
+    assert (levels[:, :, 0, 0] == 0).all()
+
+
+def test_white_and_black_shapes_are_put_on_grey(tmp_path):
+    shapes(tmp_path, "RGBA", shades=(255, 0))
+    levels = grey_levels(tmp_path)
+    torch.testing.assert_close(levels.unique(), torch.tensor([0, 128 / 255, 1]))
+    assert (levels[:, :, 0, 0] > 0.4).all()
+
+
+def test_white_pages_with_print_stay_on_white(tmp_path):
+    """Most of what is visible is white, but no image is blank; nor does an empty one choose the background."""
+    from PIL import Image
+
+    shapes(tmp_path, "RGBA", shades=(255, 255))
+    for path in sorted(tmp_path.glob("*/*.png")):
+        picture = Image.open(path)
+        left, top, *_ = picture.getbbox()
+        picture.putpixel((left + 1, top + 1), (0, 0, 0, 255))
+        picture.save(path)
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "lying" / "empty.png")
+    levels = grey_levels(tmp_path)
+    assert (levels[:, :, 0, 0] == 1).all()
+
+
+def test_the_background_is_chosen_by_the_training_images(tmp_path):
+    shapes(tmp_path / "train", "RGBA", shades=(0, 0))
+    shapes(tmp_path / "test", "RGBA", shades=(255, 255))
+    assert (grey_levels(tmp_path)[:, :, 0, 0] == 1).all()
+
+
+def test_yellow_is_visible_on_white(tmp_path):
+    """By its blue channel."""
+    from PIL import Image
+
+    for k in range(10):
+        picture = Image.new("RGBA", (20, 20), (255, 255, 0, 0))
+        picture.paste((255, 255, 0, 255), (k, k, 10 + k, 10 + k))
+        (tmp_path / "ab"[k % 2]).mkdir(exist_ok=True)
+        picture.save(tmp_path / "ab"[k % 2] / f"{k}.png")
+    inputs = load(f"images:{tmp_path}").train.inputs
+    assert (inputs[:, 2, 0, 19] == inputs[:, 2].max()).all()
 
 
 def test_palettes_are_resolved_before_the_size_changes(tmp_path):
