@@ -18,16 +18,18 @@ def biased(
     rate: float = 0.0,
     size: int | None = None,
     meta_per_class: int = 10,
+    whole_meta: bool = True,
     seed: int = 0,
 ) -> Task:
     """`meta_per_class` clean examples of each class as the meta set; the rest imbalanced by `factor`, then noisy.
 
     A source that has a meta set of its own keeps it, and nothing is taken out. Classes are counted by true labels. Of a
-    source whose own labels are noisy the meta set gets the true ones.
+    source whose own labels are noisy the meta set gets the true ones. Without `whole_meta`, for methods that use no
+    meta set, a class with no more than meta_per_class examples is left whole, and the meta set has none of it.
     `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
-    Raises: ValueError when a class has no more than meta_per_class examples or noise meets labels that are noisy
-    already; for hierarchical noise on a source without groups; for a shape that is not one of SHAPES; as those and
-    `noise_matrix`.
+    Raises: ValueError when a class (without `whole_meta`, every class) has no more than meta_per_class examples, or
+    noise meets labels that are noisy already; for hierarchical noise on a source without groups; for a shape that is
+    not one of SHAPES; as those and `noise_matrix`.
     """
     classes = len(source.class_names)
     generator = torch.Generator().manual_seed(seed)
@@ -42,8 +44,10 @@ def biased(
     if shape not in SHAPES:
         raise ValueError(f"biased: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     available = torch.bincount(truth, minlength=classes)
-    taken = 0 if source.meta is not None else meta_per_class
-    if meta_per_class < 1 or int(available.min()) <= taken:
+    taken = torch.full_like(available, 0 if source.meta is not None else meta_per_class)
+    if not whole_meta and bool((available > taken).any()):
+        taken *= available > taken
+    if meta_per_class < 1 or bool((available <= taken).any()):
         smallest = int(available.min())
         second = "a second example, which may be marked as meta (a row with split=meta, an image in a folder meta)"
         hint = "" if smallest > 1 else f"; no number will do: give that class {second}, or leave the class out"
@@ -60,8 +64,9 @@ def biased(
     for target, count in enumerate(counts.tolist()):
         rows = (truth == target).nonzero().squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        meta.append(rows[:taken])
-        train.append(rows[taken : taken + count])
+        start = int(taken[target])
+        meta.append(rows[:start])
+        train.append(rows[start : start + count])
     train_rows, meta_rows = torch.cat(train), torch.cat(meta)
     chosen, held = source.train.take(train_rows), source.train.take(meta_rows)
     tail = "" if shape == "exponential" else f" ({shape})"

@@ -71,7 +71,7 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
     if folds < 0 or folds == 1:
         raise ValueError(f"--folds must be 0 (no cleanlab) or at least 2, got {folds}")
     source = make_source(config)
-    task = make_task(config, source)
+    task = make_task(config, source, needs_meta=True)
     folder.mkdir(parents=True, exist_ok=True)  # before the work whose results could not be left there
     table = folder / "audit.csv"
     for path in (

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from metakern.data import Examples, GraphSource, Source, Task, biased, binary_imbalance, is_own, load, node_task
+from metakern.methods import find
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.pretrained import folder_of, tokenizer
 
@@ -22,16 +23,18 @@ def make_source(config: TrainConfig) -> Source:
     return load(config.data, config.data_dir, encode=encode, **columns)
 
 
-def make_task(config: TrainConfig, source: Source | None = None) -> Task:
+def make_task(config: TrainConfig, source: Source | None = None, *, needs_meta: bool = False) -> Task:
     """The data of a run, biased as its config says, out of `source` where `make_source(config)` has been called before.
 
+    Where neither the method nor the caller needs a meta set, it may lack classes that have too few examples for it.
     Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
     """
     source = make_source(config) if source is None else source
-    return replace(_biased(config, source), certain_meta=source.meta is not None or not is_own(config.data))
+    needs_meta = needs_meta or find(config.method).needs_meta
+    return replace(_biased(config, source, needs_meta), certain_meta=source.meta is not None or not is_own(config.data))
 
 
-def _biased(config: TrainConfig, source: Source) -> Task:
+def _biased(config: TrainConfig, source: Source, needs_meta: bool) -> Task:
     size, meta_per_class, seed = config.train_size, config.meta_per_class, config.seed
     if isinstance(source, GraphSource):
         if config.majority is not None or config.noise is not None:
@@ -67,6 +70,7 @@ def _biased(config: TrainConfig, source: Source) -> Task:
         rate=config.noise_rate,
         size=None if is_own(config.data) else size,
         meta_per_class=meta_per_class,
+        whole_meta=needs_meta,
         seed=seed,
     )
 

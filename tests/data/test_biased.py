@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,6 +69,22 @@ def test_real_digits():
 def test_refuses_a_meta_set_that_takes_all():
     with pytest.raises(ValueError, match=r"below the 60 training examples of the smallest class, '.*', got 60"):
         biased(made_up(), meta_per_class=60)
+
+
+def test_methods_without_a_meta_set_keep_small_classes_whole():
+    """The other classes lose the same examples as for every method."""
+    source = made_up()
+    few = source.train.take((source.train.targets != 2).nonzero().squeeze(1)[:100])
+    rare = source.train.take((source.train.targets == 2).nonzero().squeeze(1)[:4])
+    parts = ([getattr(part, name) for part in (few, rare)] for name in ("inputs", "targets", "ids"))
+    small = replace(source, train=Examples(*map(torch.cat, parts)))
+    with pytest.raises(ValueError, match="below the 4 training examples of the smallest class, 'c', got 5"):
+        biased(small, meta_per_class=5)
+    task = biased(small, meta_per_class=5, whole_meta=False)
+    assert task.meta.counts(4).tolist() == [5, 5, 0, 5]
+    assert task.train.counts(4)[2] == 4
+    with pytest.raises(ValueError, match="got 60"):
+        biased(small, meta_per_class=60, whole_meta=False)  # no class would be left in the meta set
 
 
 def test_shapes_by_hand():

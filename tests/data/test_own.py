@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from metakern.data import DataNotFound, load, short_name
 from metakern.data.split import standardised, stratified
+from metakern.trainers.audit_command import run_audit
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.task import make_task
 
@@ -264,6 +266,12 @@ def test_a_class_of_one_row(tmp_path):
     message = "smallest class, 'rare', got 5; no number will do: give that class a second example, .* split=meta"
     with pytest.raises(ValueError, match=message):
         make_task(config)
+    with pytest.raises(ValueError, match=message):
+        run_audit(replace(config, method="uniform"), tmp_path / "audit", progress=False)
+    plain = make_task(replace(config, method="uniform"))
+    rare = plain.class_names.index("rare")
+    assert (plain.meta.counts(3)[rare], plain.train.counts(3)[rare]) == (0, 1)
+    assert sorted(plain.meta.counts(3).tolist()) == [0, 5, 5]
     marked = [lines[0] + ",split", *(f"{line},train" for line in lines[1:]), "3,rare,meta", "1,0,meta", "2,1,meta"]
     write(tmp_path / "own.csv", marked)
     task = make_task(config)
