@@ -110,8 +110,45 @@ def test_cifar100_binary(tmp_path, folder):
     assert float(source.test.inputs[0, 0, 0, 0]) == pytest.approx((raw[2] / 255 - 0.5071) / 0.2673, rel=1e-4)
 
 
+@pytest.mark.parametrize("folder", ["cifar-100-python", "cifar100/cifar-100-python", "cifar100"])
+def test_cifar100_pickled(tmp_path, folder):
+    """The same numbers as the binary version, hierarchical noise included."""
+    write_cifar100(tmp_path / "binary" / "cifar100")
+    (tmp_path / folder).mkdir(parents=True)
+    for name in ("train", "test"):
+        records = np.frombuffer((tmp_path / "binary" / "cifar100" / f"{name}.bin").read_bytes(), np.uint8)
+        records = records.reshape(-1, 3074)
+        labels = {b"coarse_labels": records[:, 0].tolist(), b"fine_labels": records[:, 1].tolist()}
+        batch = {b"filenames": [b"one.png"], b"batch_label": b"one", b"data": records[:, 2:].copy(), **labels}
+        (tmp_path / folder / name).write_bytes(as_python_2(batch))
+    names = {b"fine_label_names": [b"apple", b"aquarium_fish", b"baby", b"bear"], b"coarse_label_names": [b"a", b"b"]}
+    (tmp_path / folder / "meta").write_bytes(as_python_2(names))
+    pickled, binary = load("cifar100", tmp_path), load("cifar100", tmp_path / "binary")
+    assert pickled.class_names == binary.class_names
+    assert torch.equal(pickled.groups, binary.groups)
+    for ours, theirs in ((pickled.train, binary.train), (pickled.test, binary.test)):
+        assert torch.equal(ours.inputs, theirs.inputs)
+        assert torch.equal(ours.targets, theirs.targets)
+    task = biased(pickled, noise="hierarchical", rate=0.5, meta_per_class=2)
+    assert torch.equal(task.train.targets % 2, task.clean_targets % 2)  # within the group
+    assert not torch.equal(task.train.targets, task.clean_targets)
+
+
+def test_cifar100_pickles_are_not_run(tmp_path, capsys):
+    (tmp_path / "cifar100").mkdir()
+    for name in ("train", "test", "meta"):
+        (tmp_path / "cifar100" / name).write_bytes(pickle.dumps(Calling(), 2))
+    with pytest.raises(ValueError, match=r"meta cannot be read .*: it asks for (builtins|__builtin__)\.print"):
+        load("cifar100", tmp_path)
+    assert not capsys.readouterr().out
+    (tmp_path / "cifar100" / "meta").write_bytes(as_python_2({b"fine_label_names": [b"apple"]}))
+    (tmp_path / "cifar100" / "train").write_bytes(as_python_2({b"fine_labels": [1]}))
+    with pytest.raises(ValueError, match="train must hold a dict with data and fine_labels and coarse_labels"):
+        load("cifar100", tmp_path)
+
+
 def test_cifar100_that_cannot_be_read(tmp_path):
-    with pytest.raises(DataNotFound, match=r"CIFAR-100: 'train\.bin' not found"):
+    with pytest.raises(DataNotFound, match=r"CIFAR-100: 'train\.bin' or 'train' not found"):
         load("cifar100", tmp_path)
     rng = np.random.default_rng(0)
     write_cifar100(tmp_path / "mixed" / "cifar100", coarse_of=lambda fine: rng.integers(2))
