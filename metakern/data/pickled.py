@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_CALLED = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0]}
-_MODULES = "numpy", "numpy.core.multiarray", "numpy._core.multiarray"
+
+class SparseRows:
+    """What a pickled CSR matrix of SciPy holds: shape, data, indices and indptr; SciPy is not needed."""
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        known = {key.decode() if isinstance(key, bytes) else key: value for key, value in state.items()}
+        self.shape = tuple(map(int, known["_shape"]))
+        self.data, self.indices, self.indptr = (np.asarray(known[key]) for key in ("data", "indices", "indptr"))
+
+
+_ARRAYS = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0]}
+_NUMPY = "numpy", "numpy.core.multiarray", "numpy._core.multiarray"
+_CALLED = {
+    **{(module, name): called for module in _NUMPY for name, called in _ARRAYS.items()},
+    **{(f"scipy.sparse.{module}", "csr_matrix"): SparseRows for module in ("csr", "_csr")},
+    **{(module, "list"): list for module in ("builtins", "__builtin__")},
+    ("collections", "defaultdict"): defaultdict,
+}
 
 
 class _OfArrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module not in _MODULES or name not in _CALLED:
+        if (module, name) not in _CALLED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of an array")
-        return _CALLED[name]
+        return _CALLED[module, name]
 
 
 def read_pickled(path: Path) -> Any:
-    """The arrays, numbers, texts, lists and dicts of a pickle; a text that Python 2 has written is bytes.
+    """The arrays, numbers, texts, lists, dicts and CSR matrices of a pickle; a text that Python 2 has written is bytes.
 
     Raises: ValueError naming the file where it is no whole pickle or asks for anything else.
     """

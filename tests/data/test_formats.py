@@ -5,6 +5,8 @@ import io
 import json
 import pickle
 import struct
+from collections import defaultdict
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -157,6 +159,75 @@ def test_cifar100_that_cannot_be_read(tmp_path):
     (tmp_path / "mixed" / "cifar100" / "train.bin").write_bytes(b"123")
     with pytest.raises(ValueError, match="expected records of 3074 bytes, got 3 bytes"):
         load("cifar100", tmp_path / "mixed")
+
+
+def write_planetoid(root) -> None:
+    """A ring of 640 nodes as npz in one folder and as pickles in another; two test numbers belong to no node."""
+    from scipy.sparse import csr_matrix
+
+    nodes, classes, words, missing = 640, 3, 7, [601, 617]
+    rng = np.random.default_rng(0)
+    features = rng.integers(0, 2, (nodes, words)).astype(np.float32)
+    targets = np.arange(nodes) % classes
+    features[missing], targets[missing] = 0, -1
+    kept = np.setdiff1d(np.arange(nodes), missing)
+    edges = np.stack([kept, np.roll(kept, -1)])
+    edges = np.unique(np.concatenate([edges, edges[::-1]], 1), axis=1)
+    rows = csr_matrix(features)
+    split = {
+        "train_idx": np.arange(12),
+        "val_idx": np.arange(12, 512),
+        "test_idx": np.setdiff1d(np.arange(600, nodes), missing),
+    }
+    stored = {
+        "x_indptr": rows.indptr,
+        "x_indices": rows.indices,
+        "x_shape": rows.shape,
+        "edge_index": edges,
+        "y": targets,
+    }
+    (root / "npz").mkdir()
+    np.savez(root / "npz" / "cora.npz", **stored, **split)
+    neighbours = defaultdict(list)
+    for node, other in edges.T.tolist():
+        neighbours[node] += [other] * (1 + (node < other))  # some are named twice
+    neighbours[5].append(5)
+    test = rng.permutation(split["test_idx"])
+    one_hot = np.eye(classes, dtype=np.int32)[targets]
+    parts = {"y": one_hot[:12], "ally": one_hot[:600], "ty": one_hot[test], "graph": neighbours}
+    parts |= {"x": rows[:12], "allx": rows[:600], "tx": rows[test]}
+    (root / "planetoid").mkdir()
+    for name, part in parts.items():
+        raw = as_python_2(part).replace(b"scipy.sparse._csr", b"scipy.sparse.csr")
+        (root / "planetoid" / f"ind.cora.{name}").write_bytes(raw)
+    (root / "planetoid" / "ind.cora.test.index").write_text("".join(f"{node}\n" for node in test))
+
+
+def test_planetoid_as_published(tmp_path):
+    """The same graph as from the archive, whatever the order of the test nodes."""
+    write_planetoid(tmp_path)
+    pickled, archived = load_graph("cora", tmp_path), load_graph("cora", tmp_path / "npz")
+    for entry in fields(archived):
+        ours, theirs = getattr(pickled, entry.name), getattr(archived, entry.name)
+        assert ours == theirs if entry.name == "name" else torch.equal(ours, theirs), entry.name
+    assert len(load("cora", tmp_path).test) == 38
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("allx", Calling(), r"allx cannot be read .*: it asks for (builtins|__builtin__)\.print"),
+        ("graph", Calling(), r"graph cannot be read .*: it asks for (builtins|__builtin__)\.print"),
+        ("tx", [1, 2], "tx must hold a CSR matrix, as the published file does; got list"),
+        ("graph", [1], "graph must hold a dict, as the published file does; got list"),
+    ],
+)
+def test_planetoid_that_cannot_be_read(tmp_path, capsys, part, value, message):
+    write_planetoid(tmp_path)
+    (tmp_path / "planetoid" / f"ind.cora.{part}").write_bytes(pickle.dumps(value, 2))
+    with pytest.raises(ValueError, match=message):
+        load("cora", tmp_path)
+    assert not capsys.readouterr().out
 
 
 def test_cifar10_archive_of_jpegs(tmp_path):
