@@ -27,7 +27,7 @@ def check_target(target: str, *, examples: int = 8, explained: bool = False, all
             print(explain(model, batch, meta_batch, loss_fn=loss_fn, allow_unused=allow_unused), end="\n\n")
         report = check(model, batch, meta_batch, loss_fn=loss_fn, examples=examples, allow_unused=allow_unused)
     except NotImplementedError as refusal:
-        print(f"refused: {refusal}")
+        print(f"rejected: {refusal}")
         return 1
     print(report)
     return 0 if report.ok else 1

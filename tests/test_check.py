@@ -144,7 +144,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "0.weight, 0.bias" in capsys.readouterr().out
     for options in ([], ["--explain"]):
         assert main(["check", "own_models:refused", *options]) == 1
-        assert "refused: module '' has scale_grad_by_freq" in capsys.readouterr().out
+        assert "rejected: module '' has scale_grad_by_freq" in capsys.readouterr().out
     forget_biases(monkeypatch)
     monkeypatch.setattr(recorded, "expected", lambda *_: None)
     assert main(["check", "own_models:good"]) == 1

@@ -3,7 +3,7 @@
 Per-example gradients are formed, because they are small: G_n = sum_t B_nt x^_nt and H_n = sum_t B_nt have one entry
 per channel. dots_n = <G_n, V> + <H_n, v>, and the weighted gradients are sum_n w_n G_n and sum_n w_n H_n, so the
 activations are read once for both, as B comes by, and let go. Layer, group, instance and RMS normalisation take their
-statistics per example; batch normalisation only when its statistics are frozen (capture refuses it otherwise).
+statistics per example; batch normalisation only when its statistics are frozen (capture rejects it otherwise).
 """
 
 from __future__ import annotations

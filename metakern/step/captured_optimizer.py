@@ -15,8 +15,8 @@ Place = tuple[int, str]
 
 @contextmanager
 def optimizer_as_before(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Refuse what a graph would not do in every replay: state that is made inside the block would be made anew, and
-    what the optimizer counts on the host would stay as it is. What is refused is taken back.
+    """Reject what a graph would not do in every replay: state that is made inside the block would be made anew, and
+    what the optimizer counts on the host would stay as it is. What is rejected is taken back.
 
     Raises: ValueError
     """

@@ -26,16 +26,16 @@ def test_rows_are_the_catalogue() -> None:
 def test_a_row_says_what_is_owed(case: Case) -> None:
     ghost, two_pass, jvp, _, auto = rows()[case.name]
     for cell, owes in ((ghost, case.ghost), (two_pass, case.ghost), (jvp, case.jvp)):
-        assert owes == "either" or (cell == "refused") == (owes == "refuse"), WRITE_IT
-        assert cell == "refused" or float(cell) <= 1e-12
-    assert auto in ("ghost", "jvp", "refused")
-    assert case.auto != "exact" or auto != "refused", WRITE_IT
+        assert owes == "either" or (cell == "rejected") == (owes == "refuse"), WRITE_IT
+        assert cell == "rejected" or float(cell) <= 1e-12
+    assert auto in ("ghost", "jvp", "rejected")
+    assert case.auto != "exact" or auto != "rejected", WRITE_IT
 
 
 def test_every_refusal_has_its_reason() -> None:
-    listed = PAGE.read_text().split("## Why refused")[1]
+    listed = PAGE.read_text().split("## Why rejected")[1]
     for name, cells in rows().items():
-        assert ("refused" not in cells[:4]) or re.search(rf"[ ,]{re.escape(name)}[ ,]", listed), WRITE_IT
+        assert ("rejected" not in cells[:4]) or re.search(rf"[ ,]{re.escape(name)}[ ,]", listed), WRITE_IT
 
 
 def test_a_row_is_written_from_a_run() -> None:
@@ -45,5 +45,5 @@ def test_a_row_is_written_from_a_run() -> None:
     assert isinstance(row.cells["jvp"], float)
     assert "examples interact" in str(row.cells["ghost"])
     page = layer_table.page([row])
-    assert "| batch-norm-train | refused | refused |" in page
+    assert "| batch-norm-train | rejected | rejected |" in page
     assert "* batch-norm-train by ghost: examples interact" in page
