@@ -1,8 +1,8 @@
-"""The methods, one file per paper: its composition and what is particular to it, nothing else.
+"""The training methods, one file per paper. A file holds what is particular to its paper.
 
 method = find("l2rw")
 step = method.begin(setup)
-    outcome = step(model, batch, meta_batch, optimizer=optimizer, setting=setting)
+outcome = step(model, batch, meta_batch, optimizer=optimizer, setting=setting)
 """
 
 from metakern.methods.catalogue import METHODS, find

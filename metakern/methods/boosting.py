@@ -1,4 +1,4 @@
-"""AdaBoost for many classes (SAMME), on decision stumps and on the run's own network."""
+"""Multi-class AdaBoost (SAMME), with decision stumps or with the run's own network as the weak learner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metakern.methods.plain_training import predict
 
 
 class Round(NamedTuple):
-    """What one round of boosting leaves: the learner's weight in the vote, and the weights[n] of the next round."""
+    """Result of one boosting round: the vote of its learner, and the example weights[n] of the next round."""
 
     vote: float
     weights: Tensor
@@ -25,10 +25,11 @@ class Round(NamedTuple):
 
 
 def samme_round(weights: Tensor, wrong: Tensor, classes: int) -> Round:
-    """err = sum_n w_n [wrong_n]; vote = ln((1 - err) / err) + ln(C - 1); w_n grows by e^vote where wrong; sum 1.
+    """err = sum_n w_n [wrong_n]; vote = ln((1 - err) / err) + ln(C - 1); w_n is multiplied by e^vote where wrong; sum
+    1.
 
-    A learner without an error has the vote 1 and is the last; one no better than chance, err >= 1 - 1 / C, has none and
-    is the last too.
+    Boosting ends with a learner that makes no error, which has the vote 1, and with one that is no better than chance,
+    err >= 1 - 1 / C, which has the vote 0.
     Source: Zhu, Zou, Rosset, Hastie, "Multi-class AdaBoost", Statistics and Its Interface 2009, algorithm 2.
     """
     error = float((weights * wrong).sum() / weights.sum())
@@ -42,7 +43,7 @@ def samme_round(weights: Tensor, wrong: Tensor, classes: int) -> Round:
 
 
 class Vote(nn.Module):
-    """inputs[n, ...] -> votes[n, C]: each network's weight goes to the class it predicts."""
+    """inputs[n, ...] -> votes[n, C]: each network adds its vote to the class that it predicts."""
 
     votes: Tensor
 
@@ -57,7 +58,7 @@ class Vote(nn.Module):
 
 
 def train_weighted(setup: Setup, weights: Tensor, *, steps: int, seed: int) -> nn.Module:
-    """A copy of the run's model after `steps` steps on mean_n N w_n l_n, with weights[N] that sum to 1."""
+    """A copy of the run's model, trained for `steps` steps on mean_n N w_n l_n; weights[N] sum to 1."""
     network, train = copy.deepcopy(setup.model), setup.task.train
     optimizer = setup.make_optimizer(network)
     batches = shuffled(train.targets.cpu(), setup.batch_size, torch.Generator().manual_seed(seed))
@@ -72,7 +73,7 @@ def train_weighted(setup: Setup, weights: Tensor, *, steps: int, seed: int) -> n
 
 
 def boosted_networks(setup: Setup, *, rounds: int = 5) -> Vote:
-    """SAMME on the run's network: `rounds` networks that share the run's steps, each from the initial parameters."""
+    """SAMME with the run's network: `rounds` networks from the initial parameters, which share the run's steps."""
     train = setup.task.train
     weights = torch.full((len(train),), 1 / len(train), dtype=torch.float64, device=train.targets.device)
     networks, votes = [], []
@@ -105,9 +106,9 @@ class Fitted(nn.Module):
 
 
 def boosted_stumps(setup: Setup, *, rounds: int = 200) -> Fitted:
-    """scikit-learn's AdaBoost (SAMME) on decision stumps; the run's steps and optimizer are not used.
+    """scikit-learn's AdaBoost (SAMME) with decision stumps. The run's steps and optimizer are not used.
 
-    Raises: NotApplicable for inputs that are no numbers.
+    Raises: NotApplicable for inputs that are not numbers.
     """
     from sklearn.ensemble import AdaBoostClassifier
     from sklearn.tree import DecisionTreeClassifier

@@ -1,4 +1,4 @@
-"""Reed's bootstrapping: targets mixed with the model's own prediction."""
+"""Reed's bootstrapping: targets mixed with the model's own predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from metakern.methods.weighted_step import weighted_step
 def soft_bootstrap_loss(logits: Tensor, targets: Tensor, *, beta: float = 0.95, detach_target: bool = False) -> Tensor:
     """l_n = -sum_k (beta [k == y_n] + (1 - beta) q_n[k]) log q_n[k]; logits[n, C], targets[n] -> [n].
 
-    The second part is the prediction's entropy, differentiated as such; with `detach_target` its q is a constant.
+    The second term is the entropy of the prediction, and is differentiated as such. With `detach_target`, its factor q
+    is treated as constant.
     Source: Reed et al., "Training Deep Neural Networks on Noisy Labels with Bootstrapping", ICLR 2015, equation 6.
     """
     log_q = F.log_softmax(logits, 1)

@@ -112,10 +112,10 @@ METHODS: dict[str, Method] = {
 
 
 def find(name: str, settings: str = "") -> Method:
-    """The method called `name`, one of METHODS or "metabalance-INNER-OUTER" with names of samplers.
+    """The method called `name`, one of METHODS or "metabalance-INNER-OUTER" with the names of two samplers.
 
-    `settings`, as in "rule=floor", are those that it shall have instead of its own.
-    Raises: ValueError listing the names when there is no such method; as `with_settings`.
+    `settings`, as in "rule=floor", replace the default settings of the method.
+    Raises: ValueError with the known names if there is no such method; as `with_settings`.
     """
     method = METHODS.get(name) or find_pools(name)
     if method is None:

@@ -1,7 +1,7 @@
-"""CMW-Net: a weight net with one output for each group of classes of like size.
+"""CMW-Net: a weight net with one output for each group of classes of similar size.
 
-As a composition: class counts -> k-means -> group of each class; then `metakern.mwnet_step` with the group as what the
-weight net sees beside the loss. Its meta set is a balanced part of the training set: no clean data are held out.
+As a composition: class counts -> k-means -> group of each class; then `metakern.mwnet_step`, whose weight net sees the
+group in addition to the loss. The meta set is a balanced part of the training set: no clean data are needed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from metakern.methods.weighted_step import weighted_step
 
 @dataclass(frozen=True)
 class ClassAwareSettings:
-    """What CMW-Net's code for imbalance sets.
+    """Settings; the defaults are those of CMW-Net's code for class imbalance.
 
-    groups: of classes, by k-means. hidden: width of the weight net, lr and weight_decay of its Adam. plain_share: of
-    the run in plain steps, epochs 0 to 159 of 200. every: steps of the model for one of the weight net.
+    groups: number of groups of classes, found by k-means. hidden: width of the weight net. lr, weight_decay: of its
+    Adam. plain_share: share of the run that takes plain steps (the code: epochs 0 to 159 of 200). every: the weight net
+    steps once in so many steps of the model.
     """
 
     groups: int = 3
@@ -42,7 +43,7 @@ class ClassAwareSettings:
 def class_groups(counts: Tensor, *, groups: int = 3) -> Tensor:
     """The group of each class by k-means on the class counts, 0 for the smallest classes; counts[C] -> [C] int64.
 
-    There are no more groups than different counts.
+    There are at most as many groups as there are different counts.
     Source: Shu et al., "CMW-Net: Learning a Class-Aware Sample Weighting Mapping", TPAMI 2023.
     """
     from sklearn.cluster import KMeans
@@ -68,7 +69,7 @@ class ClassAwareWeightNet(nn.Module):
 
 
 def weights_of_groups(weight_net: nn.Module, groups: Tensor, class_names: Sequence[str]) -> WeightingFunction:
-    """The weights over losses, one curve for each group; groups[C] int64."""
+    """The weights as functions of the loss, one curve for each group; groups[C] int64."""
     features = {}
     for k in groups.unique():
         members: list[int] = (groups == k).nonzero().flatten().tolist()
@@ -77,7 +78,9 @@ def weights_of_groups(weight_net: nn.Module, groups: Tensor, class_names: Sequen
 
 
 def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
-    """As many rows of every class as the smallest has, drawn without replacement; targets[n] -> rows[k], on the CPU."""
+    """As many rows of each class as the smallest class has, drawn without replacement; targets[n] -> rows[k], on the
+    CPU.
+    """
     targets = targets.cpu()
     classes, counts = targets.unique(return_counts=True)
     order = torch.randperm(len(targets), generator=generator)
@@ -85,7 +88,9 @@ def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class CMWNetStep:
-    """Plain steps for most of the run, then steps of the weight net on a balanced part of the training set."""
+    """Plain steps for most of the run, then steps with the weight net, whose meta set is a balanced part of the
+    training set.
+    """
 
     def __init__(self, setup: Setup, settings: ClassAwareSettings) -> None:
         device = device_of(setup.model)

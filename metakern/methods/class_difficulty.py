@@ -1,4 +1,4 @@
-"""CDB: weights by how badly the model does on each class of a clean set."""
+"""CDB: weights by how badly the model performs on each class of a clean set."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TAU_RULES = ("imagenet", "cifar")
 
 
 def dynamic_tau(accuracies: Tensor, rule: str = "imagenet") -> Tensor:
-    """The exponent from the spread of difficulties d = 1 - accuracy; accuracies[C] in 0..1 -> [].
+    """The exponent tau from the spread of the difficulties d = 1 - accuracy; accuracies[C] in 0..1 -> [].
 
     bias = (1 - min d) / (1 - max d + 0.01); "imagenet": 2 sigmoid(bias - 1), as in the paper; "cifar": sigmoid(bias).
-    The two published codes disagree.
+    The two published codes differ.
     Raises: ValueError for another rule.
     Source: Sinha et al., "Class-Wise Difficulty-Balanced Loss for Solving Class-Imbalance", ACCV 2020, section 3.3.
     """
@@ -31,7 +31,7 @@ def dynamic_tau(accuracies: Tensor, rule: str = "imagenet") -> Tensor:
 
 
 def difficulty_weights(accuracies: Tensor, tau: float | Tensor) -> Tensor:
-    """w_c = (1 - accuracy_c)^tau, scaled to mean 1; all 1 when every class is perfect; accuracies[C] -> [C].
+    """w_c = (1 - accuracy_c)^tau, scaled to mean 1; all 1 if no class has an error; accuracies[C] -> [C].
 
     Source: as `dynamic_tau`, equation 3.
     """
@@ -42,7 +42,7 @@ def difficulty_weights(accuracies: Tensor, tau: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DifficultySettings:
-    """tau: the exponent; 0 for the rule that takes it from the spread of difficulties. The paper tries 0.5 to 2 too."""
+    """tau: the exponent; 0 derives it from the spread of difficulties. The paper also tries 0.5 to 2."""
 
     tau: float = 0.0
 
@@ -52,10 +52,10 @@ class DifficultySettings:
 
 
 def difficulty_step(rule: str = "imagenet", tau: float = 0.0) -> Step:
-    """A step with weights by difficulty, its exponent `tau` or, at 0, by `rule`.
+    """A step with weights by class difficulty and the exponent `tau`; if `tau` is 0, the exponent that `rule` gives.
 
-    Difficulty is measured on the meta batch before each step, in evaluation mode; the paper does it once an epoch on 25
-    a class. A class that the meta batch does not hold counts as perfect.
+    Difficulty is measured on the meta batch before each step, in evaluation mode; the paper measures it once per epoch,
+    on 25 examples of each class. A class that the meta batch does not contain counts as perfectly classified.
     """
 
     def step(

@@ -18,7 +18,7 @@ def _scaled(weights: Tensor, counts: Tensor) -> Tensor:
 
 
 def inverse_frequency(counts: Tensor, *, power: float = 1.0) -> Tensor:
-    """w_c = n_c^-power, scaled so that the classes present have mean 1; counts[C] -> [C] float32, absent classes 0.
+    """w_c = n_c^-power, scaled so that the classes present have mean 1; counts[C] -> [C] float32, 0 for absent classes.
 
     power 1 is the inverse frequency, 1/2 the inverse square root.
     """
@@ -40,7 +40,7 @@ def effective_number(counts: Tensor, *, beta: float = 0.9999) -> Tensor:
 
 
 def by_class(class_weights: Tensor, targets: Tensor) -> Tensor:
-    """w_n = class_weights[y_n], normalised to sum 1 over the batch, as `cross_entropy(weight=...)` averages."""
+    """w_n = class_weights[y_n], normalised to sum 1 over the batch, as in `cross_entropy(weight=...)`."""
     weights = class_weights[targets]
     return weights / weights.sum()
 
@@ -50,7 +50,7 @@ def _inverse_sqrt(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
 
 
 def class_balanced_rule(beta: float = 0.9999) -> Rule:
-    """The rule that weights each example by its class's effective number."""
+    """The rule that weights each example by the effective number of its class."""
 
     def rule(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
         return by_class(effective_number(setting.class_counts, beta=beta).to(losses), targets)
@@ -60,7 +60,9 @@ def class_balanced_rule(beta: float = 0.9999) -> Rule:
 
 @dataclass(frozen=True)
 class EffectiveNumberSettings:
-    """beta: towards 1 the weights near the inverse frequency; the paper tries 0.9, 0.99, 0.999 and 0.9999."""
+    """beta: the closer to 1, the closer the weights to the inverse frequency; the paper tries 0.9, 0.99, 0.999 and
+    0.9999.
+    """
 
     beta: float = 0.9999
 

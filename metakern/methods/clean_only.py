@@ -1,4 +1,4 @@
-"""Clean-only, called gold-only elsewhere: plain training on the meta set and nothing else."""
+"""Clean-only (gold-only): plain training on the meta set alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metakern.methods.weighted_step import weighted_step
 
 
 def meta_as_training(task: Task, seed: int) -> Task:
-    """The task whose training examples are its meta examples, with their true labels."""
+    """The task with its meta examples, which have true labels, as the training set."""
     return replace(task, train=task.meta, clean_targets=task.meta.targets)
 
 

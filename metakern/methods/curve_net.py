@@ -1,7 +1,7 @@
 """CurveNet: a weight net that sees an example's whole loss curve and its label.
 
-As a composition: a probing run records the curves; then `metakern.mwnet_step` with curve and label; for the rest of the
-run each example keeps the last weight it had.
+As a composition: a probing run records the loss curves; then `metakern.mwnet_step` with curve and label. For the rest
+of the run, each example keeps the last weight that it had.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, w
 
 @dataclass(frozen=True)
 class CurveSettings:
-    """What CurveNet's code sets.
+    """Settings; the defaults are those of CurveNet's code.
 
-    probing: epochs of the probing run for one of the run, 300 for 200. first_epoch: of the probing run that a curve
-    holds. learning_share: of the run in which the weight net learns, epochs 0 to 79 of 200. label_times: how often the
-    embedding of the label counts, twice in the code. least_weight: what every weight has beside its sigmoid. lr,
-    weight_decay: of the weight net's Adam. every: steps of the model for one of the weight net.
+    probing: epochs of the probing run for each epoch of the run (300 for 200). first_epoch: first epoch of the probing
+    run that belongs to a curve. learning_share: share of the run in which the weight net learns (epochs 0 to 79 of
+    200). label_times: factor of the label's embedding (the code adds it twice). least_weight: added to the sigmoid. lr,
+    weight_decay: of the weight net's Adam. every: the weight net steps once in so many steps of the model.
     """
 
     probing: float = 1.5
@@ -47,11 +47,12 @@ class CurveSettings:
 
 
 class CurveNet(nn.Module):
-    """losses[n, 1] (not used), curves[n, T], labels[n] -> weights[n, 1], `least_weight` to 1 more.
+    """losses[n, 1] (not used), curves[n, T], labels[n] -> weights[n, 1], from `least_weight` to 1 + `least_weight`.
 
-    Curve: T - 128 - 128 - 64 with ReLUs; plus an embedding [C, 64] of the label, times `label_times`; then
-    64 - 128 - 64 - 1; w = sigmoid + least_weight. The last bias begins at 4.5, so that all weights begin near 1, and
-    the embedding is as small as the curve's part: matrices by Xavier's rule, other biases at 0.
+    Curve: layers T - 128 - 128 - 64 with ReLU; plus `label_times` times an embedding [C, 64] of the label; then 64 -
+    128 - 64 - 1; w = sigmoid + least_weight. The last bias is initialised to 4.5, so that all weights start near 1.
+    Matrices are initialised by Xavier's rule, so that the label's embedding is as small as the curve's part; other
+    biases are 0.
     Source: Jiang et al., "Delving into Sample Loss Curve to Embrace Noisy and Imbalanced Data", AAAI 2022; its code.
     """
 
@@ -77,10 +78,11 @@ def _relu_layers(*widths: int) -> list[nn.Module]:
 
 
 def probing_phases(epochs: int, batch_size: int) -> list[Phase]:
-    """Two fifths of the epochs at the full rate; then an eighth of the batch, the rate at 1/10 and 1/100 by turns.
+    """Two fifths of the epochs at the full learning rate; then an eighth of the batch size, at 1/10 and 1/100 of the
+    rate in turn.
 
-    Each turn lasts a twentieth of the epochs, 15 of 300. Over and over the network fits its labels and lets go, which
-    draws clean, rare and wrongly labelled examples apart.
+    Each turn lasts a twentieth of the epochs, 15 of 300. The network repeatedly fits its labels and forgets them again,
+    which separates clean, rare and wrongly labelled examples.
     """
     steady = round(0.4 * epochs)
     turn = max(1, epochs // 20)
@@ -89,7 +91,7 @@ def probing_phases(epochs: int, batch_size: int) -> list[Phase]:
 
 
 class CurveNetStep:
-    """Weights from the net for the first part of the run, then each example's last one."""
+    """Weights from the weight net in the first part of the run; afterwards the last weight of each example."""
 
     def __init__(self, setup: Setup, settings: CurveSettings) -> None:
         first = settings.first_epoch
@@ -104,7 +106,7 @@ class CurveNetStep:
         self.memory = torch.full((len(setup.task.train),), torch.nan, device=device)
 
     def prepare(self) -> None:
-        """The probing stage: class-centred curves of the epochs from the first that counts."""
+        """The probing run: class-centred loss curves from the first epoch that counts."""
         curves = probe(self._setup, self._phases)[:, self._settings.first_epoch :]
         self.curves = class_centred(curves, self._setup.task.train.targets, self._setup.classes)
 
@@ -120,7 +122,9 @@ class CurveNetStep:
 
     @torch.no_grad()
     def _weights(self, features: tuple[Tensor, Tensor], setting: Setting) -> Tensor:
-        """The remembered weights of a batch; those of examples that never came up are what the net gives now."""
+        """The remembered weights of a batch; for examples that have not been in a batch yet, the weight net's present
+        ones.
+        """
         curves, labels = features
         net = self._step.weight_net
         fresh = net(curves[:, :1], curves.to(next(net.parameters())), labels).squeeze(1)
@@ -143,7 +147,7 @@ class CurveNetStep:
         return Outcome(weights, losses.detach(), None)
 
     def weighting_function(self) -> WeightingFunction:
-        """One curve for each of eight classes at most."""
+        """One curve each for at most eight classes."""
         names = self._setup.task.class_names[:8]
         features = {name: (torch.tensor([c], device=self.curves.device),) for c, name in enumerate(names)}
         return weights_over_curves(self._step.weight_net, self.curves.shape[1], features)

@@ -1,4 +1,4 @@
-"""Re-sampling of the training set by imbalanced-learn before the run: copies, SMOTE, cleaning, and their relatives."""
+"""Re-sampling of the training set before the run, by imbalanced-learn: over-sampling, SMOTE, cleaning."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ MakeSampler = Callable[[int, int], Any]
 
 
 def resampled(task: Task, make: MakeSampler, seed: int, *, copies_only: bool = False) -> Task:
-    """The task with its training examples as the sampler leaves them; inputs[n, ...] are flattened for it and back.
+    """The task with its training examples re-sampled; inputs[n, ...] are flattened for the sampler and restored after
+    it.
 
-    An example that is an exact copy of a training example has its id and true label; a synthetic one has the id -1 and
-    the label it was made for. `copies_only`: the sampler looks at labels alone, so inputs may be tokens or nodes.
-    Raises: NotApplicable for other samplers on inputs that are no numbers, and, naming the sampler, where a class is
-    too small for it.
+    An exact copy of a training example has its id and true label; a synthetic example has the id -1, and the label it
+    was made for as its true label. `copies_only`: the sampler uses labels alone, so that inputs may also be tokens or
+    nodes.
+    Raises: NotApplicable for other samplers if inputs are not numbers, and if a class is too small for the sampler,
+    with its name.
     """
     inputs, targets = task.train.inputs, task.train.targets
     if not copies_only and not inputs.is_floating_point():
@@ -68,7 +70,7 @@ def _under(smallest: int, seed: int) -> Any:
 
 
 def _neighbours(smallest: int, wanted: int = 5) -> int:
-    """5 neighbours as in the papers, or as many others as the smallest class has."""
+    """5 neighbours, as in the papers; fewer if the smallest class does not have as many others."""
     return max(1, min(wanted, smallest - 1))
 
 

@@ -1,4 +1,4 @@
-"""Penultimate features: what a model's last linear layer reads."""
+"""Penultimate features: the input of a model's last linear layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from metakern.methods.plain_training import evaluating
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
-    """The last `nn.Linear` of the model in the order of its modules, taken to be the one that makes the logits.
+    """The last `nn.Linear` in the order of the modules, which is assumed to compute the logits.
 
-    Raises: ValueError when there is none.
+    Raises: ValueError if there is none.
     """
     found = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not found:
@@ -27,7 +27,7 @@ def last_linear(model: nn.Module) -> nn.Linear:
 def kept_features(model: nn.Module) -> Iterator[Callable[[nn.Module, Any], Tensor]]:
     """Within the block, a function (model, batch) -> features[n, d] of the model's latest forward pass, as constants.
 
-    It has the form that `mwnet_step` and `mlc_step` ask for as `features=`, and costs no forward pass of its own.
+    `mwnet_step` and `mlc_step` accept it as `features=`. It needs no forward pass of its own.
     """
     kept: list[Tensor] = []
 
@@ -43,7 +43,7 @@ def kept_features(model: nn.Module) -> Iterator[Callable[[nn.Module, Any], Tenso
 
 @contextmanager
 def kept_logits(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """Within the block, a function () -> what the model returned in its latest forward pass, as a constant."""
+    """Within the block, a function () -> the output of the model's latest forward pass, as a constant."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -58,7 +58,7 @@ def kept_logits(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
 @torch.no_grad()
 def features(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
-    """The penultimate features of inputs[n, ...] in evaluation mode, [n, d]; the model keeps its former mode."""
+    """The penultimate features of inputs[n, ...] in evaluation mode, [n, d]; the mode of the model is restored."""
     parts = []
     with evaluating(model), kept_features(model) as kept:
         for part in inputs.split(batch_size):

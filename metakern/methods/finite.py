@@ -1,4 +1,4 @@
-"""Losses, weights and predictions that are no numbers any more: a run that has diverged says so."""
+"""Losses, weights and predictions must be finite; those of a diverged run are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def require_finite(what: str, values: Tensor) -> None:
-    """Raise ValueError when values[n, ...], `what` each of n examples has, are not all finite."""
+    """Raise ValueError unless values[n, ...], the `what` of each of n examples, are all finite."""
     broken = len((~values.isfinite()).nonzero()[:, 0].unique())
     if broken:
         raise ValueError(

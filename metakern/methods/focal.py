@@ -1,4 +1,4 @@
-"""Focal loss: easy examples count less, by the probability the model gives their class."""
+"""Focal loss: the higher the probability of its class, the less an example counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metakern.methods.weighted_step import uniform_weights, weighted_step
 def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0, detach: bool = False) -> Tensor:
     """l_n = -(1 - p_n)^gamma log p_n, p_n = softmax(z_n)[y_n]; logits[n, C], targets[n] int64 -> [n].
 
-    With `detach` the factor is a constant weight, which several published codes do; the paper differentiates it.
+    With `detach` the factor is a constant weight, as in several published codes; the paper differentiates it.
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 4.
     """
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -39,15 +39,15 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0) -
 
 
 def _positive(value: Tensor) -> Tensor:
-    """At least the smallest number: at 0 a power below 1 has an infinite slope."""
+    """At least the smallest positive number: at 0, a power below 1 has an infinite slope."""
     return value.clamp(min=torch.finfo(value.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class FocalSettings:
-    """gamma: how much less easy examples count. beta: of weights by the effective number of the class, 0 for none.
+    """gamma: how strongly easy examples are down-weighted. beta: of class weights by the effective number; 0 for none.
 
-    Source: Cui et al., CVPR 2019, for both together, the class-balanced focal loss.
+    Source: Cui et al., CVPR 2019, for both together (class-balanced focal loss).
     """
 
     gamma: float = 2.0
@@ -60,7 +60,7 @@ class FocalSettings:
 
 
 def _method(name: str, about: str, loss: Callable[..., Tensor]) -> Callable[[FocalSettings], Method]:
-    """Of settings, the method `name` with losses loss(logits, targets, gamma=...)."""
+    """The method `name` with losses loss(logits, targets, gamma=...), as a function of its settings."""
 
     def with_settings(settings: FocalSettings) -> Method:
         def criterion(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:

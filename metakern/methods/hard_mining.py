@@ -1,4 +1,4 @@
-"""Hard mining: all minority examples of a large batch and equally many of the majority's, the hardest ones."""
+"""Hard mining: all minority examples of a large batch, and as many majority examples, those with the highest loss."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from metakern.methods.plain_training import predict
 
 
 def hardest(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """Rows[k'] kept: every example that is not of the most frequent class, and the k hardest of that class.
+    """Rows[k'] to train on: all examples that are not of the most frequent class, and the k hardest of that class.
 
-    k is the mean count of the other classes in the batch, and at least 1.
+    k is the mean count of the other classes in the batch, but at least 1.
     Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, section 4.1.
     """
     majority, others, k = _division(targets, setting)
@@ -24,9 +24,10 @@ def hardest(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
 
 
 def first(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """Like `hardest`, but the first k of the majority.
+    """As `hardest`, but with the first k examples of the majority class.
 
-    The paper's code ranks by the batch's mean loss, so all majority examples tie: random under-sampling.
+    The paper's code ranks by the mean loss of the batch, so that all majority examples are equal: random
+    under-sampling.
     """
     majority, others, k = _division(targets, setting)
     return torch.cat([others, majority[:k]])
@@ -39,7 +40,7 @@ def _division(targets: Tensor, setting: Setting) -> tuple[Tensor, Tensor, int]:
 
 
 def mining_step(select: Callable[[Tensor, Tensor, Setting], Tensor]) -> Step:
-    """Losses of all examples in evaluation mode, then a plain step on the rows that `select` keeps."""
+    """Losses of all examples in evaluation mode, then a plain step on the rows that `select` returns."""
 
     def step(
         model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting

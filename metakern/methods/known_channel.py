@@ -1,4 +1,4 @@
-"""GLC, forward correction, confusion-matrix correction and top-down labels: a channel estimated once, then used."""
+"""GLC, forward correction, confusion-matrix correction, top-down labels: a channel estimated before the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Corrected = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logits, target
 
 
 def with_meta(task: Task, seed: int) -> Task:
-    """The task with its meta examples put behind the training examples, where they keep their true labels."""
+    """The task with its meta examples appended to the training set; they keep their true labels."""
     parts = task.train, task.meta
     joined = Examples(*(torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets", "ids")))
     return replace(task, train=joined, clean_targets=torch.cat([task.clean_targets, task.meta.targets]))
@@ -36,10 +36,11 @@ def with_meta(task: Task, seed: int) -> Task:
 
 @dataclass
 class CorrectedStep:
-    """A step on the mean of `loss` with a channel that `estimate` makes from a network trained plainly on noisy labels.
+    """A step on the mean of `loss`, with the channel that `estimate` derives from a network trained plainly on noisy
+    labels.
 
-    That network takes as many steps as the run; the run's own begins anew. With `gold` the last examples of the
-    training set are the meta set, which the plain network does not see.
+    That network trains for as many steps as the run; the run's model then starts from its initial parameters. With
+    `gold`, the last examples of the training set are the meta set, which the plain network does not see.
     """
 
     setup: Setup

@@ -1,4 +1,4 @@
-"""Label smoothing, with one strength for all or one per class."""
+"""Label smoothing, with the same strength for all classes or one per class."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def label_smoothing_loss(logits: Tensor, targets: Tensor, smoothing: float | Ten
 
 
 def smoothing_by_count(counts: Tensor, *, largest: float = 0.1) -> Tensor:
-    """The rarer a class the more it is smoothed: e_c = largest * min n / n_c; counts[C] -> [C] float32.
+    """Rarer classes are smoothed more: e_c = largest * min n / n_c; counts[C] -> [C] float32.
 
-    Source: the class-conditional smoothing of Shwartz-Ziv et al., "Simplifying Neural Network Training Under Class
-    Imbalance", NeurIPS 2023, which says that minority classes get more; this rule for how much is ours.
+    Source: class-conditional label smoothing of Shwartz-Ziv et al., "Simplifying Neural Network Training Under Class
+    Imbalance", NeurIPS 2023, where minority classes are smoothed more. This formula is our own.
     """
     counts = counts.clamp(min=1).double()
     return (largest * counts.min() / counts).float()

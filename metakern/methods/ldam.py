@@ -11,7 +11,7 @@ from metakern.methods.weighted_step import uniform_weights, weighted_step
 
 
 def ldam_margins(counts: Tensor, *, largest: float = 0.5) -> Tensor:
-    """Margin_c proportional to n_c^(-1/4), the largest of them `largest`; counts[C] -> [C] float32.
+    """margin_c proportional to n_c^(-1/4), the largest of them `largest`; counts[C] -> [C] float32.
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, eq. 13.
     """
@@ -22,8 +22,8 @@ def ldam_margins(counts: Tensor, *, largest: float = 0.5) -> Tensor:
 def ldam_loss(logits: Tensor, targets: Tensor, margins: Tensor, *, scale: float = 1.0) -> Tensor:
     """l_n = cross entropy of scale * (z_n - margin[y_n] at y_n); logits[n, C], targets[n] -> [n].
 
-    The paper has scale 30 on a last layer whose rows and inputs are normalised, so that z is a cosine. On ordinary
-    logits, which have a scale of their own, 1 leaves them as they are.
+    The paper uses scale 30 with a last layer whose rows and inputs are normalised, so that z is a cosine. Ordinary
+    logits have a scale of their own; scale 1 keeps it.
     Source: as `ldam_margins`, equation 12.
     """
     shift = F.one_hot(targets, logits.shape[1]) * margins.to(logits)[targets].unsqueeze(1)
@@ -38,7 +38,8 @@ _balanced = class_balanced_rule()
 
 
 def deferred(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """Equal weights for four fifths of the run, class-balanced ones after that (the paper's epoch 160 of 200).
+    """Equal weights for the first four fifths of the run, then class-balanced ones (in the paper from epoch 160 of
+    200).
 
     Source: as `ldam_margins`, algorithm 1.
     """

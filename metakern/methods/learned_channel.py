@@ -1,4 +1,4 @@
-"""The S-Model, its complex form, and the bottom-up noise layer: a channel learned together with the network."""
+"""The S-Model, its complex variant, and the bottom-up noise layer: channels learned with the network."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # channel, logits[
 
 @dataclass
 class ChannelStep:
-    """A step of network and channel on the mean of `loss`; each has an optimizer with the run's settings.
+    """A step of network and channel on the mean of `loss`; each has an optimizer of its own with the run's settings.
 
-    With `from_confusion` the channel starts at how the labels stand to the predictions of a network trained plainly for
-    as many steps. In the first `burn_in` of the run the channel stays as it is.
+    With `from_confusion`, the channel is initialised from the confusion of given labels and predictions of a network
+    trained plainly for as many steps. The channel is not changed in the first `burn_in` of the run.
     """
 
     setup: Setup
@@ -86,7 +86,7 @@ class ChannelStep:
 
 
 def _with_features(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits[n, C], and features[n, d] that the gradient passes through."""
+    """Logits[n, C], and features[n, d] through which the gradient passes."""
     seen: list[Tensor] = []
     hook = last_linear(model).register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     try:
@@ -112,25 +112,27 @@ def _like(setup: Setup, tensor: Tensor) -> Tensor:
 
 
 def begin_s_model(setup: Setup) -> Step:
-    """The simple channel from a uniform noise share."""
+    """The simple channel, initialised with uniform noise."""
     return ChannelStep(setup, SoftmaxChannel(_like(setup, channel_logits(setup.classes, ASSUMED_NOISE))), _simple)
 
 
 def begin_s_model_conf(setup: Setup) -> Step:
-    """The simple channel from the confusion matrix of a plain network."""
+    """The simple channel, initialised from the confusion matrix of a plainly trained network."""
     start = _like(setup, channel_logits(setup.classes, ASSUMED_NOISE))
     return ChannelStep(setup, SoftmaxChannel(start), _simple, from_confusion=True)
 
 
 def begin_complex(setup: Setup) -> Step:
-    """The channel that depends on the penultimate features, from the confusion matrix of a plain network."""
+    """The channel that depends on the penultimate features, initialised from the confusion matrix of a plainly trained
+    network.
+    """
     start = _like(setup, channel_logits(setup.classes, ASSUMED_NOISE))
     layer = ComplexNoise(last_linear(setup.model).in_features, start).to(start)
     return ChannelStep(setup, layer, _complex, from_confusion=True)
 
 
 def begin_bottom_up(setup: Setup) -> Step:
-    """A stochastic matrix behind the softmax: the identity for the first fifth of the run, then learned."""
+    """A stochastic matrix after the softmax: the identity for the first fifth of the run, then learned."""
     layer = StochasticMatrix(setup.classes).to(next(setup.model.parameters()).dtype)
     return ChannelStep(setup, layer, _bottom_up, burn_in=0.2)
 

@@ -1,7 +1,7 @@
-"""Learning to reweight examples (L2RW): the step's weights are how much each example helps a small clean set.
+"""Learning to reweight examples (L2RW): an example's weight is how much it helps on a small clean set.
 
-As a composition: grad dots -> rule, by default clip and normalise -> weighted gradient -> step. All of it is
-`metakern.reweight_step`, with its defaults `metakern.l2rw_step`.
+As a composition: grad dots -> rule, by default clip and normalise -> weighted gradient -> step. This is
+`metakern.reweight_step`, with the defaults `metakern.l2rw_step`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from metakern.weights import weight_rule
 
 @dataclass(frozen=True)
 class ReweightSettings:
-    """The defaults are the paper's.
+    """Settings; the defaults are the paper's.
 
-    rule: from dots to weights, by its name for `metakern.reweight_step`. weight_decay: counted into the meta loss, as
-    in the code for CIFAR. preconditioned: the dots run along the step of the run's optimizer, not the meta gradient.
-    balanced_meta: with --meta-batch-size, equally many examples of each class in the meta batch.
+    rule: from dots to weights, a name that `metakern.reweight_step` knows. weight_decay: added to the meta loss, as in
+    the code for CIFAR. preconditioned: the dots are taken along the update of the run's optimizer instead of the meta
+    gradient. balanced_meta: with --meta-batch-size, the meta batch has equally many examples of each class.
     """
 
     rule: str = "clip_normalise"

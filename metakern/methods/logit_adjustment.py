@@ -1,4 +1,4 @@
-"""Logits shifted by log class counts: logit adjustment (balanced softmax) and its per-batch form, ARB."""
+"""Logits shifted by log class counts: logit adjustment (balanced softmax), and ARB, which counts within each batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metakern.methods.weighted_step import weighted_step
 def logit_adjusted_loss(logits: Tensor, targets: Tensor, counts: Tensor, *, tau: float = 1.0) -> Tensor:
     """l_n = cross entropy of z_n + tau log n_c; logits[n, C], targets[n], counts[C] -> [n].
 
-    A class without examples has the logit -inf: it takes no part. tau 1 is the balanced softmax.
+    The logit of a class without examples becomes -inf, which excludes it. tau 1 is the balanced softmax.
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; Ren et al., "Balanced
     Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, equation 3.
     """
@@ -24,7 +24,7 @@ def logit_adjusted_loss(logits: Tensor, targets: Tensor, counts: Tensor, *, tau:
 def arb_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """l_n = -log( e^z_y / sum_j (n_j / n_y) e^z_j ) with the class counts n of this batch; logits[n, C] -> [n].
 
-    That is the logit-adjusted loss with the batch's counts: classes that are not in the batch take no part.
+    This is the logit-adjusted loss with the counts of the batch: classes that the batch does not contain are excluded.
     Source: ARB-Loss, Neurocomputing 2023. Its code clamps logits to +-30; a log-sum-exp needs no clamp.
     """
     return logit_adjusted_loss(logits, targets, torch.bincount(targets, minlength=logits.shape[1]))

@@ -1,4 +1,4 @@
-"""Loss curves: how the loss of every training example changed over the epochs of a plain training run."""
+"""Loss curves: the loss of every training example over the epochs of a plain training run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metakern.methods.plain_training import predict, train_plainly
 
 
 class Phase(NamedTuple):
-    """Epochs of a probing run at one batch size; `rate(epoch)` is the learning rate in shares of the run's."""
+    """Epochs of a probing run with the same batch size; `rate(epoch)` is a factor of the run's learning rate."""
 
     epochs: int
     batch_size: int
@@ -32,7 +32,7 @@ def example_losses(model: nn.Module, examples: Examples) -> Tensor:
 def probe(setup: Setup, phases: Sequence[Phase]) -> Tensor:
     """Losses[N, T] of the N training examples after each of the T epochs of a plain run through `phases`.
 
-    The run begins with the model's initial parameters and leaves the model alone. Each phase begins with a fresh
+    The run starts from the model's initial parameters; the model itself is not changed. Each phase starts with a new
     optimizer state.
     """
     train, curves = setup.task.train, []
@@ -56,9 +56,10 @@ def probe(setup: Setup, phases: Sequence[Phase]) -> Tensor:
 
 
 def class_centred(curves: Tensor, targets: Tensor, classes: int) -> Tensor:
-    """I_n = L_n - mean of L over the examples with n's label; curves[N, T], targets[N] -> [N, T].
+    """I_n = L_n - mean of L over the examples with the label of n; curves[N, T], targets[N] -> [N, T].
 
-    What is left tells an example from others of its label: with a wrong label it starts and stays above them.
+    This distinguishes an example from others of the same label: if its label is wrong, its loss is above theirs from
+    the start.
     Source: Jiang et al., "Delving into Sample Loss Curve to Embrace Noisy and Imbalanced Data", AAAI 2022.
     """
     sums = curves.new_zeros(classes, curves.shape[1]).index_add_(0, targets, curves)

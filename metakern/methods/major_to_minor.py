@@ -1,4 +1,6 @@
-"""M2m: examples of rare classes made out of frequent ones, by descent to where another network sees the rare class."""
+"""M2m: examples of rare classes made from those of frequent classes, by descent until another network sees the rare
+class.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from metakern.methods.plain_training import evaluating, train_plainly
 def seed_chances(counts: Tensor, target: int, *, beta: float = 0.999) -> Tensor:
     """1 - beta^(n_c - n_target) for the classes c that are more frequent than the target, else 0; counts[C] -> [C].
 
-    Proportional to how often a class is the seed, and itself the chance that what came of the seed is accepted.
+    The class of the seed is drawn in proportion to this; it is also the probability that the result is accepted.
     Source: Kim, Jeong, Shin, "M2m: Imbalanced Classification via Major-to-minor Translation", CVPR 2020, equation 6.
     """
     return 1 - beta ** (counts.double() - counts[target]).clamp(min=0)
@@ -36,9 +38,11 @@ def descend(
     size: float = 0.1,
     away: float = 0.5,
 ) -> Tensor:
-    """x after `steps` steps of length `size` down CE(guide(x), target) + away * model(x)[seed]; like start[n, ...].
+    """x after `steps` steps of length `size` down the gradient of CE(guide(x), target) + away * model(x)[seed]; [n,
+    ...].
 
-    seeds[n] and targets[n] are classes; every step is normalised by example, and start and steps clipped to `limits`.
+    `start`[n, ...] is where x begins; seeds[n] and targets[n] are classes. The gradient of each example is scaled to
+    length 1, and x is clipped to `limits`.
     Source: as `seed_chances`, equation 3.
     """
     x = start.clamp(*limits)
@@ -53,12 +57,13 @@ def descend(
 
 @dataclass
 class TranslationStep:
-    """Class-balanced plain steps; after `plain` of the run examples of rare classes are replaced by made ones.
+    """Class-balanced plain steps; after `plain` of the run, some examples of rare classes are replaced by generated
+    ones.
 
-    An example of class k is replaced with chance 1 - n_k / n_max, where the result convinces the guide: P(k) >= gamma.
-    The guide is a network trained plainly for `plain` of the run's steps. Lengths are the paper's, for pictures from 0
-    to 1: those of another range are moved that many times as far. Where no made example was kept in the whole run a
-    warning says so: it was a run of `resample`.
+    An example of class k is replaced with probability 1 - n_k / n_max, if the guide assigns the generated one to class
+    k with P(k) >= gamma. The guide is a network trained plainly for `plain` of the run's steps. Step lengths are the
+    paper's, for pixels in 0..1, and are scaled for other ranges. If no generated example was accepted in the whole run,
+    a warning says so: the run was then the same as `resample`.
     """
 
     setup: Setup
@@ -100,7 +105,7 @@ class TranslationStep:
         return Outcome(torch.full_like(losses, 1 / len(losses)).detach(), losses.detach(), None)
 
     def translated(self, model: nn.Module, inputs: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-        """inputs[n, ...] with some examples of rare classes replaced by made ones."""
+        """inputs[n, ...] with some examples of rare classes replaced by generated ones."""
         counts, generator = setting.class_counts.cpu(), setting.generator
         chance = 1 - counts[targets.cpu()] / counts.max()
         chosen = (torch.rand(len(targets), generator=generator) < chance).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Weighted: the class that background noise has swollen counts less, as if its share were that of any other."""
+"""Weighted: the class that background noise has enlarged is weighted down to the share of any other class."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from metakern.methods.weighted_step import weighted_step
 
 
 def swollen_class_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """w_n = (1 / C) / (share of the largest class) for the examples of that class, 1 for others; then sum 1.
+    """w_n = (1 / C) / (share of the largest class) for the examples of that class, 1 for others; then normalised to sum
+    1.
 
     Source: the "weighted" baseline of Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018,
-    section 4.2, which knows the noise; here the shares of the training labels say it.
+    section 4.2. It knows the noise; here the shares are those of the training labels.
     """
     shares = setting.class_shares
     return _normalised(losses, targets == int(shares.argmax()), 1 / (len(shares) * float(shares.max())))
@@ -22,7 +23,7 @@ def swollen_class_weights(losses: Tensor, targets: Tensor, setting: Setting) -> 
 def as_shipped_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
     """The same with the largest class of the batch and the factor 0.1 / (0.4 + 0.6 / C), whatever the data.
 
-    That is right for ten classes at 40 % noise; for 100 classes 0.1 should have been 0.01.
+    The factor is right for ten classes and 40 % noise; for 100 classes, 0.1 should be 0.01.
     Source: the code published with Ren et al., ICML 2018.
     """
     classes = len(setting.class_counts)

@@ -1,7 +1,7 @@
-"""MAML: parameters from which a few steps on a support set lead to a good classifier.
+"""MAML: initial parameters from which a few steps on a support set lead to a good classifier.
 
-With one inner step the gradient is that of `metakern.metabalance_step`. MAML takes several, and goes back through all
-of them, with a graph as long as the steps.
+With one inner step, the gradient is that of `metakern.metabalance_step`. MAML takes several steps and differentiates
+through all of them, so the graph grows with their number.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def adapted(
 ) -> dict[str, Tensor]:
     """theta_{j+1} = theta_j - lr d loss(support; theta_j) / d theta_j, for j < steps, from the model's parameters.
 
-    The result, by name, carries the graph back to the model's parameters: with order 2 through the gradients, with
-    order 1 with the gradients as constants. The model itself is not moved.
+    The result, by name, has a graph back to the model's parameters: with order 2 also through the gradients, with order
+    1 the gradients are constants. The model itself is not changed.
 
     Args:
         loss: logits[n, K], targets[n] -> [].
 
-    Raises: ValueError when order is not 1 or 2, steps is below 0, or the model has no trainable parameter.
+    Raises: ValueError if order is not 1 or 2, steps is below 0, or the model has no trainable parameter.
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", ICML 2017,
     algorithm 2; order 1: its section 5.2.

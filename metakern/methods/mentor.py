@@ -1,4 +1,6 @@
-"""MentorNet: a small network, trained beforehand, says from an example's loss and its course how much it counts."""
+"""MentorNet: a small network, trained beforehand, that derives an example's weight from its loss and the course of
+training.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 class MentorNet(nn.Module):
     """losses[n], differences[n] to the running percentile, labels[n] int64, epoch 0..99 -> logits of the weights[n].
 
-    Loss and difference are one step of a bidirectional LSTM of one unit each way; the label has an embedding of 2, the
-    epoch a fixed one of 5; a hidden layer of 20.
+    Loss and difference are the one step of a bidirectional LSTM with one unit in each direction. The label has an
+    embedding of width 2, the epoch a fixed one of width 5. One hidden layer of 20 units.
     Source: Jiang et al., "MentorNet", ICML 2018, figure 3, and its published code.
     """
 
@@ -31,7 +33,7 @@ class MentorNet(nn.Module):
 
 
 def predefined_curriculum(differences: Tensor, *, width: float = 1.0) -> Tensor:
-    """v = clip(1 - d / width, 0, 1), d the loss less the running percentile; width 0: v = [d <= 0]; -> [n].
+    """v = clip(1 - d / width, 0, 1), d the loss minus the running percentile; width 0: v = [d <= 0]; -> [n].
 
     Source: as `MentorNet`, equation 5 with lambda_1 the percentile and lambda_2 the width.
     """
@@ -39,7 +41,8 @@ def predefined_curriculum(differences: Tensor, *, width: float = 1.0) -> Tensor:
 
 
 class Percentile:
-    """A running percentile of the batches' losses: p <- decay p + (1 - decay) percentile of the batch; first, that.
+    """A running percentile of the losses: p <- decay p + (1 - decay) percentile of the batch; it starts with that of
+    the first batch.
 
     Source: the code published with MentorNet: percentile 0.75 in its commands for PD; decay 0.9, the default of its
     function, where its training script passes 0.5.
@@ -49,7 +52,7 @@ class Percentile:
         self.share, self.decay, self.value = share, decay, float("nan")
 
     def differences(self, losses: Tensor) -> Tensor:
-        """losses[n] less the percentile that this batch has moved, [n]."""
+        """losses[n] minus the percentile, which is first updated with this batch, [n]."""
         now = float(torch.quantile(losses.float(), self.share))
         self.value = now if self.value != self.value else self.decay * self.value + (1 - self.decay) * now
         return losses - self.value
@@ -59,7 +62,7 @@ Lesson = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # losses, differences, l
 
 
 def made_up_lessons(generator: torch.Generator, *, width: float = 1.0, size: int = 256) -> Iterator[Lesson]:
-    """Endless losses spread over 0..6 around percentiles over 0..3, each with its predefined weight."""
+    """Endless synthetic lessons: losses in 0..6 around percentiles in 0..3, each with its predefined weight."""
     while True:
         losses = 6 * torch.rand(size, generator=generator)
         differences = losses - 3 * torch.rand(size, generator=generator)
@@ -69,7 +72,9 @@ def made_up_lessons(generator: torch.Generator, *, width: float = 1.0, size: int
 
 
 def taught(mentor: MentorNet, lessons: Iterator[Lesson], *, steps: int, lr: float = 0.01) -> MentorNet:
-    """The mentor after `steps` steps of Adam on the cross entropy of its weights to those wanted, in eval mode."""
+    """The mentor after `steps` steps of Adam on the cross entropy between its weights and the wanted ones, in eval
+    mode.
+    """
     optimizer = torch.optim.Adam([p for p in mentor.parameters() if p.requires_grad], lr)
     for _ in range(steps):
         *seen, wanted = next(lessons)

@@ -1,4 +1,6 @@
-"""Training under a MentorNet: predefined (PD), or data-driven (DD) from the clean set with labels spoilt on purpose."""
+"""Training under a MentorNet: predefined (PD), or data-driven (DD), taught on the clean set with artificially wrong
+labels.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from metakern.methods.weight_net_step import seeded
 
 @dataclass
 class MentoredStep:
-    """Equal weights for the first `burn_in` of the run, then w_n = v_n / n with v by the mentor, taken as constant."""
+    """Equal weights for the first `burn_in` of the run, then w_n = v_n / n with v_n from the mentor, treated as
+    constant.
+    """
 
     setup: Setup
     data_driven: bool = False
@@ -68,9 +72,10 @@ class MentoredStep:
 
 
 def spoilt_lessons(setup: Setup, generator: torch.Generator, *, rate: float = 0.4, looks: int = 20) -> Iterator[Lesson]:
-    """Endless lessons from a plain network on the clean set with `rate` of its labels flipped: wanted is [label right].
+    """Endless lessons from a plain network on the clean set with `rate` of its labels flipped; the wanted weight is
+    [label right].
 
-    The network takes a tenth of the run's steps; its losses are looked at `looks` times.
+    The network trains for a tenth of the run's steps; its losses are recorded `looks` times.
     """
     meta = setup.task.meta
     targets = corrupt(meta.targets.cpu(), symmetric_matrix(setup.classes, rate), generator).targets

@@ -1,7 +1,7 @@
-"""Meta-GCN: learning to reweight the training nodes of a graph by a small balanced graph of validation nodes.
+"""Meta-GCN: learning to reweight the training nodes of a graph by a small balanced set of validation nodes.
 
 As a composition: the meta pass on the induced sub-graph -> dots of the node losses by forward mode -> clip and
-normalise -> weighted gradient -> step. All of it is `metakern.reweight_step`.
+normalise -> weighted gradient -> step. This is `metakern.reweight_step`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from metakern.step.direction import preconditioned
 
 
 def node_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Cross entropy of each node, [n]; batch = (nodes[n], targets[n], whether only edges between them count)."""
+    """Cross entropy of each node, [n]; batch = (nodes[n], targets[n], whether to use only the edges between these
+    nodes).
+    """
     nodes, targets, induced = batch
     return F.cross_entropy(model(nodes, induced), targets, reduction="none")
 
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """The defaults are the paper's.
+    """Settings; the defaults are the paper's.
 
-    induced: the meta nodes are a graph of their own; if not, their neighbours in the whole graph count too.
-    preconditioned: the dots run along the step of the run's optimizer, as in the notebook, whose optimizer is Adam.
+    induced: the meta nodes form a graph of their own; otherwise their neighbours in the whole graph count as well.
+    preconditioned: the dots are taken along the update of the run's optimizer, as in the authors' notebook, whose
+    optimizer is Adam.
     """
 
     induced: bool = True
@@ -39,7 +42,7 @@ class NodeSettings:
 
 
 def node_step(settings: NodeSettings) -> Step:
-    """The step of Meta-GCN; it keeps nothing between calls."""
+    """The step of Meta-GCN, which keeps no state between calls."""
 
     def step(
         model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting

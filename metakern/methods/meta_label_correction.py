@@ -1,7 +1,8 @@
-"""Meta label correction (MLC): a small network proposes a soft label for every example, and learns to from gold data.
+"""Meta label correction (MLC): a small network proposes a soft label for every example, and learns to do so from gold
+data.
 
 As a composition: proposed labels -> virtual step -> logit tangents along the meta gradient there -> step of the label
-net -> step. All of it is `metakern.mlc_step`; what is here is the settings of the published code.
+net -> step. This is `metakern.mlc_step`; this file has the settings of the published code.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from metakern.step.label_net import LabelNet
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """What may differ between runs of MLC; the defaults are those of the published code.
+    """Settings; the defaults are those of the published code.
 
-    gold_share: how much of each gold batch trains the model beside the corrected examples; the rest is the meta batch.
-    fused: the step of the model is the virtual one; otherwise the label net steps first and its new labels count.
-    skip: the label net may keep the given label, by a share of its own. every: steps of the model for one of the
-    label net. lr: of the label net's Adam.
+    gold_share: share of each gold batch that trains the model along with the corrected examples; the rest is the meta
+    batch. fused: the virtual step is also the step of the model; otherwise the label net steps first, and the model
+    steps with its new labels. skip: the label net may keep the given label, to a degree that it learns. every: the
+    label net steps once in so many steps of the model. lr: of the label net's Adam.
     """
 
     gold_share: float = 0.5
@@ -43,7 +44,7 @@ class CorrectionSettings:
 
 
 def label_net(classes: int, features: int, *, skip: bool = False) -> LabelNet:
-    """A `LabelNet` with the initial values of the published code: Xavier's for all weights, biases 0."""
+    """A `LabelNet` initialised as in the published code: weights by Xavier's rule, biases 0."""
     net = LabelNet(classes, features, skip=skip)
     nn.init.xavier_uniform_(net.embedding.weight)
     for layer in net.layers:
@@ -54,7 +55,7 @@ def label_net(classes: int, features: int, *, skip: bool = False) -> LabelNet:
 
 
 class CorrectionStep:
-    """A step on corrected labels; the weight of an example in its outcome is p_n[y_n] / n, what its label keeps."""
+    """A step on corrected labels. The reported weight p_n[y_n] / n is what remains of the given label."""
 
     def __init__(self, setup: Setup, settings: CorrectionSettings) -> None:
         self._setup, self._settings = setup, settings
@@ -95,7 +96,7 @@ class CorrectionStep:
 
     @torch.no_grad()
     def corrected_labels(self, model: nn.Module) -> Tensor:
-        """What the label net makes of every training example, [N, C]."""
+        """The labels that the label net proposes for all training examples, [N, C]."""
         train = self._setup.task.train
         known = features(model, train.inputs).to(next(self.label_net.parameters()))
         return self.label_net(train.targets, known)
@@ -117,9 +118,9 @@ class CorrectionStep:
 
 
 def divided(gold: Batch, share: float) -> tuple[Batch, Batch | None]:
-    """The first part of a gold batch, for the meta loss, and the last `share` of it, to train on; None for share 0.
+    """The first part of a gold batch, for the meta loss, and the last `share` of it, to train on; None if share is 0.
 
-    Raises: ValueError when one of the two would be empty.
+    Raises: ValueError if one of the two would be empty.
     """
     if share == 0:
         return gold, None

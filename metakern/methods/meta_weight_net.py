@@ -1,7 +1,7 @@
-"""Meta-Weight-Net (MW-Net): a small network turns each example's loss into its weight, and learns from the meta set.
+"""Meta-Weight-Net (MW-Net): a small network maps each example's loss to its weight, and learns from the meta set.
 
 As a composition: virtual step -> grad dots at the virtual parameters -> step of the weight net -> weighted gradient ->
-step. All of it is `metakern.mwnet_step`; what is here is the paper's weight net and the two settings of its codes.
+step. This is `metakern.mwnet_step`; this file has the paper's weight net and the settings of its two codes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded
 
 
 class WeightNet(nn.Module):
-    """losses[n, 1] -> weights[n, 1] in 0..1: one hidden layer of 100.
+    """losses[n, 1] -> weights[n, 1] in 0..1: one hidden layer of 100 units.
 
     Source: Shu et al., "Meta-Weight-Net", NeurIPS 2019, section 3.1.
     """
@@ -33,11 +33,12 @@ class WeightNet(nn.Module):
 
 @dataclass(frozen=True)
 class WeightNetSettings:
-    """What MW-Net's two codes set; the defaults are those of the code for noisy labels.
+    """Settings; the defaults are those of MW-Net's code for noisy labels.
 
-    normalise, detach_losses: of `metakern.mwnet_step`. hidden: width of the weight net. optimizer: of the weight net,
-    "adam" or "nesterov" with momentum 0.9, with learning rate lr and weight_decay. every: steps of the model for one of
-    the weight net. own_virtual_step: the virtual step is that of the run's optimizer, not plain SGD.
+    normalise, detach_losses: as for `metakern.mwnet_step`. hidden: width of the weight net. optimizer: of the weight
+    net, "adam", or "nesterov" with momentum 0.9. lr, weight_decay: of that optimizer. every: the weight net steps once
+    in so many steps of the model. own_virtual_step: the virtual step is that of the run's optimizer instead of plain
+    SGD.
     """
 
     normalise: str = "mean"

@@ -1,7 +1,7 @@
-"""MetaBalance: parameters from which a step on the data as they are lands well on balanced data.
+"""MetaBalance: parameters from which one step on the given data does well on balanced data.
 
 As a composition: pairs of a small inner and a small outer batch, each a `metakern.metabalance_step` whose gradient is
-added up -> step. What is here is which examples the inner and the outer batches are drawn from.
+added up -> step. This file defines which examples the inner and the outer batches are drawn from.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ SAMPLERS: dict[str, TrainingSet] = {
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """What the paper's code for tables sets: the pools of inner and outer batches, names of SAMPLERS, and the rest.
+    """Settings; the defaults are those of the paper's code for tables.
 
-    `order` 2 is the paper's gradient, 1 the code's; `hessian`, how order 2 is had; see `metakern.metabalance_step`.
-    inner_batch, outer_batch: examples of a pair.
+    inner, outer: the pools that inner and outer batches are drawn from, names of SAMPLERS. order: 2 is the gradient of
+    the paper, 1 that of its code. inner_lr, leak, hessian: as for `metakern.metabalance_step`. inner_batch,
+    outer_batch: examples in each batch of a pair.
     """
 
     inner: str = "raw"
@@ -51,13 +52,13 @@ class BalanceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class InnerTask(Task):
-    """A task whose training examples are the inner pool, made from those of `given`."""
+    """A task whose training examples are the inner pool, made from those of the task `given`."""
 
     given: Task
 
 
 class Stream:
-    """Rows in batches: each of n once, in an order drawn by the seed, before any comes again."""
+    """Rows in batches: all n once, in random order, before any is repeated."""
 
     def __init__(self, n: int, seed: int) -> None:
         self._n, self._generator = n, torch.Generator().manual_seed(seed)
@@ -80,7 +81,9 @@ class Stream:
 
 
 class BalanceStep:
-    """A step on the mean gradient of its pairs: the batch in pieces, each with some examples of the outer pool."""
+    """A step on the mean gradient of several pairs: the batch is cut into inner batches, each paired with some of the
+    outer pool.
+    """
 
     def __init__(self, setup: Setup, settings: BalanceSettings) -> None:
         given = setup.task.given if isinstance(setup.task, InnerTask) else setup.task

@@ -1,4 +1,4 @@
-"""What every method is: a name, the settings of its paper, and one function that takes one training step."""
+"""What a method is: a name, the settings of its paper, and a function that takes one training step."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def unchanged(inputs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class NotApplicable(ValueError):
-    """The data are not of the kind that a method takes: a comparison goes on without it."""
+    """The method does not support data of this kind. A comparison continues without it."""
 
 
 @dataclass(frozen=True)
 class Setup:
     """What a run offers a method before its first step.
 
-    The task, on the device of the model; the model as it will be trained, with its initial parameters until the first
-    step; the run's seed; its optimizer steps and batch size; the engine that computes dot products; and, for other
-    models, the run's optimizer, the course of its learning rate and how it augments inputs. `progress` says whether
-    long work before the first step shows a bar.
+    The task, on the device of the model; the model, with its initial parameters until the first step; the seed of the
+    run; its number of optimizer steps and its batch size; the engine that computes dot products. For other models: a
+    function that makes the run's optimizer, its learning-rate schedule, and how it augments inputs. `progress` is
+    whether long work before the first step shows a progress bar.
     """
 
     task: Task
@@ -57,21 +57,21 @@ class Setup:
 
     @property
     def classes(self) -> int:
-        """C."""
+        """The number of classes, C."""
         return len(self.task.class_names)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every training example comes up about once."""
+        """The number of steps in which every training example is used about once."""
         return max(1, round(len(self.task.train) / self.batch_size))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step may know beyond its two batches.
+    """What a step may know in addition to its two batches.
 
     class_counts[C] of the training set; a generator for random draws; the engine that computes dot products; the rows
-    of the batch in `task.train`, indices[n] int64; and which of the run's `steps` this is, from 0.
+    of the batch in `task.train`, indices[n] int64; the number of this step, from 0, and how many `steps` the run has.
     """
 
     class_counts: Tensor
@@ -83,7 +83,7 @@ class Setting:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done before this step, 0 to 1."""
+        """The share of the run that lies before this step, 0 to 1."""
         return self.step / self.steps
 
     @property
@@ -93,7 +93,7 @@ class Setting:
 
 
 class Outcome(NamedTuple):
-    """What a step reports: the weight each example had in the step, its loss before the step, the meta loss if any."""
+    """What a step reports: weight of each example, its loss before the step, and the meta loss, if any."""
 
     weights: Tensor
     losses: Tensor
@@ -101,12 +101,12 @@ class Outcome(NamedTuple):
 
 
 class Step(Protocol):
-    """One optimizer step on `batch`; `meta_batch` is there for the methods that use it.
+    """One optimizer step on `batch`; `meta_batch` is for the methods that use it.
 
-    A plain function, or an object that also has one or both of
-    `state_dict()` and `load_state_dict(state)`: what it has learned besides the model, in tensors and numbers;
-    `prepare()`: work before the first step, such as training a network to learn from. It is not called when a run goes
-    on from a checkpoint, so what comes of it belongs into the state.
+    A plain function, or an object that may also have `state_dict()` and `load_state_dict(state)`, for what it has
+    learned besides the model, in tensors and numbers; and `prepare()`, for work before the first step, such as training
+    a network to learn from. `prepare` is not called when a run resumes from a checkpoint, so its results belong in the
+    state.
     """
 
     def __call__(
@@ -131,7 +131,7 @@ class Stateful(Protocol):
 
 
 class WeightingFunction(NamedTuple):
-    """What a weight net has learned, drawn over one quantity: at[k], and under each name the weights[k] there."""
+    """What a weight net has learned, as functions of one quantity: `weights` by name, each at the points `at`[k]."""
 
     quantity: str
     at: Tensor
@@ -140,7 +140,7 @@ class WeightingFunction(NamedTuple):
 
 @runtime_checkable
 class Explained(Protocol):
-    """A step whose weighting can be drawn."""
+    """A step whose learned weighting can be plotted."""
 
     def weighting_function(self) -> WeightingFunction: ...
 
@@ -150,7 +150,7 @@ Begin = Callable[[Setup], Step]
 
 
 def always(step: Step) -> Begin:
-    """For methods that keep nothing between steps: every run has the same step."""
+    """For methods that keep no state between steps: every run uses the same step."""
     return lambda setup: step
 
 
@@ -166,7 +166,7 @@ def as_given(task: Task, seed: int) -> Task:
 
 
 def no_steps(setup: Setup) -> Step:
-    """The `begin` of methods that have `fit`.
+    """The `begin` of methods that have `fit` instead.
 
     Raises: ValueError, always.
     """
@@ -175,11 +175,11 @@ def no_steps(setup: Setup) -> Step:
 
 @dataclass(frozen=True)
 class Method:
-    """A training method with the settings its paper's code uses.
+    """A training method with the settings of its paper's code.
 
-    `meta_batch_size` None hands the whole meta set to every step; otherwise `meta_sampler` draws that many from it.
-    `training_set` may re-sample the training examples before the run; `fit` replaces the loop. `settings` is a
-    dataclass of what else the paper sets, and `rebuilt(settings)` the method with other ones.
+    If `meta_batch_size` is None, every step gets the whole meta set; otherwise `meta_sampler` draws that many examples.
+    `training_set` may re-sample the training examples before the run; `fit` replaces the training loop. `settings` is a
+    dataclass of everything else that the paper sets, and `rebuilt(settings)` is the method with other ones.
     """
 
     name: str

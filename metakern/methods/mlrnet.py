@@ -1,7 +1,7 @@
-"""MLRNet: a weight net that sees how an example's loss developed, what the classifier reads in it, and its label.
+"""MLRNet: a weight net that sees an example's loss curve, the classifier's features of it, and its label.
 
-As a composition: a plain run records loss curves; then every step is `metakern.mwnet_step` with the class-centred
-curve, the penultimate features of the step's own forward pass and the label as what the weight net sees.
+As a composition: a plain run records loss curves; then every step is a `metakern.mwnet_step` whose weight net sees the
+class-centred curve, the penultimate features of the step's own forward pass, and the label.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ EXAMPLES_DRAWN = 100  # of a class, whose mean features its weighting function i
 
 @dataclass(frozen=True)
 class MLRNetSettings:
-    """What the paper of MLRNet gives, and for what it does not give: lr, weight_decay and eps of the weight net's Adam.
+    """Settings. The paper does not give lr, weight_decay and eps of the weight net's Adam; the other defaults are the
+    paper's.
 
-    probing_epochs: of stage 1, at most the epochs of the run. width: D. embedding: width of the label's.
-    own_virtual_step: the virtual step is that of the run's optimizer, not plain SGD as in the paper's equations. every:
-    steps of the model for one of the weight net.
+    probing_epochs: epochs of stage 1, at most those of the run. width: D. embedding: width of the label's embedding.
+    own_virtual_step: the virtual step is that of the run's optimizer instead of plain SGD as in the paper's equations.
+    every: the weight net steps once in so many steps of the model.
     """
 
     probing_epochs: int = 10
@@ -56,7 +57,7 @@ class MLRNet(nn.Module):
     """losses[n, 1] (not used), curves[n, T], features[n, d], labels[n] -> weights[n, 1] in 0..1.
 
     DF_n = content(h_n, E[y_n]) + curve(I_n),  w_n = sigmoid(a . weigh(DF_n) + b)
-    with curve, content and weigh of three, two and three tanh layers, E[C, 128] an embedding of the label, DF of
+    curve, content and weigh have three, two and three tanh layers; E[C, 128] is an embedding of the label; DF has
     `width` entries.
     Source: Yu, Li, "MLRNet", Applied Sciences 14(1):164, 2024, equation 7 and section 4.3.
     """
@@ -74,9 +75,10 @@ class MLRNet(nn.Module):
 
 
 class MLRNetStep:
-    """The second stage; `prepare` is the first, which leaves `curves`[N, T], class-centred, one row per example.
+    """The second stage. `prepare` is the first: it sets `curves`[N, T], class-centred, one row per training example.
 
-    The virtual step is plain SGD at the run's learning rate, as in the paper's equations, or that of its optimizer.
+    The virtual step is plain SGD at the run's learning rate, as in the paper's equations, or that of the run's
+    optimizer.
     """
 
     def __init__(self, setup: Setup, settings: MLRNetSettings) -> None:
@@ -117,7 +119,7 @@ class MLRNetStep:
             )
 
     def weighting_function(self) -> WeightingFunction:
-        """One curve for each of eight classes at most, with the mean features of some of its training examples."""
+        """One curve each for at most eight classes, at the mean features of some of their training examples."""
         train, found = self._setup.task.train, {}
         for c, name in enumerate(self._setup.task.class_names[:8]):
             some = (train.targets == c).nonzero().squeeze(1)[:EXAMPLES_DRAWN]

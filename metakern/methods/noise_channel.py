@@ -1,4 +1,4 @@
-"""Losses that know how labels were corrupted, and estimates of the channel from clean examples or from none."""
+"""Losses that take the noise channel into account, and estimates of the channel with or without clean examples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 def forward_corrected_loss(logits: Tensor, targets: Tensor, channel: Tensor) -> Tensor:
-    """l_n = -log sum_k q_n[k] channel[k, y_n]; logits[n, C], targets[n], channel[C, C] rows summing to 1 -> [n].
+    """l_n = -log sum_k q_n[k] channel[k, y_n]; logits[n, C], targets[n], channel[C, C] with rows summing to 1 -> [n].
 
-    channel[k, j] is the probability that true class k was labelled j. In logs, so that a small q is not rounded to 0.
-    Raises: ValueError when channel is not [C, C].
+    channel[k, j] is the probability that true class k is labelled j. Computed in logs, so that a small q is not rounded
+    to 0.
+    Raises: ValueError if channel is not [C, C].
     Source: Patrini et al., "Making Deep Neural Networks Robust to Label Noise", CVPR 2017, theorem 2.
     """
     classes = logits.shape[1]
@@ -23,9 +24,9 @@ def forward_corrected_loss(logits: Tensor, targets: Tensor, channel: Tensor) -> 
 
 
 def channel_logits(classes: int, noise: float) -> Tensor:
-    """Free parameters [C, C] of the S-Model at a uniform noise share: softmax of a row is 1 - noise on the diagonal.
+    """The S-Model's free parameters [C, C] for uniform noise: the softmax of each row is 1 - noise on the diagonal.
 
-    Raises: ValueError when noise is not in (0, 1).
+    Raises: ValueError if noise is not in (0, 1).
     Source: Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation Layer", ICLR 2017.
     """
     if not 0 < noise < 1:
@@ -35,7 +36,7 @@ def channel_logits(classes: int, noise: float) -> Tensor:
 
 
 def channel_logits_from_confusion(predicted: Tensor, targets: Tensor, classes: int, *, floor: float = 1e-4) -> Tensor:
-    """The S-Model's "+Conf" start: logs of how often prediction k came with label j, rows normalised; [C, C].
+    """The "+Conf" initialisation of the S-Model: logs of how often prediction k has label j, rows normalised; [C, C].
 
     Source: as `channel_logits`, section 3.
     """
@@ -45,20 +46,20 @@ def channel_logits_from_confusion(predicted: Tensor, targets: Tensor, classes: i
 
 
 def s_model_loss(logits: Tensor, targets: Tensor, channel: Tensor) -> Tensor:
-    """Forward correction by the channel softmax(channel)[k, :], whose logits [C, C] are learned with the network.
+    """Forward correction by the channel softmax(channel)[k, :], whose logits [C, C] are learned along with the network.
 
-    At test time the network's own prediction q is used.
+    At test time, the network's own prediction q is used.
     Source: as `channel_logits`, equation 7, the simple variant.
     """
     return forward_corrected_loss(logits, targets, channel.softmax(1))
 
 
 def glc_channel(noisy_probabilities: Tensor, clean_targets: Tensor) -> Tensor:
-    """channel[k, :] = mean over clean examples of class k of what a network trained on noisy labels predicts; [C, C].
+    """channel[k, :] = mean prediction of a network trained on noisy labels, over the clean examples of class k; [C, C].
 
-    A class without clean examples keeps the identity's row.
-    Source: Hendrycks et al., "Using Trusted Data to Train Deep Networks on Labels Corrupted by Severe Noise",
-    NeurIPS 2018, section 3.
+    A class without clean examples gets the row of the identity.
+    Source: Hendrycks et al., "Using Trusted Data to Train Deep Networks on Labels Corrupted by Severe Noise", NeurIPS
+    2018, section 3.
     """
     classes = noisy_probabilities.shape[1]
     sums = noisy_probabilities.new_zeros(classes, classes).index_add_(0, clean_targets, noisy_probabilities)
@@ -67,7 +68,8 @@ def glc_channel(noisy_probabilities: Tensor, clean_targets: Tensor) -> Tensor:
 
 
 def confusion_channel(predicted: Tensor, clean_targets: Tensor, classes: int, *, smoothing: float = 0.01) -> Tensor:
-    """channel[k, j] = share of the clean examples of class k that a network trained on noisy labels calls j; [C, C].
+    """channel[k, j] = share of the clean examples of class k that a network trained on noisy labels predicts as j; [C,
+    C].
 
     Rows are mixed with the uniform distribution by `smoothing`, so that no label is impossible.
     Source: the "confusion matrix" baseline of Hendrycks et al., as `glc_channel`.
@@ -79,10 +81,11 @@ def confusion_channel(predicted: Tensor, clean_targets: Tensor, classes: int, *,
 
 
 def anchor_channel(noisy_probabilities: Tensor, *, quantile: float = 0.97) -> Tensor:
-    """channel[k, :] = prediction for the example whose probability of k is that quantile of all; needs no clean labels.
+    """channel[k, :] = prediction for the example at the given quantile of the probabilities of k; needs no clean
+    labels.
 
-    noisy_probabilities[n, C] of a network trained on noisy labels -> [C, C]. The example is taken to be surely of
-    class k, so that what the network says about it are the labels that class k gets.
+    noisy_probabilities[n, C] of a network trained on noisy labels -> [C, C]. That example is assumed to be of class k
+    with certainty, so that its prediction is the distribution of the labels of class k.
     Source: Patrini et al., as `forward_corrected_loss`, section 5 (theorem 3 has the maximum, the code the quantile).
     """
     rows = [
@@ -95,8 +98,8 @@ def anchor_channel(noisy_probabilities: Tensor, *, quantile: float = 0.97) -> Te
 def reverse_channel(channel: Tensor, label_shares: Tensor) -> Tensor:
     """P(true class k | label j), [C labels, C classes], from channel[k, j] and the shares of the labels [C].
 
-    The shares of the true classes are those whose labels would have `label_shares` (least squares, clipped to be
-    positive); then Bayes' rule.
+    The shares of the true classes are those that would give `label_shares` (least squares, clipped to be positive);
+    then Bayes' rule.
     """
     truth = torch.linalg.lstsq(channel.double().T, label_shares.double().unsqueeze(1)).solution.squeeze(1)
     joint = truth.clamp(min=1e-6).unsqueeze(1) * channel.double()
@@ -104,7 +107,7 @@ def reverse_channel(channel: Tensor, label_shares: Tensor) -> Tensor:
 
 
 def top_down_loss(logits: Tensor, targets: Tensor, reverse: Tensor) -> Tensor:
-    """l_n = -sum_k reverse[y_n, k] log q_n[k]: labels are turned into classes before the network sees them; -> [n].
+    """l_n = -sum_k reverse[y_n, k] log q_n[k]: cross entropy to the classes that the label makes likely; -> [n].
 
     Source: the top-down noise model of Sukhbaatar et al., "Training Convolutional Networks with Noisy Labels", 2014.
     """

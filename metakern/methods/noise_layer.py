@@ -1,4 +1,6 @@
-"""Noise layers learned together with the network: Sukhbaatar's stochastic matrix and the complex noise adaptation."""
+"""Noise layers learned together with the network: Sukhbaatar's stochastic matrix and the complex noise adaptation
+layer.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 
 def onto_simplex(rows: Tensor) -> Tensor:
-    """The nearest distribution to each row, rows[k, C] -> [k, C]: entries at least 0, sums 1.
+    """The nearest distribution to each row (Euclidean projection), rows[k, C] -> [k, C]: entries at least 0, sums 1.
 
     Source: Duchi et al., "Efficient Projections onto the l1-Ball for Learning in High Dimensions", ICML 2008, figure 1.
     """
@@ -22,9 +24,10 @@ def onto_simplex(rows: Tensor) -> Tensor:
 
 
 class StochasticMatrix(nn.Module):
-    """channel[C, C], rows kept distributions by projection after each step; it starts as the identity.
+    """channel[C, C], initialised to the identity; after each step its rows are projected back to distributions.
 
-    Left alone it stays there, with the network fitting the noise; the pull on its trace makes it take up noise.
+    Without regularisation it stays the identity and the network fits the noise; the penalty on its trace makes it
+    absorb the noise.
     Source: Sukhbaatar et al., "Training Convolutional Networks with Noisy Labels", ICLR workshop 2015, section 3.1.
     """
 
@@ -37,23 +40,23 @@ class StochasticMatrix(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring every row back to the nearest distribution."""
+        """Project every row to the nearest distribution."""
         self.channel.copy_(onto_simplex(self.channel))
 
 
 def stochastic_loss(logits: Tensor, targets: Tensor, channel: Tensor, *, trace: float = 0.1) -> Tensor:
     """l_n = -log sum_k q_n[k] channel[k, y_n] + trace * mean_k channel[k, k]; logits[n, C], channel[C, C] -> [n].
 
-    Entries of the channel may be 0, so this one is not in logs; no likelihood counts as less than about 1e-4, which
-    bounds the step that one contradicting label takes.
-    Source: as `StochasticMatrix`, equation 3; the paper names the trace and weight decay as ways to the same end.
+    Entries of the channel may be 0, so this is not computed in logs. Likelihoods are bounded below by about 1e-4, which
+    bounds the step that one contradicting label can cause.
+    Source: as `StochasticMatrix`, equation 3; the paper names the trace and weight decay as alternatives.
     """
     likelihood = (logits.softmax(1) * channel[:, targets].T).sum(1)
     return -(likelihood + 1e-4).log() + trace * channel.diagonal().mean()
 
 
 class SoftmaxChannel(nn.Module):
-    """The free parameters of the S-Model's channel, [C, C], from `logits`; the softmax of each row is the channel.
+    """The S-Model's channel: free parameters [C, C], initialised to `logits`; the softmax of each row is the channel.
 
     Source: Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation Layer", ICLR 2017, eq. 7.
     """
@@ -69,7 +72,7 @@ class SoftmaxChannel(nn.Module):
 class ComplexNoise(nn.Module):
     """P(label j | true class k, features h) = softmax_j(u_kj . h + b_kj); features[n, d] -> [n, C, C].
 
-    u starts at 0, b at the logits of a channel: at first the same channel for all examples.
+    u is initialised to 0 and b to the logits of a channel, so that at first all examples have the same channel.
     Source: Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation Layer", ICLR 2017, eq. 8.
     """
 

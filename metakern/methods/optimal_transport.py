@@ -1,4 +1,6 @@
-"""Re-weighting by optimal transport: weights that bring the batch near the clean set, by the duals of Sinkhorn."""
+"""Re-weighting by optimal transport: weights that bring the batch close to the clean set, by Sinkhorn's dual
+potentials.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
 def sinkhorn_potentials(
     cost: Tensor, rows: Tensor, columns: Tensor, *, eps: float = 0.1, iterations: int = 200, tolerance: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Dual potentials f[m], g[n] of entropic transport between masses rows[m] and columns[n] at cost[m, n], in logs.
+    """Dual potentials f[m], g[n] of entropic transport between masses rows[m] and columns[n] at cost[m, n]; in the log
+    domain.
 
-    The plan is P = rows columns^T exp((f + g - cost) / eps); it ends when no f moves by more than `tolerance`.
-    By the envelope theorem g, up to a constant, is the derivative of the transport cost by `columns`.
+    The plan is P = rows columns^T exp((f + g - cost) / eps). Iterations end when no entry of f changes by more than
+    `tolerance`. By the envelope theorem, g is, up to a constant, the derivative of the transport cost with respect to
+    `columns`.
     Source: Cuturi, NIPS 2013; Peyré, Cuturi, "Computational Optimal Transport", 2019, sections 4.4 and 9.1.
     """
     f, g = torch.zeros_like(rows), torch.zeros_like(columns)
@@ -36,7 +40,7 @@ def sinkhorn_potentials(
 def combined_cost(meta: Tensor, meta_targets: Tensor, batch: Tensor, targets: Tensor, classes: int) -> Tensor:
     """cost[m, n] = (1 - cosine of the features[., d]) / 2 + [classes differ] / C.
 
-    The second part is half of the mean square difference of the labels as rows of 0 and 1.
+    The second term is half of the mean squared difference between the one-hot labels.
     Source: the "combined" cost of Guo et al., "Learning to Re-weight Examples with Optimal Transport for Imbalanced
     Classification", NeurIPS 2022, section 3.3, with the factors of its code.
     """
@@ -47,7 +51,7 @@ def combined_cost(meta: Tensor, meta_targets: Tensor, batch: Tensor, targets: Te
 def transported(logits: Tensor, cost: Tensor, *, lr: float = 0.01) -> Tensor:
     """logits[n] of the batch's masses after one gradient step on their transport cost to the meta set, [n].
 
-    d cost / d logits_n = p_n (g_n - sum_k p_k g_k), p = softmax(logits): nothing is differentiated through Sinkhorn.
+    d cost / d logits_n = p_n (g_n - sum_k p_k g_k), p = softmax(logits): Sinkhorn's iterations are not differentiated.
     """
     masses = logits.softmax(0)
     _, duals = sinkhorn_potentials(cost, torch.full_like(cost[:, 0], 1 / len(cost)), masses)
@@ -56,9 +60,10 @@ def transported(logits: Tensor, cost: Tensor, *, lr: float = 0.01) -> Tensor:
 
 @dataclass
 class TransportStep:
-    """Plain steps for the first `plain` of the run; then transport moves the weights, and they the last layer.
+    """Plain steps for the first `plain` of the run; then transport determines the weights, and only the last layer is
+    trained.
 
-    The second part descends (1/n) sum_n w_n l_n + (10 / 16) mean_j l'_j with the last linear layer alone.
+    The second part minimises (1/n) sum_n w_n l_n + (10 / 16) mean_j l'_j over the last linear layer.
     """
 
     setup: Setup

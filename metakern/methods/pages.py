@@ -1,4 +1,4 @@
-"""Which page of docs/methods a method is described on."""
+"""The page of docs/methods that describes a method."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ _PAGES = {name: page for page, names in _SHARED.items() for name in names.split(
 
 
 def page_of(method: str) -> str:
-    """The name of the page: that of its family, else its own."""
+    """The name of the page: that of the method's family, or its own."""
     return _PAGES.get(method, method)

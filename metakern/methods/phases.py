@@ -30,9 +30,10 @@ def _load(step: Step, state: dict[str, Any]) -> None:
 
 @dataclass
 class EarlyStopped:
-    """The inner step, with the model looked at `checks` times on the meta set; the best one is the run's result.
+    """The inner step; `checks` times in the run the model is evaluated on the meta set, and the best one is the result.
 
-    Best is the lowest error, of equal ones the lowest mean loss. The optimizer forgets its momentum with the rest.
+    The best model has the lowest error; among equals, the lowest mean loss. When it is restored, the optimizer's state
+    is cleared.
     """
 
     inner: Step
@@ -76,10 +77,10 @@ class EarlyStopped:
 
 @dataclass
 class FineTuned:
-    """The inner step, then, for the last `share` of the run, plain steps on the meta batch.
+    """The inner step; for the last `share` of the run, plain steps on the meta batch instead.
 
-    The inner step is told of the steps before that only. Afterwards the training batch has no weight: its losses are
-    only reported, in evaluation mode, so that it does not move the running statistics either.
+    The inner step is told that the run ends where these begin. From then on the training batch has no weight: its
+    losses are only reported, in evaluation mode, so that it does not change running statistics.
     """
 
     inner: Step

@@ -1,4 +1,4 @@
-"""Plainly trained networks, for methods that learn from one before their own training begins."""
+"""Plainly trained networks, for methods that need one before their own training begins."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def train_plainly(
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     rate: Callable[[int], float] | None = None,
 ) -> nn.Module:
-    """A copy of the run's model after `steps` steps on the mean of `criterion(logits, targets)`, by its optimizer.
+    """A copy of the run's model, trained by the run's optimizer for `steps` steps on the mean of `criterion(logits,
+    targets)`.
 
-    Before a run's first step the copy is a network with the run's initial parameters; the model is not touched.
-    Batches and their augmentation follow from the run's seed. `after_step(k, network)` is called after each step,
-    k = 1 .. steps; step k has the learning rate `rate(k)` times the run's, by default over the run's own course.
-    Raises: ValueError when a step's loss is not finite.
+    Before the first step of a run, the copy has the run's initial parameters; the model itself is not changed. Batches
+    and their augmentation are determined by the run's seed. `after_step(k, network)` is called after each step, k = 1
+    .. steps; step k has `rate(k)` times the run's learning rate, by default the run's schedule over `steps` steps.
+    Raises: ValueError if the loss of a step is not finite.
     """
     rate = rate or (lambda k: setup.rate_factor(k - 1, steps))
     network = copy.deepcopy(setup.model)
@@ -58,7 +59,7 @@ def train_plainly(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode; afterwards in its former one."""
+    """Within the block the model is in evaluation mode; afterwards its mode is restored."""
     was_training = model.training
     model.eval()
     try:
@@ -69,9 +70,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Logits[n, C] of inputs[n, ...] in evaluation mode; the model keeps its former mode.
+    """Logits[n, C] of inputs[n, ...] in evaluation mode; the mode of the model is restored.
 
-    Raises: ValueError when some are not finite.
+    Raises: ValueError if some are not finite.
     """
     with evaluating(model):
         logits = torch.cat([model(part) for part in inputs.split(batch_size)])

@@ -1,4 +1,4 @@
-"""Proportion: weights by inverse class frequency, normalised over the batch, and as the paper's code ships it."""
+"""Proportion: weights by inverse class frequency, normalised over the batch, and the variant in the paper's code."""
 
 from torch import Tensor
 
@@ -16,11 +16,12 @@ def inverse_share_weights(losses: Tensor, targets: Tensor, setting: Setting) -> 
 
 
 def opposite_share_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """w_n = 1 - share of n's class, for two classes, not normalised although the loss is a sum.
+    """w_n = 1 - share of n's class, for two classes; not normalised, although the loss is a sum.
 
-    In two classes this is proportional to the inverse share, but the expected sum over a batch is 2 n p (1 - p):
-    18 for a batch of 100 at majority p = 0.9, 1 at 0.995. So the effective learning rate falls 18 times over the sweep.
-    Raises: NotApplicable when there are not two classes.
+    For two classes this is proportional to the inverse share, but the expected sum over a batch is 2 n p (1 - p): for a
+    batch of 100, 18 at majority p = 0.9 and 1 at 0.995. So the effective learning rate falls by a factor of 18 between
+    these.
+    Raises: NotApplicable unless there are two classes.
     Source: the code published with Ren et al., ICML 2018.
     """
     if len(setting.class_counts) != 2:

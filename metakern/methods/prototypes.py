@@ -1,4 +1,4 @@
-"""ProtoNet: a class is the mean of its support examples' embeddings."""
+"""ProtoNet: a class is represented by the mean of its support examples' embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metakern.data import Examples
 def prototype_logits(model: nn.Module, support: Examples, inputs: Tensor) -> Tensor:
     """z_qk = -|f(x_q) - p_k|^2, p_k the mean of f over the support examples of class k; inputs[q, ...] -> [q, K].
 
-    `model` is the embedding f, inputs[n, ...] -> [n, d]. Classes are the targets 0 .. K-1 of `support`, each at least
+    `model` is the embedding f, inputs[n, ...] -> [n, d]. The targets of `support` are 0 .. K-1, each present at least
     once.
     Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning", NIPS 2017, equations 1 and 2.
     """

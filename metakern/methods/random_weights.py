@@ -1,4 +1,4 @@
-"""Random: rectified Gaussian weights, the baseline that shows how much of a gain is only regularisation."""
+"""Random: rectified Gaussian weights, a baseline that shows how much of a gain is mere regularisation."""
 
 import torch
 from torch import Tensor

@@ -26,9 +26,9 @@ def linear_weights(losses: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def threshold(losses: Tensor, progress: float, *, first: float = 0.5) -> Tensor:
-    """The loss below which the share first + (1 - first) * progress of the batch lies, a growing quantile.
+    """The quantile of the losses of a batch at first + (1 - first) * progress: a threshold that grows during the run.
 
-    The papers multiply a threshold by 1.1 to 1.3 an epoch; a quantile needs no knowledge of the loss's scale.
+    The papers multiply the threshold by 1.1 to 1.3 per epoch; a quantile does not depend on the scale of the losses.
     """
     share = first + (1 - first) * progress
     found = torch.quantile(losses.float(), min(share, 1.0)).to(losses) * (1 + 1e-6)

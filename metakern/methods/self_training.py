@@ -1,4 +1,4 @@
-"""Self-training (Yarowsky's bootstrapping): a few clean labels, and the network's own confident ones after that."""
+"""Self-training (Yarowsky's bootstrapping): a few clean labels, then the network's own confident ones too."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def confident(probabilities: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def self_trained(setup: Setup, *, rounds: int = 5, threshold: float = 0.9) -> nn.Module:
-    """Fit on the meta set; add the training examples that the network is sure of, with its labels; fit anew.
+    """Train on the meta set; add the training examples that the network is confident of, with its labels; train anew.
 
-    The training labels are not looked at. Rounds share the run's steps; the sure examples are chosen afresh each time,
-    so an early mistake can be taken back, and when they stay the same the network is done.
+    The training labels are not used. The rounds divide the run's steps. Confident examples are chosen afresh in each
+    round, so that an early mistake can be corrected; when they no longer change, training ends.
     Source: Yarowsky, "Unsupervised Word Sense Disambiguation Rivaling Supervised Methods", ACL 1995, section 4.
     """
     seeds, pool = setup.task.meta, setup.task.train

@@ -1,4 +1,4 @@
-"""Settings of a method by name: what its paper or its code has, and what a run wants otherwise."""
+"""Settings of a method by name: the defaults of its paper or code, and what a run changes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from metakern.methods.method import Method
 
 
 def parse(text: str) -> dict[str, str]:
-    """ "name=value,name=value" as a mapping.
+    """Settings as in "name=value,name=value" as a mapping.
 
-    Raises: ValueError for a word without "=" or a name that comes twice.
+    Raises: ValueError for a word without "=" or a repeated name.
     """
     given: dict[str, str] = {}
     for word in (word.strip() for word in text.split(",") if word.strip()):
@@ -39,14 +39,14 @@ def require_shares(**shares: float) -> None:
 
 
 def shown(method: Method) -> str:
-    """The settings of `method` as --set takes them."""
+    """The settings of `method` in the form that --set takes."""
     return ",".join(f"{name}={value}" for name, value in _values(method).items())
 
 
 def with_settings(method: Method, text: str) -> Method:
     """`method` with the settings that `text` gives, as in "rule=floor,weight_decay=5e-4"; the others stay.
 
-    Raises: ValueError for a setting that the method has not, or a value of another type.
+    Raises: ValueError for a setting that the method does not have, or a value of another type.
     """
     given, values = parse(text), _values(method)
     if not given:

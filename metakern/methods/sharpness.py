@@ -1,4 +1,4 @@
-"""SAM: the step is taken with the gradient at the worst nearby point; SAM-A looks for it with rare classes foremost."""
+"""SAM: the gradient is taken at the worst nearby point. SAM-A: rare classes count more in finding that point."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def inverse_frequency_weights(losses: Tensor, targets: Tensor, setting: Setting)
 
 
 def sam_step(*, rho: float = 0.05, ascent: Rule = uniform_weights, criterion: Criterion = cross_entropy) -> Step:
-    """e = rho g / |g|, g the gradient of sum_n w_n l_n, w by `ascent`; a step with that of mean_n l_n at theta + e.
+    """e = rho g / |g|, g the gradient of sum_n w_n l_n with w from `ascent`; the step uses the gradient of mean_n l_n
+    at theta + e.
 
     Source: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, algorithm
     1; for SAM-A the code published with Shwartz-Ziv et al., NeurIPS 2023.
@@ -45,7 +46,7 @@ def sam_step(*, rho: float = 0.05, ascent: Rule = uniform_weights, criterion: Cr
 
 @torch.no_grad()
 def _climb(model: nn.Module, rho: float) -> list[tuple[nn.Parameter, Tensor]]:
-    """Move the parameters by rho along their gradient; (parameter, its value before) for those that have one."""
+    """Move the parameters by rho along their gradient; returns (parameter, former value) for those that have one."""
     own = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     length = torch.stack([gradient.norm() for _, gradient in own]).norm()
     moved = [(parameter, parameter.clone()) for parameter, _ in own]
@@ -55,9 +56,9 @@ def _climb(model: nn.Module, rho: float) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 def mixed_up(inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """lam x_n + (1 - lam) x_p(n), the permutation p[n], and lam, drawn uniformly from 0..1 (Beta(1, 1)).
+    """lam x_n + (1 - lam) x_p(n), the permutation p[n], and lam, drawn uniformly from 0..1, which is Beta(1, 1).
 
-    Raises: NotApplicable for inputs that are no numbers.
+    Raises: NotApplicable for inputs that are not numbers.
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
     if not inputs.is_floating_point():

@@ -1,4 +1,4 @@
-"""CMW-Net-SL: the weight decides how far an example's label is believed and how far a slow copy of the model is.
+"""CMW-Net-SL: the weight decides between an example's label and the prediction of a slowly averaged copy of the model.
 
 As a composition: with soft labels v y + (1 - v) p, mixed for pairs of examples, the weight net is a label net, and the
 step is `metakern.mlc_step`.
@@ -27,11 +27,12 @@ from metakern.methods.weighted_step import weighted_step
 
 @dataclass(frozen=True)
 class SoftSettings:
-    """What CMW-Net's code for noisy labels sets.
+    """Settings; the defaults are those of CMW-Net's code for noisy labels.
 
-    groups: of classes, by k-means. hidden: width of the weight net, lr and weight_decay of its Adam. warm_up: share of
-    the run in plain steps, 10 of 300 epochs. every: steps of the model for one of the weight net. teacher_decay: of the
-    slow copy, a step. meta_per_class: examples of low loss in the meta set, of a class, at most.
+    groups: number of groups of classes, found by k-means. hidden: width of the weight net. lr, weight_decay: of its
+    Adam. warm_up: share of the run that takes plain steps (10 of 300 epochs). every: the weight net steps once in so
+    many steps of the model. teacher_decay: of the averaged copy, per step. meta_per_class: at most so many examples of
+    low loss per class form the meta set.
     """
 
     groups: int = 3
@@ -57,7 +58,7 @@ class Mixed(NamedTuple):
 
 
 def mixed(inputs: Tensor, generator: torch.Generator) -> Mixed:
-    """Mixup with the larger of b and 1 - b, b from Beta(1, 1), one for the batch: row n is mostly example n.
+    """Mixup with share max(b, 1 - b), b from Beta(1, 1), the same for the whole batch: row n is mostly example n.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; the larger share as in CMW-Net's code.
     """
@@ -70,7 +71,8 @@ def mixed(inputs: Tensor, generator: torch.Generator) -> Mixed:
 class SoftLabels(nn.Module):
     """Targets of mixed examples: share t_n + (1 - share) t_order[n], t_n = v_n onehot(y_n) + (1 - v_n) p_n.
 
-    v_n = weight_net(cross entropy of mixed example n for y_n, group of y_n), which goes with y_n wherever it is a part.
+    v_n = weight_net(cross entropy of mixed example n for y_n, group of y_n); wherever y_n is part of a mixture, v_n is
+    its weight.
     Called as `net(labels[n], losses[n, 1], groups[n], pseudo[n, C], order[n], share)`.
     Source: Shu et al., TPAMI 2023, and its code for noisy labels.
     """
@@ -87,12 +89,12 @@ class SoftLabels(nn.Module):
         return share * targets + (1 - share) * targets[order]
 
     def weights(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """v[n, 1] in the weight net's precision."""
+        """v[n, 1] in the precision of the weight net."""
         return self.weight_net(losses.to(next(self.weight_net.parameters())), groups)
 
 
 class SoftStep:
-    """A plain warm-up; then steps on mixed examples and soft labels, one of `every` with the weight net."""
+    """A plain warm-up; then steps on mixed examples with soft labels, one of `every` with the weight net."""
 
     def __init__(self, setup: Setup, settings: SoftSettings) -> None:
         if not setup.task.train.inputs.is_floating_point():
@@ -158,7 +160,7 @@ class SoftStep:
         return Outcome(weights.squeeze(1).to(losses) / len(weights), losses.detach(), meta_loss)
 
     def _most_trusted(self, model: nn.Module) -> Tensor:
-        """Of every class equally many training examples, those of the lowest loss; at most half of the smallest."""
+        """As many training examples of every class, those of lowest loss; at most half of the smallest class."""
         train = self._setup.task.train
         order = example_losses(model, train).cpu().argsort(stable=True)
         ranked = train.targets.cpu()[order]
@@ -176,14 +178,14 @@ class SoftStep:
 
     @torch.no_grad()
     def _follow(self, model: nn.Module) -> None:
-        """teacher <- decay teacher + (1 - decay) model; buffers are the model's."""
+        """teacher <- decay teacher + (1 - decay) model; buffers are copied from the model."""
         for slow, fast in zip(self._teacher.parameters(), model.parameters(), strict=True):
             slow.lerp_(fast, 1 - self._settings.teacher_decay)
         for slow, fast in zip(self._teacher.buffers(), model.buffers(), strict=True):
             slow.copy_(fast)
 
     def weighting_function(self) -> WeightingFunction:
-        """How far the given label is believed."""
+        """How far the given label is trusted."""
         return weights_of_groups(self._labels.weight_net, self._groups, self._setup.task.class_names)
 
     def state_dict(self) -> dict[str, Any]:

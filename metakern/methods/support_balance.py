@@ -1,4 +1,4 @@
-"""What a few-shot learner does about an unbalanced support set: copies, or another loss."""
+"""What a few-shot learner does about an unbalanced support set: over-sampling, or another loss."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BETA, GAMMA = 0.9, 2.0
 
 
 class Balance(NamedTuple):
-    """The loss of support and query examples by the support set's `shots`, and whether that is first filled up."""
+    """The loss, given the `shots` of the support set, and whether that set is over-sampled first."""
 
     loss: BalancedLoss
     fills_up: bool = False
 
 
 def oversampled(support: Examples, generator: torch.Generator) -> Examples:
-    """Each class with as many examples as the largest has: its own and, drawn with replacement, copies of them."""
+    """Every class over-sampled to the size of the largest: its own examples, and copies drawn with replacement."""
     counts = torch.bincount(support.targets)
     rows = []
     for target, count in enumerate(counts.tolist()):

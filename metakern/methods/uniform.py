@@ -1,4 +1,4 @@
-"""Uniform: the plain mean loss, which every other method is measured against."""
+"""Uniform: the plain mean loss, the baseline for all other methods."""
 
 from metakern.methods.method import Method, always
 from metakern.methods.weighted_step import weighted_step

@@ -1,4 +1,6 @@
-"""The step of every method that learns a weight net: `mwnet_step` with a net, its optimizer, and what the net sees."""
+"""The step of all methods with a weight net: `mwnet_step` with the net, its optimizer, and the features that the net
+sees.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from metakern.methods.method import Batch, Outcome, Setting, WeightingFunction
 
 @dataclass
 class WeightNetStep:
-    """A step whose weights come from `weight_net(losses[n, 1], *features)`, learned on the meta batch.
+    """A step whose weights come from `weight_net(losses[n, 1], *features)`, which learns on the meta batch.
 
-    `normalise`, `detach_losses` and `virtual` are those of `metakern.mwnet_step`, and so are the `features` of a call;
-    virtual "own" is the rule of the run's optimizer, whose learning rate the virtual step has. The weight net learns in
+    `normalise`, `detach_losses`, `virtual` and the `features` of a call are those of `metakern.mwnet_step`; virtual
+    "own" is the rule of the run's optimizer, whose learning rate the virtual step always has. The weight net learns in
     one of `every` steps.
     """
 
@@ -69,7 +71,7 @@ class WeightNetStep:
 
 @torch.no_grad()
 def weights_over_losses(weight_net: nn.Module, features: Mapping[str, tuple[Tensor, ...]]) -> WeightingFunction:
-    """The net's weights over losses from 0 to 5; one curve for each of `features`, given for a single example."""
+    """The net's weights for losses from 0 to 5; one curve for each of `features`, each given for a single example."""
     losses = torch.linspace(0, 5, 101, device=device_of(weight_net)).unsqueeze(1)
     weights = {
         name: weight_net(losses, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
@@ -82,8 +84,8 @@ def weights_over_losses(weight_net: nn.Module, features: Mapping[str, tuple[Tens
 def weights_over_curves(
     weight_net: nn.Module, length: int, features: Mapping[str, tuple[Tensor, ...]]
 ) -> WeightingFunction:
-    """The weights of a net that sees (losses, curves, *features), over curves evenly above or below the mean of the
-    class; one curve for each of `features`, given for a single example.
+    """The weights of a net that sees (losses, curves, *features), for curves that lie evenly above or below the mean of
+    the class; one curve for each of `features`, each given for a single example.
     """
     above = torch.linspace(-2.5, 2.5, 101, device=device_of(weight_net), dtype=next(weight_net.parameters()).dtype)
     curves = above.unsqueeze(1).expand(101, length)
@@ -95,19 +97,19 @@ def weights_over_curves(
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, device: torch.device | None = None) -> nn.Module:
-    """`make()` with parameters decided by `seed` alone, on `device`."""
+    """`make()` with parameters determined by `seed` alone, on `device`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().to(device)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
+    """The device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def virtual_rule(optimizer: torch.optim.Optimizer) -> str:
-    """The `virtual=` of `mwnet_step` that goes where `optimizer` would; plain SGD for one that it does not know."""
+    """The `virtual=` of `mwnet_step` that follows `optimizer`; plain SGD for an optimizer that it does not know."""
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return "adam_frozen"
     if isinstance(optimizer, torch.optim.SGD):

@@ -1,4 +1,6 @@
-"""The step of every method whose weights and losses are a formula: one pass, nothing differentiated twice."""
+"""The step of all methods whose weights and losses are given by a formula: one pass, and nothing is differentiated
+twice.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
 
 
 def weighted_step(rule: Rule = uniform_weights, criterion: Criterion = cross_entropy) -> Step:
-    """A step on the gradient of sum_n w_n l_n, w = rule(l, y) taken as constant, l = criterion(z, y)."""
+    """A step on the gradient of sum_n w_n l_n, w = rule(l, y) treated as constant, l = criterion(z, y)."""
 
     def step(
         model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
