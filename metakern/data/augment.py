@@ -1,4 +1,4 @@
-"""Random changes of training images that leave their labels true."""
+"""Random augmentation of training images that does not change their labels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int = 4) -> Tensor:
-    """Each image cut at random out of itself with a zero border, and mirrored with probability one half.
+    """A random crop of each image padded with zeros, mirrored with probability one half.
 
-    images [n, c, h, w] -> [n, c, h, w], by draws of a CPU `generator`.
+    images [n, c, h, w] -> [n, c, h, w]; random numbers come from a CPU `generator`.
     Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2, for CIFAR.
     Raises: ValueError for anything but images.
     """

@@ -1,4 +1,4 @@
-"""A many-class task: a clean balanced meta set taken out, then imbalance, then label noise."""
+"""Tasks with many classes: a clean balanced meta set is removed first, then imbalance, then label noise."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def biased(
     whole_meta: bool = True,
     seed: int = 0,
 ) -> Task:
-    """`meta_per_class` clean examples of each class as the meta set; the rest imbalanced by `factor`, then noisy.
+    """A meta set of `meta_per_class` clean examples of each class; the rest imbalanced by `factor`, then noisy.
 
-    A source that has a meta set of its own keeps it, and nothing is taken out. Classes are counted by true labels. Of a
-    source whose own labels are noisy the meta set gets the true ones. Without `whole_meta`, for methods that use no
-    meta set, a class with no more than meta_per_class examples is left whole, and the meta set has none of it.
-    `size` caps the training examples before the imbalance, equally over classes. The test set is the source's own.
-    Raises: ValueError when a class (without `whole_meta`, every class) has no more than meta_per_class examples, or
-    noise meets labels that are noisy already; for hierarchical noise on a source without groups; for a shape that is
-    not one of SHAPES; as those and `noise_matrix`.
+    A source that has a meta set of its own keeps it, and none is removed. Classes are counted by true labels. If the
+    labels of the source are themselves noisy, the meta set gets the true ones. Without `whole_meta`, for methods that
+    use no meta set, classes with at most meta_per_class examples are left whole, and are missing from the meta set.
+    `size` limits the training examples before the imbalance, by the same number for each class. The test set is that of
+    the source.
+    Raises: ValueError if a class (without `whole_meta`: every class) has no more than meta_per_class examples; for
+    noise on labels that are noisy already; for hierarchical noise on a source without groups; for a shape that is not
+    one of SHAPES; as those and `noise_matrix`.
     """
     classes = len(source.class_names)
     generator = torch.Generator().manual_seed(seed)

@@ -49,12 +49,12 @@ NAMES = (*_LOADERS, *_TEXTS)
 
 
 def is_own(name: str) -> bool:
-    """Does `name` stand for data of the user's own, "images:DIR" or "csv:FILE"?"""
+    """Whether `name` stands for data of the user's own, "images:DIR" or "csv:FILE"."""
     return name.startswith(("images:", "csv:"))
 
 
 def short_name(name: str) -> str:
-    """A name that can be part of a folder's: of data of one's own the kind and the last part of the path."""
+    """A name that can be part of a folder's name; for the user's own data, the kind and the last part of the path."""
     kind, _, path = name.partition(":")
     return f"{kind}-{table_name(path.split(',')[0])}" if is_own(name) else name
 
@@ -68,13 +68,13 @@ def load(
     group: str | None = None,
     leave_out: str | None = None,
 ) -> Source:
-    """The data set called `name`, read from `data_dir` or, without it, from the folder METAKERN_DATA names.
+    """The data set called `name`, read from `data_dir` or, without it, from the folder that METAKERN_DATA names.
 
-    `encode` turns the texts of a set of texts into tokens[n, t] int64; without it, their words or characters do.
-    Data of one's own are called "images:DIR", see `image_folder`, or "csv:FILE", see `csv_file`, whose column of
-    classes is `label` and that of groups of classes `group`; columns named in `leave_out`, as in "a,b", are not read.
-    Raises: ValueError listing the names when there is no such set, or for `encode` or names of columns when the set
-    takes none; DataNotFound when its files are missing.
+    `encode` maps texts to tokens[n, t] int64; without it, tokens are words or characters. Your own data are called
+    "images:DIR" (see `image_folder`) or "csv:FILE" (see `csv_file`), where `label` names the column of classes, `group`
+    that of groups of classes, and `leave_out`, as in "a,b", columns to ignore.
+    Raises: ValueError with the known names if there is no such data set, and for `encode` or column names if the data
+    set does not take them; DataNotFound if its files are missing.
     """
     kind, _, path = name.partition(":")
     if kind == "csv":

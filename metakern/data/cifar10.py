@@ -50,19 +50,19 @@ def _from_jpeg(path: Path, test: bool) -> tuple[np.ndarray, np.ndarray]:
 def normalised_images(
     images: np.ndarray, labels: np.ndarray, mean: tuple[float, ...], deviation: tuple[float, ...]
 ) -> Examples:
-    """images[n, 3, h, w] uint8 -> float32, each channel of the pixels in 0..1 less `mean`, over `deviation`."""
+    """images[n, 3, h, w] uint8 -> float32: pixels in 0..1, minus `mean`, divided by `deviation`, per channel."""
     inputs = torch.from_numpy(images.copy()).float().div_(255)
     inputs.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(deviation).view(3, 1, 1))
     return Examples(inputs, torch.from_numpy(labels.astype(np.int64)), torch.arange(len(labels)))
 
 
 def cifar10(root: Path | None) -> Source:
-    """Images [n, 3, 32, 32] float32, normalised by the channel means and deviations that are in common use.
+    """Images [n, 3, 32, 32] float32, normalised by the usual channel means and deviations.
 
-    Reads the published `data_batch_1.bin` .. `test_batch.bin`, or `data_batch_1` .. `test_batch` of the Python version;
-    failing those `cifar10_jpeg.npz`, whose images went through JPEG: accuracies can then differ a little from published
+    Reads the published `data_batch_1.bin` .. `test_batch.bin`, or `data_batch_1` .. `test_batch` of the Python version,
+    or else `cifar10_jpeg.npz`, whose images have been JPEG-compressed: accuracies may differ a little from published
     ones.
-    Raises: DataNotFound when none is there, ValueError for pickles that hold anything else.
+    Raises: DataNotFound if none of them exists, ValueError for pickles that hold anything else.
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
     path = find_file(

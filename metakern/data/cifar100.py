@@ -51,7 +51,7 @@ def _dict(path: Path, *keys: bytes) -> dict[bytes, Any]:
 def _groups(path: Path, fine: np.ndarray, coarse: np.ndarray, classes: int) -> Tensor:
     """The coarse label of each class, [C] int64.
 
-    Raises: ValueError when a class has several, or no example.
+    Raises: ValueError if a class has several coarse labels, or no example.
     """
     pairs = np.unique(np.stack([fine, coarse], 1), axis=0)
     if pairs[:, 0].tolist() != list(range(classes)):
@@ -60,11 +60,11 @@ def _groups(path: Path, fine: np.ndarray, coarse: np.ndarray, classes: int) -> T
 
 
 def cifar100(root: Path | None) -> Source:
-    """Images [n, 3, 32, 32] float32, normalised by the channel means and deviations that are in common use.
+    """Images [n, 3, 32, 32] float32, normalised by the usual channel means and deviations.
 
     Reads the published `train.bin`, `test.bin` and `fine_label_names.txt`, or `train`, `test` and `meta` of the Python
-    version; the groups of the classes are the coarse labels.
-    Raises: DataNotFound when one is missing, ValueError when a file is not of that form.
+    version. The groups of the classes are the coarse labels.
+    Raises: DataNotFound if one of them is missing, ValueError if a file does not have that form.
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
 

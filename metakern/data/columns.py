@@ -1,4 +1,4 @@
-"""The columns of a table as features: numbers as they are, each kind as a column of 0 and 1."""
+"""The columns of a table as features: numbers as they are, words one-hot encoded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LARGEST = 1e100  # the squares of larger numbers overflow
 
 
 def features(rows: Sequence[Row], columns: Sequence[str], train: Tensor) -> Tensor:
-    """Float32 [n, d], standardised by the rows `train`; empty cells are the mean of what is not empty.
+    """Float32 [n, d], standardised by the rows `train`; empty cells get the mean of their column.
 
-    A column of words becomes one column for each word that the training rows have, 1 where it stands and 0 elsewhere; a
-    word that only other rows have is none of them.
-    Raises: ValueError for columns that hold numbers among words, more than `KINDS` words or words that hardly return,
-    and numbers whose squares overflow.
+    A column of words is one-hot encoded: a column of 0 and 1 for each word in the training rows. A word that occurs
+    only in other rows is 0 in all of them.
+    Raises: ValueError for columns that mix numbers and words, for columns of more than `KINDS` different words or of
+    words that hardly recur, and for numbers whose squares overflow.
     """
     words = [name for name in columns if not all(is_number(row[name]) for row in rows)]
     _require_kinds(rows, words)
@@ -30,7 +30,7 @@ def features(rows: Sequence[Row], columns: Sequence[str], train: Tensor) -> Tens
 
 
 def is_number(cell: str) -> bool:
-    """Is this cell a number, or empty?"""
+    """Whether this cell is a number, or empty."""
     try:
         # Python reads 12_3 as a number; in a table it is a name.
         return "_" not in cell and not math.isinf(_number(cell))
@@ -59,7 +59,7 @@ def _kinds(rows: Sequence[Row], name: str, train: Tensor) -> Tensor:
 
 
 def _require_kinds(rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Raise ValueError unless the cells of each column of words are kinds: words that return, few of them."""
+    """Raise ValueError unless each column of words has few different words, each of which recurs."""
     complaints: dict[str, str] = {}
     for name in names:
         cells = [row[name].strip() for row in rows if row[name].strip()]

@@ -1,4 +1,4 @@
-"""What files of the user's own held when they were read: results of other contents are not results of these."""
+"""Digests of the user's own files: a result belongs to the contents that the files had when they were read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from metakern.data.image_folder import ENDINGS
 
 
 def contents(name: str) -> str | None:
-    """A digest of the files behind "csv:FILE" or "images:DIR"; None for a published set, and where they are gone."""
+    """A digest of the files behind "csv:FILE" or "images:DIR"; None for a published data set, and if they are gone."""
     kind, _, path = name.partition(":")
     if kind == "csv":
         return _digest({part: Path(part).expanduser() for part in path.split(",")})

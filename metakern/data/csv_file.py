@@ -1,4 +1,4 @@
-"""A table of one's own: numbers and kinds, or a column of texts."""
+"""The user's own table: numbers and categories, or a column of texts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def csv_file(
     group: str | None = None,
     leave_out: Sequence[str] = (),
 ) -> Source:
-    """FILE or FILE,TESTFILE: rows below a head; the column `label` has the classes, `group` the group of each class.
+    """FILE or FILE,TESTFILE, with a header row; the column `label` holds the classes, `group` the group of each class.
 
-    Files may be compressed by gzip. Columns of numbers and of kinds become `features`. A column "text", or a single
-    column that holds no numbers, is read as text, by words, or by characters where there are few spaces, and the other
-    columns are left out then. The column "split" may say train, test or, of rows whose label is certain, meta. The test
-    set is TESTFILE, or the rows of "split" that say test, or a fifth of each class, the same in every run. Ids
-    are row numbers, from 0 below the head, over both files. The columns `leave_out` are as if they were not there.
+    Files may be compressed by gzip. Columns of numbers and of categories become `features`. A column "text", or a
+    single column without numbers, is read as text, by words, or by characters if there are few spaces; all other
+    columns are then ignored. The column "split" may say train, test, or meta for rows whose label is certain. The test
+    set is TESTFILE, or the rows whose "split" is test, or a fifth of each class, the same in every run. Ids are row
+    numbers across both files; the first row below the header is 0. The columns `leave_out` are ignored.
     Raises: ValueError for columns that are missing or cannot be read, DataNotFound for a missing file.
     """
     paths = [Path(name).expanduser() for name in names.split(",")]
@@ -82,14 +82,14 @@ def csv_file(
 
 
 def _require_columns(path: Path, rows: list[dict[str, str]], named: Sequence[tuple[str, str | None]]) -> None:
-    """Raise ValueError where an option names a column that the rows have not."""
+    """Raise ValueError if an option names a column that the table does not have."""
     for option, column in named:
         if column is not None and column not in rows[0]:
             raise ValueError(f"csv: {option} {column!r} is not a column of {path}; there are {', '.join(rows[0])}")
 
 
 def table_name(file: str) -> str:
-    """The name of a table's file without folders and endings."""
+    """The name of a table's file without folders and suffixes."""
     return Path(file.removesuffix(".gz")).stem
 
 
@@ -133,7 +133,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _require_head(path: Path, names: list[str]) -> None:
-    """Raise ValueError unless each column has a name of its own."""
+    """Raise ValueError unless every column has a unique name."""
     if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
         raise ValueError(f"csv: cells are separated by commas; the head of {path} has none: {names[0]!r}")
     if "" in names:
@@ -174,9 +174,9 @@ def _division(
 
 
 def _text_column(rows: list[dict[str, str]], columns: list[str]) -> str | None:
-    """The column of texts, None where the columns are numbers and kinds.
+    """The column of texts; None if the columns are numbers and categories.
 
-    Raises: ValueError where there is no column.
+    Raises: ValueError if there is no column.
     """
     if "text" in columns:
         return "text"

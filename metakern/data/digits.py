@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits: real scans that need no download."""
+"""scikit-learn's bundled handwritten digits: real scans, available without a download."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _TEST_PER_CLASS = 45
 
 
 def _to_28(images: torch.Tensor) -> torch.Tensor:
-    """[n, 8, 8] in 0..16 to [n, 1, 28, 28] in 0..1: three times larger, then the border MNIST's images have."""
+    """[n, 8, 8] in 0..16 -> [n, 1, 28, 28] in 0..1: enlarged three times, with the border of MNIST's images."""
     larger = F.interpolate(images.unsqueeze(1) / 16, scale_factor=3, mode="bilinear", align_corners=False)
     return F.pad(larger, (2, 2, 2, 2))
 
 
 def digits(classes: tuple[int, ...] = tuple(range(10))) -> Source:
-    """The digits restricted to `classes`, brought to MNIST's 28 x 28 so that one network serves both.
+    """The digits `classes`, resized to MNIST's 28 x 28, so that one network fits both data sets.
 
-    45 images of each class, the same in every run, are the test set: about a quarter of the 180 there are.
+    The test set has 45 images of each class, the same in every run: about a quarter of the 180 there are.
     Source: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
     """
     from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""Few-shot episodes: classes split into those to train on and those to test on, and small tasks drawn from them."""
+"""Few-shot episodes: classes split into training, validation and test classes, and small tasks drawn from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metakern.data.nodes import GraphSource
 
 @dataclass(frozen=True)
 class Pool:
-    """The examples of some classes: `rows[k]` are those of class `classes[k]`, a number in the source."""
+    """The examples of some classes: `rows[k]` are those of class `classes[k]`, a class number of the source."""
 
     examples: Examples
     rows: tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class ClassSplit(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """A small task: targets are 0 .. K-1, and stand for `classes[K]`, the numbers of the classes in the source."""
+    """A small task: its targets 0 .. K-1 stand for `classes[K]`, class numbers of the source."""
 
     support: Examples
     query: Examples
@@ -39,12 +39,12 @@ class Episode(NamedTuple):
 
 
 def split_classes(source: Source, *, smallest: int, held_out: float = 0.2, seed: int = 0) -> ClassSplit:
-    """Pools of classes to train on, to choose by and to test on; each class has `smallest` examples at least.
+    """Pools of training, validation and test classes; each class has at least `smallest` examples.
 
-    Validation and test get a share `held_out` of the classes each, drawn by `seed`, with all their examples. The other
-    classes have those of the source's training part alone: nothing published to test on is trained on. In the pools
-    the ids of the source's test part follow those of its training part.
-    Raises: ValueError for a graph, and when held_out is not in (0, 0.5) or leaves one of the three without a class.
+    Validation and test get a share `held_out` of the classes each, drawn by `seed`, with all their examples. Training
+    classes only have the examples of the source's training set, so that no published test example is trained on. In the
+    pools, the ids of test examples continue those of training examples.
+    Raises: ValueError for a graph, and if held_out is not in (0, 0.5) or leaves one of the three without a class.
     """
     if isinstance(source, GraphSource):
         raise ValueError(f"episodes: {source.name} is a graph, whose nodes cannot be drawn apart from each other")
@@ -71,7 +71,7 @@ def split_classes(source: Source, *, smallest: int, held_out: float = 0.2, seed:
 
 
 def _both_parts(source: Source) -> tuple[Examples, Tensor]:
-    """All examples of the source, and which are of its training part [n] bool."""
+    """All examples of the source, and whether each is in its training set, [n] bool."""
     train, test = source.train, source.test
     after = int(train.ids.max()) + 1
     examples = Examples(
@@ -91,8 +91,8 @@ def _pool(examples: Examples, allowed: Tensor, classes: Tensor) -> Pool:
 def draw_episode(pool: Pool, shots: Tensor, queries: int, generator: torch.Generator) -> Episode:
     """An episode of K classes: shots[k] support examples of its class k, and `queries` others of each class.
 
-    Classes and examples are drawn without replacement, so it is by chance which class gets how many shots.
-    Raises: ValueError when the pool has too few classes, or a class drawn too few examples.
+    Classes and examples are drawn without replacement, so which class has how many shots is random.
+    Raises: ValueError if the pool has too few classes, or a drawn class too few examples.
     """
     way = len(shots)
     if way > len(pool.classes):

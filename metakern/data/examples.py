@@ -1,4 +1,4 @@
-"""The three values that data travels in: examples, a data set as published, and what one run trains on."""
+"""The three types of data: examples, a data set as published, and what one run trains on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """n examples: inputs[n, ...], targets[n] int64, and ids[n] int64, the row each had in the published set.
+    """n examples: inputs[n, ...], targets[n] int64, and ids[n] int64, their rows in the published data set.
 
-    The ids are what makes leakage checkable: two subsets of one source share an example exactly when they share an id.
+    Ids make leakage checkable: two subsets of a source share an example exactly if they share an id.
     """
 
     inputs: Tensor
@@ -39,7 +39,9 @@ class Examples:
 
 
 class Origin(NamedTuple):
-    """Where an example of the user's own data stands: its file, and in a table its row, 1 the first below the head."""
+    """Where an example of the user's own data comes from: a file, and in a table the row, 1 being the first below the
+    header.
+    """
 
     file: str
     row: int | None = None
@@ -47,12 +49,12 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is published: its own training and test examples, before any bias is made.
+    """A data set as published: its training and test examples, before any bias is introduced.
 
-    Where the published training labels are themselves noisy and the true ones are known, those are `clean_targets`[n].
-    `readable[id]` is what a person reads of the training example with that id, where the inputs say nothing: its text.
-    `meta` are the examples whose labels the user vouches for, apart from `train`; `origins[id]` is where each stands.
-    `groups`[C] int64 is the group of each class, where the classes have some: of a fish, that it is an animal.
+    `clean_targets`[n] are the true labels, if the published training labels are noisy and the true ones are known.
+    `readable[id]` is a readable form of the training example with that id, such as its text, if the inputs are not
+    readable. `meta` are examples whose labels are certain, separate from `train`. `origins[id]` is where each example
+    comes from. `groups`[C] int64 is the group of each class, if there are groups: for a fish, that it is an animal.
     `contents` is the digest of the user's own files, see `metakern.data.contents`.
     """
 
@@ -70,12 +72,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """What one run sees: biased training examples, a small clean meta set, and the test examples.
+    """What one run uses: biased training examples, a small clean meta set, and the test examples.
 
-    `train` and `meta` never share an id; `clean_targets`[n] are the labels of `train` from before any noise, and
-    `corruption`[C, C] the probability that it gave true class k the label j; None where no noise was made; `contents`
-    is that of the source. `certain_meta` is False where `meta` is drawn from data of the user's own, for whose labels
-    nobody vouches.
+    `train` and `meta` never share an id. `clean_targets`[n] are the labels of `train` before noise was added;
+    `corruption`[C, C] holds the probabilities of label j for true class k, or is None without such noise. `contents` is
+    that of the source. `certain_meta` is False if `meta` was drawn from the user's own data, whose labels nobody has
+    vouched for.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Where data sets lie on disk, and what to say when one does not."""
+"""Where data sets are found, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ VARIABLE = "METAKERN_DATA"
 
 
 class DataNotFound(FileNotFoundError):
-    """A data set is not there; the message says what is missing, in which format, and where it is published."""
+    """A data set was not found; the message says what is missing, its format, and where it is published."""
 
 
 def data_dir(explicit: str | Path | None = None) -> Path | None:
-    """The folder of data sets: `explicit` when given, else the environment variable METAKERN_DATA, else None.
+    """The folder of data sets: `explicit` if given, else the environment variable METAKERN_DATA, else None.
 
-    Raises: DataNotFound when the folder that was named does not exist.
+    Raises: DataNotFound if the named folder does not exist.
     """
     named = explicit or os.environ.get(VARIABLE)
     if not named:
@@ -30,9 +30,9 @@ def data_dir(explicit: str | Path | None = None) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, plain or gzip, with its own ends of lines.
+    """The UTF-8 text of a file, plain or gzip, with its own line endings.
 
-    Raises: ValueError naming the file where it is neither.
+    Raises: ValueError naming the file if it is neither.
     """
     raw = path.read_bytes()
     try:
@@ -48,7 +48,7 @@ def find_file(
 ) -> Path:
     """The first of root/folder/name that exists, over `folders` and then `names`.
 
-    Raises: DataNotFound saying the data set, the file names looked for, their format and the place of publication.
+    Raises: DataNotFound naming the data set, the files looked for, their format, and where they are published.
     """
     if root is not None:
         for folder in folders:

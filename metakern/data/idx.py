@@ -1,4 +1,4 @@
-"""IDX, the format MNIST and its successors are published in, plain or gzipped."""
+"""IDX, the format of MNIST and its successors, plain or gzip."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file, in native byte order, with the shape its header gives.
+    """The array in an IDX file, in native byte order, with the shape given by its header.
 
     The header is 0, 0, type, number of dimensions d, then d big-endian uint32 lengths.
-    Raises: ValueError when the file is not IDX, or holds more or fewer values than its header says.
+    Raises: ValueError if the file is not IDX, or holds more or fewer values than its header says.
     Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits".
     """
     raw = path.read_bytes()

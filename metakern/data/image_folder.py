@@ -1,4 +1,4 @@
-"""Images of one's own: a folder with a folder for each class."""
+"""The user's own images: a folder with one folder per class."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I")  # modes that Pillow gives images
 
 
 def image_folder(folder: str) -> Source:
-    """FOLDER/CLASS/image, or FOLDER/train/CLASS/image beside test or meta; images [n, c, h, w] float32.
+    """FOLDER/CLASS/image, or FOLDER/train/CLASS/image next to test or meta; images [n, c, h, w] float32.
 
-    FOLDER/meta has images whose class is certain. Without FOLDER/test a fifth of each class is the test set, the same
-    in every run. One channel where every image is grey, else three; of 16 bits the upper eight are read; images are
-    turned as their EXIF data say. Transparent parts of all images become white, or black or grey where fewer training
-    images are blank with it. Images of several sizes, or of one that has a side below 8 or above 128, are scaled to a
-    shorter side of 64 and cut to 64 x 64 in the middle. Each channel has mean 0 and deviation 1 over the training
-    images. Ids are places in the sorted list of files; hidden ones are not read.
-    Raises: DataNotFound for a missing folder, ValueError where there are no images, where some lie deeper, or the test
-    set has other classes, ModuleNotFoundError without Pillow.
+    FOLDER/meta has images whose class is certain. Without FOLDER/test, a fifth of each class is the test set, the same
+    in every run. There is one channel if all images are grey, otherwise three. Of 16-bit images the upper eight bits
+    are used. Images are rotated as their EXIF data say. Transparent parts become white in all images, or black or grey
+    if that leaves fewer training images blank. Images of different sizes, or with a side below 8 or above 128 pixels,
+    are scaled to a shorter side of 64 and cropped to 64 x 64 in the middle. Each channel has mean 0 and deviation 1
+    over the training images. Ids are positions in the sorted list of files; hidden files are ignored.
+    Raises: DataNotFound for a missing folder; ValueError if there are no images, if some are in deeper folders, or if
+    the test set has other classes; ModuleNotFoundError without Pillow.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -60,9 +60,9 @@ def image_folder(folder: str) -> Source:
 
 
 def _parts(root: Path) -> tuple[list[Path], list[Tensor]]:
-    """The files, and the numbers of those to train on, to test on, and whose class is certain.
+    """The files, and which of them are the training set, the test set, and the meta set, by number.
 
-    Raises: ValueError where there is none to train on, or another part has classes that these have not.
+    Raises: ValueError if the training set is empty, or another set has classes that it does not have.
     """
     divided = (root / "train").is_dir() and any((root / part).is_dir() for part in ("test", "meta"))
     parts = [_files(root / part) for part in ("train", "test", "meta")] if divided else [_files(root), [], []]
@@ -80,7 +80,7 @@ def _parts(root: Path) -> tuple[list[Path], list[Tensor]]:
 def _files(root: Path) -> list[Path]:
     """The images of all classes.
 
-    Raises: ValueError for an image in a folder of a class's folder: that it is left out would not be seen.
+    Raises: ValueError for an image in a subfolder of a class: nobody would notice that it is left out.
     """
     images = sorted(path for path in root.glob("*/**/*") if path.suffix.lower() in ENDINGS)
     images = [path for path in images if not any(part.startswith(".") for part in path.relative_to(root).parts)]

@@ -1,4 +1,4 @@
-"""Class imbalance by seeded drawing without replacement, with a meta set that shares no example with training."""
+"""Class imbalance by seeded sampling without replacement; the meta set shares no example with the training set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from metakern.data.noise import noisy
 
 
 def _binary_counts(available: torch.Tensor, majority: float, size: int, meta_per_class: int) -> tuple[int, int]:
-    """How many minority and majority examples to draw: the share asked for, at the largest size there is."""
+    """How many minority and majority examples to draw: the requested share, at the largest size possible."""
     size = min(size, int(available[1] / majority), int(available[0] / (1 - majority)))
     minority = max(size - round(size * majority), meta_per_class + 1)
     return minority, min(round(size * majority), int(available[1]))
@@ -27,12 +27,12 @@ def binary_imbalance(
 ) -> Task:
     """A two-class task in which class 1 has the share `majority` of `size` training examples; then label noise.
 
-    The meta set, `meta_per_class` of each class, is taken out of those `size` examples, so no method sees more data
-    than another, or it is the source's own; the test set is the source's own. Where the source is too small the size
-    shrinks, and the minority keeps one training example at least: `Task.class_shares` has the shares that came out.
-    With `noise` of that `rate` the training labels are drawn anew after all this, see `noise_matrix`.
-    Raises: ValueError when the source is not binary, majority is not in [0.5, 1), or a class has too few examples; as
-    `noise_matrix`.
+    The meta set, `meta_per_class` examples of each class, is taken from these `size` examples, so that no method sees
+    more data than another; or it is the source's own. The test set is that of the source. If the source is too small,
+    the size is reduced, and the minority keeps at least one training example; `Task.class_shares` has the resulting
+    shares. With `noise`, the training labels are then corrupted at that `rate`, see `noise_matrix`.
+    Raises: ValueError if the source does not have two classes, majority is not in [0.5, 1), or a class has too few
+    examples; as `noise_matrix`.
     Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018, section 4.1.
     """
     if len(source.class_names) != 2:

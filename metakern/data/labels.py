@@ -1,4 +1,4 @@
-"""From the names of classes to their numbers."""
+"""Class names to class numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def numbered(labels: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """targets[n] int64 and the class names: in order, or of two classes the rarer first, as all sets of two are here.
+    """targets[n] int64 and the class names, sorted; with two classes the rarer first, as in all two-class data sets
+    here.
 
-    Raises: ValueError when there are not two classes at least.
+    Raises: ValueError unless there are at least two classes.
     """
     counts = Counter(labels)
     if len(counts) < 2:
@@ -26,7 +27,7 @@ def numbered(labels: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _in_order(name: str) -> tuple[float, str]:
-    """Numbers by value, other names, "nan" among them, after them by letter."""
+    """Numbers by value, then all other names ("nan" among them) alphabetically."""
     try:
         value = float(name)
     except ValueError:

@@ -34,7 +34,7 @@ def step_counts(available: Tensor, factor: float, *, minority: float = 0.5) -> T
 
 
 def one_large_counts(available: Tensor, factor: float) -> Tensor:
-    """The first class keeps n_max, every other one floor(n_max / factor); [C] int64.
+    """The first class keeps n_max, all others floor(n_max / factor); [C] int64.
 
     Raises: as `long_tail_counts`.
     Source: Bansal et al., "MetaBalance", 2021: one class of 5000 and nine of 5 (there the large one is drawn).

@@ -1,4 +1,4 @@
-"""MNIST from its four IDX files: all ten digits, or two of them as a binary set."""
+"""MNIST from its four IDX files: all ten digits, or two of them as a two-class data set."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _examples(root: Path | None, prefix: str, digits: tuple[int, ...]) -> Exampl
 
 
 def mnist(root: Path | None, digits: tuple[int, ...] = tuple(range(10))) -> Source:
-    """MNIST restricted to `digits`, whose order gives the targets; images [n, 1, 28, 28] float32 in 0..1.
+    """The digits `digits` of MNIST, whose order gives the targets; images [n, 1, 28, 28] float32 in 0..1.
 
-    Raises: DataNotFound when one of the four files is missing.
+    Raises: DataNotFound if one of the four files is missing.
     Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998.
     """
     name = "mnist" if len(digits) == 10 else "mnist-" + "v".join(map(str, digits))

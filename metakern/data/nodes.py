@@ -1,4 +1,4 @@
-"""Nodes of a graph as examples: their inputs are node numbers, and the graph stays whole."""
+"""Nodes of a graph as examples: the inputs are node numbers, and the graph stays whole."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from metakern.data.planetoid import Graph, load_graph
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSource(Source):
-    """A source whose inputs[n] int64 are nodes of `graph`; the ids are those numbers too."""
+    """A source whose inputs[n] int64 are nodes of `graph`; the ids are the same numbers."""
 
     graph: Graph
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeTask(Task):
-    """A task whose inputs[n] int64 are nodes of `graph`, which a model sees as a whole."""
+    """A task whose inputs[n] int64 are nodes of `graph`, all of which the model sees."""
 
     graph: Graph
 
@@ -31,7 +31,7 @@ def _nodes(graph: Graph, nodes: torch.Tensor) -> Examples:
 
 
 def graph_source(name: str, root: Path | None) -> GraphSource:
-    """The graph called `name`; its training and test nodes are those of the public split.
+    """The graph called `name`, with the training and test nodes of the public split.
 
     Raises: as `load_graph`.
     """
@@ -45,8 +45,8 @@ def node_task(
 ) -> NodeTask:
     """Training nodes with class imbalance `factor`; the meta set is `meta_per_class` validation nodes of each class.
 
-    Training, validation and test nodes are those of the public split, which share none.
-    Raises: ValueError when a class has fewer validation nodes or shape is not one of SHAPES; as those.
+    Training, validation and test nodes are those of the public split, which do not overlap.
+    Raises: ValueError if a class has fewer validation nodes, or shape is not one of SHAPES; as those.
     """
     if shape not in SHAPES:
         raise ValueError(f"node_task: shape must be one of {', '.join(SHAPES)}, got {shape!r}")

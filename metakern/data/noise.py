@@ -1,4 +1,4 @@
-"""Label noise by the definitions of the papers: seeded, with the corruption matrix and the true labels kept."""
+"""Label noise as defined in the papers: seeded, with the corruption matrix and the true labels kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metakern.data.examples import Examples, Task
 
 
 class Noisy(NamedTuple):
-    """targets[n] int64 after the noise, and matrix[C, C] float64: the probability that true class k is labelled j."""
+    """targets[n] int64 with noise, and matrix[C, C] float64, the probabilities of label j for true class k."""
 
     targets: Tensor
     matrix: Tensor
@@ -26,7 +26,7 @@ def _others(classes: int) -> Tensor:
 
 
 def uniform_matrix(classes: int, rate: float) -> Tensor:
-    """1 - rate on the diagonal plus rate / C everywhere: the new label is any class, the true one among them.
+    """1 - rate on the diagonal plus rate / C everywhere: the new label may be any class, including the true one.
 
     Source: Shu et al., "Meta-Weight-Net", NeurIPS 2019, section 4.2.
     """
@@ -34,7 +34,7 @@ def uniform_matrix(classes: int, rate: float) -> Tensor:
 
 
 def symmetric_matrix(classes: int, rate: float) -> Tensor:
-    """1 - rate on the diagonal, rate / (C - 1) elsewhere: a flipped label is always wrong.
+    """1 - rate on the diagonal, rate / (C - 1) elsewhere: a redrawn label is always wrong.
 
     Source: Ren et al., ICML 2018, section 4.2, "uniform flip". (Its code draws from the first C - 1 classes.)
     """
@@ -43,10 +43,10 @@ def symmetric_matrix(classes: int, rate: float) -> Tensor:
 
 
 def flip_matrix(classes: int, rate: float, generator: torch.Generator, *, partners: int = 1) -> Tensor:
-    """1 - rate on the diagonal, rate / partners to each of `partners` other classes drawn for every class.
+    """1 - rate on the diagonal, rate / partners for each of `partners` other classes, drawn for every class.
 
     Source: "flip" (one partner): Shu et al., NeurIPS 2019, and MLRNet; "flip2" (two): Shu et al.'s code.
-    Raises: ValueError when there are not that many other classes.
+    Raises: ValueError if there are not that many other classes.
     """
     if not 1 <= partners < classes:
         raise ValueError(f"flip_matrix: partners must be 1 to {classes - 1} for {classes} classes, got {partners}")
@@ -58,7 +58,7 @@ def flip_matrix(classes: int, rate: float, generator: torch.Generator, *, partne
 
 
 def background_matrix(classes: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Every class keeps 1 - rate of its labels, the rest goes to one class drawn for all.
+    """Every class keeps 1 - rate of its labels; the rest become one class, which is drawn once.
 
     Source: Ren et al., ICML 2018, section 4.2, "background flip".
     """
@@ -80,9 +80,9 @@ def hierarchical_matrix(groups: Tensor, rate: float) -> Tensor:
 
 
 def corrupt(targets: Tensor, matrix: Tensor, generator: torch.Generator) -> Noisy:
-    """Draw each label anew from its true class's row of `matrix`; targets[n] int64.
+    """Redraw each label from its true class's row of `matrix`; targets[n] int64.
 
-    Raises: ValueError when matrix is not square or a row does not sum to 1.
+    Raises: ValueError if matrix is not square or a row does not sum to 1.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"corrupt: matrix must be square, got {list(matrix.shape)}")
@@ -110,10 +110,10 @@ NOISE_KINDS = (*_KINDS, "hierarchical")
 def noise_matrix(
     kind: str, classes: int, rate: float, generator: torch.Generator, *, groups: Tensor | None = None
 ) -> Tensor:
-    """The corruption matrix called `kind`, [C, C] float64; groups[C] int64 for hierarchical noise, else not read.
+    """The corruption matrix called `kind`, [C, C] float64; groups[C] int64 is only used by hierarchical noise.
 
-    Raises: ValueError listing the kinds for another name, when rate is not in [0, 1], or for hierarchical noise without
-    groups or with groups of one class each, which it would leave as they are.
+    Raises: ValueError with the known kinds for another name; if rate is not in [0, 1]; for hierarchical noise without
+    groups, or with groups of one class each, on which it has no effect.
     """
     if kind not in NOISE_KINDS:
         raise ValueError(f"unknown noise {kind!r}; there are: {', '.join(NOISE_KINDS)}")
@@ -130,7 +130,7 @@ def noise_matrix(
 
 
 def noisy(task: Task, kind: str, rate: float, generator: torch.Generator, *, groups: Tensor | None = None) -> Task:
-    """The task with noise in its training labels; the meta set, the test set and `clean_targets` stay as they are.
+    """The task with noise in its training labels; meta set, test set and `clean_targets` are unchanged.
 
     Raises: as `noise_matrix`.
     """

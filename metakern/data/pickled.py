@@ -37,9 +37,9 @@ class _OfArrays(pickle.Unpickler):
 
 
 def read_pickled(path: Path) -> Any:
-    """The arrays, numbers, texts, lists, dicts and CSR matrices of a pickle; a text that Python 2 has written is bytes.
+    """The arrays, numbers, texts, lists, dicts and CSR matrices of a pickle; texts written by Python 2 are bytes.
 
-    Raises: ValueError naming the file where it is no whole pickle or asks for anything else.
+    Raises: ValueError naming the file if it is not a complete pickle, or names anything else.
     """
     try:
         with path.open("rb") as file:

@@ -20,9 +20,9 @@ VALIDATION = 500  # nodes, those behind the training nodes
 
 @dataclass(frozen=True)
 class Graph:
-    """features[N, F] float32, edges[2, E] int64 in both directions, targets[N] int64 with -1 for nodes without label.
+    """features[N, F] float32, edges[2, E] int64 in both directions, targets[N] int64, -1 for nodes without a label.
 
-    train, validation and test are node numbers, int64; they share none.
+    train, validation and test are node numbers, int64, which do not overlap.
     """
 
     name: str
@@ -65,7 +65,7 @@ def load_graph(name: str, data_dir: str | Path | None = None) -> Graph:
 
 
 def _published(name: str, stem: Path) -> Graph:
-    """Out of `ind.{name}.*`, whose rows are the nodes in order, but for the test nodes: test.index has their numbers.
+    """A graph from `ind.{name}.*`. Rows are nodes in order, except test nodes, whose numbers are in test.index.
 
     Numbers that are missing there are nodes without words, label and edges.
     """

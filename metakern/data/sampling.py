@@ -14,7 +14,7 @@ def _cycle(rows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def _chunks(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Chunks of exactly `size` out of one permutation of `rows` after another; a chunk may span two of them."""
+    """Chunks of exactly `size` from one permutation of `rows` after another; a chunk may span two of them."""
     permutations = _cycle(rows, generator)
     left = next(permutations)
     while True:
@@ -25,14 +25,17 @@ def _chunks(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Ten
 
 
 def shuffled(targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers [batch_size] int64: every example once an epoch, each batch full, at most all examples in one."""
+    """Row numbers [batch_size] int64: every example once per epoch; all batches are full, and hold at most all
+    examples.
+    """
     return _chunks(torch.arange(len(targets)), min(batch_size, len(targets)), generator)
 
 
 def class_balanced(targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers with batch_size / C of each class present; the first classes get one more where it does not divide.
+    """Row numbers with batch_size / C of each class present; the first classes get one more if it does not divide
+    evenly.
 
-    Within a class no example comes twice before all the others came once.
+    Within a class, no example is repeated before all others have been used.
     """
     present = targets.unique().tolist()
     sizes = [batch_size // len(present) + (k < batch_size % len(present)) for k in range(len(present))]

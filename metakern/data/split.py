@@ -1,4 +1,4 @@
-"""A test set out of data that come without one."""
+"""A test set for data that come without one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def stratified(targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and to test on: a fifth of each class is the test set, the same in every run.
+    """Training rows and test rows: a fifth of each class is the test set, the same in every run.
 
     targets[n] int64; both are int64. A class of fewer than five rows has none in the test set.
     """
@@ -25,9 +25,9 @@ def stratified(targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def require_every_class(meta: Tensor, targets: Tensor, class_names: Sequence[str]) -> None:
-    """The clean rows `meta`[m] of targets[n] must have an example of each class.
+    """Require that the meta rows `meta`[m] of targets[n] include an example of each class.
 
-    Raises: ValueError naming the classes that are missing.
+    Raises: ValueError naming the missing classes.
     """
     present = set(targets[meta].tolist())
     missing = [name for k, name in enumerate(class_names) if k not in present]
@@ -36,7 +36,7 @@ def require_every_class(meta: Tensor, targets: Tensor, class_names: Sequence[str
 
 
 def require_known_classes(part: Tensor, train: Tensor, targets: Tensor, class_names: Sequence[str], what: str) -> None:
-    """The rows `part`[k] of targets[n], called `what`, must be of classes that the rows `train` have.
+    """Require that the rows `part`[k] of targets[n], called `what`, only have classes of the rows `train`.
 
     Raises: ValueError naming the others.
     """
@@ -49,7 +49,7 @@ def require_known_classes(part: Tensor, train: Tensor, targets: Tensor, class_na
 def standardised(values: Tensor, train: Tensor) -> Tensor:
     """values[n, d] with mean 0 and deviation 1 over the rows `train`; a missing value (nan) becomes the mean, 0.
 
-    A column that is the same in all these rows has no deviation: its values stay as far apart as they were.
+    A column that is constant over these rows has no deviation, and is only shifted.
     """
     known = values[train]
     mean = known.nanmean(0)

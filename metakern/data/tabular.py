@@ -14,9 +14,9 @@ from metakern.data.split import standardised, stratified
 
 
 def _source(name: str, features: np.ndarray, targets: np.ndarray, class_names: tuple[str, str]) -> Source:
-    """A fifth of each class, the same in every run, is the test set; features are standardised by the training part.
+    """A fifth of each class, the same in every run, is the test set; features are standardised by the training set.
 
-    Class 0 is the rare one everywhere: the imbalance generator makes class 1 the majority.
+    Class 0 is always the rare one: the imbalance generator makes class 1 the majority.
     """
     inputs, labels = torch.from_numpy(features).float(), torch.from_numpy(targets).long()
     train_rows, test_rows = stratified(labels, 2)
@@ -33,11 +33,11 @@ def _csv_columns(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def credit_fraud(root: Path | None, *, first_hours: bool = False) -> Source:
-    """Credit-card transactions: fraud (class 0) against genuine (class 1); 29 features, Time left out.
+    """Credit-card transactions: fraud (class 0) against genuine (class 1); 29 features, without Time.
 
-    Reads `creditcard.csv` as published, or the subset `creditcard_fraud_subset.npz`, of which only the genuine rows
-    that are spread over both days are used (pool 0); with `first_hours` also those of its first hours alone (pools 1
-    and 2), which may differ from the frauds by their time.
+    Reads `creditcard.csv` as published, or the subset `creditcard_fraud_subset.npz`, of which only the genuine
+    transactions spread over both days are used (pool 0); with `first_hours`, also those of its first hours alone (pools
+    1 and 2), whose time may distinguish them from the frauds.
     Source: Dal Pozzolo et al., "Calibrating Probability with Undersampling for Unbalanced Classification", CIDM 2015.
     """
     path = find_file(

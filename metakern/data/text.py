@@ -1,4 +1,4 @@
-"""Text sets as token numbers: AG News by words, the CLUE sets by characters."""
+"""Text data sets as tokens: AG News by words, the CLUE sets by characters."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ AG_CLASSES = ("world", "sports", "business", "sci-tech")
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case."""
+    """Sequences of letters and digits, in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def characters(text: str) -> list[str]:
-    """Every character but white space: for text that puts no spaces between words."""
+    """All characters except white space, for text without spaces between words."""
     return [character for character in text if not character.isspace()]
 
 
@@ -52,7 +52,7 @@ def _source(
 
 
 def by_frequency(texts: list[str], split: Callable[[str], list[str]], length: int) -> Encode:
-    """Tokens [n, length]: from 2 by falling frequency in `texts`, 1 unknown, 0 after the end."""
+    """Tokens [n, length]: numbered from 2 by falling frequency in `texts`; 1 is unknown, 0 fills the end."""
     counts = Counter(token for text in texts for token in split(text))
     numbers = {token: k + 2 for k, (token, count) in enumerate(counts.most_common(20000)) if count > 1}
 
@@ -82,11 +82,11 @@ def _ag_file(
 
 
 def ag_news(root: Path | None, *, length: int = 64, encode: Encode | None = None) -> Source:
-    """News by subject: world, sports, business, science and technology; words, int64 [n, length].
+    """News by topic: world, sports, business, science and technology; words, int64 [n, length].
 
-    Reads train.csv and test.csv as published (class, title, description; no header), plain or gzip; for training also
-    `train_pool.csv.gz`, a part of it with the header label, ..., text.
-    Raises: DataNotFound when one is missing.
+    Reads train.csv and test.csv as published (class, title, description; no header), plain or gzip; alternatively, for
+    training, `train_pool.csv.gz`, a part of it with the header label, ..., text.
+    Raises: DataNotFound if one is missing.
     Source: Zhang, Zhao, LeCun, "Character-level Convolutional Networks for Text Classification", NIPS 2015.
     """
 
@@ -96,9 +96,9 @@ def ag_news(root: Path | None, *, length: int = 64, encode: Encode | None = None
 
 
 def ag_news_human(root: Path | None, *, length: int = 64, encode: Encode | None = None) -> Source:
-    """The training rows that a crowd-worker labelled, with that label to train on and the true one to judge by.
+    """The training texts that a crowd-worker labelled: that label to train on, and the true one for evaluation.
 
-    Reads `train_pool.csv.gz`: a header with label, human_label and text, human_label -1 where there is none.
+    Reads `train_pool.csv.gz`: a header with label, human_label and text; human_label is -1 if there is none.
     Source: "NoisyAG-News: A Benchmark for Instance-Dependent Label Noise in Text Classification", 2024.
     """
     path = _ag_file(root, "train_pool.csv.gz", form="CSV with the header label, human_label, ..., text")
@@ -122,10 +122,11 @@ def clue(
 ) -> Source:
     """A DataCLUE text set, "cic", "tnews" or "iflytek"; characters, int64 [n, length].
 
-    Classes of fewer than `smallest` training texts are left out: what is in them could be in one part alone.
-    Reads `{name}_{part}.jsonl.gz` for each part of `train`, one after the other, and for `test`: an object a line with
-    label and text. Texts of the part "dev" that stand in training too are left out of it; the other parts have none.
-    Raises: DataNotFound when one is missing.
+    Classes with fewer than `smallest` training texts are left out, because they could not be in both the meta set and
+    the training set. Reads `{name}_{part}.jsonl.gz` for all parts of `train` in order, and for `test`: one JSON object
+    per line, with label and text. Texts of the part "dev" that also occur in the training set are removed from it;
+    other parts contain no such texts.
+    Raises: DataNotFound if one is missing.
     Source: Xu et al., "DataCLUE: A Benchmark Suite for Data-centric NLP", 2021.
     """
 
@@ -157,7 +158,7 @@ def clue(
 
 
 def _first_copies(rows: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
-    """Of several copies of a text the first: copies must not stand in the meta set and in training."""
+    """The first of several copies of a text: copies must not be in both the meta set and the training set."""
     first: dict[str, dict[str, str | int]] = {}
     for row in rows:
         first.setdefault(str(row["text"]), row)

@@ -1,4 +1,4 @@
-"""Audit: which training examples work against a small clean set, and which label they seem to deserve."""
+"""Audit: which training examples are harmful as judged by a small clean set, and which label they seem to deserve."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
 
 @dataclass(frozen=True)
 class Audit:
-    """What a plain training run says about each training example; arrays [n], probabilities [n, C].
+    """What a plain training run tells about each training example; arrays [n], probabilities [n, C].
 
-    value: sum over the steps the example was in of lr / (batch size) * dots_n, by how much it lowered the meta loss to
-    first order; the harmful ones are below 0. scaled: the same with each step's dots divided by their root mean
-    square, so that early steps, whose gradients are large, do not outvote the rest. loss: the mean of its losses.
-    probabilities: the mean of the predictions for it, in evaluation mode, the first tenth of the run left out. Never
-    seen: nan.
+    value: sum, over the steps that used the example, of lr / (batch size) * dots_n: to first order, by how much it
+    lowered the meta loss; harmful examples are below 0. scaled: the same with the dots of each step divided by their
+    root mean square, so that early steps, whose gradients are large, do not dominate. loss: mean loss. probabilities:
+    mean prediction, in evaluation mode, without the first tenth of the run. All are nan for examples that were never
+    used.
     """
 
     value: np.ndarray
@@ -37,16 +37,16 @@ class Audit:
 
     @property
     def suggested(self) -> np.ndarray:
-        """The class with the largest mean probability, [n] int64: the given one where the network agrees with it."""
+        """The class with the largest mean probability, [n] int64; it is the given one if the network agrees with it."""
         return np.nan_to_num(self.probabilities, nan=-1.0).argmax(1)
 
     def harmful_first(self) -> np.ndarray:
-        """Row numbers from the lowest value to the highest, those never seen last, [n] int64."""
+        """Row numbers from the lowest value to the highest, then those of examples never used, [n] int64."""
         return np.argsort(self.value, kind="stable")
 
 
 class Unfinished(ValueError):
-    """A step of an audit failed; `found` is what had been measured by then, None if nothing had."""
+    """A step of an audit failed. `found` is what had been measured by then; None if nothing had."""
 
     def __init__(self, message: str, found: Audit | None) -> None:
         super().__init__(message)
@@ -84,12 +84,12 @@ class _Sums:
 
 
 def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
-    """Train once on `task` as `config` says, with equal weights, and add up what each example did to the meta loss.
+    """One training run on `task` with equal weights, in which the effect of each example on the meta loss is summed up.
 
-    The dots come out of the same backward pass as the step. With momentum mu an example's whole effect is about
-    1 / (1 - mu) times its value, for all alike.
-    Raises: Unfinished where `metakern.reweight_step` raises ValueError, or predictions are not finite, those after the
-        last step included.
+    The dots come from the backward pass of the step. With momentum mu, the total effect of an example is about 1 / (1 -
+    mu) times its value, equally for all.
+    Raises: Unfinished if `metakern.reweight_step` raises ValueError, or if predictions are not finite, including those
+    after the last step.
     Source: the first-order form of Wang, Mittal, Song, Jia, "Data Shapley in One Training Run", ICLR 2025, section 4.
     """
     torch.set_num_threads(config.threads)

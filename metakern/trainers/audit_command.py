@@ -1,4 +1,6 @@
-"""`metakern audit`: one training run, a ranking, a page and a table; beside other rankings where the truth is known."""
+"""`metakern audit`: a training run, a ranking, a page and a table; other rankings for comparison if wrong labels are
+known.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,16 @@ NO_CLEANLAB = "cleanlab: left out, it is not installed; try: pip install 'metake
 
 
 def audit_folder(config: TrainConfig, out: Path | None, *, top: int, folds: int, overwrite: bool) -> Path:
-    """Where an audit goes, see `place`; the default has the name of the data.
+    """The folder of an audit, see `place`; the default is named after the data.
 
-    Raises: ValueError where `out` has an audit of other settings, unless `overwrite`.
+    Raises: ValueError if `out` has an audit with other settings, unless `overwrite`.
     """
     default = Path("runs") / replace(config, method="audit").name()
     return place(out, default, lambda folder: _other(folder, _identity(config, top, folds)), overwrite=overwrite)
 
 
 def finished_audit(config: TrainConfig, folder: Path, *, top: int, folds: int) -> str | None:
-    """What to print of the audit in `folder`; None where there is none of these settings and data."""
+    """The text to print for the audit in `folder`; None if there is none of these settings and data."""
     record = read_json(folder / NAME)
     return None if record is None or _other(folder, _identity(config, top, folds)) else _told(record, folder)
 
@@ -59,12 +61,13 @@ def _other(folder: Path, wanted: dict[str, Any]) -> str | None:
 
 
 def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 5, progress: bool = True) -> str:
-    """Audit the training set of `config`; audit.csv, audit.html and audit.json go to `folder`; what to print.
+    """Audit the training set of `config`, with audit.csv, audit.html and audit.json in `folder`; returns the text to
+    print.
 
-    Where labels are known to be wrong, this ranking stands beside the highest loss and, with `folds` above 1, beside
-    cleanlab's on held-out predictions.
-    Raises: ValueError when top is below 1 or folds is 1 or negative, and when a step fails, with what had been measured
-        by then in audit.csv and no audit.json; as `make_task`.
+    If it is known which labels are wrong, the ranking is compared with that by the highest loss and, with `folds` above
+    1, with cleanlab's on held-out predictions.
+    Raises: ValueError if top is below 1 or folds is 1 or negative, and if a step fails; what had been measured by then
+    is left in audit.csv, without audit.json; as `make_task`.
     """
     if top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
@@ -121,7 +124,7 @@ def _suggestions(task: Task, found: Audit, wrong: np.ndarray) -> str:
 
 
 def _told(record: dict[str, Any], folder: Path) -> str:
-    """An audit.json to print."""
+    """The text to print for an audit.json."""
     rows = [["ranking", "area under ROC", "precision at k"]]
     for name, measured in record["rankings"].items():
         rows.append([name, f"{measured['area']:.3f}", f"{100 * measured['precision'][-1]:.1f} %"])

@@ -1,4 +1,4 @@
-"""What a run offers its method: the setup before the first step, and the batches of each."""
+"""What a run offers its method: the setup before the first step, and the batches of each step."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def _augment(config: TrainConfig) -> Augment:
 def make_batches(
     config: TrainConfig, method: Method, task: Task, *, after: int = 0
 ) -> Iterator[tuple[Tensor, Batch, Batch]]:
-    """Endless: rows[n] in `task.train`, the batch they are, and a meta batch; the first `after` are left out.
+    """Endless: rows[n] in `task.train`, the batch of these rows, and a meta batch; without the first `after`.
 
-    Both streams of rows draw from generators of their own: one method's draws never shift another's batches.
+    Training and meta rows are drawn by separate generators, so that what one method draws does not change the batches
+    of another.
     """
     device = task.train.targets.device
     size = config.meta_batch_size or method.meta_batch_size
@@ -66,5 +67,5 @@ def make_batches(
 
 
 def _generator_of(seed: int, step: int) -> torch.Generator:
-    """Of both numbers: torch's CPU generator looks at the low 32 bits of a seed only, so one cannot sit above them."""
+    """From both numbers: torch's CPU generator uses only the low 32 bits of a seed, too few to hold them both."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))

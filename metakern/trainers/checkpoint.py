@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run must remember to go on as if it had never stopped."""
+"""Checkpoints: everything that a run needs to resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = "checkpoint.pt"
 
 
 def save_state(state: Any, path: Path) -> None:
-    """`torch.save`; raises OSError naming `path` where it cannot be written, for which torch has other words."""
+    """`torch.save`, but with an OSError that names `path` if it cannot be written."""
     try:
         torch.save(state, path)
     except RuntimeError as error:
@@ -21,20 +21,20 @@ def save_state(state: Any, path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write `state` into `folder`; killed half-way, this leaves the checkpoint from before."""
+    """Write `state` into `folder`; if interrupted, the previous checkpoint remains."""
     draft = folder / (_NAME + ".draft")
     save_state({"identity": identity, "state": state}, draft)
     draft.replace(folder / _NAME)
 
 
 def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an unfinished run of that `run_folder.identity` in `folder`, else None."""
+    """The state of an unfinished run with that `run_folder.identity` in `folder`, else None."""
     stored = _read(folder)
     return stored["state"] if stored and not differing(stored["identity"], identity) else None
 
 
 def stored_identity(folder: Path) -> dict[str, Any] | None:
-    """The `run_folder.identity` of the unfinished run in `folder` that can go on, if there is one."""
+    """The `run_folder.identity` of the unfinished run in `folder` that can be resumed; None if there is none."""
     stored = _read(folder)
     return stored["identity"] if stored else None
 
@@ -45,7 +45,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def drop_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint of a run that is complete, or of another run."""
+    """Remove the checkpoint of a finished run, or of another run."""
     (folder / _NAME).unlink(missing_ok=True)
 
 

@@ -97,7 +97,7 @@ def compare_command(options: argparse.Namespace, stop: StopSignals) -> None:
 
 
 def _show(cells: Sequence[Cell], root: Path, page: Path | None = None) -> None:
-    """Print the table of a comparison, and write it and the report."""
+    """Print the table of a comparison; write it and the report."""
     entries = leaderboard(cells)
     save(entries, root / "leaderboard.csv")
     print(as_text(entries))

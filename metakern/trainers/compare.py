@@ -1,4 +1,4 @@
-"""A grid of runs, each in its own folder; finished ones are never run again."""
+"""A grid of runs, each in a folder of its own. Finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = "comparison.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison: its config, its folder, and its result.json once it is complete."""
+    """One run of a comparison: its config, its folder, and its result.json if it is finished."""
 
     config: TrainConfig
     folder: Path
@@ -37,9 +37,10 @@ class Cell:
 
 
 def chosen(words: Sequence[str]) -> list[str]:
-    """The methods that `words` name, each once; "noise" and "imbalance" stand for all that are for it, or for neither.
+    """The methods that `words` name, without repetition; "noise" and "imbalance" stand for all methods that handle
+    these, and for baselines.
 
-    Raises: ValueError for a word that is neither of them nor a method, and without words.
+    Raises: ValueError for a word that is neither of them nor a method, and for no words.
     """
     names: list[str] = []
     for word in words:
@@ -55,10 +56,10 @@ def chosen(words: Sequence[str]) -> list[str]:
 def grid(
     base: TrainConfig, methods: Sequence[str], majorities: Sequence[float | None], seeds: Sequence[int]
 ) -> list[TrainConfig]:
-    """Every combination; seeds vary slowest, so an interrupted comparison has whole tables of the first seeds.
+    """Every combination. Seeds vary slowest, so that an interrupted comparison has complete tables for the first seeds.
 
-    Settings of methods, `base.set`, go to those methods that have them.
-    Raises: ValueError for methods that are not known, and for a setting that none of them has.
+    Settings of methods, `base.set`, apply to the methods that have them.
+    Raises: ValueError for unknown methods, and for a setting that none of them has.
     """
     own = {method: settings_for(find(method), base.set) for method in methods}
     for name in parse(base.set):
@@ -73,25 +74,25 @@ def grid(
 
 
 def cell(root: Path, config: TrainConfig, contents: str | None = None) -> Cell:
-    """The cell of `config` under `root`, with its result if it has one, of such `contents` where they are known."""
+    """The cell of `config` under `root`, with its result if it has one, and if that is of these `contents`."""
     folder = root / "cells" / config.name()
     return Cell(config, folder, finished(folder, config, contents))
 
 
 def read_cells(root: Path) -> list[Cell] | None:
-    """The cells of the comparison in `root`, finished or not; None where there is no comparison."""
+    """The cells of the comparison in `root`, finished or not; None if there is no comparison."""
     configs = read_json(root / NAME)
     return None if configs is None else [cell(root, TrainConfig(**config)) for config in configs]
 
 
 @lru_cache(maxsize=1)
 def _source(config: TrainConfig) -> Source:
-    """The data set of the comparison, read once in each of its processes."""
+    """The data set of the comparison, read once per process."""
     return make_source(config)
 
 
 def _run(base: TrainConfig, config: TrainConfig, folder: Path, stop: Stop) -> tuple[Path, str | None]:
-    """The folder of the cell, and why its method was left out if it does not take such data."""
+    """The folder of the cell, and the reason if its method does not support the data."""
     if stop():
         raise Stopped("stopped between two runs")
     try:
@@ -102,7 +103,7 @@ def _run(base: TrainConfig, config: TrainConfig, folder: Path, stop: Stop) -> tu
 
 
 def _record(root: Path, configs: Sequence[TrainConfig]) -> None:
-    """Write which cells a comparison has, once there is one: one that fails at its beginning leaves the former's."""
+    """Write the list of cells of a comparison. If a comparison fails before this, the former list remains."""
     root.mkdir(parents=True, exist_ok=True)  # where its methods are left out, no cell has made it
     write_json(root / NAME, [asdict(config) for config in configs])
 
@@ -156,12 +157,12 @@ def _folders_done(cells: Sequence[Cell], jobs: int, stop: Stop) -> Iterator[tupl
 def run_missing(
     root: Path, configs: Sequence[TrainConfig], *, jobs: int = 1, progress: bool = True, stop: Stop = never
 ) -> list[Cell]:
-    """Run the cells of `configs` that have no result yet, `jobs` at a time, and return all of them.
+    """Run the cells of `configs` without a result, `jobs` at a time, and return all cells.
 
-    A cell that fails stops the comparison: what was finished before stays finished, and other cells that `jobs` had at
-    work leave a checkpoint. A method that does not take data of
-    this kind is left out with a line that says why. comparison.json keeps which cells they are.
-    Raises: ValueError when jobs is below 1; Stopped as `train`, where all cells that ran have left a checkpoint.
+    If a cell fails, the comparison stops: finished cells stay finished, and other cells in progress leave a checkpoint.
+    Methods that do not support this kind of data are left out, with a line that says why. comparison.json lists the
+    cells.
+    Raises: ValueError if jobs is below 1; Stopped as `train`, after all running cells have left a checkpoint.
     """
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")

@@ -1,4 +1,4 @@
-"""The settings of a run: every field is a command-line option, and all of them are stored with the results."""
+"""The settings of a run: every field is a command-line option, and all are stored with the results."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class TrainConfig:
         return "-".join([*parts, str(self.seed)])
 
     def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: not the place of the data, threads, checkpoints and curves."""
+        """The fields that determine the result: all but location of the data, threads, checkpoints and curves."""
         idle = "data_dir", "threads", "checkpoint_seconds", "tensorboard"
         return {name: value for name, value in asdict(self).items() if name not in idle}
 

@@ -23,9 +23,10 @@ class Corrects(Protocol):
 
 
 def save_corrected(folder: Path, step: Any, model: nn.Module, task: Task) -> None:
-    """Write corrected.csv if `step` proposes labels: a row for each training example.
+    """Write corrected.csv if `step` proposes labels, with a row for each training example.
 
-    Columns: id; label, clean_label: given and true; proposed: the likeliest; its probability; kept: the given one's.
+    Columns: id; label, the given one; clean_label, the true one; proposed, the likeliest one; its probability; kept,
+    the probability of the given one.
     """
     if not isinstance(step, Corrects):
         return
@@ -41,10 +42,10 @@ def save_corrected(folder: Path, step: Any, model: nn.Module, task: Task) -> Non
 
 
 class Correction(NamedTuple):
-    """How good proposed labels are, in percent of the examples; nan where there are none of the kind.
+    """How good proposed labels are, in percent of the examples; nan if there are none of the kind.
 
-    right: proposed labels that are true, of all; repaired: of the examples whose given label is wrong; left: of those
-    whose given label is right.
+    right: proposed labels that are true, among all examples; repaired: the same among examples whose given label is
+    wrong; left: among those whose given label is right.
     """
 
     given_right: float
@@ -54,7 +55,7 @@ class Correction(NamedTuple):
 
 
 def read_correction(folder: Path) -> Correction | None:
-    """The quality of the labels in corrected.csv; None for a run without them."""
+    """The quality of the labels in corrected.csv; None if the run has none."""
     if not (folder / NAME).is_file():
         return None
     with (folder / NAME).open(newline="", encoding="utf-8") as file:
@@ -68,7 +69,7 @@ def read_correction(folder: Path) -> Correction | None:
 
 
 def correction_table(correction: Correction) -> list[list[str]]:
-    """Rows of a table whose first is its head."""
+    """The rows of a table, header first."""
     shown = zip(
         (
             "given labels that are true",

@@ -1,4 +1,4 @@
-"""What `metakern demo` runs: small enough for a few minutes on two cores, hard enough to show the difference."""
+"""The runs of `metakern demo`: small enough for a few minutes on two cores, hard enough to show the difference."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from metakern.trainers.config import TrainConfig
 
 
 def demo_config(data_dir: str | None) -> TrainConfig:
-    """The plain run of the demo: MNIST 4 against 9 where it is at hand, else the bundled digits.
+    """The plain run of the demo: MNIST 4 against 9 if it is available, else the bundled digits.
 
-    One thread: two that wait for each other on a busy machine are many times slower than one.
+    One thread: on a busy machine, two threads that wait for each other are many times slower.
     """
     try:
         load("mnist-4v9", data_dir)

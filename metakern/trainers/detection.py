@@ -1,4 +1,4 @@
-"""How well a ranking finds wrong labels, and cleanlab's ranking to stand beside it."""
+"""How well a ranking finds wrong labels, and cleanlab's ranking for comparison."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from metakern.trainers.networks import network_for
 
 
 class Detection(NamedTuple):
-    """Of a ranking by suspicion: the area under the ROC curve, and the share of wrong labels among the first k.
+    """Quality of a ranking by suspicion: area under the ROC curve, and precision among the k most suspicious examples.
 
-    k is as many as there are wrong labels, and tenths of that: precision[j] is at j / 10 of them, j = 1 .. 10.
+    precision[j] is for k = j / 10 of the number of wrong labels, j = 1 .. 10.
     """
 
     area: float
@@ -28,9 +28,9 @@ class Detection(NamedTuple):
 
 
 def detection(suspicion: np.ndarray, wrong: np.ndarray) -> Detection:
-    """How `suspicion`[n], larger for the more suspicious, finds `wrong`[n] bool; nan counts as least suspicious.
+    """How well `suspicion`[n] (larger is more suspicious) finds `wrong`[n] bool; nan counts as least suspicious.
 
-    Raises: ValueError when all labels are right, or all are wrong.
+    Raises: ValueError if all labels are right, or all wrong.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -50,9 +50,9 @@ def has_cleanlab() -> bool:
 
 
 def held_out_probabilities(config: TrainConfig, task: Task, *, folds: int = 5) -> np.ndarray:
-    """Predictions for each training example by networks that did not see it, [n, C]: `folds` plain runs.
+    """Predictions for each training example by networks that did not see it, [n, C], from `folds` plain runs.
 
-    Each takes the steps of the run in proportion to its examples.
+    The steps of each are reduced in proportion to its number of examples.
     """
     method = find("uniform")
     task_rows = next(shuffled(task.train.targets, len(task.train), torch.Generator().manual_seed(config.seed + 5)))

@@ -1,4 +1,4 @@
-"""Early stopping: when to stop, and the model that was best until then."""
+"""Early stopping: when to stop, and the best model until then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class EarlyStopping:
-    """Keeps the model of the lowest validation error; `over` after `patience` evaluations without a lower one."""
+    """Keeps the model with the lowest validation error; `over` after `patience` evaluations without improvement."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
@@ -19,7 +19,7 @@ class EarlyStopping:
         self.best_step = 0
 
     def add(self, step: int, error: float, model: nn.Module) -> None:
-        """Take one evaluation into account."""
+        """Record one evaluation."""
         self._waited += 1
         if error < self._error:
             self._error, self._waited, self.best_step = error, 0, step

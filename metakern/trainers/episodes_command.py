@@ -1,4 +1,6 @@
-"""`metakern episodes`: few-shot learners by remedies for imbalance, judged on the same episodes of each shape."""
+"""`metakern episodes`: few-shot learners with several remedies for imbalance, tested on the same episodes of each
+shape.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ FIRST_TEST_SEED = 1000  # of the episodes of the first shape
 
 
 def run_episodes(config: EpisodeConfig, folder: Path, *, progress: bool = True) -> str:
-    """Train and test each learner with each balance; episodes.csv and episodes.json go to `folder`; what to print.
+    """Train and test each learner with each balance; episodes.csv and episodes.json in `folder`; returns the text to
+    print.
 
-    Raises: ValueError when the data set has too few classes with enough examples; as `load`.
+    Raises: ValueError if the data set has too few classes with enough examples, and if a learner diverges; as `load`.
     """
     torch.set_num_threads(config.threads)
     encoder = folder_of(config.model)
@@ -52,9 +55,9 @@ def run_episodes(config: EpisodeConfig, folder: Path, *, progress: bool = True) 
 
 
 def _split(source: Source, config: EpisodeConfig) -> ClassSplit:
-    """Classes apart, each large enough for any episode.
+    """Disjoint pools of classes, each class large enough for any episode.
 
-    Raises: ValueError when a pool has fewer classes than an episode.
+    Raises: ValueError if a pool has fewer classes than an episode.
     """
     needed = config.most + config.queries
     split = split_classes(source, smallest=needed, held_out=config.held_out, seed=config.seed)
@@ -74,7 +77,7 @@ def _tested(learner: Learner, split: ClassSplit, shape: str, config: EpisodeConf
 
 
 def _row(learner: str, balance: str, shape: str, scores: Scores, plain: Scores, seconds: float) -> dict[str, Any]:
-    """Percent; `difference` is to the first balance of the same learner, paired by episode."""
+    """Percent; `difference` is relative to the first balance of the same learner, paired by episode."""
     apart = scores.accuracy - plain.accuracy
     return {
         "learner": learner,

@@ -1,4 +1,4 @@
-"""How well a model does on test examples."""
+"""Errors of a model on test examples."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from metakern.methods.plain_training import predict
 
 
 class Errors(NamedTuple):
-    """Errors in percent: over all examples, the mean over classes, and of each; a class not tested is nan.
+    """Errors in percent: over all examples, the mean over classes, and of each class; nan for a class without any.
 
-    `area`: the area under the ROC curve in percent, for two classes that are both tested, else nan.
+    `area`: area under the ROC curve in percent; nan unless there are two classes and both have examples.
     """
 
     test: float
@@ -24,7 +24,7 @@ class Errors(NamedTuple):
     area: float = math.nan
 
     def columns(self, class_names: Sequence[str]) -> dict[str, float]:
-        """What a table shows: each class where there are two, the mean over classes and the worst of them otherwise."""
+        """The columns of a table: with two classes each of them, else the mean over classes and the worst class."""
         if len(class_names) == 2:
             named = {f"error on {name}": error for name, error in zip(class_names, self.by_class, strict=True)}
             named |= {} if math.isnan(self.area) else {"area under ROC": self.area}
@@ -35,7 +35,8 @@ class Errors(NamedTuple):
 
 
 def measure_errors(model: nn.Module, examples: Examples, classes: int) -> Errors:
-    """The share of `examples` whose largest logit is not their target's; the model is left in its former mode.
+    """Errors of the model's predictions, the class with the largest logit, on `examples`; the mode of the model is
+    restored.
 
     Raises: as `predict`.
     """
@@ -48,9 +49,9 @@ def measure_errors(model: nn.Module, examples: Examples, classes: int) -> Errors
 
 
 def roc_area(scores: Tensor, positive: Tensor) -> float:
-    """The share of pairs of a positive and a negative in which the positive has the higher score, equal ones half.
+    """The share of pairs of a positive and a negative in which the positive has the higher score; ties count half.
 
-    scores[n], positive[n] bool; nan when there is no such pair.
+    scores[n], positive[n] bool; nan if there is no such pair.
     """
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:

@@ -44,7 +44,7 @@ def half_interval(values: Tensor) -> float:
 
 
 class Learner:
-    """A network, how it takes up a support set, and what it does about that set's imbalance."""
+    """A network, how it learns from a support set, and how it deals with the imbalance of that set."""
 
     def __init__(self, name: str, balance: str, config: EpisodeConfig, pool: Pool) -> None:
         self.name, self._balance, self._config = name, BALANCES[balance], config
@@ -55,7 +55,9 @@ class Learner:
         self._copies = torch.Generator().manual_seed(config.seed + 3)
 
     def logits(self, episode: Episode, loss: Callable[[Tensor, Tensor], Tensor], *, order: int) -> Tensor:
-        """Of the query examples, [q, K], after the support set; `order` is how MAML's steps are differentiated."""
+        """Logits of the query examples, [q, K], after learning from the support set; `order`: how MAML differentiates
+        its steps.
+        """
         support = oversampled(episode.support, self._copies) if self._balance.fills_up else episode.support
         if self.name == "protonet":
             return prototype_logits(self.model, support, episode.query.inputs)
@@ -64,7 +66,7 @@ class Learner:
         return functional_call(self.model, parameters, (episode.query.inputs,))
 
     def query_loss(self, episode: Episode) -> Tensor:
-        """The loss to train on, with the graph back to the model's parameters."""
+        """The loss to train on, with its graph back to the model's parameters."""
         counts = torch.bincount(episode.support.targets)
         loss = partial(self._loss, counts)
         return loss(self.logits(episode, loss, order=2 if self.name == "maml" else 1), episode.query.targets)
@@ -85,16 +87,17 @@ class Learner:
 
 
 def episodes(pool: Pool, shape: str, count: int, config: EpisodeConfig, seed: int) -> Iterator[Episode]:
-    """`count` episodes out of `pool`, the same for the same seed."""
+    """`count` episodes from `pool`, determined by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         yield draw_episode(pool, config.shots(shape, generator), config.queries, generator)
 
 
 def fit(learner: Learner, split: ClassSplit, config: EpisodeConfig, *, progress: bool = True) -> None:
-    """Train on episodes of the training classes; the model keeps the parameters best on the validation classes.
+    """Train on episodes of the training classes; the model keeps the parameters that were best on the validation
+    classes.
 
-    Raises: ValueError when a loss or, in a validation, a logit is not finite.
+    Raises: ValueError if a loss or, in a validation, a logit is not finite.
     """
     together = 1 if learner.name == "protonet" else config.episodes_per_step
     steps = max(1, config.train_episodes // together)
@@ -123,7 +126,7 @@ def fit(learner: Learner, split: ClassSplit, config: EpisodeConfig, *, progress:
 
 
 def judge(learner: Learner, drawn: Iterator[Episode]) -> Scores:
-    """Accuracy of a learner on each of the episodes."""
+    """Accuracy of a learner on the given episodes."""
     learner.model.eval()
     accuracy: list[float] = []
     by_shots: dict[int, list[float]] = {}

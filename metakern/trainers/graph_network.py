@@ -1,4 +1,4 @@
-"""The graph convolutional network of node tasks."""
+"""The graph convolutional network for node tasks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from metakern.data import Graph
 
 
 class GraphConvolution(nn.Module):
-    """nodes[n] int64 -> logits[n, C]: h = relu(S X W1 + b1), logits = S dropout(h) W2 + b2, at the nodes asked for.
+    """nodes[n] int64 -> logits[n, C]: h = relu(S X W1 + b1), logits = S dropout(h) W2 + b2, at the given nodes.
 
-    S = D^-1/2 (A + I) D^-1/2, D the row sums of A + I; X the features, each row divided by its sum. h is computed at
-    the neighbours of the nodes alone: no other node reaches them in two layers.
+    S = D^-1/2 (A + I) D^-1/2, D the row sums of A + I; X the features, each row divided by its sum. h is computed only
+    at the neighbours of the given nodes, since no other node influences them through two layers.
     Source: Kipf, Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017, equation 9.
     """
 
@@ -37,7 +37,7 @@ class GraphConvolution(nn.Module):
         return self
 
     def forward(self, nodes: Tensor, induced: bool = False) -> Tensor:
-        """Logits of `nodes`; with `induced` the graph is those nodes and the edges between them."""
+        """Logits of `nodes`; with `induced`, the graph consists of these nodes and the edges between them."""
         own, place = nodes.unique(return_inverse=True)
         inputs, spread = self._induced(own) if induced else self._whole(own)
         hidden = self.dropout(torch.relu(self.first(inputs)))

@@ -1,4 +1,4 @@
-"""Steps that fail: the run stops, and what the step was given is saved."""
+"""Failing steps: the run stops, and the input of the step is saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "failed_batch.pt"
 
 
 def require_finite(outcome: Outcome) -> None:
-    """Raise ValueError when a loss or a weight of `outcome` is not finite."""
+    """Raise ValueError if a loss or a weight of `outcome` is not finite."""
     finite.require_finite("loss", outcome.losses)
     finite.require_finite("weight", outcome.weights)
 
@@ -24,7 +24,7 @@ def save_failure(
 ) -> Path:
     """Write failed_batch.pt: the step, the rows of the batch in the training set, both batches and the model.
 
-    The model is as the failed step left it: untouched where the step raised itself.
+    The model is as the failed step left it: unchanged if the step itself raised the error.
     """
     path = folder / NAME
     torch.save(

@@ -16,11 +16,12 @@ from metakern.trainers.compare import Cell
 class Entry(NamedTuple):
     """One method at one majority share: test error in percent over its seeds, and its difference to the first method.
 
-    `steps` is the median that its runs took, `batch` the training examples in each; both 0 for methods without steps.
-    `difference` is the mean over the seeds both have; `interval` is half its 95 % confidence interval (Student's t),
-    nan with fewer than two seeds. `area` is the mean area under the ROC curve in percent, nan without two classes;
-    `accuracies` the mean accuracy on each class. `cost` is the median time of a run in plain steps: in seconds, over
-    the seconds that the first method's runs took for a step; nan where that method has no steps.
+    `steps` is the median over its runs, `batch` the number of training examples in each step; both are 0 for methods
+    without steps. `difference` is the mean over the seeds that both methods have; `interval` is half its 95 %
+    confidence interval (Student's t), nan with fewer than two seeds. `area` is the mean area under the ROC curve in
+    percent, nan unless there are two classes. `accuracies` is the mean accuracy on each class. `cost` is the median
+    time of a run in plain steps: its seconds divided by the seconds per step of the first method; nan if that method
+    has no steps.
     """
 
     method: str
@@ -59,7 +60,7 @@ Results = dict[int, dict[str, Any]]  # by seed
 
 
 def leaderboard(cells: Sequence[Cell]) -> list[Entry]:
-    """One entry for each method and majority share that has a finished cell, in the order of `cells`."""
+    """One entry for each method and majority share with a finished cell, in the order of `cells`."""
     groups: dict[tuple[str, float | None], Results] = {}
     for cell in cells:
         if cell.result is not None:
@@ -114,7 +115,7 @@ def _field(value: object) -> object:
 
 
 def shares(entries: Sequence[Entry]) -> list[float | None]:
-    """The majority shares in `entries`, rising; [None] for sets of more than two classes."""
+    """The majority shares in `entries`, ascending; [None] for more than two classes."""
     return sorted({entry.majority for entry in entries}, key=lambda share: share or 0.0)
 
 
@@ -148,14 +149,14 @@ def count_text(number: float) -> str:
 
 
 def plus_minus(value: float, spread: float = math.nan, sign: str = "") -> str:
-    """The value with two places and, where there is one, its spread."""
+    """The value with two decimals and, if there is one, its spread."""
     if math.isnan(value):
         return "-"
     return format(value, f"{sign}.2f") + ("" if math.isnan(spread) else f" ± {spread:.2f}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as columns: the first to the left, the others to the right, a rule under the first row."""
+    """Rows of text as aligned columns: the first to the left, the others to the right; a rule under the first row."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The weights a method gave each training example, summed up over a run."""
+"""The weights that a method gave each training example, summed over a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from metakern.trainers.metrics import as_cell
 
 
 class Ledger:
-    """Per training example: how often it was in a batch, how often its weight was not 0, and the mean of n * weight.
+    """For each training example: how often it was in a batch, how often its weight was not 0, and its mean n * weight.
 
-    n * weight is 1 for an example of average standing in its batch, whatever the batch size. The first tenth of the
-    run is left out: the network has learned nothing yet and the weights say nothing about the example.
+    n * weight is 1 for an average example of a batch, whatever the batch size. The first tenth of the run is left out,
+    because an untrained network says nothing about the examples.
     """
 
     def __init__(self, task: Task, steps: int) -> None:
@@ -42,7 +42,9 @@ class Ledger:
         self._seen, self._kept, self._sum = state["seen"], state["kept"], state["sum"]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Arrays[n]: id, label, clean_label, times_seen, share_kept and mean_weight, nan where never seen."""
+        """Arrays[n]: id, label, clean_label, times_seen, share_kept and mean_weight; the last two are nan if never
+        seen.
+        """
         seen = self._seen.double()
         return {
             "id": self._task.train.ids.numpy(),
@@ -54,7 +56,7 @@ class Ledger:
         }
 
     def save(self, folder: Path) -> None:
-        """Write weights.npz and weights.csv, the same columns."""
+        """Write weights.npz and weights.csv, with the same columns."""
         columns = self.columns()
         np.savez_compressed(folder / "weights.npz", allow_pickle=False, **columns)
         lines = [",".join(columns)]

@@ -1,4 +1,4 @@
-"""The network of L2RW's imbalance experiment."""
+"""The network of L2RW's class-imbalance experiment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class LeNet(nn.Module):
     """images[n, 1, 28, 28] -> logits[n, C]: 5x5 convolutions of 16, 32 and 64, 3x3 pools of stride 2, 100 hidden units.
 
-    With two classes there is one output and the first class's logit is fixed at 0: the cross entropy is then the
-    sigmoid cross entropy of that output, as in the paper's code. Pools come before the ReLUs, which gives the same
-    values and touches a quarter of them; their padding is that of TensorFlow's SAME (28 -> 14 -> 7 -> 4).
+    With two classes there is one output, and the first class's logit is fixed at 0: the cross entropy is then the
+    sigmoid cross entropy of that output, as in the paper's code. Pooling comes before the ReLUs, which gives the same
+    values at a quarter of the work; its padding is that of TensorFlow's SAME (28 -> 14 -> 7 -> 4).
     Source: the code published with Ren et al., ICML 2018.
     """
 
@@ -38,7 +38,9 @@ class LeNet(nn.Module):
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Weights from a normal of deviation 0.1 cut off at two deviations, biases 0, as in the paper's code."""
+    """Weights from a normal distribution with deviation 0.1, truncated at two deviations; biases 0, as in the paper's
+    code.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

@@ -44,7 +44,7 @@ from metakern.trainers.weighting import save_weighting
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: what it was, what it trained on, the model, its final errors, its seconds, and its folder."""
+    """A finished run: config, task, model, final errors, seconds, and folder."""
 
     config: TrainConfig
     task: Task
@@ -59,11 +59,11 @@ def train(
 ) -> Run:
     """Train as `config` says and leave config.json, metrics.csv, weights, model.pt and result.json in `folder`.
 
-    `task` is what `make_task(config)` returns, where that has been called before. An unfinished run of the same config
-    in `folder` goes on from its last checkpoint, with the results it would have had; any other run there is replaced,
-    once the data, the method and the network are made. `stop` is asked after every step.
-    Raises: ValueError for names that are not known and when a loss or prediction is not finite, DataNotFound for
-    missing data; Stopped, with a checkpoint written, when `stop` returns True.
+    `task` is the result of `make_task(config)`, if that has been called before. An unfinished run of the same config in
+    `folder` resumes from its last checkpoint, with the same results as without the interruption. Any other run there is
+    replaced once data, method and network have been made. `stop` is called after every step.
+    Raises: ValueError for unknown names, and if a loss or prediction is not finite; DataNotFound for missing data;
+    Stopped, after writing a checkpoint, if `stop` returns True.
     """
     method = find(config.method, config.set)
     torch.set_num_threads(config.threads)
@@ -88,7 +88,7 @@ def train(
 
 
 class _Loop:
-    """One run between its beginning and its end: all that changes while it goes on."""
+    """The state of a run."""
 
     def __init__(
         self, config: TrainConfig, method: Method, task: Task, validation: Examples | None, folder: Path, progress: bool
@@ -118,7 +118,7 @@ class _Loop:
         self._close()
 
     def begin(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from `checkpoint`, or prepare the method for its first step."""
+        """Resume from `checkpoint`, or prepare the method for its first step."""
         if checkpoint is not None:
             self._load(checkpoint)
             if self.progress:
@@ -169,7 +169,7 @@ class _Loop:
             self.board.close()
 
     def finish(self) -> Errors:
-        """The final errors, of the best model where the run stops early, with everything on disk."""
+        """The final errors (of the best model, with early stopping), after everything has been written."""
         errors = self._final_errors()
         self.ledger.save(self.folder)
         save_state(self.model.state_dict(), self.folder / "model.pt")
@@ -189,7 +189,7 @@ class _Loop:
 
     @contextmanager
     def _failures_saved(self, rows: torch.Tensor, batch: Batch, meta_batch: Batch) -> Iterator[None]:
-        """Within the block, the step on these batches and the evaluation after it leave them behind when they fail."""
+        """If the step on these batches, or the evaluation after it, fails within the block, the batches are saved."""
         step = self.step + 1
         try:
             yield
@@ -234,7 +234,7 @@ class _Loop:
         return torch.autocast(torch.device(self.config.device).type, torch.bfloat16)
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state of its own."""
+        """Everything that has a state of its own."""
         parts = {"model": self.model, "optimizer": self.optimizer, "ledger": self.ledger, "metrics": self.metrics}
         return {
             **parts,

@@ -1,4 +1,4 @@
-"""metrics.csv: one row at every evaluation, averages over the steps since the row before."""
+"""metrics.csv: one row per evaluation, with averages over the steps since the previous one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _AVERAGED = "loss", "weighted_loss", "meta_loss", "kept"
 
 
 class MetricsFile:
-    """Writes the file while a run goes on; every row is on disk as soon as it is written.
+    """Writes the file during a run; every row is on disk as soon as it is written.
 
     Columns: step; loss = mean_n l_n; weighted_loss = sum_n w_n l_n; meta_loss; kept = share of weights above 0;
-    test_error, balanced_error and error_CLASS in percent; validation_error, nan without a validation set; seconds
-    since the start, evaluations included; steps_per_second without them.
+    test_error, balanced_error and error_CLASS in percent; validation_error, nan without a validation set; seconds since
+    the start, including evaluations; steps_per_second, without evaluations.
     """
 
     def __init__(self, path: Path, class_names: tuple[str, ...]) -> None:
@@ -38,13 +38,13 @@ class MetricsFile:
         self._stepping = 0.0
 
     def begin(self, step: int = 0) -> None:
-        """Begin the file anew, or go on after `step` with the rows up to there."""
+        """Start the file anew, or continue after `step` with the rows until then."""
         rows = [] if step == 0 else [row for row in _rows(self._path) if int(row[0]) <= step]
         self._write("w", [self._columns, *rows])
         self._began = self._resumed = time.perf_counter()
 
     def prepared(self) -> None:
-        """The method's preparation is over: it counts among the seconds, not in the steps a second."""
+        """The method's preparation is over: it counts in the seconds, but not in the steps per second."""
         self._resumed = time.perf_counter()
 
     def _write(self, mode: str, rows: Sequence[Sequence[str]]) -> None:
@@ -53,11 +53,11 @@ class MetricsFile:
 
     @property
     def seconds(self) -> float:
-        """Since the start of the run, in all the processes that it took."""
+        """Seconds since the start of the run, over all the processes that it took."""
         return self._before + time.perf_counter() - self._began
 
     def add(self, outcome: Outcome) -> None:
-        """Take one step's outcome into the averages."""
+        """Add one step's outcome to the averages."""
         self._last = {
             "loss": outcome.losses.mean().item(),
             "weighted_loss": (outcome.weights * outcome.losses).sum().item(),
@@ -71,7 +71,7 @@ class MetricsFile:
         self._stepping, self._resumed = self._stepping + now - self._resumed, now
 
     def write(self, step: int, errors: Errors, validation: float | None = None) -> dict[str, float]:
-        """Write the row of `step`, begin new averages, and return the row by column."""
+        """Write the row of `step`, start new averages, and return the row by column."""
         averages = [self._sums[name] / self._count for name in _AVERAGED]
         row = [step, *averages, errors.test, errors.balanced, *errors.by_class]
         row += [float("nan") if validation is None else validation, self.seconds, self._count / self._stepping]
@@ -88,23 +88,23 @@ class MetricsFile:
         self._before = state["seconds"]
 
     def brief(self) -> dict[str, str]:
-        """The last step's figures, for a progress bar."""
+        """The last step's numbers, for a progress bar."""
         return {"loss": f"{self._last['loss']:.4f}", "kept": f"{100 * self._last['kept']:.0f}%"}
 
 
 def as_cell(value: float) -> str:
-    """A number in six digits; a whole one, such as a step or an id, in all that it has."""
+    """A number with six digits; whole numbers, such as steps and ids, in full."""
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """The rows below the head; a last one that was cut off while it was written is left out."""
+    """The rows below the header, without a last one that was cut off while it was written."""
     text = path.read_text(encoding="utf-8")
     return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))[1:]
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
-    """The columns of a metrics.csv by name; an empty list for each when it has no rows."""
+    """The columns of a metrics.csv by name; empty lists if it has no rows."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     return {name: [float(row[k]) for row in rows[1:]] for k, name in enumerate(rows[0])}

@@ -1,4 +1,4 @@
-"""Small networks for the data sets that have no paper's own: tables, colour images, text."""
+"""Small networks for data sets without a network of their own: tables, colour images, texts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def perceptron(features: int, classes: int, *, width: int = 64) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Eight groups."""
+    """GroupNorm with eight groups."""
     return nn.GroupNorm(8, channels)
 
 
 def convolutional(
     channels: int, classes: int, *, width: int = 32, norm: Callable[[int], nn.Module] = group_norm
 ) -> nn.Module:
-    """images[n, c, h, w] -> logits[n, C]: three convolutions, by default with GroupNorm, which keeps examples apart."""
+    """images[n, c, h, w] -> logits[n, C]: three convolutions, by default with GroupNorm, so that examples do not
+    interact.
+    """
     layers: list[nn.Module] = []
     for k in range(3):
         out = width * 2**k
@@ -41,7 +43,7 @@ def convolutional(
 
 
 class BagOfTokens(nn.Module):
-    """tokens[n, t] int64 -> logits[n, C]: mean of the embeddings of the tokens that are not 0, then a perceptron."""
+    """tokens[n, t] int64 -> logits[n, C]: mean embedding of the tokens that are not 0, then a perceptron."""
 
     def __init__(self, vocabulary: int, classes: int, *, width: int = 64) -> None:
         super().__init__()
@@ -65,10 +67,11 @@ MODELS = (*IMAGE_MODELS, "transformer")
 
 
 def network_for(task: Task, seed: int, name: str | None = None) -> nn.Module:
-    """The network called `name`, or the one that fits the task's inputs; its parameters are decided by `seed` alone.
+    """The network called `name`, or the one that fits the task's inputs; its parameters are determined by `seed` alone.
 
-    LeNet for 28 x 28 images, the convolutional network for others, the bag of tokens for int64, else the perceptron.
-    Raises: ValueError for another name, and for inputs that the network does not take.
+    LeNet for 28 x 28 images, the convolutional network for others, the bag of tokens for int64, otherwise the
+    perceptron.
+    Raises: ValueError for another name, and for inputs that the network does not accept.
     """
     folder = folder_of(name)
     if name is not None and folder is None and name not in MODELS:
@@ -90,7 +93,7 @@ def _image_network(task: Task, name: str) -> nn.Module:
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    """Convolutions and pools of small images on a CPU are a third faster this way; the values are the same."""
+    """Convolution and pooling of small images on a CPU are a third faster in this layout; the values are the same."""
     return cast(Any, model).to(memory_format=torch.channels_last)  # which torch's types of `to` leave out
 
 

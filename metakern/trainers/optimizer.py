@@ -1,4 +1,4 @@
-"""The optimizer of a run and the course of its learning rate."""
+"""The optimizer of a run and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of step 0 .. steps - 1 in shares of `config.lr`.
+    """The learning rate of step 0 .. steps - 1, relative to `config.lr`.
 
-    It rises linearly over the first `--warmup` of the run and is divided by 10 at each of `--drops`.
+    It rises linearly over the first `--warmup` of the run, and is divided by 10 at each of `--drops`.
     """
     warm = min(1.0, (step + 1) / (config.warmup * steps)) if config.warmup else 1.0
     return warm * 0.1 ** sum(step >= drop * steps for drop in config.drop_shares)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of `optimizer` the learning rate `rate`."""
+    """Set the learning rate of every group of `optimizer` to `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate

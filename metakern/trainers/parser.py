@@ -16,7 +16,7 @@ from metakern.trainers.episode_config import EpisodeConfig
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports errors in one line, which a hundred lines of usage would hide."""
+    """Reports errors in one line, without a hundred lines of usage."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}; '{self.prog} --help' lists the options", file=sys.stderr)
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """`metakern COMMAND ...`; in the parsed options, `command` is the function of the command."""
+    """`metakern COMMAND ...`; `command` of the parsed options is the function of the command."""
     root = _Parser(prog="metakern", description="Train with re-weighted examples.")
     root.add_argument("--version", action="version", version=f"metakern {metakern.__version__}")
     added = root.add_subparsers(required=True, metavar="COMMAND")

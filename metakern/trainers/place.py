@@ -1,4 +1,4 @@
-"""Where a command writes: never over results of other settings, unless --overwrite is given."""
+"""Where a command writes: never over results with other settings, unless --overwrite is given."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Held = Callable[[Path], str | None]  # what a folder holds that would be lost, i
 
 
 def place(out: Path | None, default: Path, held: Held, *, overwrite: bool = False) -> Path:
-    """`out`, or else the first of `default`, default-2, default-3 ... that holds nothing that would be lost.
+    """`out`, or the first of `default`, default-2, default-3 ... in which nothing would be lost.
 
-    Raises: ValueError if `out` does, unless `overwrite`.
+    Raises: ValueError if something would be lost in `out`, unless `overwrite`.
     """
     if overwrite:
         return out or default
@@ -34,7 +34,7 @@ def place(out: Path | None, default: Path, held: Held, *, overwrite: bool = Fals
 
 
 def other_run(folder: Path, config: TrainConfig, contents: str | None) -> str | None:
-    """The run in `folder`, if it is finished or can be resumed, but is not of `config` and these `contents`."""
+    """How the run in `folder` differs, if it is finished or resumable and not of `config` and these `contents`."""
     result = read_json(folder / "result.json")
     stored = stored_identity(folder) if result is None else result["identity"]
     if stored is None:
@@ -44,7 +44,7 @@ def other_run(folder: Path, config: TrainConfig, contents: str | None) -> str | 
 
 
 def other_cell(folders: Sequence[Path], configs: Sequence[TrainConfig], contents: str | None) -> str | None:
-    """The first run in `folders` that is not the one of `configs` that belongs there."""
+    """The same for the first of `folders` whose run is not that of its entry in `configs`; None if there is none."""
     found = (other_run(folder, config, contents) for folder, config in zip(folders, configs, strict=True))
     return next((run for run in found if run is not None), None)
 

@@ -1,4 +1,4 @@
-"""Pretrained encoders from a local folder, by the transformers package."""
+"""Pretrained encoders from a local folder, by means of the transformers package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFIX = "transformers:"
 def folder_of(model: str | None) -> Path | None:
     """The folder that `--model transformers:DIR` names, else None.
 
-    Raises: ValueError when it is not there.
+    Raises: ValueError if it does not exist.
     """
     if model is None or not model.startswith(PREFIX):
         return None
@@ -27,9 +27,9 @@ def folder_of(model: str | None) -> Path | None:
 
 
 def tokenizer(folder: Path, *, length: int = 64) -> Callable[[list[str]], Tensor]:
-    """texts -> tokens[n, length] int64 by the folder's own tokenizer, cut off and padded; nothing is downloaded.
+    """texts -> tokens[n, length] int64 by the folder's own tokenizer, truncated and padded; nothing is downloaded.
 
-    Raises: ValueError when the folder holds none.
+    Raises: ValueError if the folder has none.
     """
     from transformers import AutoTokenizer
 
@@ -45,9 +45,9 @@ def tokenizer(folder: Path, *, length: int = 64) -> Callable[[list[str]], Tensor
 
 
 def _read(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained(folder)`, without a network.
+    """`kind.from_pretrained(folder)`, without network access.
 
-    Raises: ValueError when the folder does not hold what it needs.
+    Raises: ValueError if the folder lacks the files.
     """
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
@@ -57,7 +57,7 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def _require_only_the_head(folder: Path, mismatched: Any, encoder: str, classes: int) -> None:
-    """Warn that a head of another size is new; raise ValueError if another layer does not have its config's size."""
+    """Warn if the head is new because its size differs; raise ValueError if any other layer does not fit the config."""
     names = sorted(name for name, *_ in mismatched)
     inner = [name for name in names if name.startswith(encoder + ".")]
     if inner:
@@ -71,11 +71,11 @@ def _require_only_the_head(folder: Path, mismatched: Any, encoder: str, classes:
 
 
 class Encoder(nn.Module):
-    """tokens[n, t] int64 -> logits[n, C] by the folder's encoder under a classification head of C outputs.
+    """tokens[n, t] int64 -> logits[n, C] by the folder's encoder with a classification head of C outputs.
 
-    The padding token of its config is masked. A head stored for another number of classes is left out: a new one
-    starts in its place, as where none is stored, and a warning says so.
-    Raises: ValueError when the folder holds no weights, or such that do not fit its config.
+    The padding token of its config is masked. A stored head for another number of classes is replaced by a new one,
+    with a warning, as if none were stored.
+    Raises: ValueError if the folder has no weights, or if they do not fit its config.
     """
 
     def __init__(self, folder: Path, classes: int) -> None:
@@ -98,8 +98,8 @@ class Encoder(nn.Module):
 
 
 def with_unused_frozen(encoder: Encoder, tokens: Tensor) -> Encoder:
-    """The encoder, its parameters frozen where the logits of `tokens` do not depend on them: poolers and layers for
-    other tasks, which no training would move.
+    """The encoder with all parameters frozen that the logits of `tokens` do not depend on: poolers and layers for other
+    tasks.
     """
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     found = torch.autograd.grad(encoder(tokens).sum(), trainable, allow_unused=True)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: config.json when it starts, result.json when it has finished."""
+"""The files of a run: config.json when it starts, result.json when it is finished."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _RESULTS = (
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content`; a run killed at this moment leaves no half of a file behind."""
+    """Write `content`; if the run is killed meanwhile, no partial file remains."""
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """What is in the file; None where there is none."""
+    """The content of the file; None if there is none."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def identity(config: TrainConfig, contents: str | None) -> dict[str, Any]:
-    """What a result is of: the settings, and of data of the user's own what their files held."""
+    """What identifies a result: the settings, and for the user's own data the digest of their files."""
     return {**config.identity(), **({"contents": contents} if contents else {})}
 
 
 def start(folder: Path, config: TrainConfig, task: Task) -> None:
-    """Make `folder` and write config.json; what an earlier run there has left is removed."""
+    """Create `folder` and write config.json; files of an earlier run there are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _RESULTS:
         (folder / name).unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def start(folder: Path, config: TrainConfig, task: Task) -> None:
 def finish(
     folder: Path, identity: dict[str, Any], errors: Errors, seconds: float, steps: int, best_step: int | None = None
 ) -> None:
-    """Write result.json: that it exists says the run is complete."""
+    """Write result.json, whose existence says that the run is finished."""
     write_json(
         folder / "result.json",
         {
@@ -86,9 +86,9 @@ def finish(
 
 
 def differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The names of the settings in which a stored `identity` is another than the `wanted` one.
+    """The names of the settings in which a stored `identity` differs from the `wanted` one.
 
-    An identity from before an option existed has that option's default. Files that are gone are what they were.
+    Options that did not exist at the time have their default. Files that no longer exist count as unchanged.
     """
     stored = {**TrainConfig(stored["method"]).identity(), **stored}
     names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
@@ -96,7 +96,7 @@ def differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def finished(folder: Path, config: TrainConfig, contents: str | None = None) -> dict[str, Any] | None:
-    """The result of a complete run of exactly `config` in `folder`, and of such `contents` where they are known."""
+    """The result of a finished run of exactly `config` in `folder`, and of these `contents` if they are known."""
     result = read_json(folder / "result.json")
     return result if result and not differing(result["identity"], identity(config, contents)) else None
 
@@ -108,7 +108,9 @@ def errors_of(result: dict[str, Any]) -> Errors:
 
 
 def meta_note(config: dict[str, Any]) -> str | None:
-    """What a config.json says of a meta set that was drawn from data of the user's own: nobody vouches for it."""
+    """A note if config.json says that the meta set was drawn from the user's own data, whose labels nobody has vouched
+    for.
+    """
     if config.get("certain_meta", True):
         return None
     what, way, test = "rows", "with split=meta", "split=test"

@@ -1,6 +1,6 @@
-"""The cost of every method's step in plain steps: `python -m metakern.trainers.step_costs` measures it into a file.
+"""The cost of every method's step in plain steps; `python -m metakern.trainers.step_costs` measures it into a file.
 
-A ratio of times depends on machine, network and batch; the file's first line says which they were.
+Such ratios depend on machine, network and batch; the first line of the file says which they were.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FILE = Path(__file__).with_name("step_costs.csv")
 
 
 def read_costs(path: Path = FILE) -> dict[str, float]:
-    """By method the median time of a step over that of a plain step; methods that were not measured are not there."""
+    """By method, the median time of a step divided by that of a plain step; only methods that were measured."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     return {row["method"]: float(row["ratio"]) for row in csv.DictReader(lines)}
 
 
 def measure(method: str, *, pairs: int = 25) -> StepTime | None:
-    """The step of `method` on ten digits in batches of 100, on two where it takes no more, else None."""
+    """The step of `method` on ten digits in batches of 100, or on two if it supports only two; None if neither."""
     settings = {"batch_size": 100, "steps": 40, "threads": 1}
     for data in (
         {"data": "digits", "noise": "symmetric", "noise_rate": 0.2, "imbalance": 4.0, "meta_per_class": 10},

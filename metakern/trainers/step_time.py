@@ -1,4 +1,4 @@
-"""What a method's step costs, in plain steps, measured here and now."""
+"""The cost of a method's step, in plain steps, measured on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metakern.trainers.optimizer import make_optimizer
 
 
 class StepTime(NamedTuple):
-    """The median ratio to a plain step with its 20th and 80th percentile, and the plain step's median in seconds."""
+    """The median ratio to a plain step, its 20th and 80th percentiles, and the plain step's median in seconds."""
 
     ratio: float
     low: float
@@ -27,10 +27,10 @@ class StepTime(NamedTuple):
 
 
 def step_time(config: TrainConfig, task: Task, *, pairs: int = 25) -> StepTime:
-    """Time `pairs` of a plain step and the method's step, one after the other on the same batch and equal models.
+    """Time `pairs` of a plain step and the method's step, in turns on the same batch and equal models.
 
-    The steps are told that nine tenths of the run are done, so that methods in phases are past their plain beginning.
-    Interleaving makes whatever else the machine does hit both alike; the first three pairs are not counted.
+    The steps are told that nine tenths of the run are over, so that methods with several phases are past their plain
+    beginning. Taking turns makes other load of the machine affect both alike. The first three pairs are not counted.
     """
     torch.set_num_threads(config.threads)
     method = find(config.method, config.set)

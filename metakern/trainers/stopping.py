@@ -1,4 +1,4 @@
-"""Stopping a run from outside: at the end of a step, with a checkpoint to go on from."""
+"""Stopping a run from outside: at the end of a step, with a checkpoint from which it can resume."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _SAID = b"\nmetakern: stopping after this step; the same signal again stops at o
 
 
 class Stopped(Exception):
-    """A run has stopped because it was asked to; its checkpoint is written."""
+    """The run stopped on request, after writing a checkpoint."""
 
 
 def never() -> bool:
-    """Nobody asks a run to stop."""
+    """A `Stop` that never asks a run to stop."""
     return False
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as a `Stop`, inside a `with` block of the main thread; elsewhere nothing is changed.
+    """SIGINT and SIGTERM as a `Stop`, inside a `with` block of the main thread; in other threads nothing changes.
 
-    The first signal is noted. One that follows a second later or more ends the process as ever; sooner it is the same
-    one, which `timeout` and some schedulers send to the process and to its group. A signal that the process ignores, as
-    in the background of a script, stays ignored.
+    The first signal is recorded. Another one at least a second later ends the process as usual; one that comes sooner
+    is taken for the same signal, which `timeout` and some schedulers send to both the process and its group. Signals
+    that the process ignores, as in background jobs of a script, stay ignored.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -42,7 +42,7 @@ class StopSignals:
 
     @property
     def status(self) -> int:
-        """The exit status that shells give to a process which the noted signal ended; 0 before there is one."""
+        """The exit status that shells give to a process ended by the recorded signal; 0 if there was none."""
         return 0 if self._number is None else 128 + self._number
 
     def __enter__(self) -> StopSignals:

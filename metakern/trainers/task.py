@@ -1,4 +1,4 @@
-"""The data of a run, as its config says."""
+"""The data of a run, as specified by its config."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def make_source(config: TrainConfig) -> Source:
 
 
 def make_task(config: TrainConfig, source: Source | None = None, *, needs_meta: bool = False) -> Task:
-    """The data of a run, biased as its config says, out of `source` where `make_source(config)` has been called before.
+    """The data of a run with the biases of its config, from `source` if `make_source(config)` has been called before.
 
-    Where neither the method nor the caller needs a meta set, it may lack classes that have too few examples for it.
-    Raises: ValueError for options that the data set's number of classes does not allow, and as the loaders.
+    If neither the method nor the caller needs a meta set, it may lack classes that have too few examples for it.
+    Raises: ValueError for options that do not fit the number of classes, and as the loaders.
     """
     source = make_source(config) if source is None else source
     needs_meta = needs_meta or find(config.method).needs_meta
@@ -76,9 +76,9 @@ def _biased(config: TrainConfig, source: Source, needs_meta: bool) -> Task:
 
 
 def hold_out(task: Task, share: float, seed: int) -> tuple[Task, Examples]:
-    """The task without a random `share` of its training examples, and those, with the labels they have: noise and all.
+    """The task without a random `share` of its training examples; and these, with the labels they have, noise included.
 
-    Raises: ValueError when one of the two would be empty.
+    Raises: ValueError if one of the two would be empty.
     """
     n = len(task.train)
     held = round(share * n)
@@ -93,7 +93,7 @@ def hold_out(task: Task, share: float, seed: int) -> tuple[Task, Examples]:
 def usable_device(name: str) -> torch.device:
     """The device called `name`.
 
-    Raises: ValueError when there is none.
+    Raises: ValueError if it does not exist.
     """
     try:
         return torch.empty(0, device=name).device
@@ -107,6 +107,6 @@ def on_device(examples: Examples, device: torch.device) -> Examples:
 
 
 def task_on_device(task: Task, device: torch.device) -> Task:
-    """The same task with all inputs and targets on `device`; the true labels stay where they are."""
+    """The same task with all inputs and targets on `device`, except the true labels."""
     parts = {name: on_device(getattr(task, name), device) for name in ("train", "meta", "test")}
     return replace(task, **parts)

@@ -1,4 +1,4 @@
-"""The rows of metrics.csv for TensorBoard, where it is installed."""
+"""The rows of metrics.csv for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 class Board:
     """Event files in `folder`/tensorboard.
 
-    Raises: ValueError when the package tensorboard is not installed.
+    Raises: ValueError if the package tensorboard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -21,11 +21,11 @@ class Board:
         self._folder, self._open = str(folder / "tensorboard"), SummaryWriter
 
     def begin(self, after: int = 0) -> None:
-        """Start, or go on after a step; TensorBoard drops what a run that was killed wrote of later ones."""
+        """Start, or continue after a step; TensorBoard discards later points of a run that was killed."""
         self._writer = self._open(self._folder, purge_step=after + 1)
 
     def add(self, row: Mapping[str, float]) -> None:
-        """One point on the curve of every column of `row` that is a number, at its "step"."""
+        """One point, at the "step" of `row`, on the curve of each of its columns that is a number."""
         for name, value in row.items():
             if name != "step" and not math.isnan(value):
                 self._writer.add_scalar(name, value, int(row["step"]))

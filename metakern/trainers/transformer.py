@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """x[n, t, d] -> [n, t, d]: attention and a perceptron of 4 d, each with its own LayerNorm before it."""
+    """x[n, t, d] -> [n, t, d]: attention and a perceptron of width 4 d, each after its own LayerNorm."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """tokens[n, t] int64, 0 after the end -> logits[n, C]; features are the mean over the tokens.
 
-    Learned positions, pre-norm blocks. A text without any token counts as one of a single padding token.
+    Learned positions, pre-norm blocks. An empty text is treated as a single padding token.
     """
 
     def __init__(

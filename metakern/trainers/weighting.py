@@ -20,7 +20,7 @@ def save_weighting(folder: Path, function: WeightingFunction) -> None:
 
 
 def read_weighting(folder: Path) -> tuple[str, list[float], dict[str, list[float]]] | None:
-    """The quantity's name, where it was taken, and the weights there by curve; None when the run has no function."""
+    """The name of the quantity, the points, and the weights there, by curve; None if the run has no such function."""
     if not (folder / NAME).is_file():
         return None
     with (folder / NAME).open(newline="", encoding="utf-8") as file:

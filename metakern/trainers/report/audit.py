@@ -1,4 +1,4 @@
-"""The report of an audit: the most harmful examples to look at, a table for a labelling tool, and how much it finds."""
+"""The report of an audit: the most harmful examples, a table for labelling tools, the quality of the ranking."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _rows(found: Audit, task: Task, order: np.ndarray) -> list[list[str]]:
 
 
 def write_table(found: Audit, task: Task, source: Source, path: Path) -> Path:
-    """Write all training examples as CSV, the most harmful first, with file, row, and text or cells where there are."""
+    """Write all training examples as CSV, the most harmful first, with file, row, and text or cells where available."""
     order = found.harmful_first()
     rows = _rows(found, task, order)
     head: list[str] = list(COLUMNS)
@@ -61,7 +61,7 @@ def write_page(
     *,
     top: int = 60,
 ) -> Path:
-    """Write the page with the `top` most harmful examples; `detections` by ranking where wrong labels are known."""
+    """Write the page with the `top` most harmful examples; `detections` holds the quality of each ranking, if known."""
     order = found.harmful_first()[:top]
     disagreeing = int((found.suggested != task.train.targets.cpu().numpy()).sum())
     # Of one's own data nobody knows that they are clean, unless they were marked.

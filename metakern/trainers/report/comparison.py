@@ -16,7 +16,7 @@ from metakern.trainers.run_folder import meta_note, read_json
 
 
 def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
-    """Write the report of the finished ones of `cells` to `path` and return it."""
+    """Write the report of the finished cells to `path`, and return it."""
     entries = leaderboard(cells)
     config = cells[0].config
     seeds = sorted({cell.config.seed for cell in cells})
@@ -99,7 +99,7 @@ def _costs(entries: Sequence[Entry], first: str) -> str:
 
 
 def _record(cells: Sequence[Cell]) -> dict[str, Any]:
-    """The config.json of a finished cell, {} where there is none."""
+    """The config.json of a finished cell, {} if there is none."""
     for cell in cells:
         if cell.result is not None and cell.folder is not None and (cell.folder / "config.json").is_file():
             return read_json(cell.folder / "config.json")
@@ -107,7 +107,7 @@ def _record(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _by_class(entries: Sequence[Entry], names: Sequence[str]) -> str:
-    """Each class where there are at most twenty of them, else the worst, the median and the best."""
+    """All classes if there are at most twenty, otherwise the worst, the median and the best."""
     many = max((len(entry.accuracies) for entry in entries), default=0)
     head = [names[k] if k < len(names) else str(k) for k in range(many)] if many <= 20 else ["worst", "median", "best"]
     rows = [["method", *head]]

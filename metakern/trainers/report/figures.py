@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG text that takes its colours from the page around it."""
+"""Figures of a report, as SVG text whose colours are those of the surrounding page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _STYLE = {
 
 @contextmanager
 def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterator[tuple[list[Axes], list[str]]]:
-    """Axes to draw on, and a list that holds the figure's SVG afterwards."""
+    """Axes to draw on, and a list that afterwards holds the figure's SVG."""
     svg: list[str] = []
     settings: dict[Any, Any] = {**_STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
@@ -63,7 +63,9 @@ def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterato
 
 
 def _themed(text: str, name: str) -> str:
-    """Matplotlib's SVG without a size of its own, in the page's colours and font, its ids apart from other figures'."""
+    """Matplotlib's SVG without fixed size, in the page's colours and font, with ids that differ from those of other
+    figures.
+    """
     prefix = re.sub(r"\W+", "-", name) + "-"
     text = text[text.index("<svg") :].replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
     text = re.sub(r'\bid="', f'id="{prefix}', text)
@@ -74,7 +76,7 @@ def _themed(text: str, name: str) -> str:
 
 
 def curves(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Test error, losses and the share of examples kept over the steps, one colour for each of `runs`."""
+    """Test error, losses and share of kept examples over the steps, one colour for each of `runs`."""
     with _figure("training curves", 11, 3.2, columns=3) as (axes, svg):
         titles = "test error, %", "mean loss (dashed: meta set)", "examples with weight above 0, %"
         for axis, title in zip(axes, titles, strict=True):
@@ -102,7 +104,7 @@ def _colours() -> Iterator[str]:
 
 
 def weight_distribution(weights: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str) -> str:
-    """Each class's spread of mean weights: the share of its examples in bins that are equal on a log scale."""
+    """The distribution of mean weights in each class: shares of its examples in bins of equal width on a log scale."""
     known = ~np.isnan(weights)
     weights, labels = weights[known], labels[known]
     positive = weights[weights > 0]
@@ -134,7 +136,7 @@ def weight_distribution(weights: np.ndarray, labels: np.ndarray, class_names: Se
 
 
 def precision(rankings: Mapping[str, Sequence[float]]) -> str:
-    """The share of wrong labels among the most suspicious examples, at tenths of as many as there are wrong ones."""
+    """The share of wrong labels among the most suspicious examples, for tenths of the number of wrong labels."""
     with _figure("precision of the rankings", 11, 3.2) as (axes, svg):
         axis = axes[0]
         for colour, (name, values) in zip(_colours(), rankings.items(), strict=False):
@@ -148,7 +150,7 @@ def precision(rankings: Mapping[str, Sequence[float]]) -> str:
 
 
 def error_by_cost(points: Mapping[str, tuple[float, float, float]]) -> str:
-    """Test error against cost: for each method (cost in plain steps, mean error, its deviation)."""
+    """Test error against cost; for each method (cost in plain steps, mean error, its deviation)."""
     with _figure("test error by cost", 11, 5.2) as (axes, svg):
         axis = axes[0]
         for colour, (name, (cost, mean, deviation)) in zip(_colours(), points.items(), strict=False):
@@ -164,7 +166,7 @@ def error_by_cost(points: Mapping[str, tuple[float, float, float]]) -> str:
 
 
 def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) -> str:
-    """Test error against the majority share: for each method, share -> (mean, deviation)."""
+    """Test error against the majority share; for each method, share -> (mean, deviation)."""
     with _figure("test error by majority share", 11, 4.6) as (axes, svg):
         axis = axes[0]
         shares = sorted({share for row in table.values() for share in row})
@@ -188,7 +190,7 @@ def error_by_majority(table: Mapping[str, Mapping[float, tuple[float, float]]]) 
 
 
 def weighting_function(quantity: str, at: Sequence[float], weights: Mapping[str, Sequence[float]], name: str) -> str:
-    """What a weight net makes of one quantity: a curve for each of `weights`."""
+    """The weights of a weight net as functions of one quantity: a curve for each of `weights`."""
     with _figure(f"weighting function, {name}", 11, 2.8) as (axes, svg):
         axis = axes[0]
         for colour, (label, values) in zip(_colours(), weights.items(), strict=False):

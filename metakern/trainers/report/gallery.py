@@ -1,4 +1,4 @@
-"""Training images with their learned weights, as HTML that carries the pixels itself."""
+"""Training images with their learned weights, as HTML with embedded images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def picture(pixels: np.ndarray, caption: str) -> str:
 
 
 def shades(image: np.ndarray) -> np.ndarray:
-    """image[c, h, w] as [h, w], or [h, w, 3] in colour; stretched to 0..1 where it reaches beyond."""
+    """image[c, h, w] as [h, w], or [h, w, 3] if coloured; rescaled to 0..1 if its values lie outside."""
     if image.min() < 0 or image.max() > 1:
         image = (image - image.min()) / max(float(np.ptp(image)), 1e-12)
     return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
@@ -47,7 +47,7 @@ def trusted(
     names: Sequence[str],
     count: int = 12,
 ) -> str:
-    """Each group's `count` most and least trusted images; a group of at most 2 * count is shown once, whole."""
+    """The `count` most and least trusted images of each group; a group of at most 2 * count is shown as a whole."""
     parts = []
     for group, name in enumerate(names):
         rows = np.flatnonzero((groups == group) & ~np.isnan(weights))

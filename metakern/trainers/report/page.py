@@ -1,4 +1,4 @@
-"""report.html: one file that opens without a network, in light and in dark."""
+"""report.html: a single file that opens without a network connection, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ details { margin-top: 2.4rem; } summary { cursor: pointer; color: var(--soft); }
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole HTML page: `sections` are (heading, HTML); a section with an empty heading gets none."""
+    """A whole HTML page; `sections` are (heading, HTML), and an empty heading is left out."""
     body = "".join((f"<h2>{escape(heading)}</h2>" if heading else "") + content for heading, content in sections)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -44,12 +44,12 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def sentence(note: str | None) -> str:
-    """A note as one more sentence of a lead; "" for None."""
+    """A note as an additional sentence of a lead; "" for None."""
     return f" {note[0].upper()}{note[1:]}." if note else ""
 
 
 def table(rows: Sequence[Sequence[str]], *, best: Sequence[tuple[int, int]] = ()) -> str:
-    """Rows of text as a table whose first row is its head; the cells at `best` (row, column) are set off."""
+    """Rows of text as a table with the first as its header; the cells at `best` (row, column) are highlighted."""
     head = "".join(f"<th>{escape(text)}</th>" for text in rows[0])
     lines = []
     for r, row in enumerate(rows[1:], start=1):
@@ -59,6 +59,6 @@ def table(rows: Sequence[Sequence[str]], *, best: Sequence[tuple[int, int]] = ()
 
 
 def settings(entries: Sequence[tuple[str, str]]) -> str:
-    """Names and values, folded away."""
+    """Names and values, collapsed."""
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in entries)
     return f"<details><summary>All settings</summary><table>{rows}</table></details>"

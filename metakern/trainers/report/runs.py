@@ -37,7 +37,9 @@ class _Record(NamedTuple):
 
     @property
     def corruption_area(self) -> float:
-        """In how many percent of pairs of a flipped and a kept label the flipped has less weight; nan without noise."""
+        """The percentage of pairs of a flipped and a kept label in which the flipped one has less weight; nan without
+        noise.
+        """
         flipped = self.weights["label"] != self.weights["clean_label"]
         known = ~np.isnan(self.weights["mean_weight"])
         return 100 * roc_area(torch.from_numpy(-self.weights["mean_weight"][known]), torch.from_numpy(flipped[known]))
@@ -58,9 +60,9 @@ def _read(folder: Path) -> _Record:
 def write_report(
     folders: Sequence[Path], path: Path, *, data_dir: str | None = None, step_times: dict[str, str] | None = None
 ) -> Path:
-    """Write the report of the finished runs in `folders` to `path` and return it; `step_times` adds a column.
+    """Write the report of the finished runs in `folders` to `path`, and return it; `step_times` adds a column.
 
-    Raises: FileNotFoundError when a folder holds no finished run, ValueError where their classes differ.
+    Raises: FileNotFoundError if a folder has no finished run, ValueError if their classes differ.
     """
     records = [_read(folder) for folder in folders]
     for record in records:
@@ -83,7 +85,7 @@ def write_report(
 
 
 def _source(record: _Record, data_dir: str | None) -> Source | None:
-    """The data set of a run; None where it is not at hand, or the user's own files have changed since."""
+    """The data set of a run; None if it is not available, or if the user's own files have changed since."""
     config = record.config
     if contents(config["data"]) != record.result["identity"].get("contents"):
         return None
@@ -129,7 +131,7 @@ def _results(records: Sequence[_Record], step_times: dict[str, str] | None) -> s
 
 
 def _accuracies(records: Sequence[_Record]) -> str:
-    """A row for each class: its share of the training labels, and the accuracy of every run on it."""
+    """A row for each class: its share of the training labels, and the accuracy of each run on it."""
     config = records[0].config
     rows = [["class", "share of training", *_labels(records)]]
     for c, (name, share) in enumerate(zip(config["class_names"], config["class_shares"], strict=True)):
@@ -183,7 +185,9 @@ def _weights(record: _Record, source: Source | None, label: str) -> str:
 
 
 def _trained_on(source: Source) -> Examples:
-    """All that a method may train on: its own meta examples too, which some put into the training set."""
+    """All examples that a method may train on, including its own meta examples, which some methods add to the training
+    set.
+    """
     if source.meta is None:
         return source.train
     parts = source.train, source.meta
@@ -191,7 +195,7 @@ def _trained_on(source: Source) -> Examples:
 
 
 def _thirds(labels: np.ndarray, classes: int) -> tuple[np.ndarray, list[str]]:
-    """Too many classes to draw each: the rarest third of them, the middle one and the most frequent."""
+    """Groups for many classes: the rarest third, the middle third and the most frequent third of them."""
     rank = np.argsort(np.argsort(np.bincount(labels, minlength=classes), kind="stable"), kind="stable")
     return (3 * rank // classes)[labels], ["rarest third of the classes", "middle third", "most frequent third"]
 
