@@ -124,6 +124,10 @@ void bind_cuda(py::module_& cuda) {
                                           pointer<const void>(sums), pointer<const void>(grad), pointer<void>(out),
                                           rows, classes, stride, ignored, smoothing, pointer<CUstream_st>(stream)));
       });
+  cuda.def("unusable", [] {
+    const cudaError_t error = usable();
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  });
   cuda.def("runtime_version", [] {
     int version = 0;
     check(cudaRuntimeGetVersion(&version));

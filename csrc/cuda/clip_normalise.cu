@@ -23,6 +23,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+cudaError_t usable() {
+  cudaFuncAttributes found;  // of any kernel: all are compiled for the same devices
+  const cudaError_t error = cudaFuncGetAttributes(&found, clip_normalise_kernel<float>);
+  cudaGetLastError();
+  return error;
+}
+
 cudaError_t clip_normalise(Scalar dtype, const void* dots, void* weights, int64_t n, int64_t stride,
                            cudaStream_t stream) {
   if (n == 0) return cudaSuccess;

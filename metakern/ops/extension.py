@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +30,19 @@ def unsupported(tensor: Tensor) -> str | None:
     if missing is not None:
         return missing
     if tensor.is_cuda:
-        return None if cuda is not None else "metakern._C was built without CUDA (no nvcc at install time)"
+        return unusable(tensor.device)
     return None if tensor.is_cpu else f"metakern._C has no kernels for {tensor.device.type}"
+
+
+@cache
+def unusable(device: torch.device) -> str | None:
+    """Why the compiled module's CUDA kernels do not run on this GPU: an architecture that they were not compiled for, a
+    driver too old for their runtime."""
+    if cuda is None:
+        return "metakern._C was built without CUDA (no nvcc at install time)"
+    with torch.cuda.device(device):
+        reason = cuda.unusable()
+    return f"metakern._C does not run on {device}: {reason} (see METAKERN_CUDA_ARCHS)" if reason else None
 
 
 def stream(tensor: Tensor) -> int:

@@ -255,9 +255,10 @@ def test_offsets_beyond_32_bits(name: str) -> None:
         assert same(OPERATORS[name](first, *arguments[1:], impl=impl), want)
 
 
-def test_embedding_dots_refuses_an_index_outside_the_table() -> None:
+@pytest.mark.parametrize("index", [-1, 4])
+def test_embedding_dots_refuses_an_index_outside_the_table(index: int) -> None:
     indices, V, B, _ = CASES["embedding_dots"].arguments((2, 3, 4, 5), torch.float32)
-    indices[1, 2] = 4
+    indices[1, 2] = index
     for impl in implementations("embedding_dots", (indices, V, B)):
         with pytest.raises(IndexError):
             ops.embedding_dots(indices, V, B, impl=impl)
