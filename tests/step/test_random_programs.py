@@ -20,8 +20,7 @@ def judge(seed: int, **keywords: Any) -> str:
     try:
         return judge_step(metakern.l2rw_step, setup, **keywords).result.engine
     except Exception as error:
-        error.add_note(f"program {seed}: {', '.join(pieces)}")
-        raise
+        raise AssertionError(f"program {seed} ({', '.join(pieces)}): {error}") from error
 
 
 @pytest.mark.parametrize("block", range(8))
