@@ -65,6 +65,7 @@ class CheckReport:
 
 
 @uncompiled()
+@failing_pass_named()
 def check(
     model: nn.Module,
     batch: Any,
@@ -102,8 +103,7 @@ def check(
         replica, without_dropout = _float64_copy(model)
         batch, meta_batch = (tree_map(_double, each) for each in (batch, meta_batch))
         try:
-            with failing_pass_named():
-                truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
+            truth = _Truth(replica, batch, meta_batch, loss_fn, examples, chosen)
         except RuntimeError as error:
             if isinstance(error, EngineUnavailable):
                 raise

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = options.command(options)
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        print(f"metakern: {error}", file=sys.stderr)
+        print("\n".join([f"metakern: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("metakern: stopped; finished runs and written checkpoints are kept", file=sys.stderr)

@@ -202,6 +202,19 @@ def test_check_takes_a_file(tmp_path, capsys, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11")
+def test_notes_of_an_error_are_shown(tmp_path, capsys):
+    (tmp_path / "failing.py").write_text(
+        "import torch\n"
+        "def fails(model, batch):\n    raise ValueError('no such class')\n"
+        "def example():\n"
+        "    batch = torch.randn(4, 3), torch.randint(0, 2, (4,))\n"
+        "    return torch.nn.Linear(3, 2), batch, batch, fails\n"
+    )
+    assert main(["check", f"{tmp_path / 'failing.py'}:example"]) == 2
+    assert capsys.readouterr().err == "metakern: no such class\n(raised while metakern computed the losses of batch)\n"
+
+
 def test_files_are_utf8_whatever_the_locale_says(tmp_path):
     lines = ["text,kind", *(f"{'今天天气很好' if k % 2 else '质量太差了'}{k},{'好差'[k % 2]}" for k in range(40))]
     (tmp_path / "own.csv").write_text("\n".join(lines), encoding="utf-8")

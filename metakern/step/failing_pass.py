@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from traceback import walk_tb
 
 from metakern.capture.losses import evaluate_losses
+from metakern.capture.refusal import EngineUnavailable
 
 
 @contextmanager
@@ -16,16 +17,22 @@ def failing_pass_named() -> Iterator[None]:
     """
     try:
         yield
+    except EngineUnavailable:  # not the model's failure, but what an engine cannot do
+        raise
     except Exception as error:
         argument = _failed_batch(error)
         if argument and hasattr(error, "add_note") and not str(error).startswith(argument):
-            error.add_note(f"(raised while metakern computed the losses of {argument})")
+            note = f"(raised while metakern computed the losses of {argument})"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
         raise
 
 
-def _failed_batch(error: Exception) -> str | None:
+def _failed_batch(error: BaseException | None) -> str | None:
     """What errors call the batch whose losses were being computed; every pass goes through `evaluate_losses`."""
-    for frame, _ in walk_tb(error.__traceback__):
-        if frame.f_code is evaluate_losses.__code__:
-            return frame.f_locals["argument"]
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code is evaluate_losses.__code__:
+                return frame.f_locals["argument"]
+        error = error.__cause__
     return None

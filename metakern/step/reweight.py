@@ -174,7 +174,8 @@ def l2rw_step(
 
     Raises:
         TypeError, ValueError: an argument is not as described, a loss is not finite, or a trainable parameter is
-            unused. Model, gradients, buffers and random state are then as before the call.
+            unused. Model, gradients, buffers and random state are then as before the call. An error that the model or
+            `loss_fn` raises comes through unchanged, with a note of which batch it was given.
         NotImplementedError: no exact engine supports the model; the message says why, and what to do.
 
     Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, algorithm 1.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import metakern
+from metakern.capture.refusal import EngineUnavailable
 from metakern.step.label_net import LabelNet
 from metakern.testing import inputs
 
@@ -149,10 +150,21 @@ def test_a_failing_loss_is_named() -> None:
     assert notes_of(caught.value) == ["(raised while metakern computed the losses of batch)"]
     with pytest.raises(RuntimeError, match="float64") as failed:
         metakern.check(network(), BATCH, WIDER)
-    assert notes_of(failed.value.__cause__) == ["(raised while metakern computed the losses of meta_batch)"]
+    assert notes_of(failed.value) == ["(raised while metakern computed the losses of meta_batch)"]
 
 
 def test_messages_that_name_the_batch_need_no_note() -> None:
     with pytest.raises(TypeError, match=r"^meta_batch: targets must be") as caught:
         metakern.l2rw_step(network(), BATCH, (META_BATCH[0], META_BATCH[1].int()))
+    assert not notes_of(caught.value)
+
+
+def test_what_an_engine_cannot_do_needs_no_note() -> None:
+    class Unsupported(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise EngineUnavailable("this engine cannot")
+
+    model = nn.Sequential(network(), Unsupported())
+    with pytest.raises(NotImplementedError, match="this engine cannot") as caught:
+        metakern.l2rw_step(model, BATCH, META_BATCH)
     assert not notes_of(caught.value)
