@@ -1,6 +1,4 @@
-"""`metakern episodes`: few-shot learners with several remedies for imbalance, tested on the same episodes of each
-shape.
-"""
+"""`metakern episodes`: few-shot learners with remedies for imbalance, tested on the same episodes of each shape."""
 
 from __future__ import annotations
 
@@ -26,8 +24,7 @@ FIRST_TEST_SEED = 1000  # of the episodes of the first shape
 
 
 def run_episodes(config: EpisodeConfig, folder: Path, *, progress: bool = True) -> str:
-    """Train and test each learner with each balance; episodes.csv and episodes.json in `folder`; returns the text to
-    print.
+    """Train and test each learner with each balance; episodes.csv and episodes.json in `folder`; the text to print.
 
     Raises: ValueError if the data set has too few classes with enough examples, and if a learner diverges; as `load`.
     """
@@ -41,11 +38,14 @@ def run_episodes(config: EpisodeConfig, folder: Path, *, progress: bool = True) 
     for name in config.words("learners"):
         plain: dict[str, Scores] = {}
         for balance in config.words("balances"):
-            started = time.perf_counter()
-            learner = Learner(name, balance, config, split.train)
-            fit(learner, split, config, progress=progress)
-            seconds = time.perf_counter() - started
-            scores = {shape: _tested(learner, split, shape, config) for shape in config.words("shapes")}
+            try:
+                started = time.perf_counter()
+                learner = Learner(name, balance, config, split.train)
+                fit(learner, split, config, progress=progress)
+                seconds = time.perf_counter() - started
+                scores = {shape: _tested(learner, split, shape, config) for shape in config.words("shapes")}
+            except ValueError as error:
+                raise ValueError(f"{name} with balance {balance!r}: {error}") from error
             plain = plain or scores
             rows += [_row(name, balance, shape, scores[shape], plain[shape], seconds) for shape in scores]
             _save(rows, config, source, split, folder)

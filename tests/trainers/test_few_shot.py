@@ -166,6 +166,14 @@ def test_columns_of_a_table_are_left_out(tmp_path, capsys):
 @pytest.mark.parametrize("learner", ["protonet", "maml-first-order"])
 @pytest.mark.parametrize("episodes", [1, 8])
 def test_a_learner_that_diverges_fails(learner, episodes, config, tmp_path):
-    """In its last step as well; the learners before it are in the table."""
-    with pytest.raises(ValueError, match="finite; a smaller --lr"):
+    """In its last step as well."""
+    with pytest.raises(ValueError, match=rf"{learner} with balance 'none': .*finite; a smaller --lr"):
         run_episodes(replace(config, learners=learner, train_episodes=episodes, lr=1e30), tmp_path, progress=False)
+
+
+def test_learners_before_one_that_diverges_are_in_the_table(config, tmp_path):
+    config = replace(config, learners="protonet,maml-first-order", balances="none", shapes="linear", inner_lr=1e30)
+    with pytest.raises(ValueError, match=r"maml-first-order with balance 'none': .*finite"):
+        run_episodes(config, tmp_path, progress=False)
+    with (tmp_path / "episodes.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["learner"] for row in csv.DictReader(file)] == ["protonet"]
