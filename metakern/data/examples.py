@@ -39,9 +39,7 @@ class Examples:
 
 
 class Origin(NamedTuple):
-    """Where an example of the user's own data comes from: a file, and in a table the row, 1 being the first below the
-    header.
-    """
+    """Where an example of the user's own data comes from: a file and, in a table, the row; the first row is 1."""
 
     file: str
     row: int | None = None

@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 def numbered(labels: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """targets[n] int64 and the class names, sorted; with two classes the rarer first, as in all two-class data sets
-    here.
+    """targets[n] int64 and the class names: sorted, or of two classes the rarer first, as in all such sets here.
 
     Raises: ValueError unless there are at least two classes.
     """

@@ -25,15 +25,12 @@ def _chunks(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Ten
 
 
 def shuffled(targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers [batch_size] int64: every example once per epoch; all batches are full, and hold at most all
-    examples.
-    """
+    """Row numbers [batch_size] int64: every example once per epoch; no batch is short, or larger than the set."""
     return _chunks(torch.arange(len(targets)), min(batch_size, len(targets)), generator)
 
 
 def class_balanced(targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers with batch_size / C of each class present; the first classes get one more if it does not divide
-    evenly.
+    """Row numbers, batch_size / C of each class present; the first classes get what remains of the division.
 
     Within a class, no example is repeated before all others have been used.
     """

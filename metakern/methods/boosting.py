@@ -25,8 +25,7 @@ class Round(NamedTuple):
 
 
 def samme_round(weights: Tensor, wrong: Tensor, classes: int) -> Round:
-    """err = sum_n w_n [wrong_n]; vote = ln((1 - err) / err) + ln(C - 1); w_n is multiplied by e^vote where wrong; sum
-    1.
+    """err = sum_n w_n [wrong_n]; vote = ln((1 - err) / err) + ln(C - 1); wrong examples: w_n e^vote; then sum 1.
 
     Boosting ends with a learner that makes no error, which has the vote 1, and with one that is no better than chance,
     err >= 1 - 1 / C, which has the vote 0.

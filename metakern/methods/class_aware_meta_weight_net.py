@@ -78,9 +78,7 @@ def weights_of_groups(weight_net: nn.Module, groups: Tensor, class_names: Sequen
 
 
 def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
-    """As many rows of each class as the smallest class has, drawn without replacement; targets[n] -> rows[k], on the
-    CPU.
-    """
+    """As many rows of each class as the smallest has, without replacement; targets[n] -> rows[k], on the CPU."""
     targets = targets.cpu()
     classes, counts = targets.unique(return_counts=True)
     order = torch.randperm(len(targets), generator=generator)
@@ -88,9 +86,7 @@ def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class CMWNetStep:
-    """Plain steps for most of the run, then steps with the weight net, whose meta set is a balanced part of the
-    training set.
-    """
+    """Plain steps for most of the run, then the weight net, whose meta set is a balanced part of the training set."""
 
     def __init__(self, setup: Setup, settings: ClassAwareSettings) -> None:
         device = device_of(setup.model)

@@ -60,9 +60,7 @@ def class_balanced_rule(beta: float = 0.9999) -> Rule:
 
 @dataclass(frozen=True)
 class EffectiveNumberSettings:
-    """beta: the closer to 1, the closer the weights to the inverse frequency; the paper tries 0.9, 0.99, 0.999 and
-    0.9999.
-    """
+    """beta: near 1, weights are near the inverse frequency; the paper tries 0.9, 0.99, 0.999 and 0.9999."""
 
     beta: float = 0.9999
 

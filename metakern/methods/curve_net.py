@@ -78,8 +78,7 @@ def _relu_layers(*widths: int) -> list[nn.Module]:
 
 
 def probing_phases(epochs: int, batch_size: int) -> list[Phase]:
-    """Two fifths of the epochs at the full learning rate; then an eighth of the batch size, at 1/10 and 1/100 of the
-    rate in turn.
+    """Two fifths of the epochs as in the run; then an eighth of the batch, at 1/10 and 1/100 of the rate in turn.
 
     Each turn lasts a twentieth of the epochs, 15 of 300. The network repeatedly fits its labels and forgets them again,
     which separates clean, rare and wrongly labelled examples.
@@ -122,9 +121,7 @@ class CurveNetStep:
 
     @torch.no_grad()
     def _weights(self, features: tuple[Tensor, Tensor], setting: Setting) -> Tensor:
-        """The remembered weights of a batch; for examples that have not been in a batch yet, the weight net's present
-        ones.
-        """
+        """The remembered weights of a batch; for examples without one, what the weight net gives now."""
         curves, labels = features
         net = self._step.weight_net
         fresh = net(curves[:, :1], curves.to(next(net.parameters())), labels).squeeze(1)

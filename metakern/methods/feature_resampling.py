@@ -19,8 +19,7 @@ MakeSampler = Callable[[int, int], Any]
 
 
 def resampled(task: Task, make: MakeSampler, seed: int, *, copies_only: bool = False) -> Task:
-    """The task with its training examples re-sampled; inputs[n, ...] are flattened for the sampler and restored after
-    it.
+    """The task with re-sampled training examples; the sampler sees inputs[n, ...] flattened.
 
     An exact copy of a training example has its id and true label; a synthetic example has the id -1, and the label it
     was made for as its true label. `copies_only`: the sampler uses labels alone, so that inputs may also be tokens or

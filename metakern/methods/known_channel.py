@@ -36,8 +36,7 @@ def with_meta(task: Task, seed: int) -> Task:
 
 @dataclass
 class CorrectedStep:
-    """A step on the mean of `loss`, with the channel that `estimate` derives from a network trained plainly on noisy
-    labels.
+    """A step on the mean of `loss`, with the channel that `estimate` finds with a network trained on noisy labels.
 
     That network trains for as many steps as the run; the run's model then starts from its initial parameters. With
     `gold`, the last examples of the training set are the meta set, which the plain network does not see.

@@ -38,8 +38,7 @@ _balanced = class_balanced_rule()
 
 
 def deferred(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """Equal weights for the first four fifths of the run, then class-balanced ones (in the paper from epoch 160 of
-    200).
+    """Equal weights for four fifths of the run, then class-balanced ones (in the paper: from epoch 160 of 200).
 
     Source: as `ldam_margins`, algorithm 1.
     """

@@ -117,15 +117,13 @@ def begin_s_model(setup: Setup) -> Step:
 
 
 def begin_s_model_conf(setup: Setup) -> Step:
-    """The simple channel, initialised from the confusion matrix of a plainly trained network."""
+    """The simple channel, initialised from the confusion matrix of a plain network."""
     start = _like(setup, channel_logits(setup.classes, ASSUMED_NOISE))
     return ChannelStep(setup, SoftmaxChannel(start), _simple, from_confusion=True)
 
 
 def begin_complex(setup: Setup) -> Step:
-    """The channel that depends on the penultimate features, initialised from the confusion matrix of a plainly trained
-    network.
-    """
+    """The channel that depends on penultimate features, initialised from the confusion matrix of a plain network."""
     start = _like(setup, channel_logits(setup.classes, ASSUMED_NOISE))
     layer = ComplexNoise(last_linear(setup.model).in_features, start).to(start)
     return ChannelStep(setup, layer, _complex, from_confusion=True)

@@ -1,6 +1,4 @@
-"""M2m: examples of rare classes made from those of frequent classes, by descent until another network sees the rare
-class.
-"""
+"""M2m: examples of rare classes made from frequent ones, by descent until another network sees the rare class."""
 
 from __future__ import annotations
 
@@ -38,8 +36,7 @@ def descend(
     size: float = 0.1,
     away: float = 0.5,
 ) -> Tensor:
-    """x after `steps` steps of length `size` down the gradient of CE(guide(x), target) + away * model(x)[seed]; [n,
-    ...].
+    """x after `steps` steps of length `size` that descend CE(guide(x), target) + away * model(x)[seed]; [n, ...].
 
     `start`[n, ...] is where x begins; seeds[n] and targets[n] are classes. The gradient of each example is scaled to
     length 1, and x is clipped to `limits`.
@@ -57,8 +54,7 @@ def descend(
 
 @dataclass
 class TranslationStep:
-    """Class-balanced plain steps; after `plain` of the run, some examples of rare classes are replaced by generated
-    ones.
+    """Class-balanced plain steps; after `plain` of the run, generated examples replace some of rare classes.
 
     An example of class k is replaced with probability 1 - n_k / n_max, if the guide assigns the generated one to class
     k with P(k) >= gamma. The guide is a network trained plainly for `plain` of the run's steps. Step lengths are the

@@ -10,8 +10,7 @@ from metakern.methods.weighted_step import weighted_step
 
 
 def swollen_class_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    """w_n = (1 / C) / (share of the largest class) for the examples of that class, 1 for others; then normalised to sum
-    1.
+    """w_n = (1 / C) / (share of the largest class) for examples of that class, 1 for others; normalised to sum 1.
 
     Source: the "weighted" baseline of Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018,
     section 4.2. It knows the noise; here the shares are those of the training labels.

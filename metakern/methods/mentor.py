@@ -1,6 +1,4 @@
-"""MentorNet: a small network, trained beforehand, that derives an example's weight from its loss and the course of
-training.
-"""
+"""MentorNet: a small network, trained beforehand, that weights examples by their loss and the course of training."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ def predefined_curriculum(differences: Tensor, *, width: float = 1.0) -> Tensor:
 
 
 class Percentile:
-    """A running percentile of the losses: p <- decay p + (1 - decay) percentile of the batch; it starts with that of
-    the first batch.
+    """A running percentile of the losses, p <- decay p + (1 - decay) percentile of the batch, from that of the first.
 
     Source: the code published with MentorNet: percentile 0.75 in its commands for PD; decay 0.9, the default of its
     function, where its training script passes 0.5.
@@ -72,9 +69,7 @@ def made_up_lessons(generator: torch.Generator, *, width: float = 1.0, size: int
 
 
 def taught(mentor: MentorNet, lessons: Iterator[Lesson], *, steps: int, lr: float = 0.01) -> MentorNet:
-    """The mentor after `steps` steps of Adam on the cross entropy between its weights and the wanted ones, in eval
-    mode.
-    """
+    """The mentor after `steps` steps of Adam on the cross entropy of its weights to the wanted ones, in eval mode."""
     optimizer = torch.optim.Adam([p for p in mentor.parameters() if p.requires_grad], lr)
     for _ in range(steps):
         *seen, wanted = next(lessons)

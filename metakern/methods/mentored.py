@@ -1,6 +1,4 @@
-"""Training under a MentorNet: predefined (PD), or data-driven (DD), taught on the clean set with artificially wrong
-labels.
-"""
+"""Training under a MentorNet: predefined (PD), or data-driven (DD), taught on the clean set with flipped labels."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ from metakern.methods.weight_net_step import seeded
 
 @dataclass
 class MentoredStep:
-    """Equal weights for the first `burn_in` of the run, then w_n = v_n / n with v_n from the mentor, treated as
-    constant.
-    """
+    """Equal weights for the first `burn_in` of the run, then w_n = v_n / n with v_n from the mentor, as constants."""
 
     setup: Setup
     data_driven: bool = False
@@ -72,8 +68,7 @@ class MentoredStep:
 
 
 def spoilt_lessons(setup: Setup, generator: torch.Generator, *, rate: float = 0.4, looks: int = 20) -> Iterator[Lesson]:
-    """Endless lessons from a plain network on the clean set with `rate` of its labels flipped; the wanted weight is
-    [label right].
+    """Endless lessons from a plain network on the clean set with `rate` of its labels flipped; wanted: [label right].
 
     The network trains for a tenth of the run's steps; its losses are recorded `looks` times.
     """

@@ -21,9 +21,7 @@ from metakern.step.direction import preconditioned
 
 
 def node_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Cross entropy of each node, [n]; batch = (nodes[n], targets[n], whether to use only the edges between these
-    nodes).
-    """
+    """Cross entropy of each node, [n]; batch = (nodes[n], targets[n], whether to use only edges between these)."""
     nodes, targets, induced = batch
     return F.cross_entropy(model(nodes, induced), targets, reduction="none")
 

@@ -1,5 +1,4 @@
-"""Meta label correction (MLC): a small network proposes a soft label for every example, and learns to do so from gold
-data.
+"""Meta label correction (MLC): a small network proposes a soft label for every example, learned from gold data.
 
 As a composition: proposed labels -> virtual step -> logit tangents along the meta gradient there -> step of the label
 net -> step. This is `metakern.mlc_step`; this file has the settings of the published code.

@@ -81,9 +81,7 @@ class Stream:
 
 
 class BalanceStep:
-    """A step on the mean gradient of several pairs: the batch is cut into inner batches, each paired with some of the
-    outer pool.
-    """
+    """A step on the mean gradient of pairs: each inner batch is a part of the batch, paired with an outer batch."""
 
     def __init__(self, setup: Setup, settings: BalanceSettings) -> None:
         given = setup.task.given if isinstance(setup.task, InnerTask) else setup.task

@@ -24,8 +24,7 @@ EXAMPLES_DRAWN = 100  # of a class, whose mean features its weighting function i
 
 @dataclass(frozen=True)
 class MLRNetSettings:
-    """Settings. The paper does not give lr, weight_decay and eps of the weight net's Adam; the other defaults are the
-    paper's.
+    """Settings; the paper gives the defaults, except lr, weight_decay and eps of the weight net's Adam.
 
     probing_epochs: epochs of stage 1, at most those of the run. width: D. embedding: width of the label's embedding.
     own_virtual_step: the virtual step is that of the run's optimizer instead of plain SGD as in the paper's equations.

@@ -68,8 +68,7 @@ def glc_channel(noisy_probabilities: Tensor, clean_targets: Tensor) -> Tensor:
 
 
 def confusion_channel(predicted: Tensor, clean_targets: Tensor, classes: int, *, smoothing: float = 0.01) -> Tensor:
-    """channel[k, j] = share of the clean examples of class k that a network trained on noisy labels predicts as j; [C,
-    C].
+    """channel[k, j] = share of the clean examples of class k that a network trained on noisy labels calls j; [C, C].
 
     Rows are mixed with the uniform distribution by `smoothing`, so that no label is impossible.
     Source: the "confusion matrix" baseline of Hendrycks et al., as `glc_channel`.
@@ -81,8 +80,7 @@ def confusion_channel(predicted: Tensor, clean_targets: Tensor, classes: int, *,
 
 
 def anchor_channel(noisy_probabilities: Tensor, *, quantile: float = 0.97) -> Tensor:
-    """channel[k, :] = prediction for the example at the given quantile of the probabilities of k; needs no clean
-    labels.
+    """channel[k, :] = prediction for the example at that quantile of the probabilities of k; needs no clean labels.
 
     noisy_probabilities[n, C] of a network trained on noisy labels -> [C, C]. That example is assumed to be of class k
     with certainty, so that its prediction is the distribution of the labels of class k.

@@ -1,6 +1,4 @@
-"""Noise layers learned together with the network: Sukhbaatar's stochastic matrix and the complex noise adaptation
-layer.
-"""
+"""Noise layers learned with the network: Sukhbaatar's stochastic matrix and the complex noise adaptation layer."""
 
 from __future__ import annotations
 

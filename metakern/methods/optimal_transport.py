@@ -1,6 +1,4 @@
-"""Re-weighting by optimal transport: weights that bring the batch close to the clean set, by Sinkhorn's dual
-potentials.
-"""
+"""Re-weighting by optimal transport: weights that bring the batch near the clean set, by Sinkhorn's potentials."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
 def sinkhorn_potentials(
     cost: Tensor, rows: Tensor, columns: Tensor, *, eps: float = 0.1, iterations: int = 200, tolerance: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Dual potentials f[m], g[n] of entropic transport between masses rows[m] and columns[n] at cost[m, n]; in the log
-    domain.
+    """Dual potentials f[m], g[n] of entropic transport from rows[m] to columns[n] at cost[m, n], in the log domain.
 
     The plan is P = rows columns^T exp((f + g - cost) / eps). Iterations end when no entry of f changes by more than
     `tolerance`. By the envelope theorem, g is, up to a constant, the derivative of the transport cost with respect to
@@ -60,8 +57,7 @@ def transported(logits: Tensor, cost: Tensor, *, lr: float = 0.01) -> Tensor:
 
 @dataclass
 class TransportStep:
-    """Plain steps for the first `plain` of the run; then transport determines the weights, and only the last layer is
-    trained.
+    """Plain steps for the first `plain` of the run; then weights by transport, and only the last layer is trained.
 
     The second part minimises (1/n) sum_n w_n l_n + (10 / 16) mean_j l'_j over the last linear layer.
     """

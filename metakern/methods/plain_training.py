@@ -27,12 +27,12 @@ def train_plainly(
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     rate: Callable[[int], float] | None = None,
 ) -> nn.Module:
-    """A copy of the run's model, trained by the run's optimizer for `steps` steps on the mean of `criterion(logits,
-    targets)`.
+    """A copy of the run's model after `steps` plain steps on the mean of `criterion(logits, targets)`.
 
-    Before the first step of a run, the copy has the run's initial parameters; the model itself is not changed. Batches
-    and their augmentation are determined by the run's seed. `after_step(k, network)` is called after each step, k = 1
-    .. steps; step k has `rate(k)` times the run's learning rate, by default the run's schedule over `steps` steps.
+    Before the first step of a run, the copy has the run's initial parameters; the model itself is not changed.
+    Optimizer, batches and their augmentation are those that the run's settings and seed give. `after_step(k, network)`
+    is called after each step, k = 1 .. steps; step k has `rate(k)` times the run's learning rate, by default the run's
+    schedule over `steps` steps.
     Raises: ValueError if the loss of a step is not finite.
     """
     rate = rate or (lambda k: setup.rate_factor(k - 1, steps))

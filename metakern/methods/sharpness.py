@@ -18,8 +18,7 @@ def inverse_frequency_weights(losses: Tensor, targets: Tensor, setting: Setting)
 
 
 def sam_step(*, rho: float = 0.05, ascent: Rule = uniform_weights, criterion: Criterion = cross_entropy) -> Step:
-    """e = rho g / |g|, g the gradient of sum_n w_n l_n with w from `ascent`; the step uses the gradient of mean_n l_n
-    at theta + e.
+    """e = rho g / |g|, g the gradient of sum_n w_n l_n, w by `ascent`; a step with that of mean_n l_n at theta + e.
 
     Source: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, algorithm
     1; for SAM-A the code published with Shwartz-Ziv et al., NeurIPS 2023.

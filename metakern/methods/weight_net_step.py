@@ -1,6 +1,4 @@
-"""The step of all methods with a weight net: `mwnet_step` with the net, its optimizer, and the features that the net
-sees.
-"""
+"""The step of all methods with a weight net: `mwnet_step` with the net, its optimizer, and what the net sees."""
 
 from __future__ import annotations
 
@@ -84,8 +82,9 @@ def weights_over_losses(weight_net: nn.Module, features: Mapping[str, tuple[Tens
 def weights_over_curves(
     weight_net: nn.Module, length: int, features: Mapping[str, tuple[Tensor, ...]]
 ) -> WeightingFunction:
-    """The weights of a net that sees (losses, curves, *features), for curves that lie evenly above or below the mean of
-    the class; one curve for each of `features`, each given for a single example.
+    """The weights of a net that sees (losses, curves, *features), for curves at a constant distance from the mean.
+
+    The mean is that of the class. One curve of weights for each of `features`, which are given for a single example.
     """
     above = torch.linspace(-2.5, 2.5, 101, device=device_of(weight_net), dtype=next(weight_net.parameters()).dtype)
     curves = above.unsqueeze(1).expand(101, length)

@@ -1,6 +1,4 @@
-"""The step of all methods whose weights and losses are given by a formula: one pass, and nothing is differentiated
-twice.
-"""
+"""The step of all methods whose weights and losses are formulas: one pass, nothing is differentiated twice."""
 
 from __future__ import annotations
 

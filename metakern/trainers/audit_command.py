@@ -1,6 +1,4 @@
-"""`metakern audit`: a training run, a ranking, a page and a table; other rankings for comparison if wrong labels are
-known.
-"""
+"""`metakern audit`: a training run, a ranking, a page and a table; other rankings if wrong labels are known."""
 
 from __future__ import annotations
 
@@ -61,8 +59,7 @@ def _other(folder: Path, wanted: dict[str, Any]) -> str | None:
 
 
 def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 5, progress: bool = True) -> str:
-    """Audit the training set of `config`, with audit.csv, audit.html and audit.json in `folder`; returns the text to
-    print.
+    """Audit the training set of `config`; audit.csv, audit.html and audit.json in `folder`; the text to print.
 
     If it is known which labels are wrong, the ranking is compared with that by the highest loss and, with `folds` above
     1, with cleanlab's on held-out predictions.

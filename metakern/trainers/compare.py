@@ -37,8 +37,7 @@ class Cell:
 
 
 def chosen(words: Sequence[str]) -> list[str]:
-    """The methods that `words` name, without repetition; "noise" and "imbalance" stand for all methods that handle
-    these, and for baselines.
+    """The methods that `words` name, each once; "noise", "imbalance": all methods for these, and baselines.
 
     Raises: ValueError for a word that is neither of them nor a method, and for no words.
     """

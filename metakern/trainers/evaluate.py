@@ -35,8 +35,7 @@ class Errors(NamedTuple):
 
 
 def measure_errors(model: nn.Module, examples: Examples, classes: int) -> Errors:
-    """Errors of the model's predictions, the class with the largest logit, on `examples`; the mode of the model is
-    restored.
+    """Errors of the model's predictions (largest logit) on `examples`; the mode of the model is restored.
 
     Raises: as `predict`.
     """

@@ -55,9 +55,7 @@ class Learner:
         self._copies = torch.Generator().manual_seed(config.seed + 3)
 
     def logits(self, episode: Episode, loss: Callable[[Tensor, Tensor], Tensor], *, order: int) -> Tensor:
-        """Logits of the query examples, [q, K], after learning from the support set; `order`: how MAML differentiates
-        its steps.
-        """
+        """Logits of the query examples, [q, K], given the support set; `order` is that of MAML's derivatives."""
         support = oversampled(episode.support, self._copies) if self._balance.fills_up else episode.support
         if self.name == "protonet":
             return prototype_logits(self.model, support, episode.query.inputs)
@@ -94,8 +92,7 @@ def episodes(pool: Pool, shape: str, count: int, config: EpisodeConfig, seed: in
 
 
 def fit(learner: Learner, split: ClassSplit, config: EpisodeConfig, *, progress: bool = True) -> None:
-    """Train on episodes of the training classes; the model keeps the parameters that were best on the validation
-    classes.
+    """Train on episodes of the training classes, and keep the parameters that were best on the validation classes.
 
     Raises: ValueError if a loss or, in a validation, a logit is not finite.
     """

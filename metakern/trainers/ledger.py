@@ -42,9 +42,7 @@ class Ledger:
         self._seen, self._kept, self._sum = state["seen"], state["kept"], state["sum"]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Arrays[n]: id, label, clean_label, times_seen, share_kept and mean_weight; the last two are nan if never
-        seen.
-        """
+        """Arrays[n]: id, label, clean_label, times_seen, share_kept and mean_weight, nan if never seen."""
         seen = self._seen.double()
         return {
             "id": self._task.train.ids.numpy(),

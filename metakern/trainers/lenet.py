@@ -38,9 +38,7 @@ class LeNet(nn.Module):
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Weights from a normal distribution with deviation 0.1, truncated at two deviations; biases 0, as in the paper's
-    code.
-    """
+    """Weights from a normal distribution of deviation 0.1, truncated at two deviations; biases 0; as in the code."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

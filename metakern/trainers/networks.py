@@ -31,9 +31,7 @@ def group_norm(channels: int) -> nn.Module:
 def convolutional(
     channels: int, classes: int, *, width: int = 32, norm: Callable[[int], nn.Module] = group_norm
 ) -> nn.Module:
-    """images[n, c, h, w] -> logits[n, C]: three convolutions, by default with GroupNorm, so that examples do not
-    interact.
-    """
+    """images[n, c, h, w] -> logits[n, C]: three convolutions, by default with GroupNorm: examples do not interact."""
     layers: list[nn.Module] = []
     for k in range(3):
         out = width * 2**k

@@ -98,9 +98,7 @@ class Encoder(nn.Module):
 
 
 def with_unused_frozen(encoder: Encoder, tokens: Tensor) -> Encoder:
-    """The encoder with all parameters frozen that the logits of `tokens` do not depend on: poolers and layers for other
-    tasks.
-    """
+    """The encoder, without training what the logits of `tokens` do not depend on: poolers, layers for other tasks."""
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     found = torch.autograd.grad(encoder(tokens).sum(), trainable, allow_unused=True)
     for p, grad in zip(trainable, found, strict=True):

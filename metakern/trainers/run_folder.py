@@ -108,9 +108,7 @@ def errors_of(result: dict[str, Any]) -> Errors:
 
 
 def meta_note(config: dict[str, Any]) -> str | None:
-    """A note if config.json says that the meta set was drawn from the user's own data, whose labels nobody has vouched
-    for.
-    """
+    """A note if, by config.json, the meta set was drawn from the user's own data: nobody vouches for its labels."""
     if config.get("certain_meta", True):
         return None
     what, way, test = "rows", "with split=meta", "split=test"

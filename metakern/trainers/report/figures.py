@@ -63,9 +63,7 @@ def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterato
 
 
 def _themed(text: str, name: str) -> str:
-    """Matplotlib's SVG without fixed size, in the page's colours and font, with ids that differ from those of other
-    figures.
-    """
+    """Matplotlib's SVG without fixed size, in the page's colours and font, with ids of its own."""
     prefix = re.sub(r"\W+", "-", name) + "-"
     text = text[text.index("<svg") :].replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
     text = re.sub(r'\bid="', f'id="{prefix}', text)

@@ -37,9 +37,7 @@ class _Record(NamedTuple):
 
     @property
     def corruption_area(self) -> float:
-        """The percentage of pairs of a flipped and a kept label in which the flipped one has less weight; nan without
-        noise.
-        """
+        """In percent, how often the flipped of a flipped and a kept label has less weight; nan without noise."""
         flipped = self.weights["label"] != self.weights["clean_label"]
         known = ~np.isnan(self.weights["mean_weight"])
         return 100 * roc_area(torch.from_numpy(-self.weights["mean_weight"][known]), torch.from_numpy(flipped[known]))
@@ -185,9 +183,7 @@ def _weights(record: _Record, source: Source | None, label: str) -> str:
 
 
 def _trained_on(source: Source) -> Examples:
-    """All examples that a method may train on, including its own meta examples, which some methods add to the training
-    set.
-    """
+    """All examples that a method may train on; some methods add their meta examples to the training set."""
     if source.meta is None:
         return source.train
     parts = source.train, source.meta
