@@ -1,4 +1,4 @@
-"""The CUDA CSRC as a Python module for the CPU: rewritten, compiled beside the emulated device, and linked."""
+"""The CUDA sources as a Python module for the CPU: rewritten, compiled beside the emulated device, and linked."""
 
 from __future__ import annotations
 
