@@ -20,11 +20,11 @@ def failing_pass_named() -> Iterator[None]:
     except EngineUnavailable:  # not the model's failure, but what an engine cannot do
         raise
     except Exception as error:
-        argument = _failed_batch(error)
-        if argument and hasattr(error, "add_note") and not str(error).startswith(argument):
+        argument, add_note = _failed_batch(error), getattr(error, "add_note", None)
+        if argument and add_note and not str(error).startswith(argument):
             note = f"(raised while metakern computed the losses of {argument})"
             if note not in getattr(error, "__notes__", ()):
-                error.add_note(note)
+                add_note(note)
         raise
 
 

@@ -29,12 +29,14 @@ Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., tuple[Tensor, .
 
 def compiler_of(backend: str | Backend) -> Backend:
     """The backend of that name, or the function itself."""
+    from torch._dynamo.exc import InvalidBackend  # here: only compiled steps need it
+
     expected = "the name of a backend of torch.compile, such as 'inductor', or a function"
     if not isinstance(backend, str) and not callable(backend):
         raise TypeError(f"backend must be {expected}; got {type(backend).__name__}")
     try:
         return torch._dynamo.lookup_backend(backend)
-    except torch._dynamo.exc.InvalidBackend as error:
+    except InvalidBackend as error:
         raise ValueError(f"backend must be {expected}; got {backend!r}") from error
 
 
