@@ -19,7 +19,6 @@ from metakern.capture.uncompiled import uncompiled
 from metakern.engines import Problem, pose
 from metakern.engines.recorded import recorded
 from metakern.step import reweight_step
-from metakern.step.failing_pass import failing_pass_named
 from metakern.testing.budget import Verdict, unit, verdict
 from metakern.testing.oracle import copy_of
 
@@ -65,7 +64,6 @@ class CheckReport:
 
 
 @uncompiled()
-@failing_pass_named()
 def check(
     model: nn.Module,
     batch: Any,

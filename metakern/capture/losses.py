@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metakern.capture.contents import PutBack, attributes_kept, content_of
 from metakern.capture.host import finite_sum, host_may_wait, is_traced
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.row_losses import row_losses
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -49,9 +50,19 @@ def evaluate_losses(model: nn.Module, batch: Any, loss_fn: LossFunction | None, 
     contents = list(_contents(batch))
     try:
         return losses_of(model, batch, loss_fn, argument)
+    except Exception as error:
+        _note_batch(error, argument)
+        raise
     finally:
         for put_back in contents:
             put_back()
+
+
+def _note_batch(error: Exception, argument: str) -> None:
+    """Add to an exception of the model's or the loss's which batch it came from."""
+    add_note = getattr(error, "add_note", None)  # since Python 3.11
+    if add_note and not isinstance(error, EngineUnavailable) and not str(error).startswith(argument):
+        add_note(f"(raised while metakern computed the losses of {argument})")
 
 
 def _contents(batch: Any, depth: int = 3) -> Iterator[PutBack]:

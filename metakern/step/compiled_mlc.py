@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from metakern.capture.losses import LossFunction
 from metakern.engines import pose
 from metakern.engines.problem import Problem
-from metakern.step.failing_pass import failing_pass_named
 from metakern.step.logit_tangents import LogitsFunction
 from metakern.step.meta_network import are_asked_for, require_meta_network, step_meta_network
 from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, require_carry, with_carry
@@ -92,7 +91,6 @@ class CompiledCorrectionStep:
         return CorrectionResult(labels, tangents, losses, meta_loss, held, parts.engine)
 
 
-@failing_pass_named()
 def compile_mlc_step(
     model: nn.Module,
     label_net: nn.Module,

@@ -20,7 +20,6 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.state import Start
 from metakern.engines import pose
 from metakern.engines.problem import Problem
-from metakern.step.failing_pass import failing_pass_named
 from metakern.step.meta_network import Features, are_asked_for
 from metakern.step.mwnet import MetaStepResult, meta_gradient, mwnet_step, require_weight_net
 from metakern.step.own_batches import OwnBatches
@@ -57,7 +56,6 @@ class CompiledMetaStep:
         return MetaStepResult(weights, dots, losses, meta_loss, self._parts.engine)
 
 
-@failing_pass_named()
 def compile_mwnet_step(
     model: nn.Module,
     weight_net: nn.Module,

@@ -17,7 +17,6 @@ from metakern.capture.losses import LossFunction, evaluate_losses, logits_in, ou
 from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
 from metakern.engines import jvp, pose
 from metakern.engines.problem import Problem
-from metakern.step.failing_pass import failing_pass_named
 
 LogitsFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -59,7 +58,6 @@ def batch_logits(model: nn.Module, batch: Any) -> Tensor:
     )
 
 
-@failing_pass_named()
 def logit_tangents(
     model: nn.Module,
     batch: Any,

@@ -16,7 +16,6 @@ from metakern.capture.state import PassState, gradients_aside, unchanged_on_erro
 from metakern.engines import pose, twice_differentiable
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.substitution import require_replaced, substituted
-from metakern.step.failing_pass import failing_pass_named
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.weighted_grad import added
 
@@ -31,7 +30,6 @@ class MetaBalanceResult(NamedTuple):
     alignment: Tensor  # [], <g_in(theta), g_out(theta')>: negative where the inner step pulls against the outer loss
 
 
-@failing_pass_named()
 def metabalance_step(
     model: nn.Module,
     inner_batch: Any,

@@ -16,7 +16,6 @@ from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem
 from metakern.engines.repetition import agree
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.step.failing_pass import failing_pass_named
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.logit_tangents import LogitPass, LogitsFunction
@@ -46,7 +45,6 @@ class CorrectionResult(NamedTuple):
     engine: str  # "jvp"
 
 
-@failing_pass_named()
 def mlc_step(
     model: nn.Module,
     label_net: nn.Module,

@@ -12,7 +12,6 @@ from metakern.capture.state import Start, gradients_aside, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
-from metakern.step.failing_pass import failing_pass_named
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.meta_network import (
@@ -37,7 +36,6 @@ class MetaStepResult(NamedTuple):
     engine: str  # "ghost", "jvp" or "double_backward"; "backward" when the weight net was not updated
 
 
-@failing_pass_named()
 def mwnet_step(
     model: nn.Module,
     weight_net: nn.Module,

@@ -13,14 +13,12 @@ from metakern.capture.state import gradients_aside, unchanged_buffers, unchanged
 from metakern.engines import pose
 from metakern.engines.group import sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along, solve_pairwise
-from metakern.step.failing_pass import failing_pass_named
 from metakern.step.finite import require_finite, require_finite_weights
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.result import Dots, StepResult
 from metakern.weights import apply_rule, weight_rule
 
 
-@failing_pass_named()
 def grad_dots(
     model: nn.Module,
     batch: Any,
@@ -65,7 +63,6 @@ def grad_dots(
     return Dots(answer.dots, answer.losses, answer.meta_loss, used)
 
 
-@failing_pass_named()
 def reweight_step(
     model: nn.Module,
     batch: Any,

@@ -150,7 +150,7 @@ def test_a_failing_loss_is_named() -> None:
     assert notes_of(caught.value) == ["(raised while metakern computed the losses of batch)"]
     with pytest.raises(RuntimeError, match="float64") as failed:
         metakern.check(network(), BATCH, WIDER)
-    assert notes_of(failed.value) == ["(raised while metakern computed the losses of meta_batch)"]
+    assert notes_of(failed.value.__cause__) == ["(raised while metakern computed the losses of meta_batch)"]
 
 
 def test_messages_that_name_the_batch_need_no_note() -> None:
