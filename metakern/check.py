@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 from metakern.capture import EngineUnavailable, trace_batch
 from metakern.capture.losses import LossFunction, evaluate_losses
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
-from metakern.capture.state import PassState
-from metakern.capture.uncompiled import uncompiled
+from metakern.capture.state.passes import PassState
+from metakern.capture.state.uncompiled import uncompiled
 from metakern.engines import Problem, pose
 from metakern.engines.recorded import recorded
 from metakern.step import reweight_step

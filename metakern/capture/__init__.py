@@ -13,9 +13,9 @@ from metakern.capture.members import constants_of
 from metakern.capture.record import Record as Record
 from metakern.capture.record import Trace as Trace
 from metakern.capture.refusal import EngineUnavailable as EngineUnavailable
+from metakern.capture.state.writes import Writes
 from metakern.capture.trace import Tracer
 from metakern.capture.whole_modules import registered_modules_as_wholes
-from metakern.capture.writes import Writes
 
 
 def trace_batch(

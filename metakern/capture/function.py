@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.capture.reordering import ENTRY_BY_ENTRY, KEEPS_ROWS, REORDERING
+from metakern.capture.independence.reordering import ENTRY_BY_ENTRY, KEEPS_ROWS, REORDERING
 
 # Called on tensors all the time and never part of a gradient.
 _METADATA = frozenset(

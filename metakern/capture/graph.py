@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from metakern.capture.nodes import may_pick_rows, numbers_at, unseen_nodes, unseen_numbers
+from metakern.capture.independence.nodes import may_pick_rows, numbers_at, unseen_nodes, unseen_numbers
 from metakern.capture.record import Trace, Use, place_of
 from metakern.capture.refusal import EngineUnavailable
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.capture.contents import PutBack, attributes_kept, content_of
 from metakern.capture.host import finite_sum, host_may_wait, is_traced
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.row_losses import row_losses
+from metakern.capture.state.contents import PutBack, attributes_kept, content_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metakern.capture.function import Function
-from metakern.capture.random_state import RandomState, same_state, torch_random_state
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state.random_state import RandomState, same_state, torch_random_state
 
 RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 """Whole recurrent layers, which cuDNN computes where it can."""

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metakern.capture.function import Function, function_of, is_in_place, may_write, only_watches
+from metakern.capture.independence.row_notes import RowNotes, next_node
 from metakern.capture.module_call import PARAMETER, ModuleCall
 from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
 from metakern.capture.real_parts import RealParts, real_parts
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of, versions_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import require_repeatable, watching_randomness
-from metakern.capture.row_notes import RowNotes, next_node
+from metakern.capture.state.writes import Writes
 from metakern.capture.unrolled import SeeingMode, dispatched, dispatches, unrolled
-from metakern.capture.writes import Writes
 
 ADDITIONS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 

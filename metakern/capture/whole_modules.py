@@ -10,7 +10,7 @@ from torch import nn
 
 from metakern.capture.members import modules_of
 from metakern.capture.module_call import ModuleCall
-from metakern.capture.random_state import random_state
+from metakern.capture.state.random_state import random_state
 from metakern.capture.trace import Tracer
 
 REGISTERED: set[type[nn.Module]] = set()

@@ -5,4 +5,4 @@ from metakern.engines.choose import solve as solve
 from metakern.engines.problem import Answer as Answer
 from metakern.engines.problem import Problem as Problem
 from metakern.engines.problem import pose as pose
-from metakern.layers.forms import twice_differentiable as twice_differentiable
+from metakern.layers.forward.forms import twice_differentiable as twice_differentiable

@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from metakern.capture.examples import new_in_a_row
+from metakern.capture.independence.examples import new_in_a_row
 from metakern.capture.members import modules_of
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Start
+from metakern.capture.state.passes import Start
 from metakern.engines import double_backward, ghost, jvp
 from metakern.engines.problem import Answer, Problem
 

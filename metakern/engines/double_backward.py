@@ -13,11 +13,11 @@ from torch import Tensor
 
 from metakern.capture.graph import differentiable_functions
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state.buffers import unchanged_buffers
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.layers.forms import twice_differentiable
+from metakern.layers.forward.forms import twice_differentiable
 
 
 def solve(problem: Problem) -> Answer:

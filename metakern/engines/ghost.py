@@ -12,8 +12,8 @@ from torch import Tensor
 
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
-from metakern.capture.examples import ExampleAxis
 from metakern.capture.graph import require_complete
+from metakern.capture.independence.examples import ExampleAxis
 from metakern.capture.record import Record, Trace
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem

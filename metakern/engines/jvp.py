@@ -24,7 +24,7 @@ from metakern.capture.host import host_may_wait
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.members import modules_of, name_of
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import PassState
+from metakern.capture.state.passes import PassState
 from metakern.engines.agreement import expected
 from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
@@ -32,7 +32,7 @@ from metakern.engines.products import Products, ReusedProducts
 from metakern.engines.repetition import require_repetition
 from metakern.engines.substitution import require_replaced, substituted
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.layers.forward_mode import dual_level, lacks_forward_mode
+from metakern.layers.forward.forward_mode import dual_level, lacks_forward_mode
 
 PLAIN_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
 """The form of a pass that is differentiated forward; its backward pass needs it too, if layers run again there."""

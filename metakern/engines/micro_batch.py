@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.capture.random_state import RandomState, random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Held
+from metakern.capture.state.passes import Held
+from metakern.capture.state.random_state import RandomState, random_state, restore_random_state
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.cut import cut
 from metakern.engines.group import mean_over_group

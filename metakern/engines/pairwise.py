@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from metakern import dots as stage_dots
-from metakern.capture.moment import Moment
 from metakern.capture.record import Record
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Start
+from metakern.capture.state.moment import Moment
+from metakern.capture.state.passes import Start
 from metakern.engines.problem import Answer, Problem, named_gradients
 from metakern.engines.recorded import NONE_PAIRED, Recorded, restricted
 from metakern.engines.train_pass import GhostPass, TrainPass, open_pass

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import evaluate_losses
-from metakern.capture.random_state import random_state, restore_random_state, same_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Held, PassState
+from metakern.capture.state.passes import Held, PassState
+from metakern.capture.state.random_state import random_state, restore_random_state, same_state
 from metakern.engines.cut import cut, examples_of
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Problem

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.buffers import Buffers
 from metakern.capture.layout import stored_alike
 from metakern.capture.members import keepers_of, name_of
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state.buffers import Buffers
 
 _Place = tuple[nn.Module, str]  # a module and the name of its buffer
 

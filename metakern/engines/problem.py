@@ -15,7 +15,7 @@ from metakern.capture.graph import leaves_of
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import modules_of
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
-from metakern.capture.writes import Writes
+from metakern.capture.state.writes import Writes
 from metakern.layers.precision import require_precision
 
 P = TypeVar("P", bound="Problem")

@@ -20,7 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from metakern.capture.host import host_may_wait, is_traced
-from metakern.capture.snapshot import address
+from metakern.capture.state.snapshot import address
 from metakern.capture.unrolled import dispatches
 from metakern.engines.repetition import agree
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from metakern import dots as stage_dots
 from metakern.capture import trace_batch
-from metakern.capture.examples import Axes, ExampleAxis, example_axes
 from metakern.capture.graph import require_complete, visit_output_gradients
-from metakern.capture.poison import poisoned_losses
+from metakern.capture.independence.examples import Axes, ExampleAxis, example_axes
+from metakern.capture.independence.poison import poisoned_losses
 from metakern.capture.record import Record, Trace, Use
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import nothing_added, unchanged_buffers
+from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.gradients import nothing_added
 from metakern.engines.agreement import Expected, expected
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from metakern.capture.state import PassState, Start
+from metakern.capture.state.passes import PassState, Start
 from metakern.engines import jvp
 from metakern.engines.choose import first_exact
 from metakern.engines.double_backward import differentiated_twice
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Names, recorded
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.layers.forms import twice_differentiable
+from metakern.layers.forward.forms import twice_differentiable
 
 
 class TrainPass(Protocol):

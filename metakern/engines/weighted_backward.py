@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.state import nothing_added, unchanged_buffers
+from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.gradients import nothing_added
 from metakern.engines.problem import Problem
 
 

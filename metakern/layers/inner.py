@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metakern import ops
-from metakern.capture.examples import ExampleAxis
+from metakern.capture.independence.examples import ExampleAxis
 from metakern.ops.row_dots.api import small
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import ops
-from metakern.capture.examples import ExampleAxis
+from metakern.capture.independence.examples import ExampleAxis
 from metakern.capture.record import Call, Record
 from metakern.capture.repeatable import RECURRENT
 from metakern.layers import generic, recurrence

@@ -17,12 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.host import host_may_wait
 from metakern.capture.module_call import ModuleCall
-from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.record import Call
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state.random_state import random_state, restore_random_state
 from metakern.capture.trace import tensors_in
-from metakern.layers.forms import twice_differentiable
-from metakern.layers.forward_mode import dual_level, lacks_forward_mode
+from metakern.layers.forward.forms import twice_differentiable
+from metakern.layers.forward.forward_mode import dual_level, lacks_forward_mode
 
 
 def with_parameters(call: Call, replacement: Callable[[Tensor], Any]) -> list[Tensor]:

@@ -18,7 +18,8 @@ from metakern import dots as stage_dots
 from metakern.capture import EngineUnavailable, Record, Trace, trace_batch
 from metakern.capture.losses import LossFunction
 from metakern.capture.record import Call
-from metakern.capture.state import PassState, unchanged_buffers, unchanged_on_error
+from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.passes import PassState, unchanged_on_error
 from metakern.capture.trace import tensor_arguments
 from metakern.engines import ghost
 from metakern.engines.cut import cut

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metakern.capture import Trace, trace_batch
 from metakern.capture.graph import output_gradients
-from metakern.capture.state import unchanged_buffers
+from metakern.capture.state.buffers import unchanged_buffers
 from metakern.engines import ghost, jvp
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import Recorded

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metakern.capture.state import PassState, unchanged_buffers
+from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.passes import PassState
 from metakern.engines import ghost, jvp, micro_batch
 from metakern.engines.cut import cut
 from metakern.engines.part import Part, examples_in, part_of

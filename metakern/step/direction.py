@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import Start
+from metakern.capture.state.passes import Start
 from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, pairwise, solve
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.group import mean_over_group

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from metakern.capture.host import finite_sum
 from metakern.capture.losses import LossFunction, evaluate_losses, logits_in, output_for
-from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
+from metakern.capture.state.gradients import gradients_aside
+from metakern.capture.state.passes import PassState, unchanged_on_error
 from metakern.engines import jvp, pose
 from metakern.engines.problem import Problem
 

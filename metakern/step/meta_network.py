@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction, losses_of
 from metakern.capture.members import parameters_of
-from metakern.capture.state import unchanged_on_error
+from metakern.capture.state.passes import unchanged_on_error
 from metakern.engines.problem import Problem
 from metakern.step.hand_over import separate
 

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from metakern.capture.random_state import random_state, restore_random_state
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state import PassState
+from metakern.capture.state.passes import PassState
+from metakern.capture.state.random_state import random_state, restore_random_state
 from metakern.engines.implicit import Move, Moving, implicit_weights, move
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded

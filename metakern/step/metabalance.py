@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metakern.capture.graph import differentiable_functions
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.state import PassState, gradients_aside, unchanged_on_error
+from metakern.capture.state.gradients import gradients_aside
+from metakern.capture.state.passes import PassState, unchanged_on_error
 from metakern.engines import pose, twice_differentiable
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.substitution import require_replaced, substituted

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from metakern.capture.host import host_may_wait
 from metakern.capture.losses import LossFunction, per_example_losses
-from metakern.capture.state import gradients_aside, unchanged_on_error
+from metakern.capture.state.gradients import gradients_aside
+from metakern.capture.state.passes import unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.jvp import PLAIN_ATTENTION
 from metakern.engines.problem import Problem

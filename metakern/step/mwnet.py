@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state import Start, gradients_aside, unchanged_on_error
+from metakern.capture.state.gradients import gradients_aside
+from metakern.capture.state.passes import Start, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.train_pass import TrainPass, open_pass, plain_pass

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state import gradients_aside, unchanged_buffers, unchanged_on_error
+from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.gradients import gradients_aside
+from metakern.capture.state.passes import unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.group import sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along, solve_pairwise

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.capture.contents import content_of, size_of
+from metakern.capture.state.contents import content_of, size_of
 from metakern.testing import inputs
 
 

@@ -169,7 +169,7 @@ def test_examples_along_the_second_dimension_are_sorted(name: str) -> None:
 
 def test_picks_along_other_dimensions_than_the_examples_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many classes as examples: `gather` along the classes is seen to leave the examples alone, once."""
-    from metakern.capture import examples
+    from metakern.capture.independence import examples
 
     def losses(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return -network(batch[0][:, None]).log_softmax(1).gather(1, batch[1][:, None])[:, 0]

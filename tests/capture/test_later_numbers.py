@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.capture import examples
+from metakern.capture.independence import examples
 from tests.capture.followed import IN_ORDER, MIXED, WIDTH, Losses, N, beside, between, follow
 
 

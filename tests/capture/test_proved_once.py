@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
-from metakern.capture import examples
+from metakern.capture.independence import examples
 from metakern.testing import inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import metakern
 from metakern.capture import row_losses as subject
 from metakern.capture import trace_batch
-from metakern.capture.examples import ExampleAxis
+from metakern.capture.independence.examples import ExampleAxis
+from metakern.capture.independence.poison import poisoned_losses
 from metakern.capture.losses import per_example_losses
-from metakern.capture.poison import poisoned_losses
 from metakern.capture.row_losses import row_losses
 from metakern.ops import extension
 from metakern.testing import budget

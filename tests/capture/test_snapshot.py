@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.capture.buffers import Buffers
-from metakern.capture.contents import content_of
-from metakern.capture.snapshot import LARGE, Snapshot, address
+from metakern.capture.state.buffers import Buffers
+from metakern.capture.state.contents import content_of
+from metakern.capture.state.snapshot import LARGE, Snapshot, address
 from metakern.testing import inputs
 
 SIZES = [8, LARGE // 8]  # rows of 8

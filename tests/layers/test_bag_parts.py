@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
-from metakern.layers.forms import twice_differentiable
+from metakern.layers.forward.forms import twice_differentiable
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step

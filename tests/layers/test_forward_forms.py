@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import metakern
-from metakern.layers.forward_mode import dual_level
+from metakern.layers.forward.forward_mode import dual_level
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step

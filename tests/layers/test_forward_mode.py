@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.nn.utils.parametrizations import weight_norm
 
 import metakern
-from metakern.layers.forward_mode import dual_level
+from metakern.layers.forward.forward_mode import dual_level
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import Snapshot, judge_step

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import metakern
 from metakern.capture.repeatable import RECURRENT, require_repeatable
-from metakern.layers.forms import twice_differentiable
+from metakern.layers.forward.forms import twice_differentiable
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step

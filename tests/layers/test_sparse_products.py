@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
-from metakern.layers.forward_mode import dual_level
+from metakern.layers.forward.forward_mode import dual_level
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step

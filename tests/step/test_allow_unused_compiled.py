@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.step.captured import CapturedStep
-from metakern.step.granted import Granted
-from metakern.step.own_batches import OwnBatches
+from metakern.step.programs.captured import CapturedStep
+from metakern.step.programs.granted import Granted
+from metakern.step.programs.own_batches import OwnBatches
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
 from tests.step.awkward import Dropped, TableOfLabels

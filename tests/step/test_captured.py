@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern
-from metakern.capture import random_state
+from metakern.capture.state import random_state
 from metakern.ops.select import Operator
 from metakern.ops.waiting import host_may_wait, without_waiting
-from metakern.step import captured
-from metakern.step.captured import CapturedStep
-from metakern.step.captured_optimizer import optimizer_as_before
-from metakern.step.granted import Granted
-from metakern.step.own_batches import OwnBatches
+from metakern.step.programs import captured
+from metakern.step.programs.captured import CapturedStep
+from metakern.step.programs.captured_optimizer import optimizer_as_before
+from metakern.step.programs.granted import Granted
+from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.testing import budget, inputs, models
 from metakern.testing.catalogue.case import Setup

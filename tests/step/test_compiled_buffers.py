@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metakern
-from metakern.step.program import Program
+from metakern.step.programs.program import Program
 from metakern.testing import budget, inputs
 from metakern.testing.judge import Snapshot
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.capture.uncompiled import uncompiled
+from metakern.capture.state.uncompiled import uncompiled
 from metakern.testing import budget, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.step.granted import Granted
+from metakern.step.programs.granted import Granted
 from metakern.testing import inputs
 
 MODEL = nn.Linear(6, 3).double()

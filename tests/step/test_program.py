@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metakern.step.program import Backend, Program, traced
+from metakern.step.programs.program import Backend, Program, traced
 
 BACKENDS = ["eager", "aot_eager"]
 

@@ -1,0 +1,1 @@
+"""What a pass may change, kept at one moment and put back: tensors, attributes, random numbers, loss state."""

@@ -1,0 +1,95 @@
+"""What a pass may leave to the next one, at one moment.
+
+Between the forward and the backward pass of a batch another batch may pass. The graph of the first must find what it
+has saved, and layers that run again in the backward pass what they read: the attributes of modules, and what tensors
+hold. Collections and objects are left alone, since neither depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from metakern.capture.members import OWN, is_torchs_own, keepers_of, tensors_held_by
+from metakern.capture.state.attributes import Bound
+from metakern.capture.state.buffers import Buffers
+from metakern.capture.state.snapshot import Snapshot
+
+_NONE = object()
+
+
+class _Attribute(NamedTuple):
+    module: nn.Module
+    name: str
+    was: Any
+    became: Any
+
+
+class Left:
+    """What a pass has changed: attributes of modules, and tensors, each as before and after it."""
+
+    def __init__(self, attributes: Sequence[_Attribute], tensors: Sequence[tuple[Snapshot, Snapshot]]) -> None:
+        self._attributes, self._tensors = attributes, tensors
+
+    def bring_back(self) -> None:
+        """Where nothing else has been left in its place since."""
+        for module, name, was, became in self._attributes:
+            if vars(module).get(name, _NONE) is was:
+                _bind(module, name, became)
+        for before, after in self._tensors:
+            if not before.changed():
+                after.restore()
+
+
+class Moment:
+    """Attributes of modules, the tensors among them and others `outside` of the model, and buffers."""
+
+    def __init__(self, model: nn.Module, outside: Sequence[Tensor]) -> None:
+        self._of = model, outside
+        self._bound = [Bound(module, vars(module).copy()) for module in keepers_of(model)]
+        own = (tensors_held_by(module) for module, _ in self._bound if not is_torchs_own(type(module)))
+        found = {id(tensor): tensor for tensors in (*own, outside) for tensor in tensors}
+        self._tensors, self._buffers = [Snapshot(tensor) for tensor in found.values()], Buffers(model)
+
+    def restore(self) -> None:
+        for module, name, was, _ in self._changed():
+            _bind(module, name, was)
+        for tensor in self._tensors:
+            tensor.restore()
+        self._buffers.restore()
+
+    def exchange(self) -> Left:
+        """Restore, and return what was there instead, buffers aside."""
+        tensors = [(kept, Snapshot(kept.tensor)) for kept in self._tensors if kept.changed()]
+        left = Left(self._changed(), tensors)
+        self.restore()
+        return left
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside the block all is as it was then, afterwards as before the block."""
+        now = Moment(*self._of)
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+    def _changed(self) -> list[_Attribute]:
+        found = []
+        for module, held in [bound for bound in self._bound if not bound.unchanged()]:
+            now = vars(module)
+            names = [name for name in {**held, **now} if name not in OWN or name == "training"]
+            pairs = [(name, held.get(name, _NONE), now.get(name, _NONE)) for name in names]
+            found += [_Attribute(module, *each) for each in pairs if each[1] is not each[2]]
+        return found
+
+
+def _bind(module: nn.Module, name: str, value: Any) -> None:
+    if value is _NONE:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value

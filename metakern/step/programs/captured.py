@@ -1,0 +1,225 @@
+"""A whole re-weighted step as one CUDA graph: one launch instead of hundreds, for models with short kernels.
+
+    step = capture_step(model, batch, meta_batch, optimizer=optimizer)
+    for batch, meta_batch in loader:
+        result = step(batch, meta_batch)
+
+The graph contains everything: both forward and backward passes, dots, weights, weighted gradient, and the optimizer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.capture.host import without_waiting
+from metakern.capture.losses import LossFunction
+from metakern.capture.members import parameters_of
+from metakern.capture.parameters import trainable_parameters
+from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.gradients import gradients_as_before
+from metakern.capture.state.random_state import RandomState, random_state, restore_random_state, same_torch_state
+from metakern.step.programs.captured_optimizer import optimizer_as_before
+from metakern.step.programs.granted import Granted
+from metakern.step.programs.own_batches import OwnBatches
+from metakern.step.result import StepResult
+from metakern.step.reweight import reweight_step
+
+WARM_UP = 3
+"""Steps before the rehearsal: they prove independence, compile kernels, and let libraries choose theirs."""
+
+
+class CapturedStep:
+    """The step that `capture_step` captured; call it with batches of the shapes and dtypes it was captured with."""
+
+    def __init__(
+        self,
+        replay: Callable[[], None],
+        batches: OwnBatches,
+        gradient: Mapping[nn.Parameter, Tensor | None],
+        result: StepResult,
+        granted: Callable[[], Granted],
+    ) -> None:
+        self._replay, self._batches, self._gradient, self._result = replay, batches, dict(gradient), result
+        self._granted, self._known = granted, granted()
+
+    def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
+        """One step on new batches; `.grad` holds the weighted gradient until the next step.
+
+        Raises: ValueError if a batch differs from the captured one in more than tensor values, or if anything that
+            model, loss function, rule or optimizer read has changed in more than tensor values.
+        """
+        self._known.require(self._granted())
+        self._batches.take(batch, meta_batch)
+        self._replay()
+        for parameter, grad in self._gradient.items():  # zero_grad may have removed it, or a backward pass left another
+            parameter.grad = grad
+        weights, dots, losses, meta_loss, engine = self._result
+        return StepResult(weights.clone(), dots.clone(), losses.clone(), meta_loss.clone(), engine)
+
+
+def capture_step(
+    model: nn.Module,
+    batch: Any,
+    meta_batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    rule: str | Callable[[Tensor], Tensor] = "clip_normalise",
+    loss_fn: LossFunction | None = None,
+    engine: str = "auto",
+    params: Any = None,
+    memory: str = "reuse",
+    allow_unused: bool = False,
+) -> CapturedStep:
+    """Capture `reweight_step` into a CUDA graph; parameters, optimizer, buffers and random state are left unchanged.
+
+    weights = rule(dots);  .grad = sum_n weights_n dl_n/dtheta;  optimizer.step()
+
+    A captured step does not check losses and dots for NaN, because the host would have to wait for them. Learning rates
+    that change must be tensors on the device (`lr=torch.tensor(0.1, device="cuda")`, `capturable=True`). For mixed
+    precision, capture inside `torch.autocast(..., cache_enabled=False)`.
+
+    Args:
+        batch, meta_batch: tuples, lists or dicts of CUDA tensors; the captured step takes others of the same shapes.
+        optimizer: must have taken a step before, so that its state exists.
+        Others: as for `reweight_step`.
+    Returns: `CapturedStep`, called as `step(batch, meta_batch) -> StepResult`.
+    Raises:
+        ValueError: model and batches are not on one CUDA device, the optimizer has no state yet, or it counts its steps
+            on the host.
+        NotImplementedError: the step uses forward mode and draws random numbers.
+        RuntimeError: the step cannot be captured, for example because the model makes the host wait; the message says
+            why.
+        Otherwise as `reweight_step`.
+    """
+    trainable = trainable_parameters(model)
+    batches = OwnBatches(batch=batch, meta_batch=meta_batch)
+    device = _device_of(trainable, batches.leaves)
+
+    def step(optimizer: torch.optim.Optimizer | None = None) -> StepResult:
+        return reweight_step(
+            model,
+            *batches.built(),
+            rule=rule,
+            loss_fn=loss_fn,
+            engine=engine,
+            params=params,
+            memory=memory,
+            allow_unused=allow_unused,
+            optimizer=optimizer,
+        )
+
+    with torch.cuda.device(device), gradients_as_before(parameters_of(model)):
+        _warm_up(model, step)
+        with optimizer_as_before(optimizer):
+            graph, result = _captured(lambda: step(optimizer))
+        gradient = {p: p.grad for p in trainable.values()}
+    return CapturedStep(graph.replay, batches, gradient, result, partial(granted_of, model, loss_fn, rule, optimizer))
+
+
+def granted_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.optim.Optimizer | None) -> Granted:
+    """What a graph takes for granted. If momentum tensors are replaced, the graph would go on writing into the memory
+    of the old ones, which others may use by then.
+    """
+    stepped = () if optimizer is None else (*optimizer.param_groups, optimizer.state)
+    return Granted(model, loss_fn, rule, *stepped, places=True)
+
+
+def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
+    """A few steps on a separate stream, as capture requires; their effects are undone."""
+    before, stream = random_state(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream), unchanged_buffers(model):
+            for _ in range(WARM_UP):
+                step()
+            with _waits_refused():
+                engine = rehearse(step)
+        _require_no_repeated_draws(engine, before, random_state())
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+        restore_random_state(before)
+
+
+def rehearse(step: Callable[[], StepResult]) -> str:
+    """A step that runs as it will in the capture, so that no kernel runs for the first time there, and anything that
+    cannot be captured fails here, without harm; returns the engine that the capture will use.
+
+    Raises: RuntimeError: the step cannot be captured.
+    """
+    try:
+        with without_waiting():
+            return step().engine
+    except RuntimeError as error:
+        raise RuntimeError(f"the step cannot be captured into a CUDA graph: {error}") from error
+
+
+@contextmanager
+def _waits_refused() -> Iterator[None]:
+    """Inside the block, torch raises where the host would wait for a value: during a capture, such a wait would break
+    torch's allocator and generator as well.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that it does not find every wait
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _captured(step: Callable[[], StepResult]) -> tuple[torch.cuda.CUDAGraph, StepResult]:
+    """The graph of a step, and where its results will be."""
+    # torch's own stream for captures belongs to the device of the first one
+    graph, stream, cause = torch.cuda.CUDAGraph(), torch.cuda.Stream(), None
+    try:
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            try:
+                return graph, step()
+            except RuntimeError as error:  # ending the failed capture raises another error, without the cause
+                cause = error
+                raise
+    except RuntimeError as error:
+        raise RuntimeError(f"the step cannot be captured into a CUDA graph: {cause or error}") from error
+
+
+def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomState) -> None:
+    """Forward mode repeats the pass with the random numbers of the first one; a graph cannot rewind a generator."""
+    if engine == "jvp" and not same_torch_state(before, after):
+        raise EngineUnavailable(
+            "the step uses forward mode and draws random numbers (dropout), which its two passes must share but "
+            "a CUDA graph draws twice; use compile_step, whose second pass reuses the numbers of the first"
+        )
+
+
+def _device_of(trainable: Mapping[str, nn.Parameter], leaves: list[Any]) -> torch.device:
+    """The one CUDA device of a model and its batches.
+
+    Raises: ValueError
+    """
+    device = next(iter(trainable.values())).device
+    for name, p in trainable.items():
+        if not p.is_cuda:
+            raise ValueError(
+                f"model: parameter '{name}' is on {p.device}; a CUDA graph needs the model on a CUDA device"
+            )
+        if p.device != device:
+            raise ValueError(
+                f"model: parameter '{name}' is on {p.device}, others on {device}; a CUDA graph needs them on one device"
+            )
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.device != device:
+            raise ValueError(f"batch and meta_batch: tensor {place} is on {leaf.device}; put it on the model's device")
+    return device

@@ -1,0 +1,295 @@
+"""What a compiled step takes for granted: everything that its functions read, except the values of tensors.
+
+A program holds the numbers, flags, functions and tensors that it was traced with: the exponent of a loss, a schedule in
+a configuration, a list of scales in the model. Whether they are still the same is looked up before every run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import sys
+import types
+from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable, Container, Mapping
+from contextvars import ContextVar
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from metakern.capture.layout import stored
+from metakern.capture.members import modules_of
+from metakern.capture.state.contents import attributes_of
+from metakern.capture.state.surroundings import globals_of
+from metakern.step.programs.lookup import OwnWords, Words, function_of, is_foreign, is_own, named_in, words_of
+
+_DEPTH = 6
+"""How deep to look into the objects of a model, and into libraries."""
+_LARGEST = 4096
+"""Collections with more entries are taken to be data."""
+
+
+class _Tensor(NamedTuple):
+    """A tensor without its values."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+    requires_grad: bool
+    hooked: bool
+    place: int  # in memory; 0 if that does not matter
+    number: str  # if the host reads it; "" if that does not matter
+
+
+_BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), _Tensor))
+_COLLECTIONS = frozenset((dict, OrderedDict, set, list, tuple))
+_FORWARD = frozenset(("forward",))
+_ENVIRONMENT = frozenset(("environ", "getenv"))
+
+
+class Granted:
+    """What the modules of a model hold, and what functions read, at one moment.
+
+    Of objects outside the model, only attributes whose names occur in one of the functions count: what a trainer
+    counts elsewhere may change. `places` asks for tensors to be where they were in memory, too, and for numbers in
+    tensors of the host's to be the same: a CUDA graph holds them as they were.
+    """
+
+    def __init__(self, model: nn.Module, *functions: Any, places: bool = False) -> None:
+        self._found: list[Any] = []
+        self._seen: set[Any] = set()
+        self._places = places
+        self._ahead: list[tuple[Any, Words, int]] = []
+        self._own = OwnWords(("forward",))
+        self._objects: list[tuple[Any, int]] = []  # of which what has an own word counts
+        self._module(model, self._own, _DEPTH)
+        self._ahead += [(function, self._own, _DEPTH) for function in functions]
+        self._go_on()
+        words = 0
+        while len(self._own) > words:
+            words = len(self._own)
+            for value, depth in list(self._objects):
+                self._named(value, self._own, depth)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        while self._ahead:
+            self._visit(*self._ahead.pop())
+
+    def require(self, now: Granted) -> None:
+        """Raise ValueError if something differs `now`."""
+        if now.differs_from(self):
+            raise ValueError(
+                "model, loss_fn, rule or optimizer: parameters, buffers, state, training flags, attributes, functions "
+                f"or numbers that they read are not those that the step was made with ({self._difference(now)}); "
+                "make another step, or keep a number that changes in a tensor"
+            )
+
+    def _difference(self, now: Granted) -> str:
+        """The first difference, with the name that precedes it if there is one."""
+        name = ""
+        for before, after in zip_longest(self._found, now._found):
+            if not _same(before, after):
+                return f"{name}{before!r:.120} then, {after!r:.120} now"
+            name = f"{before}: " if isinstance(before, str) else ""
+        return "nothing"
+
+    def differs_from(self, other: Granted) -> bool:
+        return len(self._found) != len(other._found) or not all(map(_same, self._found, other._found))
+
+    def _visit(self, value: Any, words: Words, depth: int) -> None:
+        kind = type(value)
+        if kind in _BY_VALUE:
+            self._found.append(value)
+        elif depth <= 0:
+            self._found.append(kind)
+        else:
+            _way_of(kind)(self, value, words, depth)
+
+    def _first(self, value: Any, way: Any) -> bool:
+        """Is it looked at for the first time in this way, such as by these words?"""
+        before = len(self._seen)
+        self._seen.add((id(value), way))
+        return len(self._seen) > before
+
+    def _module(self, value: nn.Module, words: Words, depth: int) -> None:
+        for module in modules_of(value):
+            if not self._first(module, None):
+                continue
+            self._found.append(type(module))
+            if self._first(type(module), "of a module"):
+                self._attributes(type(module), self._own if is_own(type(module)) else _FORWARD, depth)
+            for name, held in vars(module).items():
+                kind = type(held)
+                if kind in _BY_VALUE:
+                    self._found += (name, held)
+                elif name == "_parameters" or name == "_buffers":
+                    for key, tensor in held.items():
+                        self._found += (key, tensor, None if tensor is None else self._but_values(tensor))
+                elif name == "_modules":
+                    self._found += (*held, *held.values())
+                elif kind is tuple:
+                    self._sequence(held, None, depth)
+                elif kind not in _COLLECTIONS or held:
+                    self._found.append(name)
+                    self._ahead.append((held, None, depth))
+        if words is not None:
+            self._attributes(type(value), words, depth)
+
+    def _tensor(self, value: Tensor, words: Words, depth: int) -> None:
+        self._found += (value, self._but_values(value))
+
+    def _but_values(self, tensor: Tensor) -> _Tensor:
+        first = stored(tensor)[0]
+        hooked, place = bool(tensor._backward_hooks), first.data_ptr() if self._places else 0
+        number = repr(tensor.item()) if self._places and tensor.is_cpu and tensor.dim() == 0 else ""
+        known = tensor.dtype, tensor.shape, first.stride(), tensor.device
+        return _Tensor(*known, tensor.requires_grad, hooked, place, number)
+
+    def _sequence(self, values: Any, words: Words, depth: int) -> None:
+        """Items of a collection; neither nesting nor cycles need a limit."""
+        self._found += (type(values), len(values))
+        if len(values) <= _LARGEST:
+            self._found += [item if type(item) in _BY_VALUE else type(item) for item in values]
+            others = [(item, words, depth) for item in values if type(item) not in _BY_VALUE]
+            if others and self._first(values, words):
+                self._ahead += others
+
+    def _items(self, values: Mapping[Any, Any], words: Words, depth: int) -> None:
+        self._found += (type(values), len(values))
+        if len(values) <= _LARGEST and self._first(values, words):
+            self._found += values
+            self._ahead += [(item, words, depth) for item in values.values()]
+
+    def _partial(self, value: Any, words: Words, depth: int) -> None:
+        parts = (value.func, *value.args, *value.keywords.values(), *vars(value).values())
+        self._found += (len(value.args), *value.keywords)
+        self._ahead += [(part, words, depth) for part in parts]
+
+    def _method(self, value: types.MethodType, words: Words, depth: int) -> None:
+        self._ahead += [(value.__func__, words, depth), (value.__self__, words or self._own, depth)]
+
+    def _function(self, function: types.FunctionType, words: Words, depth: int) -> None:
+        self._found.append(function)
+        own = words_of(function.__code__)
+        if not own.isdisjoint(_ENVIRONMENT):
+            self._environment()
+        if is_foreign(function) or not self._first(function, None):
+            return
+        if is_own(function):
+            self._own |= own
+            words = self._own
+            if vars(function):
+                self._attributes(function, words, depth)
+        else:
+            words, depth = own, depth - 1
+        parts = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        parts += [_content(cell) for cell in function.__closure__ or ()]
+        names = globals_of(function.__code__)
+        parts += [function.__globals__.get(name, sys.modules.get(name)) for name in names]  # imported inside it
+        parts.append(vars(function).get("__wrapped__"))
+        self._ahead += [(part, words, depth) for part in parts]
+
+    def _object(self, value: Any, words: Words, depth: int) -> None:
+        self._found.append(value)
+        self._attributes(value, words, depth)
+
+    def _attributes(self, value: Any, words: Words, depth: int) -> None:
+        """What an object, a class, a function or a module of Python holds, itself or by its class."""
+        if is_foreign(value):
+            return
+        if words is not None and words is not self._own and is_own(value):
+            self._attributes(value, self._own, depth)
+        if not self._first(value, words):
+            return
+        depth -= words is None or not is_own(value)
+        if words is None:
+            held = attributes_of(value)
+            self._found += held
+            self._ahead += [(each, None, depth) for each in held.values()]
+            self._attributes(type(value), self._own, depth)
+            return
+        if words is self._own:
+            self._objects.append((value, depth))
+        self._named(value, words, depth)
+
+    def _named(self, value: Any, words: Container[str], depth: int) -> None:
+        """What it holds under these names, or gives without a word; each only once."""
+        for name, held in named_in(value, words):
+            if self._first(value, (name, words)):
+                self._attribute(value, name, held, words, depth)
+
+    def _attribute(self, value: Any, name: str, held: Any, words: Any, depth: int) -> None:
+        if isinstance(held, types.MemberDescriptorType) and not isinstance(value, type):  # a slot
+            held = attributes_of(value).get(name)
+        function = function_of(held)
+        self._ahead.append((held if function is None else function, words, depth))
+        if function is not None and words is not self._own:
+            self._ahead.append((value, words_of(function.__code__), depth))
+
+    def _stepped(self, value: Any, words: Words, depth: int) -> None:
+        """The numbers of an optimizer or a scheduler, of which a function may ask in many ways."""
+        self._found.append(value)
+        held = vars(value)
+        for group in held.get("param_groups", ()):
+            self._ahead += [(number, None, 1) for name, number in group.items() if name != "params"]
+        asked = ("_last_lr", "optimizer", *(words or ()))
+        self._ahead += [(held[name], words, depth - 1) for name in asked if name in held and name != "param_groups"]
+        self._attributes(value, words, depth)  # a class of the run's own
+
+    def _environment(self, *_: Any) -> None:
+        self._found.append(repr(sorted(os.environ.items())))
+
+    def _context(self, value: ContextVar[Any], words: Words, depth: int) -> None:
+        self._ahead.append((value.get(None), words, depth))
+
+    def _generator(self, value: Any, words: Words, depth: int) -> None:
+        state = value.get_state().numpy().tobytes() if isinstance(value, torch.Generator) else repr(value.getstate())
+        self._found.append(state)
+
+    def _numbers(self, value: Any, words: Words, depth: int) -> None:
+        """Those of an array or a scalar of NumPy, the state of a generator."""
+        if hasattr(value, "tobytes"):
+            value = value.tobytes() if value.size <= _LARGEST else value
+        elif hasattr(value, "bit_generator"):
+            value = repr(value.bit_generator.state)
+        self._found.append(value)
+
+
+_KINDS: list[tuple[Any, Callable[[Granted, Any, Words, int], None]]] = [
+    (Tensor, Granted._tensor),
+    ((list, tuple, deque, set, frozenset), Granted._sequence),
+    ((dict, types.MappingProxyType), Granted._items),
+    ((UserDict, UserList), lambda self, value, words, depth: self._visit(value.data, words, depth)),
+    (types.FunctionType, Granted._function),
+    (types.MethodType, Granted._method),
+    (functools.partial, Granted._partial),
+    (nn.Module, Granted._module),
+    ((torch.Generator, random.Random), Granted._generator),
+    (ContextVar, Granted._context),
+    ((torch.optim.Optimizer, LRScheduler), Granted._stepped),
+    (type(os.environ), Granted._environment),
+]
+
+
+@functools.lru_cache(4096)
+def _way_of(kind: type) -> Callable[[Granted, Any, Words, int], None]:
+    """How a value of this kind is looked at."""
+    default = Granted._numbers if kind.__module__.startswith("numpy") else Granted._object
+    return next((way for kinds, way in _KINDS if issubclass(kind, kinds)), default)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return left is right or (type(left) is type(right) and type(left) in _BY_VALUE and left == right)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None

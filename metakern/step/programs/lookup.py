@@ -1,0 +1,99 @@
+"""How functions find what they read: the names that occur in their code, and where these are looked up."""
+
+from __future__ import annotations
+
+import functools
+import types
+from argparse import Namespace
+from collections.abc import Container, Mapping
+from threading import local
+from typing import Any
+
+from metakern.capture.state.contents import is_module_of_user
+from metakern.capture.state.surroundings import FOREIGN
+
+
+class OwnWords(set[str]):
+    """The names in all functions of a run's own code, a set that grows while these are found."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+Words = OwnWords | frozenset[str] | None
+"""The attributes of an object that count: by own names, by those of a library's function, or all, as in a model."""
+
+_BY_STRING = frozenset("getattr attrgetter vars __dict__ __getattribute__".split())
+"""A function with one of these names may access attributes by strings."""
+
+_UNNAMED = frozenset(
+    f"__{name}__"
+    for name in "call getitem getattr getattribute get iter next len contains bool float int index enter exit add radd "
+    "sub rsub mul rmul truediv rtruediv matmul rmatmul pow rpow neg abs lt le gt ge".split()
+)
+"""Methods that run without being named."""
+
+_NOTHING: Mapping[str, Any] = {}
+
+_HOLDERS = (types.SimpleNamespace, Namespace, local)
+"""Classes of the standard library that hold other code's values."""
+
+
+@functools.lru_cache(4096)
+def words_of(code: types.CodeType) -> frozenset[str]:
+    """Names of globals and attributes that occur in a function, also in functions defined inside it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    found = frozenset(code.co_names).union(*map(words_of, inner))
+    return found.union(_strings(code.co_consts)) if found & _BY_STRING else found
+
+
+def _strings(constants: tuple[object, ...]) -> frozenset[str]:
+    held = (c for c in constants if isinstance(c, (tuple, frozenset)))
+    own = (c for c in constants if isinstance(c, str) and c.isidentifier())
+    return frozenset(own).union(*(_strings(tuple(each)) for each in held))
+
+
+@functools.lru_cache(4096)
+def _unnamed(kind: type) -> frozenset[str]:
+    """Methods of a class that run without a word: when its objects are called, indexed, added."""
+    return _UNNAMED.intersection(*[[name for each in kind.__mro__ for name in vars(each)]])
+
+
+def named_in(value: Any, words: Container[str]) -> list[tuple[str, Any]]:
+    """What an object or a class holds under these names, itself or by its classes, and methods that need no name."""
+    kind = value if isinstance(value, type) else type(value)
+    unnamed = _unnamed(kind)
+    holders = (getattr(value, "__dict__", _NOTHING), *_classes_of(kind))
+    return [(name, held[name]) for held in holders for name in held if name in words or name in unnamed]
+
+
+def function_of(held: Any) -> types.FunctionType | None:
+    """The function that an attribute of a class is, or that computes its value."""
+    if isinstance(held, property):
+        held = held.fget
+    elif isinstance(held, (staticmethod, classmethod)):
+        held = held.__func__
+    elif isinstance(held, functools.cached_property):
+        held = held.func
+    return held if isinstance(held, types.FunctionType) else None
+
+
+@functools.lru_cache(4096)
+def _classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
+    """Where the attributes of a class are looked up, except libraries that read no setting of a training run."""
+    return tuple(vars(each) for each in kind.__mro__ if not is_foreign(each))
+
+
+def _origin(value: Any) -> str:
+    """The module that a class, a function, a module or an object comes from."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    return (value if isinstance(value, (type, types.FunctionType)) else type(value)).__module__ or ""
+
+
+def is_foreign(value: Any) -> bool:
+    return _origin(value).partition(".")[0] in FOREIGN and not isinstance(value, _HOLDERS)
+
+
+def is_own(value: Any) -> bool:
+    """Whether it comes from a training run's own code."""
+    return isinstance(value, _HOLDERS) or is_module_of_user(_origin(value))

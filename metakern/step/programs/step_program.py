@@ -1,0 +1,126 @@
+"""A step as a program, with everything that it reads and writes: batches, buffers, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from metakern.capture.state.passes import unchanged_on_error
+from metakern.capture.state.random_state import restore_random_state, torch_random_state
+from metakern.engines.jvp import without_fused_lstm
+from metakern.step.programs.compilable import (
+    Found,
+    require_compiled_as_traced,
+    require_same,
+    restored_on_error,
+    see,
+    torch_random_state_as_before,
+)
+from metakern.step.programs.granted import Granted
+from metakern.step.programs.own_batches import OwnBatches
+from metakern.step.programs.own_buffers import OwnBuffers
+from metakern.step.programs.program import Backend, Program, traced
+
+Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
+"""What a step computes part by part, given batches, numbers and the name of an engine."""
+
+
+class AnotherWay(Exception):
+    """Batches have other shapes than the compiled ones, or take another branch."""
+
+
+class StepProgram:
+    """A compiled step; between its parts the caller may change what later parts read."""
+
+    def __init__(
+        self,
+        program: Program,
+        batches: OwnBatches,
+        buffers: OwnBuffers,
+        granted: Callable[[], Granted],
+        engine: str,
+        draws: bool,
+    ) -> None:
+        self._program, self._batches, self._buffers, self._draws = program, batches, buffers, draws
+        self._granted, self._known = granted, granted()
+        self._others: list[Any] | None = None  # the last batches, where they have other shapes
+        self.engine = engine
+
+    def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+        """What each part computes for new batches.
+
+        Raises: AnotherWay if a batch has other shapes than the compiled one, or takes another branch (as a non-finite
+            loss does); ValueError if more differs than shapes and tensor values, or if anything that the step reads has
+            changed in more than tensor values.
+        """
+        self._known.require(self._granted())
+        self._others = None if self._batches.fit(*given) else list(given)
+        if self._others is not None:
+            raise AnotherWay
+        self._batches.take(*given)
+        for found in self._program([*self._batches.tensors, *numbers, *self._buffers.tensors]):
+            if found is None:
+                raise AnotherWay
+            yield found
+
+    @contextmanager
+    def nothing_drawn_on_error(self) -> Iterator[None]:
+        """Torch's default generators are restored if an exception leaves the block."""
+        start = torch_random_state() if self._draws else None
+        try:
+            yield
+        except BaseException:
+            if start is not None:
+                restore_random_state(start)
+            raise
+
+    def given(self) -> list[Any]:
+        """The batches of the last run."""
+        return self._batches.built() if self._others is None else self._others
+
+    def settle(self, found: list[Tensor]) -> None:
+        """Write into the buffers the values at the end of the last part's results."""
+        self._buffers.take(found[len(found) - len(self._buffers.tensors) :])
+
+
+def compiled(
+    model: nn.Module,
+    functions: Sequence[Any],
+    granted: Callable[[], Granted],
+    batches: OwnBatches,
+    parts: Parts,
+    engine: str,
+    backend: Backend,
+    numbers: Sequence[Tensor] = (),
+) -> StepProgram:
+    """Run the step once for what is proved once, trace it, compare the program with it, and compile it.
+
+    `functions` are what the step calls besides the model. Gradients are left as the step leaves them.
+    """
+
+    def once() -> Found:
+        found = list(parts(batches.built(), numbers, engine))
+        return Found(found[-1].engine, [value for part in found for value in part.values])
+
+    with unchanged_on_error(model), torch_random_state_as_before():
+        seen = see(model, functions, granted, once)
+        buffers = OwnBuffers(model, seen.buffers)
+        own = len(batches.tensors)
+
+        def step(*tensors: Tensor) -> Iterator[list[Tensor]]:
+            end = own + len(numbers)
+            with buffers.copied(tensors[end:]) as written:
+                for part in parts(batches.built(list(tensors[:own])), tensors[own:end], seen.engine):
+                    yield part.values if part.more else [*part.values, *written]
+
+        given = [*batches.tensors, *numbers]
+        with restored_on_error(seen.around):
+            with without_fused_lstm(model):
+                program = traced(step, [*given, *buffers.tensors])
+            require_same(program, seen, given)
+            program.compile(backend)
+            require_compiled_as_traced(program, seen, given)
+    return StepProgram(program, batches, buffers, granted, seen.engine, seen.draws)
