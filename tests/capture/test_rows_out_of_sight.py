@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metakern
-from metakern.capture import examples, whole_modules
+from metakern.capture import whole_modules
+from metakern.capture.independence import examples
 from metakern.testing import inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
