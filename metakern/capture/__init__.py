@@ -27,13 +27,13 @@ def trace_batch(
     writes: Writes | None = None,
     rows: bool = True,
 ) -> Trace:
-    """Forward pass of one batch, with every use of a trainable parameter recorded; `writes` sees what it overwrites.
+    """Run the forward pass of one batch and record every use of a trainable parameter; `writes` notes its overwrites.
 
     If only sums over the batch are wanted, `rows=False` skips tracking which rows belong to which example.
     """
     tracer = Tracer(trainable.values(), constants_of(model), writes, rows)
-    # A gradient that the model takes of itself on a GPU would be calculated by another thread, which numbers the nodes
-    # that it makes by itself: they would be taken for older ones than the pass.
+    # If the model calls autograd in its forward pass on a GPU, another thread would run that. Each thread numbers its
+    # own nodes, so these would look older than this pass.
     one_thread = torch.autograd.set_multithreading_enabled
     with one_thread(False), registered_modules_as_wholes(model, tracer), tracer:
         losses = evaluate_losses(model, batch, loss_fn, argument)

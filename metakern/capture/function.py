@@ -45,7 +45,7 @@ _ROW_BY_ROW = frozenset(
     "contiguous clone detach ctc_loss".split()
 )
 
-# Their results follow from the numbers that autograd keeps, and the sizes of their inputs.
+# Whatever decides their results is a number that autograd saves, or a size of an input.
 _TOLD_BY_GRAPH = frozenset(
     "softmax log_softmax sum mean cat stack transpose permute t unsqueeze squeeze unbind chunk split layer_norm "
     "group_norm max_pool1d max_pool2d avg_pool2d conv1d conv2d".split()
@@ -83,25 +83,25 @@ class Function(NamedTuple):
     """What tracing needs to know about a torch function."""
 
     name: str
-    kind: str  # "call"; "metadata", "unrolled", "attribute", "batch_norm" and "hook" are met in ways of their own
+    kind: str  # "call"; "metadata", "unrolled", "attribute", "batch_norm" and "hook" are each handled separately
     shape_only: bool
-    like_another: bool  # takes no number of its second tensor
+    like_another: bool  # reads only shape or dtype of its second tensor
     random_constant: bool  # makes a tensor of random numbers
     deterministic: bool
     in_place: bool
-    may_reorder: bool  # by the position of its arguments
-    may_pick: bool  # by the type of its arguments
-    opaque: bool  # not torch's own: it may pick by whatever it takes
-    numbered: bool  # by Python numbers among its arguments
-    told_by_graph: bool  # all of which its node keeps
-    static: bool  # of static tensors and plain numbers it makes a tensor that is the same in every pass
+    may_reorder: bool  # may select rows; `picked_dims` knows its arguments
+    may_pick: bool  # may select rows by integer, boolean or sparse arguments
+    opaque: bool  # not torch's own: may select rows by any argument
+    numbered: bool  # Python numbers among its arguments may select rows or set sizes
+    told_by_graph: bool  # its graph node keeps all these numbers
+    static: bool  # its output is the same in every pass if its input is
     inplace_at: int | None  # position of its argument `inplace`
     statistics: slice | None  # positions of the running statistics that it may update
-    table: bool  # a look-up, which may rewrite its table
+    table: bool  # a look-up, which rewrites its table if `max_norm` is set
     writes: bool  # may write into an argument without being told by `inplace` or `out`
 
 
-@lru_cache(4096)  # a closure may be a function too: not kept for ever
+@lru_cache(4096)  # bounded, since closures are looked up as well
 def function_of(func: Callable[..., Any]) -> Function:
     """The `Function` of a callable that torch hands to a function mode."""
     name = getattr(func, "__name__", "")
@@ -137,7 +137,7 @@ def is_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def may_write(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Asked at every call; `written_by` says what."""
+    """Whether a call may write into an argument (`written_by` tells which); cheap, since it runs at every call."""
     told = bool(kwargs) or function.inplace_at is not None
     return function.writes or (told and is_in_place(function, args, kwargs) and function.name != "requires_grad_")
 

@@ -20,8 +20,8 @@ from metakern.capture.refusal import EngineUnavailable
 
 
 class Fingerprint(NamedTuple):
-    """A pass: its operations, and which outputs of uses they read; in which order they take each other's outputs, and
-    with which numbers; whether tensors may select rows in a way that was not seen.
+    """The form of a pass. `operations`: hash of the nodes, and of which outputs of uses they read. `order`: hash of how
+    they are connected, and of their numbers. `unseen`: untraced nodes may select rows by values of tensors.
     """
 
     operations: int
@@ -41,7 +41,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     for edge in (edge for use in trace.uses for edge in use.edges):
         places.setdefault(edge.node, len(places))
     ends, ahead = len(places), []
-    first = math.inf if trace.reorders else trace.first  # if rows may go anywhere, they are checked in every step
+    first = math.inf if trace.reorders else trace.first  # with `reorders`, rows are checked in every step anyway
 
     def place(node: Any) -> int:
         found = places.get(node)
@@ -55,7 +55,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     while ahead:
         node = ahead.pop()
         name = node.name()
-        met.append("ViewBackward0" if name == "ReshapeAliasBackward0" else name)  # same call, watched or not
+        met.append("ViewBackward0" if name == "ReshapeAliasBackward0" else name)  # same call, with or without a mode
         if name.endswith("AccumulateGrad") and id(node.variable) in names:
             raise EngineUnavailable(
                 f"parameter '{names[id(node.variable)]}' is used in a way that tracing a forward pass does not see (a "
@@ -103,8 +103,8 @@ def _grads_of(
 
 @contextmanager
 def _after_hooks(trace: Trace, edges: Sequence[GradientEdge]) -> Iterator[dict[int, Tensor | None]]:
-    """Gradients of those edges, by index, whose tensors have hooks: if the backward pass goes on through the node,
-    torch returns the gradient from before the hooks.
+    """For edges whose tensors have hooks, the gradients after these hooks, by index. If the backward pass continues
+    through the node, torch returns the gradients from before them.
     """
     after: dict[int, Tensor | None] = {}
 
@@ -124,7 +124,7 @@ def _after_hooks(trace: Trace, edges: Sequence[GradientEdge]) -> Iterator[dict[i
 
 
 def _shaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """B in the shape of the output; the edge may be that of the tensor that the output is a view of."""
+    """B in the shape of the output, which may be a view of the tensor whose edge was taken."""
     return None if grad is None else grad.view(shape) if grad.shape != shape else grad
 
 
@@ -137,8 +137,7 @@ def visit_output_gradients(
     """Call `visit(use index, B)` for every use in one backward pass: for those in `passing` as soon as B is known, so
     that it is not kept; for the others after the pass.
 
-    A gradient can be seen in passing only at a node that runs, so uses without another use below them are among the
-    others.
+    B can be seen in passing only at a node that runs. So uses that depend on no other use are visited after the pass.
     """
     late = {*range(len(trace.uses))}.difference(passing) | _lowest(trace.uses, passing)
     handles, asked = [], sorted(late)
@@ -156,8 +155,8 @@ def visit_output_gradients(
 
 
 def _lowest(uses: Sequence[Use], among: Iterable[int]) -> set[int]:
-    """Those `among` the uses with an output that no other use contributed to: no gradient is wanted below it, so its
-    node does not run. The user's inputs may have a graph, and one of two outputs may be a view of a parameter.
+    """The uses in `among` with an output that depends on no other use: no gradient is wanted beyond it, so its node
+    does not run. (The user's inputs may have a graph, and one of two outputs may be a view of a parameter.)
     """
     known, free = {edge.node for use in uses for edge in use.edges}, set[Any]()
     return {k for k in among if not all([_reaches(known, edge.node, free) for edge in uses[k].edges])}
@@ -206,7 +205,7 @@ def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) 
 @contextmanager
 def differentiable_functions(losses: Tensor) -> Iterator[None]:
     """Inside the block, a backward pass with `create_graph=True` raises if the backward of a custom function breaks the
-    graph: if what it returns does not depend, for autograd, on the gradient that it was given.
+    graph: the gradient that it is given requires grad, but what it returns does not.
 
     Raises: EngineUnavailable naming the function.
     """

@@ -66,13 +66,13 @@ def _note_batch(error: Exception, argument: str) -> None:
 
 
 def _contents(batch: Any, depth: int = 3) -> Iterator[PutBack]:
-    """What puts back collections and objects of the batch; tensors in them are data."""
+    """Functions that restore the collections and objects of a batch, but not the tensors in them."""
     if depth == 0 or isinstance(batch, (Tensor, str, int, float, nn.Module, type(None))):
         return
     put_back = content_of(batch)
     if put_back is not None:
         yield put_back
-    elif hasattr(batch, "__dict__") and not callable(batch):  # a library's class, as of graphs
+    elif hasattr(batch, "__dict__") and not callable(batch):  # an object of a library, such as a graph
         yield attributes_kept(batch)
     inside = [*batch] if isinstance(batch, (list, tuple)) else []
     if isinstance(batch, dict):
@@ -84,7 +84,7 @@ def _contents(batch: Any, depth: int = 3) -> Iterator[PutBack]:
 
 
 def losses_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None, argument: str) -> Tensor:
-    """The same without restoring anything."""
+    """As `evaluate_losses`, without restoring anything."""
     if loss_fn is not None:
         return loss_fn(model, batch)
     if isinstance(batch, Mapping):
@@ -210,9 +210,9 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
 
 def _token_labels(model: nn.Module, labels: Tensor) -> list[Tensor]:
     """Labels [n, t] of tokens in both readings, the likelier first: a causal model, judged by its name, predicts the
-    next token. Names can mislead (decoders that take shifted labels, vision-language models); own losses do not.
+    next token. Names can mislead (decoders with shifted labels, vision-language models); a model's own loss does not.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=-100)  # the logits stay whole: a slice of them would be copied
+    following = F.pad(labels[:, 1:], (0, 1), value=-100)  # labels are shifted, since a slice of logits would be copied
     kind = type(model).__name__
     causal = "CausalLM" in f"{getattr(model, 'loss_type', '')} {kind}" or kind.endswith("LMHeadModel")
     return [following, labels] if causal != (model in _MISNAMED) else [labels, following]

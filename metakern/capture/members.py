@@ -1,6 +1,6 @@
 """The modules and tensors of a model, in the order in which `nn.Module` lists them.
 
-A step walks the model a dozen times, and `nn.Module`'s own walk goes through as many generators as modules are nested.
+A step walks the model a dozen times, and `nn.Module.modules()` is slow: it nests one generator per level.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 _Kind = TypeVar("_Kind")
 OWN = frozenset(vars(nn.Module()))
-"""What every module has in its `__dict__`; all else there was set by its class or by others."""
+"""Attributes that every `nn.Module` has; any others were set by its class or by other code."""
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -38,7 +38,7 @@ def keepers_of(model: nn.Module) -> list[nn.Module]:
     found = {id(module): module for module in modules}
     while ahead:
         for module in _held_in(vars(ahead.pop()).values(), nn.Module):
-            if id(module) in found:  # with all that is registered below it
+            if id(module) in found:  # and so are its submodules
                 continue
             for inner in modules_of(module):
                 if id(inner) not in found:
@@ -70,8 +70,8 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def constants_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers without a gradient, also of unregistered modules, and integer tensors in attributes or
-    inside them (positions, masks, prompts); a tensor that two modules hold is listed twice.
+    """Parameters and buffers without a gradient, also of unregistered modules, and integer or boolean tensors held as
+    attributes or in lists there (positions, masks, prompts). A tensor that two modules hold is listed twice.
     """
     modules = keepers_of(model)
     kinds = (tensors for module in modules for tensors in (module._parameters, module._buffers))
@@ -81,7 +81,7 @@ def constants_of(model: nn.Module) -> list[Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Floating-point tensors may be data that one pass keeps for the next."""
+    """Whether it holds integers or booleans; floating-point tensors may be data that one pass keeps for the next."""
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
@@ -91,7 +91,7 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def tensors_held_by(module: nn.Module) -> list[Tensor]:
-    """Tensors that are attributes, or lie in one, and that a pass may write: no parameters, buffers or activations."""
+    """Tensors held as attributes, or in lists there, that a pass may write: no parameters, buffers or activations."""
     values = [value for name, value in vars(module).items() if name not in OWN]
     found = _held_in(values, Tensor)
     return [t for t in found if t.grad_fn is None and not t.is_inference() and not isinstance(t, nn.Parameter)]

@@ -27,7 +27,7 @@ def tensors_in(value: Any) -> Sequence[Tensor]:
 
 
 def separated(output: Any, upstream: Iterable[Any]) -> Any:
-    """The output, its tensors copied if the history of one goes through another; `upstream` precedes the call."""
+    """The output; its tensors are cloned if one was computed from another. `upstream`: nodes from before the call."""
     if isinstance(output, Tensor):
         return output
     found = [t for t in tensors_in(output) if t.grad_fn is not None]

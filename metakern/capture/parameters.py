@@ -1,4 +1,4 @@
-"""Which parameters a call is about, and models that cannot be served at all."""
+"""The parameters that a step works on, and checks that reject models which no engine supports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metakern.capture.members import modules_of, name_of
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Qualified name -> parameter, for every parameter that requires a gradient; a tied one once.
 
-    Raises: ValueError where there is none; TypeError, NotImplementedError for one that no engine serves.
+    Raises: ValueError if there is none; TypeError, NotImplementedError for one that no engine supports.
     """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
@@ -96,7 +96,7 @@ def require_servable(model: Any) -> None:
 
 
 def _require_plain_surroundings() -> None:
-    """Refuse what keeps calls from being seen or differentiated, if it is active around this one."""
+    """Reject modes around this call in which the model's calls could not be seen or differentiated."""
     if torch.is_inference_mode_enabled():
         raise ValueError("the call is inside torch.inference_mode(), where nothing has a gradient; move it outside")
     if peek_interpreter_stack() is not None:

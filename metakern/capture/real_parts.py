@@ -1,6 +1,6 @@
-"""Complex outputs of calls in real numbers: spectral layers, state spaces, whose parameters are pairs of real ones.
+"""Complex outputs of calls as pairs of real numbers, for spectral layers and state spaces with real parameters.
 
-B is then the gradient of the real and of the imaginary part, and all that is done with it is as for real tensors.
+B is then the gradient of the real and the imaginary part, and is treated like any other B.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RealParts:
-    """A function whose output is complex, as one of real and imaginary parts, [..., 2]."""
+    """Wraps a function with a complex output: returns its real and imaginary parts, [..., 2]."""
 
     def __init__(self, func: Callable[..., Tensor]) -> None:
         self.func = func
@@ -23,5 +23,5 @@ class RealParts:
 
 
 def real_parts(output: Tensor) -> Tensor:
-    """In memory of its own, so that an operation in place on the complex view of it leaves its place in the graph."""
+    """A clone, since an in-place operation on the complex result would take the edge of a view off the graph's path."""
     return torch.view_as_real(output.resolve_conj()).clone()

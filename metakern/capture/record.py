@@ -108,12 +108,12 @@ class Trace:
     picks: tuple[Pick, ...] = ()  # where entries are selected by data along other dimensions than the first
     numbers: int = 0  # fingerprint of the Python numbers that calls on activations were made with
     hooked: frozenset[Place] = frozenset()  # tensors with a hook that may change their gradient
-    first: int = 0  # the number of the first node that the pass made
-    gaps: tuple[Gap, ...] = ()  # where nodes were made while no call was under way
+    first: int = 0  # the sequence number of the first node that the pass made
+    gaps: tuple[Gap, ...] = ()  # sequence numbers of nodes that were made outside traced calls
     constants: Sequence[Tensor] = ()  # parameters and buffers of the model without a gradient
 
     def released(self) -> Trace:
-        """Without uses and derivations, and the tensors that they keep."""
+        """A copy without uses, derivations and picks, so that the tensors they keep can be freed."""
         return replace(self, losses=self.losses.detach(), uses=(), derivations=(), picks=(), constants=())
 
     @property
@@ -123,7 +123,7 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A use together with its output gradients B and the axis along which its outputs tell examples apart."""
+    """A use with its output gradients B and, for each output, the axis that holds the examples."""
 
     use: Use
     output_grads: tuple[Tensor | None, ...]

@@ -1,4 +1,4 @@
-"""Can a call be made again with the random numbers that it drew? Rules that replay a call ask for that."""
+"""Whether a call can be replayed with the same random numbers; layer rules that replay calls need that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = frozenset(function.__name__ for function in RECURRENT)
 
 
 def watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -> tuple[Any, RandomState | None]:
-    """The output of a call, and the random state before it if the call drew from it, so that a replay does alike."""
+    """The output of a call, and the random state before it if it drew numbers, so that a replay draws the same."""
     if function.deterministic:
         return func(*args, **kwargs), None
     before = torch_random_state()
@@ -26,7 +26,7 @@ def watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -
 
 
 def require_repeatable(name: str, args: tuple[Any, ...], data: Tensor, drew: bool) -> None:
-    """Raise for calls on a GPU that draw from elsewhere than the generators; `drew` tells whether those moved.
+    """Raise for calls on a GPU whose random numbers cannot be drawn again; `drew`: the generators' state changed.
 
     Raises: EngineUnavailable
     """
@@ -45,7 +45,7 @@ def require_repeatable(name: str, args: tuple[Any, ...], data: Tensor, drew: boo
 
 
 def _dropout(args: tuple[Any, ...]) -> float:
-    """Its probability in a recurrent call in training mode: behind the list of weights, their bias and their number."""
+    """Dropout of a recurrent call, 0 if not training: the argument after the weights, has_biases and num_layers."""
     weights = next((place for place, value in enumerate(args) if isinstance(value, list)), len(args))
     dropout, training = (*args[weights + 3 : weights + 5], 0.0, False)[:2]
     return dropout if training else 0.0

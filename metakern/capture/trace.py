@@ -35,7 +35,7 @@ def tensor_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int | str, int | None, Tensor]]:
-    """The same as key, item and tensor. Not a generator, because it runs at every call of a forward pass."""
+    """The same as (key, item, tensor). A list, since it runs at every call, and a generator would be slower."""
     found: list[tuple[int | str, int | None, Tensor]] = []
     for key, value in enumerate(args) if not kwargs else (*enumerate(args), *kwargs.items()):
         if isinstance(value, Tensor):
@@ -65,7 +65,7 @@ class Tracer(SeeingMode):
         self._constant: dict[int, Tensor] = {id(c): c for c in constants}
         self._rows = RowNotes(constants, self._parametric, wanted=rows)
         self._hooked = list[GradientEdge]()
-        self._writes = writes  # into parameters, so that they can be undone
+        self._writes = writes  # notes writes into parameters, so that they can be undone
         self.paused = False  # inside a registered module, whose call is recorded as a whole
 
     def trace(self, losses: Tensor) -> Trace:
@@ -179,7 +179,7 @@ class Tracer(SeeingMode):
         upstream = tuple([t.grad_fn for t in data if t.grad_fn is not None])
         kept, versions = args, versions_of(data)
         if name in ADDITIONS:
-            versions = ()  # a sum's derivative does not depend on what was added to
+            versions = ()  # the derivative of a sum does not depend on its terms
         elif in_place:  # a replay needs the value before the call, which is overwritten
             kept = (args[0].detach().clone(), *args[1:])
             versions = tuple([(t, version) for t, version in versions if t is not args[0]])
@@ -198,7 +198,7 @@ class Tracer(SeeingMode):
         return output
 
     def _note(self, call: Call, output: Any, data: list[Tensor], upstream: tuple[Any, ...]) -> None:
-        """Add a use, unless nothing of its output can carry a gradient."""
+        """Add a use if any of its outputs carries a gradient."""
         found = self._made(call, output)
         if found:
             places, tensors = zip(*found)
@@ -257,7 +257,7 @@ class Tracer(SeeingMode):
         return output
 
     def _hook(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A hook on a tensor of this pass; one on the output of a use changes B."""
+        """The pass registers a hook on a tensor: note it, since a hook on the output of a use changes B."""
         if only_watches(*args[1:], **kwargs):
             return func(*args, **kwargs)
         if id(args[0]) in self._parametric:
@@ -290,7 +290,7 @@ class Tracer(SeeingMode):
 
 
 def _shape_of(tensor: Tensor) -> Tensor:
-    """Its shape and dtype, in no memory of its own: what `bias.expand_as(hidden)` takes of `hidden`."""
+    """One element expanded to the shape and dtype of `tensor`: all that `bias.expand_as(hidden)` needs of `hidden`."""
     return tensor.detach().new_empty(()).expand(tensor.shape)
 
 

@@ -1,6 +1,4 @@
-"""Calls that bypass a function mode but that it must see: inside torch functions written in Python, and operators of
-extensions.
-"""
+"""Let function modes see calls that bypass them: in torch functions written in Python, and operators of extensions."""
 
 from __future__ import annotations
 
@@ -32,11 +30,11 @@ def unrolled(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dispatches(types: Iterable[type]) -> bool:
-    """Whether torch will call the own `__torch_function__` of one of these types, so that a call may do anything."""
+    """Whether torch will call a `__torch_function__` that one of these types defines; it may do anything."""
     if types == _TENSORS_ALONE:
         return False
     own = any(getattr(kind.__torch_function__, "__func__", None) is not _PLAIN for kind in types)
-    return own and torch._C._is_torch_function_enabled()  # not so within that function, where it turns to torch's own
+    return own and torch._C._is_torch_function_enabled()  # disabled while such a method calls torch's own
 
 
 def dispatched(func: Callable[..., Any], types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,10 +50,10 @@ def dispatched(func: Callable[..., Any], types: tuple[type, ...], args: tuple[An
 
 
 class SeeingMode(TorchFunctionMode):
-    """A function mode that sees operators of extensions also where subclasses are disabled, as inside their methods.
+    """A function mode that sees extensions' operators even where subclasses are disabled, as inside their methods.
 
-    Since torch 2.14, operators written in Python have a shortcut to their kernels, which there does not check whether a
-    mode is active; while one is, they are dispatched like all operators.
+    Since torch 2.14, operators written in Python have a shortcut to their kernels, which in such places does not check
+    whether a mode is active. While a mode is active, they go through the dispatcher like all operators.
     """
 
     _active = 0

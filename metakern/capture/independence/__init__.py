@@ -1,1 +1,1 @@
-"""Whether an example's loss depends on that example alone, and which rows of a layer are its own: proved."""
+"""Proof that each example's loss depends on that example alone, and of which rows of a layer are its own."""

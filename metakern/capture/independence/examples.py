@@ -44,7 +44,7 @@ Axes = list[list[ExampleAxis | None]]
 
 
 class _Proved(NamedTuple):
-    """The axes; whether a pass of this form may still select rows by data; whether inactive couplings are ruled out."""
+    """The axes of one form of a pass; `moves`: rows may be selected by data; `lasting`: no inactive couplings."""
 
     axes: Axes
     moves: bool
@@ -73,7 +73,7 @@ def example_axes(
     """The example axes; raises EngineUnavailable if examples interact.
 
     `context` names what else decides how examples may interact: the loss function and the training flags.
-    `poisoned(axes, inside)` repeats the pass with the examples `inside` NaN and returns its losses.
+    `poisoned(axes, inside)` repeats the pass with the examples `inside` set to NaN and returns its losses.
     """
     if trace.examples == 1:
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
@@ -153,7 +153,7 @@ def _remember(known: _Known, form: Hashable, found: _Proved | str) -> None:
 def _lasting(
     trace: Trace, found: _Proved, verdicts: dict[Hashable, Any], form: Hashable, poisoned: Poisoned
 ) -> _Proved:
-    """The same once it is proved that nothing couples examples in this form, not even couplings inactive so far."""
+    """`found`, marked as lasting once forward passes with NaN have ruled out couplings inactive in this batch."""
     _require_no_forward_path(trace, found.axes, verdicts, form, poisoned)
     return found._replace(lasting=True)
 

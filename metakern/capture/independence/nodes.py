@@ -82,7 +82,7 @@ def unseen_numbers(node: Any) -> Hashable:
 
 
 def may_pick_rows(node: Any, constants: Sequence[Tensor]) -> bool:
-    """Whether a node that no seen call made may select rows, or leave some out, by anything but numbers.
+    """Whether a node that no traced call made may select rows, or leave some out, by values of tensors.
 
     `constants` are tensors of the model, which are the same in every pass if they hold floating-point numbers.
     """
@@ -98,8 +98,8 @@ def may_pick_rows(node: Any, constants: Sequence[Tensor]) -> bool:
 
 
 def _own_may_pick(node: Any, constants: Sequence[Tensor]) -> bool:
-    """The same for a custom autograd.Function. Floating-point tensors that it computed itself, masks over all entries
-    of what it returned, and what hooks keep of a function of activations alone, count as values.
+    """The same for a custom autograd.Function. Assumed to select no rows: floating-point tensors that it computed,
+    masks in the shape of an output, and what saved-tensor hooks have packed if all its inputs are activations.
     """
     if node._forward_cls.__module__.startswith("metakern."):
         return False

@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def numbers_of(args: tuple[Any, ...], kwargs: dict[str, Any], fractions: bool = False) -> tuple[Hashable, ...]:
-    """Whole numbers, words and truth values among the arguments, in nested lists too. Of fractions only those that are
-    whole: torch's functions scale values by others, and pick no rows. Of functions unknown `fractions` count as well.
+    """Integers, strings and booleans among the arguments, also in nested lists. Floats count only if they are whole:
+    torch's functions scale values by others, and select no rows. `fractions`, for unknown functions: all floats count.
     """
     found = [plain(value, fractions) for value in args if not isinstance(value, Tensor)]
     if kwargs:
@@ -26,7 +26,7 @@ def numbers_of(args: tuple[Any, ...], kwargs: dict[str, Any], fractions: bool = 
 
 
 def plain(value: Any, fractions: bool = False) -> Hashable:
-    """What is hashed for a value, None for what holds no numbers."""
+    """A hashable form of a value; None if it holds no numbers."""
     kind = type(value)
     if kind is int:
         return 2 * value + 1  # odd numbers: hash(-1) == hash(-2), and dim=-1 must not be taken for dim=-2
@@ -42,7 +42,7 @@ def plain(value: Any, fractions: bool = False) -> Hashable:
 
 
 def _of_any_kind(value: Any, fractions: bool) -> Hashable:
-    """Subclasses of numbers and words, arrays, and whatever else torch takes for a number or a list of them."""
+    """Subclasses of numbers and strings, arrays, and whatever else torch takes for a number or a list of them."""
     if isinstance(value, float):
         if value.is_integer():
             return 2 * int(value) + 1
@@ -55,7 +55,7 @@ def _of_any_kind(value: Any, fractions: bool) -> Hashable:
         return None
     if (as_bytes := getattr(value, "tobytes", None)) is not None:
         return as_bytes()
-    if isinstance(value, torch.SymInt):  # that of a nested tensor has no value
+    if isinstance(value, torch.SymInt):  # a nested tensor's size has no value
         return str(value)
     if hasattr(value, "__index__"):
         return 2 * index(value) + 1
@@ -67,5 +67,5 @@ def _of_any_kind(value: Any, fractions: bool) -> Hashable:
 
 
 def _is_number(tensor: Tensor) -> bool:
-    """May it stand for a Python number, as a bound of a slice?"""
+    """Whether it may stand for a Python number, such as a bound of a slice."""
     return tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex())

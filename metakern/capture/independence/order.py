@@ -1,4 +1,4 @@
-"""What losses scaled by powers of two show: which rows belong to which example in this pass, and that gradients scale.
+"""Checks with losses scaled by powers of two: rows line up with examples in this pass, and gradients are linear.
 
 Powers of two cause no rounding, so output gradients B must scale exactly, up to sums in another order. Exceptions are
 functions whose backward pass is not a product: `logcumsumexp` takes logarithms of gradients, `matrix_exp` a series.
@@ -67,10 +67,10 @@ def _in_float16(grads: Grads) -> bool:
 
 
 _SUMS = 8
-"""Rounding errors of sums in another order."""
+"""Allowed error of sums in another order, in units of the dtype's eps."""
 _ROUGH = ("Logcumsumexp", "LinalgMatrixExp")
 _ROUGHLY = 2.0**-8
-"""How much their gradients may be off; clipping or normalising is off by everything, at a factor of 2^24."""
+"""Error allowed for these, relative to the largest entry; clipping and normalising are off by far more at 2^24."""
 
 
 def _same(trace: Trace, b: Tensor, unscaled: Tensor) -> bool:

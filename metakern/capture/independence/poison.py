@@ -1,7 +1,7 @@
-"""A forward pass in which chosen examples are NaN from the first layer on, to see whom they reach.
+"""A forward pass with chosen examples set to NaN from the first layer on, to see whose losses they reach.
 
-The backward proof of `examples.py` can be stopped by a hinge that is shut in the batch at hand (relu's backward
-selects, it does not multiply). Forward, NaN passes relu, clamp and max, so a coupling that sleeps shows all the same.
+The backward proof of `examples.py` misses couplings behind a hinge that is inactive in this batch (relu's backward
+selects rather than multiplies). In a forward pass, NaN goes through relu, clamp and max, so these couplings show too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from metakern.capture.record import Call
 from metakern.capture.state.passes import PassState
 from metakern.capture.trace import Tracer
 
-# They leave out one side, or what the other one makes no difference to, entry by entry; in the next batch they may not.
+# Entry by entry, they may ignore one of their inputs in this batch (`where`, `x ** 0`) and use it in the next.
 _SELECTIONS = frozenset(
     "where masked_fill masked_fill_ fmax fmin nan_to_num nan_to_num_ pow pow_ __pow__ __rpow__ __ipow__ float_power "
     "float_power_".split()
@@ -45,13 +45,13 @@ _WITHOUT_NAN: dict[str, Callable[..., Any]] = {
     "nansum": torch.sum, "nanmean": torch.mean, "nanmedian": torch.median, "nanquantile": torch.quantile,
     "mode": _mode, "renorm": _renorm, "renorm_": _renorm,
 }  # fmt: skip
-"""Functions that leave out NaN, or are stopped by it, and what lets it through."""
+"""Functions that may keep NaN from spreading, each with a replacement that spreads it."""
 
 _KEPT_BACK = _SELECTIONS | _LABELLED | _WITHOUT_NAN.keys()
 
 
 def _left_out(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Where NaN should come out of a call that may keep it back, as masks; looked at before a call in place."""
+    """Masks of where NaN should come out of a call that may hold it back. Run it first: the call may be in place."""
     given = [t.detach() for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
     if name in _WITHOUT_NAN and given:
         return [tensors_in(_WITHOUT_NAN[name](*args, **kwargs))[0].detach().isnan()]
@@ -89,13 +89,13 @@ class _Poisoner(Tracer):
 
 
 def _fill(tensor: Tensor, where: Tensor) -> None:
-    """NaN into a tensor of this pass: not a write that is undone after it."""
+    """Write NaN into a tensor of this pass, hidden from the modes that would undo the write."""
     with torch._C.DisableTorchFunction():
         tensor.data.masked_fill_(where, torch.nan)
 
 
 def _fill_apart(tensor: Tensor, where: Tensor) -> None:
-    """The same in memory of its own: what a call returns may be a view of a parameter, which must not be lost."""
+    """The same in new memory: what a call returns may be a view of a parameter, which must not be overwritten."""
     with torch._C.DisableTorchFunction():
         tensor.data = tensor.data.masked_fill(where, torch.nan)
 
@@ -106,7 +106,7 @@ _blocks, _checked = 0, True
 
 @contextmanager
 def _distributions_take_nan() -> Iterator[None]:
-    """Inside the block distributions do not check their arguments, in any thread; blocks of two end in any order."""
+    """Inside the block distributions do not validate arguments, in any thread; blocks of two may end in any order."""
     global _blocks, _checked
     with _lock:
         if _blocks == 0:

@@ -1,4 +1,4 @@
-"""What the calls of a pass tell about where rows go: by which numbers and tensors, and what was not seen at all."""
+"""Notes on what decides where rows go in a pass: numbers and tensors passed to calls, and nodes that no call made."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class RowNotes:
 
     def _note_picks(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        rows = None if source is None or id(source) in self._parametric else source  # a parameter's belong to nobody
+        rows = None if source is None or id(source) in self._parametric else source  # a parameter has no examples' rows
         edge = get_gradient_edge(rows) if rows is not None and rows.requires_grad else None
         from_data = edge is not None or (rows is not None and peek_interpreter_stack() is not None)
         dims = picked_dims(function.name, args, kwargs, from_data, self._is_static)

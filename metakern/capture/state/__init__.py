@@ -1,1 +1,1 @@
-"""What a pass may change, kept at one moment and put back: tensors, attributes, random numbers, loss state."""
+"""Snapshots of what a pass may change, to be restored: tensors, attributes, random generators, state of the loss."""

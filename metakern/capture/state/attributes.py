@@ -15,11 +15,11 @@ from metakern.capture.state.contents import LARGEST_ARRAY, LARGEST_LIST, PutBack
 _COLLECTIONS = frozenset((list, dict, set, deque))
 _PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
 _DEPTH, _DEEP = 3, 9
-"""Levels of nesting of objects and collections that are looked into, and before passes with NaN in them."""
+"""How many levels of nested objects and collections are searched: normally, and before passes with NaN."""
 
 
 class Bound(NamedTuple):
-    """All that a module's `__dict__` held, torch's own entries too: a copy is cheaper than a choice."""
+    """A copy of a module's `__dict__`, torch's own entries included: copying all is cheaper than selecting."""
 
     module: nn.Module
     held: dict[str, Any]
@@ -46,7 +46,7 @@ class Attributes:
                 values = [value for name, value in held.items() if name not in OWN]
                 _look_into((*values, type(module)), _DEEP if deep else _DEPTH, self._contents)
             elif deep or module._forward_hooks or module._forward_pre_hooks:
-                # What it has itself never changes; hooks of others may fill a list that they have set on it.
+                # The attributes of torch's own modules never change, but hooks may fill a list that others set on one.
                 values = [value for name, value in held.items() if name not in OWN and type(value) in _COLLECTIONS]
                 _look_into(values, _DEEP if deep else _DEPTH, self._contents)
 
@@ -59,7 +59,7 @@ class Attributes:
 
 
 def _look_into(values: Iterable[Any], depth: int, found: dict[int, PutBack], nested: bool = False) -> None:
-    """Add to `found` what puts back the contents of these values, and of what they hold."""
+    """Add to `found` functions that restore the contents of these values, and of what they hold."""
     for value in values:
         if type(value) in _PLAIN or id(value) in found or (nested and _is_large(value)):
             continue

@@ -12,7 +12,7 @@ from metakern.capture.members import keepers_of
 from metakern.capture.state.snapshot import Snapshot
 
 _Named = tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
-"""The buffers of a module, and a copy of the names and what they stand for."""
+"""The buffer dict of a module, and a copy of it."""
 
 
 class Buffers:
@@ -37,9 +37,9 @@ class Buffers:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside the block the model has fresh copies of the buffers as they were kept, and its own afterwards."""
+        """Inside the block the model works on copies of the kept buffers; afterwards it has its own again."""
         now = [buffers.copy() for buffers, _ in self._named]
-        fresh = {id(kept.tensor): kept.copy() for kept in self._kept}  # what modules share they share still
+        fresh = {id(kept.tensor): kept.copy() for kept in self._kept}  # shared buffers stay shared
         try:
             for buffers, named in self._named:
                 if buffers or named:
@@ -53,7 +53,7 @@ class Buffers:
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """A forward pass that does not count: running statistics are as before afterwards."""
+    """For a forward pass that must not count: buffers such as running statistics are restored after the block."""
     buffers = Buffers(model)
     try:
         yield
@@ -62,7 +62,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be_written(buffer: Tensor) -> bool:
-    """torch refuses to write into inference tensors, and where several entries are one number in memory."""
+    """torch refuses to write into inference tensors, and into tensors whose entries overlap in memory."""
     expanded = buffer.layout == torch.strided and 0 in buffer.stride()
     overlap = torch._debug_has_internal_overlap  # pyright: ignore[reportPrivateImportUsage]
     return not (buffer.is_inference() or (expanded and overlap(buffer) == 1))

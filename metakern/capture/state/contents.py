@@ -1,7 +1,7 @@
-"""What an object holds at one moment, and how to put it back.
+"""The contents of an object at one moment, and how to restore them.
 
-By the methods of the built-in types themselves: a subclass may count look-ups, make its entries anew or drop the
-oldest, and would then neither tell what it holds nor take it back.
+They are read and written by the methods of the built-in types: a subclass's own may count look-ups, recompute entries
+or evict the oldest, and would then neither show nor restore what it holds.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from metakern.capture.state.snapshot import Snapshot
 
 LARGEST_LIST, LARGEST_ARRAY = 4096, 2**20
-"""What is larger is taken for data, which a pass reads and does not write: the items of a list; an array, a tensor."""
+"""Lists with more items, and arrays and tensors with more entries, are taken for data that a pass only reads."""
 
 PutBack = Callable[[], None]
 _Keep = Callable[[Any], PutBack | None]
 
 _HOLDERS = frozenset((types.SimpleNamespace, Namespace, UserDict, UserList))
-"""Of the standard library, and made to hold what others put into them."""
+"""Classes of the standard library that hold what users put into them."""
 _LOOKED_AFTER = (nn.Module, types.FunctionType, types.MethodType, types.ModuleType)
 
 
 class _Methods(NamedTuple):
-    """What a built-in collection holds, and how to empty and fill it; a dict first holds its keys, then its values."""
+    """How to list, empty and fill a built-in collection; a dict is listed as its keys, then its values."""
 
     listed: Callable[[Any], list[Any]]
     clear: Callable[[Any], None]
@@ -57,12 +57,12 @@ _COLLECTIONS: dict[type, _Methods] = {
     set: _Methods(lambda value: list(set.__iter__(value)), set.clear, set.update),
 }
 _CLASSES = 1024
-"""How many are remembered for what they are: not all for ever, since a notebook defines those of a model anew."""
+"""Size of the caches of facts about classes; bounded, since a notebook defines the same class again and again."""
 _WRITERS = frozenset("__setitem__ __delitem__ append add insert pop update".split())
 
 
 def content_of(value: Any) -> PutBack | None:
-    """A function that puts back what `value` holds now; None for what cannot change or is not looked into."""
+    """A function that restores what `value` holds now; None if it cannot change or is not searched."""
     keep = _keep_for(type(value))
     return None if keep is None else keep(value)
 
@@ -80,13 +80,13 @@ def _keep_for(kind: type) -> _Keep | None:
 
 
 def is_of_user(kind: type) -> bool:
-    """Does a class come from a training run's own code, or is it made to hold what that puts into it?"""
+    """Whether a class is defined in the user's code, or is one of `_HOLDERS`."""
     return kind in _HOLDERS or is_module_of_user(kind.__module__)
 
 
 @lru_cache(_CLASSES)
 def is_module_of_user(name: str) -> bool:
-    """Is it a module of a training run's own, neither of the standard library nor installed?"""
+    """Whether a Python module is the user's own: neither installed nor of the standard library."""
     source = getattr(sys.modules.get(name), "__file__", None) or ""
     return name.partition(".")[0] not in sys.stdlib_module_names and "-packages" not in source
 
@@ -102,7 +102,7 @@ def _methods_of(kind: type) -> tuple[type, _Methods]:
 
 
 def _writes_as_built_in(kind: type) -> bool:
-    """A library's class that writes in a way of its own may keep elsewhere what goes with it."""
+    """Whether no library class overrides the write methods; one that does may keep related state elsewhere."""
     return all(
         is_of_user(each) or each.__module__ in ("builtins", "collections") or _WRITERS.isdisjoint(vars(each))
         for each in kind.__mro__
@@ -116,7 +116,7 @@ def size_of(value: Any) -> int:
 
 
 def inside(value: Any) -> list[Any]:
-    """What it holds: items, attributes, and of an object also its class, which may hold something for all of them."""
+    """What a value holds: items, attributes and, for objects, the class, whose attributes may be state as well."""
     kind = type(value)
     if isinstance(value, type):
         return [held for each in _classes(value) for held in vars(each).values()]
@@ -136,7 +136,7 @@ def _classes(kind: type) -> list[type]:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """By name, what an object holds in its `__dict__` and in its slots."""
+    """The attributes of an object by name, from its `__dict__` and its slots."""
     found = dict(vars(value)) if type(value).__dictoffset__ else {}
     for name, slot in _slots(type(value)).items():
         try:
@@ -153,7 +153,7 @@ def _slots(kind: type) -> dict[str, types.MemberDescriptorType]:
 
 
 def attributes_kept(value: Any) -> PutBack:
-    """Puts back the attributes of an object, whosever its class is."""
+    """A function that restores the attributes of an object, whether or not its class is the user's."""
     return partial(_put_attributes_back, value, attributes_of(value))
 
 
@@ -173,7 +173,7 @@ def _put_attributes_back(value: Any, held: dict[str, Any]) -> None:
 
 
 def _class(value: type) -> PutBack | None:
-    """Attributes of the class and of those that it is made of."""
+    """Restores the attributes of a class and of its base classes, as far as they are the user's."""
     classes = [(each, dict(vars(each))) for each in _classes(value)]
     return partial(_put_classes_back, classes) if classes else None
 
@@ -217,7 +217,7 @@ def _call(function: Callable[[Any], Any], value: Any) -> None:
 
 
 def _array(value: Any) -> PutBack | None:
-    """Arrays of Python."""
+    """Restores a Python `array` or `bytearray`."""
     kind: Any = array if isinstance(value, array) else bytearray
     whole = slice(None)
     if kind.__len__(value) > LARGEST_ARRAY:
@@ -226,7 +226,7 @@ def _array(value: Any) -> PutBack | None:
 
 
 def _of_numpy(value: Any) -> PutBack | None:
-    """Arrays, and generators of either kind."""
+    """Restores a NumPy array, `Generator` or `RandomState`."""
     if hasattr(value, "bit_generator"):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if hasattr(value, "set_state"):

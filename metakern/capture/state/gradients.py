@@ -1,4 +1,4 @@
-"""The gradients of parameters around a block: as before it, put aside, or not to be added to."""
+"""Context managers for `.grad`: restored after a block, set aside inside it, or checked for additions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def gradients_as_before(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside the block the parameters have no gradient: reversible layers call `backward` in their backward passes, and
-    that would add to it in place.
+    """Inside the block `.grad` is None: reversible layers call `backward` within their backward pass, which would add
+    to it in place.
     """
     parameters = list(parameters)
     with gradients_as_before(parameters):
@@ -35,7 +35,7 @@ def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def nothing_added(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Inside the block no backward pass may add to `.grad` by itself: that part of a gradient would be missing.
+    """Raise if a backward pass inside the block adds to `.grad` by itself, since metakern would miss that part.
 
     Raises: EngineUnavailable naming the parameter.
     """

@@ -1,8 +1,8 @@
-"""What a pass may leave to the next one, at one moment.
+"""What one pass leaves for the next: attributes of modules, tensors and buffers, at one moment.
 
-Between the forward and the backward pass of a batch another batch may pass. The graph of the first must find what it
-has saved, and layers that run again in the backward pass what they read: the attributes of modules, and what tensors
-hold. Collections and objects are left alone, since neither depends on them.
+The meta batch's pass runs between the forward and the backward pass of the training batch. The training graph must
+then find the values that it has saved, and checkpointed layers those that they read: attributes of modules, and the
+contents of tensors. Collections and other objects are left alone, since neither depends on them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Left:
         self._attributes, self._tensors = attributes, tensors
 
     def bring_back(self) -> None:
-        """Where nothing else has been left in its place since."""
+        """Make these changes again, except where something else has changed since."""
         for module, name, was, became in self._attributes:
             if vars(module).get(name, _NONE) is was:
                 _bind(module, name, became)
@@ -45,7 +45,7 @@ class Left:
 
 
 class Moment:
-    """Attributes of modules, the tensors among them and others `outside` of the model, and buffers."""
+    """Attributes of modules, tensors among them or found `outside` the model, and buffers, at one moment."""
 
     def __init__(self, model: nn.Module, outside: Sequence[Tensor]) -> None:
         self._of = model, outside
@@ -62,7 +62,7 @@ class Moment:
         self._buffers.restore()
 
     def exchange(self) -> Left:
-        """Restore, and return what was there instead, buffers aside."""
+        """Restore this moment, and return what had changed since, except buffers."""
         tensors = [(kept, Snapshot(kept.tensor)) for kept in self._tensors if kept.changed()]
         left = Left(self._changed(), tensors)
         self.restore()
@@ -70,7 +70,7 @@ class Moment:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside the block all is as it was then, afterwards as before the block."""
+        """Inside the block all is as it was at this moment; afterwards as before the block."""
         now = Moment(*self._of)
         self.restore()
         try:

@@ -20,7 +20,7 @@ from metakern.capture.state.writes import Writes, nothing_written
 
 
 class Held:
-    """What modules hold beside parameters and buffers, and what functions hold, at one moment."""
+    """Attributes of modules, and the state of the loss function and of the model's functions, at one moment."""
 
     def __init__(self, model: nn.Module, loss_fn: Any, *, deep: bool = False) -> None:
         self._attributes, self.around = Attributes(model, deep=deep), Surroundings(model, loss_fn, deep=deep)
@@ -31,7 +31,7 @@ class Held:
 
 
 class PassState:
-    """What a forward pass starts from: the same pass can be run once more from it, and that run does not count."""
+    """The state that a forward pass starts from, so that the pass can be repeated without leaving a trace."""
 
     def __init__(
         self, model: nn.Module, loss_fn: Any = None, writes: Writes | None = None, *, deep: bool = False
@@ -44,7 +44,7 @@ class PassState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside the block all is as it was then, random numbers included; afterwards as it was before the block."""
+        """Inside the block all is as at that start, random generators included; afterwards as before the block."""
         now, after = Held(self._model, self._loss_fn, deep=self._deep), random_state()
         self._held.restore()
         restore_random_state(self._random)
@@ -62,8 +62,8 @@ class PassState:
 
 
 class Start:
-    """What a failed attempt goes back to: buffers, attributes and random state of a model at one moment, parameters
-    that `writes` has seen overwritten since, and what functions hold around which it has looked.
+    """The state that a failed attempt is reset to: buffers, attributes and random state of a model at one moment, and
+    what `writes` has kept since (parameters before they were overwritten, and the state of functions).
     """
 
     def __init__(self, model: nn.Module, writes: Writes | None) -> None:
@@ -84,11 +84,11 @@ class Start:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[Start]:
-    """The model is as before if an exception leaves the block, which may go back to where it started as well.
+    """Restore the model if an exception leaves the block; the block may also call `restore` itself.
 
-    What is compiled of the model runs uncompiled in the block, and what autocast has cast is cast anew.
+    Inside the block, compiled parts of the model run uncompiled, and autocast starts with an empty cache.
 
-    Raises: ValueError where the block gives the model a new trainable parameter.
+    Raises: ValueError if the block gives the model a new trainable parameter.
     """
     start = Start(model, writes)
     grads = [p.grad for p in start.parameters]
@@ -106,8 +106,8 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
 
 @contextmanager
 def _cast_anew() -> Iterator[None]:
-    """Autocast keeps what it has cast of a weight until its outermost block ends: a second step in one block, and what
-    comes after it, would take the weights from before the optimizer's step.
+    """Clear autocast's cache before and after. It keeps cast weights until the outermost autocast block ends, so a
+    second step in that block, or code after it, would use the weights from before the optimizer's step.
     """
     torch.clear_autocast_cache()
     try:

@@ -13,7 +13,7 @@ from metakern.ops.waiting import capturing
 
 
 class RandomState(NamedTuple):
-    """None is ignored: CUDA's generators if there are none, all but torch's for a single call."""
+    """States of generators; None is not restored (no CUDA, or only torch's generators were asked for)."""
 
     cpu: Tensor
     cuda: list[Tensor] | None

@@ -1,7 +1,7 @@
-"""What a function keeps between its calls, outside the model: memory banks, running centres, counters, generators.
+"""State that functions keep between calls, outside the model: memory banks, running centres, counters, generators.
 
 A loss function may be a closure, a method of a trainer, a callable object or a module with buffers of its own, and it
-may use global names. Whatever it can reach in a few steps is looked at, never called.
+may use global names. Whatever it can reach in a few steps is inspected, never called.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from metakern.capture.state.contents import (
 )
 
 _DEPTH, _DEEP = 4, 10
-"""How far is looked in every step, and before passes with NaN in them, which no list may keep."""
+"""Depth of the search: in every step, and before passes with NaN, which must not stay behind in any list."""
 
 _FEW = 256
-"""So many tensors may be written by one pass and read by another one; more are data."""
+"""At most so many tensors are put aside and brought back around the meta batch's pass; further ones are data."""
 
 _FUNCTIONS = frozenset((types.FunctionType, types.MethodType, functools.partial))
 _OPAQUE = (types.ModuleType, str, bytes, int, float, complex, bool, type(None))
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
-"""Where objects come from that keep no state of a training run: loggers, locks, data loaders, optimizers."""
+"""Packages whose objects keep no state that a pass changes: loggers, locks, data loaders, optimizers."""
 
 
 class Surroundings:
-    """What functions can reach at one moment: which objects names stand for, and what these hold.
+    """What functions can reach at one moment: the objects that names refer to, and their contents.
 
-    `model` itself is looked after elsewhere, but not what its own functions and hooks reach. `deep`: also far away, and
-    what collections of any size hold in collections, such as a history of every example of a data set.
+    The modules of `model` are kept in `attributes.py`, what their functions and hooks reach is kept here. `deep`:
+    search further, and also large collections for collections, such as a history of every example of a data set.
     """
 
     def __init__(self, model: nn.Module, *functions: Any, deep: bool = False) -> None:
@@ -118,12 +118,12 @@ class Surroundings:
                 continue
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
-        # Where it was written, whatever it wraps: torch's compiler keeps its stance among the globals of its wrapper.
+        # Not `__module__`, which wrappers copy: torch's compiler keeps its stance among the globals of its wrapper.
         if str(function.__globals__.get("__name__")).partition(".")[0] not in FOREIGN:
             self._named(globals_of(function.__code__), function.__globals__, function, depth - 1)
 
     def _named(self, names: Iterable[str], held: dict[str, Any], function: types.FunctionType, depth: int) -> None:
-        """What a function has a word for, among its globals and in modules of the run's own."""
+        """Visit what a function's names refer to, among its globals and in the user's modules found there."""
         for name in names:
             if name in held:
                 value = held[name]
@@ -141,7 +141,7 @@ def _called(value: Any) -> Any:
 
 
 def _keeps_state(kind: type) -> bool:
-    """Has an object attributes that a pass may change, and is it none of the many that have to do with no training?"""
+    """Whether objects of this class have attributes, and it does not come from a package in `FOREIGN`."""
     return bool(kind.__dictoffset__) and kind.__module__.partition(".")[0] not in FOREIGN
 
 

@@ -1,7 +1,7 @@
-"""What `torch.compile` compiled runs as it was written, inside metakern's passes.
+"""Inside metakern's passes, code compiled by `torch.compile` runs uncompiled.
 
-A compiled module or function would hide from tracing where parameters are used, loses the tangents of forward mode
-without a word, and cannot be differentiated twice.
+A compiled module or function hides its uses of parameters from tracing, silently loses the tangents of forward mode,
+and cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 _lock = threading.Lock()
 _stances: list[Any] = []
-"""What switches compiling on again, left by the first block for the last one: torch has one stance for all threads, and
-blocks of two threads end in any order."""
+"""The open stance, which the last block to end closes: torch has one stance for all threads, and blocks of two threads
+may end in any order."""
 _blocks = 0
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside the block nothing compiled runs compiled, in any thread; torch's compiler is not imported for that."""
+    """Inside the block compiled code runs uncompiled, in every thread. Does not import torch's compiler."""
     global _blocks
     with _lock:
         if not _stances and "torch._dynamo" in sys.modules:

@@ -1,5 +1,6 @@
-"""A forward pass may write into tensors that were there before it: a running centre, a memory bank, clipped weights.
-One that does not count must not, and where a step fails or begins once more, weights have to be as they were.
+"""Undo what a forward pass writes into existing tensors: a running centre, a memory bank, clipped weights.
+
+A pass that does not count must leave nothing there, and a step that fails or starts again needs its weights back.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from metakern.capture.unrolled import SeeingMode
 
 
 class _Kept(NamedTuple):
-    """Memory before it was written into, and the tensors that were laid out in it."""
+    """A copy of memory before it is written into, and the tensors that use this memory."""
 
     memory: Tensor
     value: Tensor
-    owners: list[tuple[Tensor, Tensor, int | None]]  # with what their `.data` were, and their versions
+    owners: list[tuple[Tensor, Tensor, int | None]]  # tensor, its `.data`, its version
 
     def put_back(self) -> None:
         self.memory.copy_(self.value)
@@ -54,15 +55,15 @@ def _memory(tensor: Tensor) -> Tensor:
 
 
 class Writes:
-    """Copies of tensors from outside a pass, made before the first call that may write into them: of parameters alone,
-    or of whatever is no activation.
+    """Copies of tensors from outside a pass, made before the first call that may write into them: of parameters only,
+    or of everything that is not an activation.
     """
 
     def __init__(self, model: nn.Module, parameters_only: bool = False) -> None:
         self._model, self._parameters_only = model, parameters_only
         self._parameters: dict[int, list[nn.Parameter]] | None = None
         self._kept: dict[int, _Kept] = {}
-        self.seen_pass = False  # whether a whole pass was looked at
+        self.seen_pass = False  # whether a whole pass was watched
         self.around: Surroundings | None = None
         self.left: Left | None = None  # by the meta batch
         self._made: set[int | torch.SymInt] = set()  # places of tensors that the pass itself made
@@ -77,7 +78,7 @@ class Writes:
         return _place(tensor) in self._kept
 
     def before(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at a call that is about to run."""
+        """Copy what the call that is about to run may write into."""
         for target in tensors_in(written_by(function, args, kwargs)):
             self._keep(target)
         generator = kwargs.get("generator")
@@ -102,7 +103,7 @@ class Writes:
         return self._parameters.get(place, [])
 
     def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Look at what a call returned: unless it shares memory with an argument, nobody outside has it."""
+        """Note memory that a call has allocated: outputs that share none with its arguments belong to this pass."""
         if self._parameters_only:
             return
         found = {_place_read(t) for t in tensors_in(output) if t.grad_fn is None} - self._made
@@ -110,7 +111,7 @@ class Writes:
             self._made |= found.difference(map(_place_read, tensors_in([*args, *kwargs.values()])))
 
     def look_around(self, *functions: Any) -> None:
-        """Keep what these functions hold, unless that was done: they may fail after passes that do not count."""
+        """Keep the state of these functions if that was not done yet: they may fail after passes that do not count."""
         if self.around is None:
             self.around = Surroundings(self._model, *functions)
 
@@ -122,7 +123,7 @@ class Writes:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside the block every call is looked at."""
+        """Inside the block every call is watched."""
         with _Watch(self):
             yield
         self.seen_pass = True
@@ -133,8 +134,8 @@ class Writes:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Inside the block the meta batch passes, between the forward and the backward pass of the train batch. What it
-        leaves in parameters and buffers does not count; all else waits for `settle`.
+        """For the meta batch's pass, between the forward and the backward pass of the training batch. What it writes
+        into parameters and buffers is undone; its other changes are put aside until `settle`.
         """
         before = self.moment()
         self.settle()
@@ -146,7 +147,7 @@ class Writes:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside the block passes run that do not count, nor do those of the meta batch."""
+        """For passes that do not count: inside the block, `settle` does not bring back what the meta batch changed."""
         left, self.left = self.left, None
         try:
             yield
@@ -154,16 +155,16 @@ class Writes:
             self.left = left
 
     def settle(self) -> None:
-        """Bring back what the meta batch has left, after what the train batch has."""
+        """Bring back what the meta batch's pass changed, on top of what the training batch's did."""
         if self.left is not None:
             self.left.bring_back()
             self.left = None
 
     @contextmanager
     def _taken_back(self) -> Iterator[None]:
-        """Inside the block a pass runs that does not count: what it writes is undone after it.
+        """For a pass that does not count: what it writes is undone after the block.
 
-        Where a pass was seen that wrote nothing, this one is not looked at.
+        If an earlier pass was watched and wrote nothing, this one is not watched.
         """
         if self.seen_pass and not self:
             yield
@@ -177,7 +178,7 @@ class Writes:
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
-        """Inside the block what was written into is as it was before."""
+        """Inside the block, memory that was written into is as it was before."""
         now = [_kept(kept.memory, [tensor for tensor, _, _ in kept.owners]) for kept in self._kept.values()]
         for kept in self._kept.values():
             kept.put_back()
@@ -207,9 +208,7 @@ class _Watch(SeeingMode):
 
 
 def _place(tensor: Tensor) -> int:
-    """The address of a tensor's storage, where it can be written; 0 where there is none, as inside vmap or for sparse
-    tensors.
-    """
+    """The address of the storage of a tensor that may be written; 0 if it has none (inside vmap, sparse tensors)."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
@@ -217,7 +216,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _place_read(tensor: Tensor) -> int | torch.SymInt:
-    """The same of a tensor that is only read: what is shared until it is written stays so."""
+    """The same for a tensor that is only read; copy-on-write memory stays shared."""
     try:
         return address(tensor) - tensor.storage_offset() * tensor.element_size()
     except (NotImplementedError, RuntimeError):
