@@ -43,7 +43,7 @@ def pairable_biases(trace: Trace, weights: Mapping[int, int]) -> dict[int, Tenso
 def _times_used(trace: Trace) -> Counter[int]:
     uses = Counter(id(parameter) for use in trace.uses for _, parameter in use.call.parameters)
     for call in trace.derivations:
-        uses.update(2 * [id(parameter) for _, parameter in call.parameters])  # never once
+        uses.update(2 * [id(parameter) for _, parameter in call.parameters])  # so never only once
     return uses
 
 

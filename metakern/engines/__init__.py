@@ -1,4 +1,4 @@
-"""Three ways to the dots: the five stages (ghost), forward mode (jvp), and the classic double backward."""
+"""Three ways to compute dots: the five stages (ghost), forward mode (jvp), and the classic double backward."""
 
 from metakern.engines.choose import ENGINES as ENGINES
 from metakern.engines.choose import solve as solve

@@ -83,7 +83,7 @@ class Expected:
         self._require(float((dots - directed).abs().max()), most, what)
 
     def forget(self) -> None:
-        """Free what is as large as the parameters."""
+        """Free the tensors that are as large as the parameters."""
         self._gradient, self.direction = {}, {}
 
     def _require(self, apart: float, size: float, what: str) -> None:
@@ -104,11 +104,11 @@ def expected(
     form: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Expected | None:
     """What to compare an engine's answers for this pass with; None if an earlier pass was checked, if this one tells
-    nothing, or if dots are rounded on request. `form` is that of a graph whose outputs are differentiated forward.
+    nothing, or if dots are rounded on request. `form`, for forward mode, is the context in which the graph was made.
 
     Raises: EngineUnavailable if an earlier pass disagreed.
     """
-    if not problem.exact or not host_may_wait() or is_traced():  # a step is taken before it is traced
+    if not problem.exact or not host_may_wait() or is_traced():  # a step runs once before it is traced
         return None
     key = structure, problem.context, problem.memory, len(problem.chosen)
     verdicts = _VERDICTS.get(problem.model, {})

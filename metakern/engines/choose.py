@@ -36,8 +36,8 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
 def first_exact(
     engines: Mapping[str, Callable[[Problem], T]], problem: Problem, engine: str, start: Start
 ) -> tuple[T, str]:
-    """The answer of the requested engine, with "auto" of the cheapest exact one, and the engine's name; a second engine
-    begins at `start`, as the first did.
+    """The answer of the requested engine (with "auto", of the cheapest exact one), and its name. If a second engine is
+    tried, the model is first reset to `start`.
 
     Raises:
         ValueError: no engine of that name.
@@ -46,7 +46,7 @@ def first_exact(
     """
     if engine != "auto" and engine not in engines:
         raise ValueError(f"engine must be 'auto' or one of {sorted(engines)}, got {engine!r}")
-    problem.writes.look_around(problem.loss_fn)  # if ghost rejects the problem, what the loss has changed goes back
+    problem.writes.look_around(problem.loss_fn)  # the loss's state, to be restored if ghost rejects the problem
     if engine != "auto":
         return engines[engine](problem), engine
     if normalises_over_batch(problem.model) or _never_twice_alike(problem.model):
@@ -71,8 +71,8 @@ _TURNS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def _never_twice_alike(model: nn.Module) -> bool:
-    """Whether every batch has another structure, as with a loss that branches in a loop over examples. Each would need
-    another proof, at the cost of some ten steps; forward mode has nothing to prove.
+    """Whether every batch has a new structure, as with a loss that branches in a loop over examples. Each would need a
+    proof of its own, at the cost of some ten steps; forward mode has nothing to prove.
     """
     if new_in_a_row(model) < _ALL_NEW:
         return False

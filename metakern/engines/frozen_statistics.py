@@ -72,7 +72,7 @@ class _Statistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training or input.numel() == input.shape[1]:  # torch refuses one value per channel in its own words
+        if not training or input.numel() == input.shape[1]:  # torch raises its own error for one value per channel
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         hooks = _top_saved_tensors_default_hooks(False)
         if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
@@ -130,7 +130,7 @@ def _along(values: Tensor, x: Tensor) -> Tensor:
 
 
 class _Train(NamedTuple):
-    """The train batch, marked: the meta batch is normalised as usual."""
+    """Marks the train batch; the meta batch is normalised as usual."""
 
     batch: Any
 

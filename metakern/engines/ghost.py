@@ -21,12 +21,12 @@ from metakern.engines.recorded import recorded, require_unchanged
 
 
 class Meta(NamedTuple):
-    """The meta batch as the dots need it: V where it was formed, records where the pairs form takes its place."""
+    """Results of the meta batch's pass: V, or records for the weights whose dots take the pairs form."""
 
     loss: Tensor
     direction: dict[int, Tensor]
     paired: dict[int, Record]  # index of the train use -> meta record
-    whole: dict[int, Tensor]  # all of V, where it was asked for
+    whole: dict[int, Tensor]  # all of V, if requested
 
 
 def solve(problem: Problem) -> Answer:
@@ -56,7 +56,7 @@ def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
 
 
 def pair_candidates(problem: Problem, trace: Trace) -> dict[int, int]:
-    """Identity of a weight that the pairs form may serve -> its use; none where that would not pay."""
+    """Identity of a weight that may take the pairs form -> its use; empty if tracing would cost more than it saves."""
     if problem.process_group is not None:
         return {}
     candidates = stage_dots.pairable(trace, problem.chosen_by_identity)
@@ -66,8 +66,8 @@ def pair_candidates(problem: Problem, trace: Trace) -> dict[int, int]:
 def meta_gradients(
     problem: Problem, trace: Trace, meta_trace: Trace, candidates: dict[int, int], whole: bool = False
 ) -> Meta:
-    """The backward pass of the meta batch: to meta records where the pairs form is cheaper, to V for all else, or for
-    the `whole`.
+    """The backward pass of the meta batch: meta records for weights whose pairs form is cheaper, V for all others;
+    with `whole`, V for all parameters as well.
     """
     pairs = _pairs(problem, trace, meta_trace, candidates)
     loss = meta_trace.losses.mean()

@@ -84,7 +84,7 @@ def implicit_is_cheaper(rows: float, meta_rows: float, outputs: int, inputs: int
 def move(
     problem: Problem, train: Recorded, name: str, use: ImplicitUse, origin: VirtualOrigin, coefficients: Tensor
 ) -> Move:
-    """What the meta pass needs to know of one weight; a graph leads to the coefficients c, [n]."""
+    """The `Move` of one weight, for the meta pass; it is differentiable in the coefficients c, [n]."""
     record = train.records[use.index]
     assert record is not None
     a, b = matrices(record, coefficients.shape[0])

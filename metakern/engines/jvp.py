@@ -35,7 +35,7 @@ from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forward.forward_mode import dual_level, lacks_forward_mode
 
 PLAIN_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
-"""The form of a pass that is differentiated forward; its backward pass needs it too, if layers run again there."""
+"""The context of passes in forward mode; their backward passes need it too, for checkpointed layers."""
 
 
 def solve(problem: Problem) -> Answer:

@@ -1,9 +1,8 @@
 """Every example of the batch with every meta example: dots_nj = <g_n, g'_j>, [n, m].
 
-One direction V_j = g'_j at a time along one pass over the batch: there is never more than one. Where ghost serves both
-batches V_j comes from records of the meta batch, as its weighted gradient of one-hot weights; linear layers take the
-pairs form of all columns at once where that is cheaper, and no V_j is formed for them. Else V_j is a backward pass of
-l'_j.
+The batch takes one pass. Directions V_j = g'_j are formed one at a time, and never more than one is kept. If ghost
+handles both batches, V_j is the weighted gradient of the meta batch's records for one-hot weights. Linear layers take
+the pairs form for all columns at once if that is cheaper, without any V_j. Otherwise V_j is a backward pass of l'_j.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
 def _columns(problem: Problem, train: TrainPass, after_train: Moment) -> tuple[Iterator[Tensor], Tensor]:
     """Dots with each meta example in turn, and the losses of the meta batch, [m].
 
-    The backward passes of both batches take turns, each with what its own forward pass has left.
+    The backward passes of both batches alternate, each with the state that its own forward pass has left.
     """
     if isinstance(train, GhostPass):
         try:
             meta = Recorded(_as_batch(problem))
-        except EngineUnavailable:  # meta examples interact among themselves, say
+        except EngineUnavailable:  # for example, meta examples interact
             pass
         else:
             return _by_records(problem, train, meta, after_train), meta.losses
@@ -83,8 +82,8 @@ def _by_records(problem: Problem, train: GhostPass, meta: Recorded, after_train:
 
 
 def _pairs(problem: Problem, train: GhostPass, meta: Recorded) -> dict[int, Record]:
-    """Uses in the train pass -> records of the meta pass, with the weights, and the biases beside them, for which pairs
-    are cheaper than m directions; each is used once in either pass."""
+    """Uses in the train pass -> records of the meta pass, for weights (and biases next to them) that are used once in
+    each pass and for which pairs are cheaper than m directions."""
     chosen = problem.chosen_by_identity
     trace = train.records.trace
     candidates, meta_candidates = stage_dots.pairable(trace, chosen), stage_dots.pairable(meta.trace, chosen)

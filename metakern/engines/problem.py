@@ -111,11 +111,11 @@ class Problem:
             )
 
     def require_reached(self, outputs: Tensor) -> None:
-        """The same by the graph of `outputs`: where only dots are wanted, no gradient tells."""
+        """The same check by the graph of `outputs`, for passes that compute dots but no gradient."""
         self.require_participation(leaves_of(outputs))
 
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of parameters that took part only, as autograd returns them."""
+        """Only the gradients of parameters that took part, as autograd returns them."""
         return {name: g for name, g in gradient.items() if name not in self.unused} if self.unused else gradient
 
 
@@ -132,7 +132,7 @@ def named_gradients(names: Iterable[str], found: Iterable[Tensor | None]) -> dic
 
 
 class Answer(NamedTuple):
-    """Dots, losses and meta loss, and a way to the weighted gradient that shares their work."""
+    """Dots, losses and meta loss, and a function for the weighted gradient that reuses their work."""
 
     dots: Tensor
     losses: Tensor
@@ -154,7 +154,7 @@ def pose(
     """Validate the arguments that all public functions share.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
+        TypeError, ValueError: naming the argument, what was given and what was expected.
     """
     require_servable(model)
     if memory not in ("reuse", "two_pass"):

@@ -1,9 +1,9 @@
-"""What a dual pass need not compute again: the costly values of the pass that it repeats.
+"""Costly values that a dual pass takes from the pass that it repeats.
 
 The output of a linear layer or convolution is dual: Y + r dY with dY = dA W^T + A dW^T + db. The first pass has made
-Y, and mostly keeps it for its backward pass, so that the dual pass is left with two products of the three. Of batch
-normalisation it knows the statistics, and its derivative in the input is symmetric: one call of the backward kernel
-makes the tangent. Of max pooling it knows which entries were the largest.
+Y, and mostly keeps it for its backward pass, so the dual pass computes only two of the three products. For batch
+normalisation it reuses the statistics; the Jacobian is symmetric, so one call of the backward kernel gives the
+tangent. For max pooling it reuses the indices of the largest entries.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Call(NamedTuple):
         return bool(self.known) and self.versions == _versions(*self.operands, *self.known)
 
     def met_again(self, function: Callable[..., Tensor], operands: tuple[Any, ...]) -> bool:
-        """Is it the same call, as far as kinds, shapes and dtypes tell?"""
+        """Whether it is the same call, judging by function, shapes and dtypes."""
         return function is self.function and all(
             one is other if one is None or other is None else one.shape == other.shape and one.dtype == other.dtype
             for one, other in zip(self.operands, operands, strict=True)
@@ -82,15 +82,15 @@ class Products(TorchFunctionMode):
 
 
 class ReusedProducts(TorchFunctionMode):
-    """While active, a pass takes the values of those calls from the first pass, where their operands are the same."""
+    """While active, a pass reuses the values of the first pass; `agreed` tells whether operands were the same."""
 
     def __init__(self, products: Products) -> None:
         super().__init__()
         self._left = iter(products.found)
-        self._others: list[Tensor] = []  # one truth value for each operand on a device: is it another?
+        self._others: list[Tensor] = []  # one boolean per operand: does it differ from the first pass?
 
     def agreed(self) -> bool:
-        """Were all operands those of the first pass?"""
+        """Whether all operands were those of the first pass."""
         return not any(bool(torch.stack(found).any()) for found in _by_device(self._others))
 
     def __torch_function__(
@@ -110,7 +110,7 @@ class ReusedProducts(TorchFunctionMode):
             return None
         x, w, b = (_dual(operand) for operand in operands)
         if not first.met_again(func, (x.primal, w.primal, b.primal)):
-            self._left = iter(())  # another sequence of calls
+            self._left = iter(())  # from here on, the calls are others than in the first pass
             return None
         if not first.usable or (x.tangent is None and w.tangent is None):
             return None
@@ -134,8 +134,8 @@ class ReusedProducts(TorchFunctionMode):
         return forward_ad.make_dual(output, tangent.to(output.dtype))
 
     def _compare(self, first: tuple[Tensor | None, ...], again: tuple[Tensor | None, ...]) -> None:
-        """Compare operands that are not the very same memory. They come from the same operations, so all bits agree;
-        nearly always, that is, and where the host need not wait for it, rounding is allowed for.
+        """Compare operands, unless they are the same memory. They come from the same operations, so nearly always all
+        bits agree; on the CPU, where looking at the result costs no synchronisation, rounding is tolerated.
         """
         for one, other in zip(again, first, strict=True):
             if one is None or other is None or _place(one) == _place(other):
@@ -169,7 +169,7 @@ def _product(
 
 
 def _largest(tangent: Tensor, indices: Tensor) -> Tensor:
-    """dA where A is the largest of its window; indices count within the planes of an image."""
+    """dA at the largest entry of each window; indices count within a plane of an image."""
     return tangent.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
 
 
@@ -185,12 +185,12 @@ def _normalised(x: _Dual, w: _Dual, b: _Dual, statistics: tuple[Tensor, ...], ep
     through_input, _, _ = torch.ops.aten.native_batch_norm_backward(
         x.tangent, x.primal, w.primal, None, None, mean, scale, True, eps, (True, False, False)
     )
-    return through_input.to(slope.dtype).addcmul_(x.primal, slope).add_(shift)  # no more memory than it has
+    return through_input.to(slope.dtype).addcmul_(x.primal, slope).add_(shift)  # in place, to save memory
 
 
 def _known(function: Callable[..., Any], output: Any) -> tuple[Tensor, ...]:
-    """A product's output; of a pooling that and its indices, of a batch normalisation mean and 1 / deviation of each
-    channel, where autograd keeps these.
+    """What can be reused of a call: the output of a product; output and indices of a pooling; mean and 1 / deviation
+    per channel of a batch normalisation, if autograd keeps these.
     """
     if function in _PRODUCTS:
         return (output.detach(),)
@@ -206,8 +206,8 @@ def _known(function: Callable[..., Any], output: Any) -> tuple[Tensor, ...]:
 
 
 def _is_noted(tensor: Tensor) -> bool:
-    """Only what outlives its call: no constant made without gradients, nothing inside vmap, and nothing of layers that
-    run again in the backward pass (checkpointing) in order that their outputs need not be kept.
+    """Whether a call with this input is noted: not under no_grad, not inside vmap, and not in checkpointed layers,
+    whose outputs are not meant to be kept.
     """
     return (
         type(tensor) in (Tensor, nn.Parameter)

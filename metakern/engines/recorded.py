@@ -43,7 +43,7 @@ class Recorded:
         uses = list(trace.uses)
         self.records: list[Record | None] = [None] * len(uses)
         self.trace = replace(trace, uses=tuple(use.without_arguments() for use in uses))
-        del trace  # so that the backward pass lets go of what no record reads
+        del trace  # so that the backward pass can free what no record reads
         reached, folding = [False] * len(uses), self._foldable(uses, fold)
 
         def visit(k: int, grads: list[Tensor | None]) -> None:
@@ -181,7 +181,7 @@ def _require_dots(problem: Problem, train: Recorded | InPassing, expected: Expec
 
 
 def _traced(problem: Problem) -> tuple[Trace, Axes, Hashable]:
-    """The pass, the example axes of its uses, and which operations it is made of."""
+    """The pass, the example axes of its uses, and a hash of its operations."""
     problem.writes.settle()
     trace = trace_batch(
         problem.model, problem.batch, problem.loss_fn, problem.trainable, problem.argument, problem.writes
@@ -266,7 +266,7 @@ def _without_autocast(kind: str) -> AbstractContextManager[Any]:
 
 
 def _with_range(record: Record) -> Record:
-    """B in float32 if it is float16: a gradient scaled to fit its range, times V, scaled as well, would not fit."""
+    """B in float32 if it is float16: if the losses are scaled to its range, so are B and V, and products overflow."""
     if all([g is None or g.dtype != torch.float16 for g in record.output_grads]):
         return record
     return replace(record, output_grads=tuple(None if g is None else g.float() for g in record.output_grads))

@@ -57,7 +57,7 @@ class GraphPass:
     """The graph of the losses; weighted gradients are ordinary backward passes over it."""
 
     form: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """What the graph was made in."""
+    """The context in which the graph was made; checkpointed layers need it again in the backward pass."""
 
     def __init__(self, problem: Problem, losses: Tensor) -> None:
         self._problem, self._losses = problem, losses
@@ -74,7 +74,7 @@ class _Dual(GraphPass):
 
     def __init__(self, problem: Problem) -> None:
         self._start = PassState(problem.model, problem.loss_fn, problem.writes)
-        with jvp.first_pass(problem) as self._products:  # the form that the dual pass takes, with the same masks
+        with jvp.first_pass(problem) as self._products:  # in the form of the dual pass, so that masks are the same
             losses = problem.batch_losses()
         super().__init__(problem, losses)
         jvp.require_forward_mode(problem, losses, self._start, self._products)

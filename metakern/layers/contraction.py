@@ -1,8 +1,8 @@
-"""Y = einsum(letters, A, W) with one trained operand W, at either place: linear in it, whatever the letters say. So are
-matmul and bmm, where W is no single matrix on the right, as those of heads and experts.
+"""Y = einsum(letters, A, W), which is linear in its one trained operand W, in either place. Also matmul and bmm where W
+is not a single matrix on the right, as for heads and experts.
 
-dots_n = <B_n, einsum(letters, A, V)_n>;  weighted gradient einsum(letters of A and Y -> letters of W, A, w B), of kept
-examples alone where they come first in Y.
+dots_n = <B_n, einsum(letters, A, V)_n>;  weighted gradient einsum(letters of A and Y -> letters of W, A, w B), without
+examples of weight zero if examples come first in Y.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Product(NamedTuple):
 
 
 def _product(call: Call) -> _Product | None:
-    """None for other calls: not of two operands, or with letters of W that occur twice, alone or for a size of 1."""
+    """None unless it has two operands, no letter twice in one, and none of W that is broadcast or occurs only there."""
     func = call.func.func if isinstance(call.func, RealParts) else call.func
     found = _of_einsum(call) if func is torch.einsum else _of_matrices(call)
     if found is None or len(call.parameters) != 1:

@@ -1,8 +1,8 @@
 """conv1d to conv3d, and transposed: linear in the kernel, so dots_n = <B_n, conv(A_n; V, v)> by the library's own call.
 
-The weighted gradient is the library's kernel gradient of the rows that carry weight; a transposed convolution has that
-of the plain one from Y to A, which is given B for its input and A for its output gradient. A pass that answers several
-times forms the kernel gradients of single examples instead where these are small, at the price of one of its answers.
+The weighted gradient is the library's kernel gradient over examples of non-zero weight. For a transposed convolution it
+is that of the plain convolution from Y to A, with B as its input and A as its output gradient. Passes that need several
+results form per-example kernel gradients instead if these are small, at the cost of one result.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def weighted_grads(record: Record, weights: Weights) -> Gradients:
 
 
 def per_example(record: Record, examples: int) -> Gradients | None:
-    """The kernel gradients of single examples; with one input channel the library is slow at them."""
+    """Per-example kernel gradients; None if they are large, or with one input channel, where the library is slow."""
     weight, bias = record.call.parameter(1, "weight"), record.call.parameter(2, "bias")
     if weight is None or weight.shape[1] == 1 or not _by_example(record):
         return None

@@ -2,8 +2,8 @@
 
 Per-example gradients are formed, because they are small: G_n = sum_t B_nt x^_nt and H_n = sum_t B_nt have one entry
 per channel. dots_n = <G_n, V> + <H_n, v>, and the weighted gradients are sum_n w_n G_n and sum_n w_n H_n, so the
-activations are read once for both, as B comes by, and let go. Layer, group, instance and RMS normalisation take their
-statistics per example; batch normalisation only when its statistics are frozen (capture rejects it otherwise).
+activations are read once for both, as soon as B is known, and freed. Layer, group, instance and RMS normalisation
+take their statistics per example; batch normalisation only if they are frozen (capture rejects it otherwise).
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ def per_example_gradients(record: Record, examples: int) -> Gradients:
 
 
 def _by_rows(record: Record, weight: Tensor, bias: Tensor | None, examples: int) -> Gradients:
-    """The same where every row of channels is normalised on its own: in one pass, by the operator for that."""
+    """The same for layer and RMS normalisation, which normalise every row: in one pass, by `ops.affine_grads`."""
     call, grad = record.call, record.output_grad
     x = call.argument(0, "input").detach()
     centred = call.func is F.layer_norm
     eps = call.argument(4, "eps", 1e-5) if centred else call.argument(3, "eps")
-    if eps is None:  # what torch.nn.functional.rms_norm takes: of the dtype that it calculates in
+    if eps is None:  # as in F.rms_norm: that of the dtype in which it computes
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     rows = _by_channel(record, x.to(grad.dtype), examples), _by_channel(record, grad, examples)
     scale, shift = ops.affine_grads(*rows, eps=eps, centred=centred, shift=bias is not None)
@@ -126,7 +126,7 @@ def _sum_positions(call: Call, normalised: Tensor | None, grad: Tensor) -> Tenso
         if normalised is None:
             return grad.sum(-1)
         if grad.stride(1) == 1 < grad.stride(2) and grad.dtype in (torch.float32, torch.float64):
-            return (normalised * grad).sum(-1)  # of channels_last, where rows of positions would be copies
+            return (normalised * grad).sum(-1)  # channels_last: rows of positions would be copies
         return ops.row_dots(normalised.flatten(0, 1), grad.flatten(0, 1)).view(grad.shape[:2])
     return (grad if normalised is None else grad * normalised).sum(1)
 

@@ -35,7 +35,7 @@ def require_precision(precision: str, device: torch.device) -> None:
 
 
 def lowered(precision: str, *operands: Tensor) -> tuple[Tensor, ...]:
-    """The operands as the products may take them."""
+    """The operands, rounded to bfloat16 if `precision` asks for it."""
     return tuple(x.to(torch.bfloat16) for x in operands) if precision in ("bf16", "fp8") else operands
 
 
@@ -57,7 +57,7 @@ def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def products(precision: str) -> AbstractContextManager[None]:
-    """Inside the block, torch's products and ours use TF32, if that is allowed."""
+    """Inside the block, torch's products and ours use TF32 if `precision` is "tf32"."""
     return _in_tf32() if precision == "tf32" else nullcontext()
 
 
@@ -79,8 +79,8 @@ def _in_tf32() -> Iterator[None]:
 
 
 def _allow_tf32(matmul: bool, cudnn: bool) -> None:
-    """By the older names, which set the newer as well, and of which some versions of torch warn; they are read by the
-    newer, since reading the older raises where the user has set the newer alone.
+    """Set the older flags, which set the newer ones as well, and of which some versions of torch warn. Only the newer
+    ones are read, since reading the older raises if the user has set only the newer.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)

@@ -1,7 +1,7 @@
-"""Recurrent layers and cells as their linear layers: X W^T of the inputs, H U^T of the previous states.
+"""Recurrent layers and cells, treated as two linear layers: X W^T of the inputs and H U^T of the previous states.
 
-A pass gives B of their outputs only. From this, and from repeating the layer step by step, follow the output gradients
-of both products (`layers/recurrence.py`), for all steps at once:
+A pass gives B of the layer's outputs only. Repeating the layer step by step gives the output gradients of both products
+(`layers/recurrence.py`), for all steps at once:
 
 dots_n = sum_t <B_nt, V A_nt + v> over the products;  weighted gradient sum_nt w_n B_nt A_nt^T and sum_nt w_n B_nt.
 """
@@ -67,7 +67,7 @@ class _Settings(NamedTuple):
 
 
 def _settings(call: Call) -> _Settings | None:
-    """None for packed sequences, single ones, projections of h, and keywords."""
+    """None for packed or unbatched sequences, `proj_size`, and keyword arguments."""
     if call.kwargs or not isinstance(call.args[0], Tensor):
         return None
     return _of_cell(call) if call.func in CELLS else _of_layer(call)
@@ -132,7 +132,7 @@ def opened(record: Record) -> Record:
 
 
 class _Given:
-    """Gradients of the outputs in at least float32, zeros where there are none."""
+    """The tensors of a call and the gradients of its outputs (zeros if there are none), in at least float32."""
 
     def __init__(self, found: _Settings, grads: dict[int, Tensor | None], whole: bool) -> None:
         dtype = torch.promote_types(found.layers[0].w[0].dtype, torch.float32)
@@ -151,11 +151,11 @@ class _Given:
 
 
 def _products(found: _Settings, given: _Given) -> Iterator[_Product]:
-    """From the first layer to the last and back."""
+    """Run forwards through all layers, then backwards, and yield the products of each."""
     d, x, passed, noise = found.directions, given.x, [], []
     for place, layer in enumerate(given.layers):
         if place and found.dropout:
-            noise.append(F.dropout(torch.ones_like(x), found.dropout))  # the draws of the call itself
+            noise.append(F.dropout(torch.ones_like(x), found.dropout))  # the mask of the call itself
             x = x * noise[-1]
         inputs = torch.stack([x, x.flip(0)][:d])
         states = [state[place * d : (place + 1) * d] for state in given.before]

@@ -120,7 +120,7 @@ def parameter_gradients(
     with torch.enable_grad():
         outputs, leaves = _with_leaves(call)
     wanted = [(outputs[place], grad) for place, grad in zip(places, output_grads) if grad is not None]
-    wanted = [(output, grad) for output, grad in wanted if output.requires_grad]  # not of a shape, a sign, an index
+    wanted = [(output, grad) for output, grad in wanted if output.requires_grad]  # shapes, signs and indices do not
     if not wanted:
         return {}
     found = torch.autograd.grad(

@@ -39,7 +39,7 @@ class Weights:
 
     @property
     def kept(self) -> Tensor | None:
-        """The same, but None also if all are kept: nothing has to be gathered then."""
+        """`nonzero`, but None also if no weight is zero, so that nothing has to be gathered."""
         return None if self.nonzero is None or self.nonzero.numel() == self.examples else self.nonzero
 
 
@@ -53,7 +53,7 @@ class LayerRule:
     matrices(record, n)          -> A[n,t,i], B[n,t,o] if the use is a matrix product with its weight
     per_example(record, n)       -> G[n,numbers] by parameter if that is cheaper than computing several results from A
                                     and B, else None
-    opened(record)               the record in the simpler terms of another rule, formed as soon as B is known
+    opened(record)               the record rewritten for another, simpler rule, as soon as B is known
     by_example                   form per_example in every pass, as soon as B is known, so that A and B are not kept
     sparse(call)                 whether it gives the table a sparse gradient, also if all of it is zero
     fresh                        every tensor that weighted_grads returns is newly made, one for each parameter, and

@@ -37,7 +37,7 @@ def weighted_gradients(
 
 
 def _nonzero(weights: Tensor) -> Tensor | None:
-    """Rows of non-zero weight. A CUDA graph cannot wait for them, and a traced step would fix how many there are."""
+    """Indices of non-zero weights; None in a CUDA graph, which cannot wait for them, and in a trace of fixed sizes."""
     return weights.nonzero().squeeze(1) if host_may_wait() and not is_traced() else None
 
 

@@ -20,7 +20,7 @@ def bags(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """As F.embedding_bag, which the tests hold it against; bags are [bags, width]."""
+    """As F.embedding_bag, with which the tests compare it; returns [bags, width]."""
     if max_norm is not None or scale_grad_by_freq or input.numel() == 0:
         return F.embedding_bag(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,

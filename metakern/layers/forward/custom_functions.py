@@ -27,7 +27,7 @@ _NO_JVP = _SingleLevelFunction.jvp
 _BY_OWN_JVP: WeakSet[Any] = WeakSet()
 """Functions whose backward pass could not be used; found in the step that runs before one is traced, not in tracing."""
 _KEEPS_INPUTS = getattr(checkpoint, "_NoopSaveInputs", None)
-"""With which checkpointed layers keep their inputs in torch 2.11; its output is empty."""
+"""The function by which checkpointed layers keep their inputs in torch 2.11; its output is empty."""
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def _along(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) 
     """J t for every output."""
     if not outputs:
         return []
-    # Any but zeros would do; uneven, so that what is not linear shows.
+    # Anything but zeros would do; these are uneven, to reveal functions that are not linear.
     u = [torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in outputs]
     u = [each.requires_grad_() for each in u]
     back = torch.autograd.grad(outputs, inputs, u, create_graph=True, allow_unused=True)
@@ -199,5 +199,5 @@ def _require_whole(whole: Tensor, u: list[Tensor], found: Sequence[Tensor], size
 
 
 def _rounding(u: list[Tensor]) -> float:
-    """By what share of their size sums may differ between passes through rounding alone."""
+    """The relative difference of sums between passes that rounding alone may cause."""
     return max(torch.finfo(each.dtype).eps for each in u) ** 0.5

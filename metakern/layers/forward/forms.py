@@ -1,4 +1,4 @@
-"""Functions in another form: the same values, made of operations that differentiate in more ways."""
+"""Replacements for torch functions: the same values, by operations that can be differentiated in more ways."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _normalised_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _whole_logits(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    """`linear_cross_entropy` without parts, which silently lose tangents and have no second derivative."""
+    """`linear_cross_entropy` in one piece: in parts, it silently loses tangents and has no second derivative."""
     return F.linear_cross_entropy(*args, **kwargs)
 
 
@@ -48,7 +48,7 @@ TWICE_DIFFERENTIABLE: Mapping[Callable[..., Any], Callable[..., Any]] = {
 
 
 class Forms(LastingMode):
-    """Inside the block the functions that are keys are computed by the functions that are their values."""
+    """While active, replaces the functions that are keys of `forms` by their values."""
 
     def __init__(self, forms: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Functions in a form whose forward mode agrees with their backward pass.
+"""Replacements for functions whose forward mode in torch does not agree with their backward pass.
 
-torch's own forward mode of them is missing or fails, or is a different derivative: of a factorisation that accepts any
-tangent although the gradient is symmetric, or of a row that gets no gradient. For a scalar loss l(theta) both must
-give the same number, <dl/dtheta, v>; tests/capture/test_torch_functions.py checks torch's functions for this.
+It is missing, fails, or is another derivative: a factorisation accepts any tangent although its gradient is symmetric;
+a padding row has a tangent but gets no gradient. For a scalar loss l(theta) both modes must give the same number,
+<dl/dtheta, v>; tests/capture/test_torch_functions.py checks torch's functions for this.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _with_symmetric_tangent(value: Any) -> Any:
 
 
 def _unpooled(unpool: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
-    """Of two entries with one place the last is taken, and both get the gradient of that place."""
+    """If two entries go to one place, the last one is taken, but both get the gradient of that place."""
 
     def placed(input: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         input, tangent = forward_ad.unpack_dual(input)
@@ -168,13 +168,13 @@ def _unpooled(unpool: Callable[..., Tensor], dimensions: int) -> Callable[..., T
 
 
 def _scaled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """While a program is traced, torch's forward mode multiplies tangents that are not there by `alpha`, `beta` or
-    `value`, which ends the process: zeros stand for them.
+    """While a program is traced, torch's forward mode multiplies missing tangents by `alpha`, `beta` or `value`, which
+    crashes the process; so missing tangents are replaced by zeros.
     """
 
     def called(*args: Any, **kwargs: Any) -> Any:
         if is_traced() and not kwargs.keys().isdisjoint(("alpha", "beta", "value")):
-            kept = 1 if function.__name__.endswith("_") else 0  # what is written into stays itself
+            kept = 1 if function.__name__.endswith("_") else 0  # the target of an in-place call stays itself
             args = (*args[:kept], *map(_with_tangent, args[kept:]))
         return function(*args, **kwargs)
 
@@ -188,7 +188,7 @@ def _with_tangent(value: Any) -> Any:
 
 
 def _without(name: str) -> Callable[..., Any]:
-    """torch has a forward mode of this function, and it is not that of its backward pass."""
+    """Rejects a function whose forward mode in torch disagrees with its backward pass."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name} has no forward mode that agrees with its backward pass")
@@ -201,7 +201,7 @@ FAKE_QUANTISED = (
     torch.fake_quantize_per_channel_affine,
     torch.fused_moving_avg_obs_fake_quant,
 )
-"""Rounding in quantisation-aware training, which gradients pass as they are where nothing was cut off."""
+"""Rounding in quantisation-aware training: gradients pass unchanged where values were not clipped."""
 
 FORWARD_FORMS = {
     **TWICE_DIFFERENTIABLE,
@@ -209,7 +209,7 @@ FORWARD_FORMS = {
     torch.group_norm: _in_rows(torch.group_norm),
     **{f: _in_one_precision(f) for f in (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)},
     **dict.fromkeys((torch.prelu, Tensor.prelu), _prelu),
-    # Of two equal ones the first counts, or since torch 2.14 half of each; forward mode says otherwise.
+    # Of two equal entries the first gets the gradient, or since torch 2.14 each one half; forward mode differs.
     **{f: partial(_by_backward, f) for f in (torch.fmax, Tensor.fmax)},
     **{f: partial(_by_backward, f) for f in FAKE_QUANTISED},
     torch.scatter_reduce: _scatter_reduce,

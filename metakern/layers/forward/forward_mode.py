@@ -24,7 +24,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 class _ForwardMode(Forms):
-    """For a backward pass, anything under `torch.no_grad()` is constant; torch's forward mode differentiates it."""
+    """Treats anything under `torch.no_grad()` as constant, as a backward pass does; torch would differentiate it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,7 +71,7 @@ def _may_run_again(operator: Any) -> bool:
 
 @contextmanager
 def dual_level() -> Iterator[None]:
-    """`forward_ad.dual_level` with gradients enabled, so that a `no_grad` block inside can be told; without the
+    """`forward_ad.dual_level` with gradients enabled, so that a `no_grad` block inside can be recognised; without the
     deprecation warnings that torch raises about itself on first use.
     """
     # torch's level before ours: it raises if one is open, and what is patched then stays patched for the outer one
