@@ -36,8 +36,8 @@ def hand_over(
 ) -> None:
     """Leave `gradient` in `.grad`, replacing or adding to what is there, and step if there is an optimizer.
 
-    A parameter that it does not name has no gradient afterwards, nor has a frozen one, which the optimizer would move
-    by the gradient of an earlier step; with `accumulate`, they keep the ones they had.
+    Parameters that it does not name have no gradient afterwards, nor have frozen ones, which the optimizer would move
+    by the gradient of an earlier step; with `accumulate`, they keep what they had.
 
     If the optimizer or one of its hooks raises, `.grad` is restored. Parameters and state that the optimizer updated
     before are not: that would take a copy of all of them at every step.
@@ -61,7 +61,7 @@ def hand_over(
 
 
 def frozen_with_gradient(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that a backward pass before has given a gradient, and that require none any more."""
+    """Parameters that have a gradient from an earlier backward pass, but no longer require one."""
     return [p for p in parameters_of(model) if not p.requires_grad and p.grad is not None]
 
 

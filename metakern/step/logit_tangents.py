@@ -36,7 +36,7 @@ class LogitPass:
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
         self._start = PassState(problem.model, self._problem.loss_fn, problem.writes)
-        # The form that the dual pass uses, with the same masks.
+        # In the form of the dual pass, so that dropout masks are the same.
         with jvp.first_pass(problem) as self._products, problem.writes.watching():
             self.logits = evaluate_losses(problem.model, problem.batch, self._problem.loss_fn, "batch")
         _require_logits(self.logits)

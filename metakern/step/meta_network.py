@@ -42,7 +42,7 @@ def require_meta_network(network: Any, optimizer: Any, argument: str, optimizer_
 
 
 def are_asked_for(features: Any) -> bool:
-    """Whether they are a function of model and batch."""
+    """Whether `features` is a function of model and batch."""
     return callable(features) and not isinstance(features, Tensor)
 
 
@@ -78,7 +78,7 @@ class Features:
 
 
 class _Listening:
-    """A loss function that passes for the given one when its code is inspected."""
+    """A loss function that also computes the features; its `__code__` is that of the given one, for inspection."""
 
     def __init__(self, features: Features, loss_fn: LossFunction | None) -> None:
         self._features, self._loss_fn = features, loss_fn

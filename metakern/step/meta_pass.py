@@ -1,4 +1,4 @@
-"""The meta batch at theta^, where a virtual step has taken the parameters, and the dots along what comes back of it."""
+"""The meta batch at theta^, the parameters after a virtual step, and the dots along the direction that this gives."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from metakern.step.virtual import VirtualRule
 def meta_gradient_at(problem: Problem, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean meta loss at other parameters, and its gradient there, by one plain forward and backward pass.
 
-    Model, parameters and buffers are not touched, and the dict is emptied, since they are as large as the model; one
-    that the meta loss does not depend on has no entry.
+    Model, parameters and buffers are not touched; the dict is emptied, since its tensors are as large as the model. A
+    parameter that the meta loss does not depend on has no gradient.
     """
     leaves = {name: parameters.pop(name).detach().requires_grad_() for name in list(parameters)}
     meta_loss, found = _meta_pass_at(problem, leaves, {}, ())
@@ -33,9 +33,9 @@ def meta_gradient_at(problem: Problem, parameters: dict[str, Tensor]) -> tuple[T
 def _meta_pass_at(
     problem: Problem, leaves: Mapping[str, Tensor], moves: Mapping[str, Move], others: Iterable[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean meta loss at the leaves and at weights that move implicitly; its gradients in the leaves and in others.
+    """Mean meta loss with parameters replaced by leaves or moved implicitly; its gradients in leaves and `others`.
 
-    Raises: EngineUnavailable where a parameter is used in a way that neither replaces nor moves it.
+    Raises: EngineUnavailable if a parameter is used in a way that escapes both.
     """
     chosen = problem.chosen
     moving = Moving({id(chosen[name]): given for name, given in moves.items()})
@@ -55,7 +55,7 @@ def _meta_pass_at(
 def virtual_dots(problem: Problem, train: TrainPass, coefficients: Tensor, rule: VirtualRule) -> tuple[Tensor, Tensor]:
     """s_n = <g_n(theta), J g_meta(theta^)>, [n], and the meta loss at theta^ = theta - update(sum_n c_n g_n).
 
-    Raises: EngineUnavailable where the first implicit virtual step of a structure is not the explicit one.
+    Raises: EngineUnavailable if the first implicit virtual step of a structure disagrees with the explicit one.
     """
     if rule.affine and isinstance(train, GhostPass) and isinstance(train.records, Recorded):
         first = train.records.expected
@@ -83,7 +83,7 @@ def _direction(
 def _implicit_dots(
     problem: Problem, train: Recorded, coefficients: Tensor, rule: VirtualRule
 ) -> tuple[Tensor, Tensor] | None:
-    """The same without forming theta^ of large weights that few meta rows meet; None where there are none."""
+    """The same without forming theta^ of weights that are large compared with the meta rows; None if there are none."""
     uses = implicit_weights(problem, train)
     if not uses:
         return None

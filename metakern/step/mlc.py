@@ -189,7 +189,7 @@ class Corrected:
 
 
 class LabelGradient(NamedTuple):
-    """How the label net should change, and what the virtual step was taken with."""
+    """The gradient of the label net, with the labels and the gradient that the virtual step used."""
 
     labels: Tensor  # [n, C], of the present phi
     virtual: dict[str, Tensor]  # dL/dtheta with them; empty if the real step uses others

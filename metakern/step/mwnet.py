@@ -114,7 +114,7 @@ def mwnet_step(
 
 
 class MetaGradient(NamedTuple):
-    """The weight net's gradient, and the pass over the train batch that it came from, which can answer more."""
+    """The weight net's gradient, and the pass over the train batch, from which more results may be asked."""
 
     train: TrainPass
     engine: str

@@ -18,7 +18,7 @@ NORMALISATIONS = ("sum", "detached_sum", "mean", "none")
 class Weighting:
     """w_n = weight_net(l_n, features_n) and G(l) = sum_n w_n l_n / S, where S depends on `normalise`.
 
-    S is sum_n w_n ("sum"), the same as a constant ("detached_sum"), n ("mean") or 1 ("none").
+    S is sum_n w_n ("sum"), the same treated as a constant ("detached_sum"), n ("mean") or 1 ("none").
     """
 
     weight_net: nn.Module

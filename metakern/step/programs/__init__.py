@@ -1,1 +1,1 @@
-"""A whole step as a program: compiled by torch, or captured as a CUDA graph."""
+"""Whole steps as programs: compiled by torch, or captured as CUDA graphs."""

@@ -125,8 +125,8 @@ def capture_step(
 
 
 def granted_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.optim.Optimizer | None) -> Granted:
-    """What a graph takes for granted. If momentum tensors are replaced, the graph would go on writing into the memory
-    of the old ones, which others may use by then.
+    """The assumptions of a graph. If momentum tensors were replaced, the graph would go on writing into the memory of
+    the old ones, which other tensors may use by then.
     """
     stepped = () if optimizer is None else (*optimizer.param_groups, optimizer.state)
     return Granted(model, loss_fn, rule, *stepped, places=True)
@@ -149,8 +149,8 @@ def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
 
 
 def rehearse(step: Callable[[], StepResult]) -> str:
-    """A step that runs as it will in the capture, so that no kernel runs for the first time there, and anything that
-    cannot be captured fails here, without harm; returns the engine that the capture will use.
+    """Run a step as it will run in the capture, so that no kernel runs there for the first time, and anything that
+    cannot be captured fails here, without harm. Returns the name of the engine.
 
     Raises: RuntimeError: the step cannot be captured.
     """
@@ -163,8 +163,8 @@ def rehearse(step: Callable[[], StepResult]) -> str:
 
 @contextmanager
 def _waits_refused() -> Iterator[None]:
-    """Inside the block, torch raises where the host would wait for a value: during a capture, such a wait would break
-    torch's allocator and generator as well.
+    """Inside the block, torch raises if the host would wait for a value: during a capture, that would leave torch's
+    allocator and generator broken.
     """
     before = torch.cuda.get_sync_debug_mode()
     _set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""An optimizer in the capture of a CUDA graph, where nothing runs but what it does on the host."""
+"""An optimizer in the capture of a CUDA graph, where only its Python code runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 Place = tuple[int, str]
-"""Whose number, by identity, and its name."""
+"""Identity of what holds a number, and the number's name."""
 
 
 @contextmanager
 def optimizer_as_before(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Reject what a graph would not do in every replay: state that is made inside the block would be made anew, and
-    what the optimizer counts on the host would stay as it is. What is rejected is taken back.
+    """Reject what a replay would get wrong: state made inside the block would be made again in every replay, and
+    numbers that the optimizer counts on the host would not change. A rejected step is undone.
 
     Raises: ValueError
     """
@@ -56,7 +56,7 @@ def _tensors(state: Mapping[Any, Mapping[str, Any]]) -> set[int]:
 
 
 def _on_the_host(optimizer: torch.optim.Optimizer) -> dict[Place, Any]:
-    """Numbers of an optimizer, Python's and those of tensors that are not where their parameter is."""
+    """Numbers of an optimizer that live on the host: Python's, and those in CPU tensors of parameters elsewhere."""
     found: dict[Place, Any] = {}
     holders = [(p.device, entries) for p, entries in optimizer.state.items() if isinstance(p, Tensor)]
     for device, entries in holders:
@@ -71,7 +71,7 @@ def _on_the_host(optimizer: torch.optim.Optimizer) -> dict[Place, Any]:
 
 
 def _write(numbers: Mapping[Place, Any], state: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Into the tensors that held them."""
+    """Write numbers back into the tensors that held them."""
     for entries in state.values():
         for name, value in entries.items():
             if (id(value), name) in numbers:

@@ -1,4 +1,4 @@
-"""Whether a step can be compiled: what one step does, and whether the program does the same."""
+"""Whether a step can be compiled: run one step, and check that the program does the same."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Found(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one step did."""
+    """What one step returned, and what it changed."""
 
     engine: str
-    buffers: list[Tensor]  # that it writes
+    buffers: list[Tensor]  # those that it writes
     start: RandomState
     end: RandomState
     values: list[Tensor]
-    left: list[Tensor]  # in those buffers
-    around: Surroundings  # as it was before
+    left: list[Tensor]  # the values of these buffers after it
+    around: Surroundings  # the state of functions before it
 
     @property
     def draws(self) -> bool:
@@ -54,7 +54,8 @@ class Seen(NamedTuple):
 
 
 def see(model: nn.Module, functions: Sequence[Any], granted: Callable[[], Granted], step: Callable[[], Found]) -> Seen:
-    """One step whose effects are undone, for what is proved once per model; reject what a program would do only once.
+    """Run one step, which also does what is proved once per model, and undo its effects; reject what a program would
+    do only once.
 
     `functions` are what the step calls besides the model.
     """
@@ -115,8 +116,8 @@ def _changes(model: nn.Module, granted: Callable[[], Granted], step: Callable[[]
 
 
 def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
-    """Compare the program, which returns values and then buffers, with that step: what it draws and what it returns.
-    Also run it from where that step ended, because the step must not write what the program depends on.
+    """Raise unless the program, which returns values and then buffers, draws and returns what that step did. It is also
+    run from where the step ended, since the step must not change numbers that determine the program.
     """
     restore_random_state(seen.start)
     found = _all(program, [*tensors, *seen.buffers])
@@ -138,7 +139,9 @@ def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
 
 
 def require_compiled_as_traced(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
-    """Compare the compiled program with that step as well, unless it draws random numbers: their order may differ."""
+    """Raise unless the compiled program also returns what that step did; not checked if it draws random numbers, whose
+    order may differ.
+    """
     if seen.draws:
         return
     found, wanted = _all(program, [*tensors, *seen.buffers]), [*seen.values, *seen.left]
@@ -176,8 +179,8 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _nearly(got: Tensor, want: Tensor, largest: float) -> bool:
-    """Equal up to roundings in another order, which may be all there is of some values (gradients that cancel);
-    `largest` is the size of the largest of all values.
+    """Equal up to rounding in another order. Some values may be nothing but rounding (gradients that cancel), so the
+    `largest` of all values counts as well.
     """
     if not want.is_floating_point():
         return _same(got, want)

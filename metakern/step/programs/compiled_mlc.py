@@ -39,7 +39,7 @@ class CompiledCorrectionStep:
         label_optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[..., CorrectionResult],
     ) -> None:
-        self._programs = programs  # by whether the label net steps; one alone carries nothing
+        self._programs = programs  # by whether the label net steps; if there is only one, steps carry nothing
         self._label_net, self._label_optimizer, self._uncompiled = label_net, label_optimizer, uncompiled
 
     def __call__(

@@ -4,7 +4,7 @@
     for batch, meta_batch in loader:
         result = step(batch, meta_batch)
 
-What the second needs from the train pass, such as A and B, is passed on.
+Values that the second needs from the train pass, such as A and B, are passed on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a compiled step takes for granted: everything that its functions read, except the values of tensors.
+"""The assumptions of a compiled step: everything that its functions read, except the values of tensors.
 
 A program holds the numbers, flags, functions and tensors that it was traced with: the exponent of a loss, a schedule in
 a configuration, a list of scales in the model. Whether they are still the same is looked up before every run.
@@ -42,8 +42,8 @@ class _Tensor(NamedTuple):
     device: torch.device
     requires_grad: bool
     hooked: bool
-    place: int  # in memory; 0 if that does not matter
-    number: str  # if the host reads it; "" if that does not matter
+    place: int  # address in memory; 0 if that does not matter
+    number: str  # its value, if the host reads it; "" if that does not matter
 
 
 _BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), _Tensor))
@@ -55,9 +55,9 @@ _ENVIRONMENT = frozenset(("environ", "getenv"))
 class Granted:
     """What the modules of a model hold, and what functions read, at one moment.
 
-    Of objects outside the model, only attributes whose names occur in one of the functions count: what a trainer
-    counts elsewhere may change. `places` asks for tensors to be where they were in memory, too, and for numbers in
-    tensors of the host's to be the same: a CUDA graph holds them as they were.
+    Of objects outside the model, only attributes whose names occur in one of the functions count, so a trainer's other
+    counters may change. With `places`, for CUDA graphs, addresses of tensors count as well, and the values of single
+    numbers in CPU tensors.
     """
 
     def __init__(self, model: nn.Module, *functions: Any, places: bool = False) -> None:
@@ -66,7 +66,7 @@ class Granted:
         self._places = places
         self._ahead: list[tuple[Any, Words, int]] = []
         self._own = OwnWords(("forward",))
-        self._objects: list[tuple[Any, int]] = []  # of which what has an own word counts
+        self._objects: list[tuple[Any, int]] = []  # of these, attributes named by an own word count
         self._module(model, self._own, _DEPTH)
         self._ahead += [(function, self._own, _DEPTH) for function in functions]
         self._go_on()
@@ -112,7 +112,7 @@ class Granted:
             _way_of(kind)(self, value, words, depth)
 
     def _first(self, value: Any, way: Any) -> bool:
-        """Is it looked at for the first time in this way, such as by these words?"""
+        """Whether the value is visited for the first time in this way, such as with these words."""
         before = len(self._seen)
         self._seen.add((id(value), way))
         return len(self._seen) > before
@@ -200,7 +200,7 @@ class Granted:
         self._attributes(value, words, depth)
 
     def _attributes(self, value: Any, words: Words, depth: int) -> None:
-        """What an object, a class, a function or a module of Python holds, itself or by its class."""
+        """Attributes of an object, class, function or Python module, its own and those of its class."""
         if is_foreign(value):
             return
         if words is not None and words is not self._own and is_own(value):
@@ -219,7 +219,7 @@ class Granted:
         self._named(value, words, depth)
 
     def _named(self, value: Any, words: Container[str], depth: int) -> None:
-        """What it holds under these names, or gives without a word; each only once."""
+        """Its attributes of these names, and methods that run without being named; each only once."""
         for name, held in named_in(value, words):
             if self._first(value, (name, words)):
                 self._attribute(value, name, held, words, depth)
@@ -233,14 +233,14 @@ class Granted:
             self._ahead.append((value, words_of(function.__code__), depth))
 
     def _stepped(self, value: Any, words: Words, depth: int) -> None:
-        """The numbers of an optimizer or a scheduler, of which a function may ask in many ways."""
+        """The numbers of an optimizer or a scheduler, which a function may read in many ways."""
         self._found.append(value)
         held = vars(value)
         for group in held.get("param_groups", ()):
             self._ahead += [(number, None, 1) for name, number in group.items() if name != "params"]
         asked = ("_last_lr", "optimizer", *(words or ()))
         self._ahead += [(held[name], words, depth - 1) for name in asked if name in held and name != "param_groups"]
-        self._attributes(value, words, depth)  # a class of the run's own
+        self._attributes(value, words, depth)  # of a class of the user's
 
     def _environment(self, *_: Any) -> None:
         self._found.append(repr(sorted(os.environ.items())))
@@ -253,7 +253,7 @@ class Granted:
         self._found.append(state)
 
     def _numbers(self, value: Any, words: Words, depth: int) -> None:
-        """Those of an array or a scalar of NumPy, the state of a generator."""
+        """The values of a NumPy array or scalar, or the state of a generator."""
         if hasattr(value, "tobytes"):
             value = value.tobytes() if value.size <= _LARGEST else value
         elif hasattr(value, "bit_generator"):
@@ -279,7 +279,7 @@ _KINDS: list[tuple[Any, Callable[[Granted, Any, Words, int], None]]] = [
 
 @functools.lru_cache(4096)
 def _way_of(kind: type) -> Callable[[Granted, Any, Words, int], None]:
-    """How a value of this kind is looked at."""
+    """The method that visits values of this kind."""
     default = Granted._numbers if kind.__module__.startswith("numpy") else Granted._object
     return next((way for kinds, way in _KINDS if issubclass(kind, kinds)), default)
 

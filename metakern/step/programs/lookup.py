@@ -1,4 +1,4 @@
-"""How functions find what they read: the names that occur in their code, and where these are looked up."""
+"""What functions may read: the names that occur in their code, and the objects where these are looked up."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from metakern.capture.state.surroundings import FOREIGN
 
 
 class OwnWords(set[str]):
-    """The names in all functions of a run's own code, a set that grows while these are found."""
+    """The names in all functions of the user's code, a set that grows as functions are found."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 Words = OwnWords | frozenset[str] | None
-"""The attributes of an object that count: by own names, by those of a library's function, or all, as in a model."""
+"""Which attributes of an object count: those named in the user's code or in a library's function, or all (None)."""
 
 _BY_STRING = frozenset("getattr attrgetter vars __dict__ __getattribute__".split())
 """A function with one of these names may access attributes by strings."""
@@ -54,12 +54,12 @@ def _strings(constants: tuple[object, ...]) -> frozenset[str]:
 
 @functools.lru_cache(4096)
 def _unnamed(kind: type) -> frozenset[str]:
-    """Methods of a class that run without a word: when its objects are called, indexed, added."""
+    """Methods of a class that run without being named: when its objects are called, indexed, added."""
     return _UNNAMED.intersection(*[[name for each in kind.__mro__ for name in vars(each)]])
 
 
 def named_in(value: Any, words: Container[str]) -> list[tuple[str, Any]]:
-    """What an object or a class holds under these names, itself or by its classes, and methods that need no name."""
+    """Attributes of these names of an object or class, its own and inherited, and methods that need no name."""
     kind = value if isinstance(value, type) else type(value)
     unnamed = _unnamed(kind)
     holders = (getattr(value, "__dict__", _NOTHING), *_classes_of(kind))
@@ -79,7 +79,7 @@ def function_of(held: Any) -> types.FunctionType | None:
 
 @functools.lru_cache(4096)
 def _classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
-    """Where the attributes of a class are looked up, except libraries that read no setting of a training run."""
+    """The dicts in which attributes of a class are looked up, without those of `FOREIGN` packages."""
     return tuple(vars(each) for each in kind.__mro__ if not is_foreign(each))
 
 
@@ -95,5 +95,5 @@ def is_foreign(value: Any) -> bool:
 
 
 def is_own(value: Any) -> bool:
-    """Whether it comes from a training run's own code."""
+    """Whether it comes from the user's code."""
     return isinstance(value, _HOLDERS) or is_module_of_user(_origin(value))

@@ -23,7 +23,7 @@ class OwnBatches:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
     def built(self, tensors: list[Tensor] | None = None) -> list[Any]:
-        """What was given, in order, rebuilt from these tensors or from the own ones."""
+        """The given values, in order, rebuilt from these tensors or from its own."""
         given = iter(self.tensors if tensors is None else tensors)
         return tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self._spec)
 
@@ -45,7 +45,7 @@ class OwnBatches:
                     own.copy_(new, non_blocking=True)
 
     def _misfit(self, given: Sequence[Any]) -> tuple[str, str] | None:
-        """The first tensor whose shape differs: the own one and the new one."""
+        """The first tensor whose shape differs, described: its own and the new one."""
         leaves, spec = tree_flatten(list(given))
         if spec != self._spec:
             raise ValueError(

@@ -62,7 +62,7 @@ class Program:
             values = self._start(self._tensors)
             for k, part in enumerate(self._parts):
                 given = [values[name] for name in part.given]
-                if k + 1 < len(self._parts):  # the next one's examples
+                if k + 1 < len(self._parts):  # example inputs of the next part
                     part.keep(values, part.graph(*given))
                 self._run[k] = backend(part.graph, given)
 
@@ -87,8 +87,8 @@ class Program:
 
 @contextmanager
 def _as_it_stands() -> Iterator[None]:
-    """The graph contains its derivatives and casts: autocast around a run would cast again, including what the step
-    keeps out of autocast.
+    """Run the graph without gradients and autocast: it contains its own derivatives and casts, and autocast around a
+    run would cast again, even what the step keeps out of autocast.
     """
     with torch.no_grad(), torch._C._DisableAutocast():
         yield
@@ -110,7 +110,7 @@ def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Te
             return found
 
     _require_strided(tensors)
-    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # what is compiled in it is traced as written
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):  # compiled code inside is traced uncompiled
         graph = make_fx(recorded)(*tensors)
     return Program(graph, sizes, tensors)
 
@@ -165,8 +165,8 @@ def _by_numbers(func: Any, args: Any) -> bool:
 
 
 class _Untraceable(TorchFunctionMode):
-    """Numbers that leave torch would be constants of the program without a word; sparse tensors fail in many
-    operators, each with an error of its own.
+    """Rejects numbers that leave torch, which would silently become constants of the program, and sparse tensors, which
+    fail in many operators, each with an error of its own.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -187,7 +187,7 @@ def _require_strided(values: Sequence[Any]) -> None:
 
 
 def _constants_as_inputs(graph: fx.GraphModule) -> list[Tensor]:
-    """Tensors that the graph holds become inputs after the others, so that they are read when it runs."""
+    """Turn tensors that the graph holds into inputs, after the others, so that they are read in every run."""
     found: dict[str, fx.Node] = {}
     constants: list[Tensor] = []
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]

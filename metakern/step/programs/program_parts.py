@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 
 class Part(NamedTuple):
-    """A graph that returns its results, whether it was the right one, and what later parts need."""
+    """A graph that returns its results, whether the program is valid for this run, and values that later parts need."""
 
     graph: fx.GraphModule
     given: list[str]  # names of the inputs and kept values that it takes
@@ -18,7 +18,7 @@ class Part(NamedTuple):
     needed: frozenset[str]  # by later parts
 
     def keep(self, values: MutableMapping[str, Tensor], found: Sequence[Tensor]) -> None:
-        """Add what it has computed, and free what no later part needs."""
+        """Add the values that it has computed, and free those that no later part needs."""
         values.update(zip(self.kept, found[self.results + 1 :], strict=True))
         for name in values.keys() - self.needed:
             del values[name]

@@ -29,7 +29,7 @@ Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
 
 
 class AnotherWay(Exception):
-    """Batches have other shapes than the compiled ones, or take another branch."""
+    """Raised if batches have other shapes than the compiled ones, or take another branch."""
 
 
 class StepProgram:
@@ -46,7 +46,7 @@ class StepProgram:
     ) -> None:
         self._program, self._batches, self._buffers, self._draws = program, batches, buffers, draws
         self._granted, self._known = granted, granted()
-        self._others: list[Any] | None = None  # the last batches, where they have other shapes
+        self._others: list[Any] | None = None  # the last batches, if they had other shapes
         self.engine = engine
 
     def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
@@ -96,7 +96,7 @@ def compiled(
     backend: Backend,
     numbers: Sequence[Tensor] = (),
 ) -> StepProgram:
-    """Run the step once for what is proved once, trace it, compare the program with it, and compile it.
+    """Run the step once, for checks that are made once, trace it, compare the program with it, and compile it.
 
     `functions` are what the step calls besides the model. Gradients are left as the step leaves them.
     """

@@ -1,7 +1,7 @@
 """A step that trains a second network along with the model, compiled as two programs.
 
-The first ends with the gradient of the second network, whose optimizer then steps, uncompiled; the other ends with the
-gradient of the model. Whatever it needs from the first is passed on.
+The first ends with the gradient of the second network, whose optimizer then steps, uncompiled. The second ends with the
+gradient of the model; values that it needs from the first are passed on.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class TwoParts:
     features: Any  # of the second network: a function, or None if they come with the batches
     functions: Sequence[Any]  # what it calls besides networks and loss function
     halves: Callable[[Problem, Sequence[Any], VirtualRule, str], Iterator[Half]]
-    """Its parts, given the first two batches as a problem, features and anything else that comes with them, the rule at
-    the learning rates of that step, and the name of an engine."""
+    """A function that yields both parts, given the batches as a problem, features and other inputs, the rule at this
+    step's learning rates, and the name of an engine."""
 
     def parts(self, given: Sequence[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Half]:
         """One after the other, with no optimizer step in between."""
@@ -92,7 +92,7 @@ class TwoParts:
 
 
 class CompiledParts:
-    """Such a step, compiled for batches of the shapes and dtypes that it was built with."""
+    """A `TwoParts` step, compiled for batches of the shapes and dtypes that it was built with."""
 
     def __init__(self, step: TwoParts, batches: OwnBatches, engine: str, compiler: Backend) -> None:
         self._step, self._trainable = step, trainable_parameters(step.model)
@@ -171,7 +171,7 @@ def _require_momentum(rule: VirtualRule, moved: Mapping[str, nn.Parameter]) -> N
 
 
 def _looked_at(rule: VirtualRule, model: nn.Module) -> list[Any]:
-    """What a virtual step reads from its optimizer, except learning rates."""
+    """The numbers and tensors that a virtual step reads from its optimizer, except learning rates."""
     if not rule.reads_state or rule.optimizer is None:
         return []
     read = ("momentum", "dampening", "weight_decay", "maximize")
