@@ -85,8 +85,8 @@ def _by_ghost(problem: Problem) -> Explanation:
 
 
 def _by_parts(problem: Problem, size: int) -> Explanation:
-    """Operations of the first part of both batches, so many times; of at least two examples, with which parts of one
-    are proved too.
+    """Operations of the first part of both batches, scaled to all parts. At least two examples are taken, since one
+    tells nothing about independence.
     """
     batches = problem.batch, problem.meta_batch
     batch, meta_batch = (cut(b, max(size, 2), name)[0] for b, name in zip(batches, ("batch", "meta_batch")))

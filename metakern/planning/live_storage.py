@@ -1,4 +1,4 @@
-"""Memory that passes hold: storages that operators make, while anybody holds them."""
+"""Memory that passes hold: storages allocated by operators, as long as anything refers to them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Sizes = dict[int, int]
 
 
 class LiveStorage(TorchDispatchMode):
-    """Notes, after each operator that makes some, the bytes that are held of what was made inside the block. Scratch
-    inside a kernel is not seen, and what was there before the block does not count.
+    """After each operator that allocates, notes how many bytes allocated inside the block are still held. Scratch
+    memory inside a kernel is not seen, and memory from before the block does not count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._held = [0]
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        # Held although only looked up: a reference that dies gives its number to another storage.
+        # The references are kept, since the key of a dead one may be reused for another storage.
         self._before: dict[int, StorageWeakRef] = {}
         self._sum: tuple[StorageWeakRef, int] | None = None  # a gradient that was added to, and the bytes held then
 
     def take_peak(self) -> int:
-        """The most that was held since the last time."""
+        """The most bytes held since the last call."""
         peak, self._held = max(self.settled()), [self._bytes()]
         return peak
 
     def settled(self) -> Sequence[int]:
-        """What was held after each of the operators since then."""
+        """The bytes held after each operator since then."""
         self._settle()
         return self._held
 
@@ -62,7 +62,7 @@ class LiveStorage(TorchDispatchMode):
         return sum([size for _, size in self._made.values()])
 
     def _settle(self) -> None:
-        """A sum whose first term is gone by the next operator is made in its place where nobody watches."""
+        """Do not count a sum whose first term is freed by the next operator: unwatched, autograd adds in place."""
         if self._sum is not None:
             first, held = self._sum
             self._held.append(0 if first.expired() else held)
@@ -70,8 +70,8 @@ class LiveStorage(TorchDispatchMode):
 
 
 def _may_add_in_place(func: Any, args: Any) -> bool:
-    """Whether autograd sums gradients of a tensor that was used more than once: in a backward pass, unless the first is
-    a view, whose base stays. The formulas of second derivatives have sums of their own.
+    """Whether autograd sums, perhaps in place, the gradients of a tensor that was used more than once: in a backward
+    pass, unless the first is a view, whose base stays. The formulas of second derivatives have sums of their own.
     """
     node = torch._C._current_autograd_node()
     by_autograd = node is not None and not torch.is_grad_enabled() and "BackwardBackward" not in node.name()
@@ -79,7 +79,7 @@ def _may_add_in_place(func: Any, args: Any) -> bool:
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
-    """Those that take memory; neither what shapes alone are worked out by nor the zeros of forward mode do."""
+    """Those that take memory: no meta tensors, and no zero tensors of forward mode."""
     leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
     return [t for t in leaves if t.layout == torch.strided and not t.is_meta and not t._is_zerotensor()]
 

@@ -19,7 +19,7 @@ from metakern.planning.peak_memory import LaterStep
 
 
 class Passes(NamedTuple):
-    """By ghost, backward is to the output gradients B, without gradients of parameters; by forward mode it is whole."""
+    """FLOPs. By ghost, `backward` gives output gradients B, but no gradients of parameters; by forward mode, both."""
 
     forward: int
     backward: int
@@ -29,7 +29,7 @@ class Passes(NamedTuple):
     plain: int = 0  # a plain step as a whole, if it has recurrent layers, whose gradients are not formed by use
 
     def times(self, parts: float, meta_parts: float) -> Passes:
-        """Of so many times as many examples."""
+        """Scaled to so many times as many examples of batch and meta batch."""
         return Passes(*(round((meta_parts if k == 2 else parts) * flops) for k, flops in enumerate(self)))
 
 
@@ -37,7 +37,7 @@ NONE = Passes(0, 0, 0)
 
 
 class _Whole:
-    """In place of what tells modules apart: its hooks on a graph do not allow a backward pass to chosen tensors."""
+    """Replaces the counter's module tracker, whose hooks on a graph do not allow a backward pass to chosen tensors."""
 
     parents = frozenset(("Global",))
 
@@ -64,11 +64,11 @@ _FURTHER = {
     torch.ops.aten.mkldnn_rnn_layer_backward: _layer_backward,
     torch.ops.aten.baddbmm_: _sum_of_products,
 }
-"""What torch's counter does not know of: an LSTM on a CPU is one operator, and a sum may be written over a term."""
+"""Operators that torch's counter does not know: an LSTM on a CPU, which is a single one, and an in-place sum."""
 
 
 def counter() -> FlopCounterMode:
-    """Counts products as torch does, and those that its counter does not know of."""
+    """Counts products as torch's counter does, and those that it does not know."""
     found = FlopCounterMode(display=False, custom_mapping=_FURTHER)
     found.mod_tracker = _Whole()  # pyright: ignore
     return found
@@ -109,7 +109,7 @@ def _with_recurrent_layers(problem: Problem, passes: Passes) -> Passes:
 def by_forward_mode(problem: Problem) -> Passes:
     """The passes of a step by forward mode.
 
-    Raises: EngineUnavailable where it does not serve either.
+    Raises: EngineUnavailable if forward mode does not support the model either.
     """
     with unchanged_buffers(problem.model):
         with counter() as forward:
@@ -120,7 +120,7 @@ def by_forward_mode(problem: Problem) -> Passes:
     with counter() as meta:
         problem.meta_gradient()
     with unchanged_buffers(problem.model):
-        jvp.solve(problem)  # the first is held against autograd, which is not counted
+        jvp.solve(problem)  # the first run is checked against autograd, which is not to be counted
     with counter() as both:
         jvp.solve(problem)
     first, second, third = (each.get_total_flops() for each in (forward, backward, meta))

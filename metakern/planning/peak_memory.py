@@ -1,7 +1,7 @@
 """Peak memory of a plain step and of metakern's, counted in passes that the plan runs itself.
 
-Whole batches are run once as each kind of step would; of a step by parts two parts of either batch are run, since more
-hold no more. What is checked in the first step of a model alone is not in it.
+Whole batches are run once, as each kind of step would run them. For a step in parts, two parts of each batch are run,
+since more parts need no more memory. Checks made only in the first step of a model are not included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metakern.planning.live_storage import LiveStorage
 
 
 class Memory(NamedTuple):
-    """Bytes at the peak, beyond those before the step. The largest of four phases is that of memory="reuse"."""
+    """Bytes at the peak, beyond those before the step; for memory="reuse", the peaks of its four phases."""
 
     plain: int  # a plain step
     train: int  # the train pass back to its first use: what autograd keeps, every A, every B met so far
@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
 
 class LaterStep(Part):
-    """The problem of a step that is not a model's first, in which nothing is held against autograd."""
+    """The problem of a step that is not a model's first, in which nothing is checked against autograd."""
 
     @property
     def exact(self) -> bool:
@@ -52,7 +52,7 @@ def by_ghost(problem: Problem) -> Memory:
 
 
 def _ghost_phases(problem: Problem) -> list[int]:
-    # Some views are made by others where operators are watched: a structure that may be new, and is proved first.
+    # While operators are watched, some views are made by other operators: a structure that may be new, and is proved.
     with LiveStorage() as live:
         train = recorded(problem)
         live.take_peak()
@@ -74,7 +74,7 @@ def _ghost_phases(problem: Problem) -> list[int]:
 def by_forward_mode(problem: Problem) -> Memory:
     """The peaks of a step by forward mode; its phase "dots" is the dual pass.
 
-    Raises: EngineUnavailable: forward mode does not serve the model either.
+    Raises: EngineUnavailable: forward mode does not support the model either.
     """
     return _by_phases(problem, _dual_phases)
 
@@ -125,13 +125,13 @@ def _part_phases(problem: Problem, size: int) -> list[int]:
 
 
 def _first(problem: Problem, size: int) -> Problem:
-    """So many examples of both batches as a problem."""
+    """The first `size` examples of both batches as a problem."""
     batch, meta_batch = (cut(getattr(problem, name), size, name)[0] for name in ("batch", "meta_batch"))
     return part_of(problem, batch, set(), meta_batch=meta_batch)
 
 
 def _plain(problem: Problem) -> Sequence[int]:
-    """What a plain step holds, after each operator."""
+    """The bytes that a plain step holds after each operator."""
     with unchanged_buffers(problem.model), LiveStorage() as live:
         losses = problem.batch_losses()
         weighted_backward(problem, losses, _weights(losses), only=problem.trainable)
@@ -139,7 +139,7 @@ def _plain(problem: Problem) -> Sequence[int]:
 
 
 def _plain_of_all(problem: Problem, size: int) -> int:
-    """Of a plain step over the whole batch: what one and two parts hold, drawn on in a straight line."""
+    """The peak of a plain step over the whole batch, extrapolated linearly from one part and two."""
     few, more = (_first(problem, max(times * size, 2)) for times in (1, 2))
     whole, less, some = (examples_in(each.batch) for each in (problem, few, more))
     one, two = _plain(few), _plain(more)
@@ -150,7 +150,7 @@ def _plain_of_all(problem: Problem, size: int) -> int:
 
 
 def _weights(losses: Tensor, every: int = 1) -> Tensor:
-    """Of every example, or of each second one."""
+    """Equal weights for every example, or for each `every`-th one; zero for the others."""
     weights = torch.zeros_like(losses)
     weights[::every] = 1 / max(len(losses), 1)
     return weights

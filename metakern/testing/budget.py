@@ -53,7 +53,7 @@ def unit(dtype: torch.dtype, terms: int = 1) -> float:
 
 
 def verdict(name: str, got: Tensor, want: Tensor, budget: Tensor | float) -> Verdict:
-    """Compare elementwise; a NaN, an infinity or another shape is a whole budget missed, whatever the budget."""
+    """Compare elementwise; NaN and infinity exceed any budget. Raises ValueError for another shape."""
     if got.shape != want.shape:
         raise ValueError(f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     if want.numel() == 0:

@@ -1,4 +1,4 @@
-"""Run a step and hold everything it returned and left behind against the oracle."""
+"""Run a step and compare everything it returned and left behind with the oracle."""
 
 import copy
 from collections.abc import Callable, Mapping

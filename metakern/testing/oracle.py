@@ -181,8 +181,8 @@ def _refuse_dropout(model: nn.Module) -> None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy of the model. What it keeps of its last forward pass (a pruned weight, an auxiliary loss) is copied
-    without the graph that it came from, of which torch makes no copies; nor does it of sparse rows (CSR).
+    """A copy of the model. Tensors that it keeps of its last forward pass (a pruned weight, an auxiliary loss) are
+    cloned without their graph, and so are sparse rows (CSR), since `copy.deepcopy` takes neither.
     """
     kept = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
     apart = [t for t in kept if isinstance(t, Tensor) and (not t.is_leaf or t.layout not in _COPIED)]

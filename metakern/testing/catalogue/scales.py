@@ -37,7 +37,7 @@ class Rows(Scaled):
 
 
 class Gate(Scaled):
-    """Of data without a gradient and of fewer entries than the product."""
+    """The other factor is data without a gradient, of fewer entries than the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.scale * (x[..., :1] > 0)

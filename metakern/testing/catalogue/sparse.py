@@ -23,7 +23,7 @@ class SparseFeatures(nn.Module):
 
 
 class SparseGraph(nn.Module):
-    """Graph convolutions: a sparse adjacency matrix times what the nodes have."""
+    """Graph convolutions: a sparse adjacency matrix times the features of the nodes."""
 
     def __init__(self, edges: Tensor) -> None:
         super().__init__()
