@@ -1,4 +1,4 @@
-// CPU kernels: plain pointers and sizes, instantiated for float and double. No torch headers.
+// CPU kernels: plain pointers and sizes, instantiated for float, double or bfloat16. No torch headers.
 #pragma once
 #include <cstdint>
 

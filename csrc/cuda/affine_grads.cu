@@ -6,12 +6,12 @@ namespace {
 constexpr int kThreads = 256;     // of a block that shares a row
 constexpr int kWarps = 4;         // of a block whose warps have rows of their own
 constexpr int kWidest = 4096;     // elements of a row
-constexpr int64_t kFewest = 32;   // positions that a block is worth
-constexpr int64_t kBlocks = 16;   // for each multiprocessor, beyond which examples are not cut: some waves
-constexpr int64_t kOverhead = 8;  // positions that starting a block and adding its sums are taken for; not measured
+constexpr int64_t kFewest = 32;   // fewest positions that are worth a block
+constexpr int64_t kBlocks = 16;   // most blocks per multiprocessor that examples are cut into: some waves
+constexpr int64_t kOverhead = 8;  // cost of starting a block and adding its sums, in positions; not measured
 
-// Into how many chunks the positions of an example are cut, so that the last wave of blocks is about as full as others:
-// a chip that runs so many at a time is done after as many waves of chunks.
+// Into how many chunks the positions of an example are cut, so that the last wave of blocks is about as full as others.
+// Minimises the number of waves, of `at_a_time` blocks each, times the length of a chunk and its overhead.
 int64_t fitting_chunks(int64_t n, int64_t t, int64_t at_a_time, int64_t most) {
   int64_t best = 1, least = INT64_MAX;
   for (int64_t chunks = 1; chunks <= most; ++chunks) {
@@ -66,8 +66,8 @@ __device__ Sum row_sum(Sum value) {
   }
 }
 
-// Blocks to a multiprocessor that the compiler leaves registers for, so that some read while others add; where a thread
-// holds much, fewer, so that it spills nothing.
+// Blocks per multiprocessor that the compiler leaves registers for, so that some read while others add; fewer where a
+// thread holds much, so that nothing spills.
 template <typename T, int kWidth, int kPacks>
 constexpr int resident_blocks(bool whole_block) {
   if (sizeof(T) == 8 || (whole_block && kWidth == 1)) return 1;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kWholeBlock ? kThreads : 32 * kWarps, resident
             products[p][j] += others[0][place];
             sums[p][j] += others[1][place];
           }
-    }  // who has read a place is who writes it next, so one barrier a turn is enough
+    }  // the thread that has read a place is the next to write it, so one barrier a turn is enough
     if (warp > 0) return;
   }
 #pragma unroll
@@ -172,7 +172,7 @@ __global__ void add_columns_kernel(const Sum* __restrict__ partial, Sum* __restr
 template <typename T>
 using Kernel = void (*)(Rows<T>, accumulator_t<T>*, accumulator_t<T>*, accumulator_t<T>, bool, int64_t, int64_t);
 
-// The kernel whose threads hold no more packs than such rows have: what is not held runs side by side instead.
+// The kernel with the fewest packs per thread that hold a row, `kLeast` at least: more threads then run side by side.
 template <typename T, int kWidth, int kPacks, int kLeast, bool kWholeBlock>
 Kernel<T> fitting_kernel(int64_t width) {
   if constexpr (kPacks > kLeast)
@@ -202,7 +202,7 @@ Launch<T> launch_of(int64_t width, int64_t t) {
 
 }  // namespace
 
-// The most that a launch may take; how many it does depends on the kernel.
+// The most chunks that a launch may take, for the size of the workspace; how many it takes depends on the kernel.
 int64_t affine_grads_chunks(int64_t n, int64_t t) {
   const int64_t most = n > 0 ? kBlocks * multiprocessors() / n : 1, longest = (t + kFewest - 1) / kFewest;
   return most > 1 && longest > 1 ? (most < longest ? most : longest) : 1;

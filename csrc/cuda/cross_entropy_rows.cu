@@ -72,7 +72,7 @@ __device__ Running<Sum> together(Running<Sum> mine) {
   return mine;
 }
 
-// One reading of each row, by the block, or by a warp where rows are short. Without "1" float64 spills a register.
+// One reading of each row, by the block, or by a warp if rows are short. Without the bound of 1, float64 spills.
 template <typename T, int kWidth, bool kWholeBlock>
 __global__ void __launch_bounds__(kThreads, 1)
     cross_entropy_kernel(Rows<T> given, accumulator_t<T>* __restrict__ losses, accumulator_t<T>* __restrict__ highs,
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* z = given.logits + row * given.stride;
   T* dz = out + row * given.classes;
   const int64_t target = given.targets[row];
-  int64_t c = first + threadIdx.x % kGroup * kWidth;  // rows of `out` are aligned, so none has a rest
+  int64_t c = first + threadIdx.x % kGroup * kWidth;  // rows of `out` are aligned: no remainder
   if (target == given.ignored) {
     for (; c < last; c += kGroup * kWidth) *reinterpret_cast<Wide*>(dz + c) = Wide{};
     return;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t position = first + threadIdx.x / 32; position < last; position += kWarps) {
     const int64_t index = indices[example * t + position];
     if (index < 0 || index >= rows) __trap();  // as the embedding itself would have stopped
-    if (index == padding) continue;            // never where there is none, which is written as -1
+    if (index == padding) continue;            // never true without padding, which is -1
     const T* v = V + index * v_stride;
     const T* b = B + example * b_stride_n + position * b_stride_t;
     int64_t i = lane * kWidth;

@@ -9,8 +9,8 @@ namespace metakern::cuda {
 // Element type of a buffer, numbered as in metakern/ops/extension.py.
 enum class Scalar : int { f16 = 0, bf16 = 1, f32 = 2, f64 = 3 };
 
-// Whether the current device runs what was compiled: not without machine code for it, nor with a driver that is older
-// than the runtime. No error is left behind.
+// cudaSuccess if the current device runs these kernels; an error without machine code for it, or if the driver is older
+// than the runtime. CUDA's last error is cleared.
 cudaError_t usable();
 
 // weights_n = max(d_n, 0) / (D + [D == 0]), D = sum_k max(d_k, 0). `dots` has a stride, `weights` is contiguous.

@@ -33,7 +33,7 @@ __device__ Sum block_sum(Sum value) {
   return value;
 }
 
-// Blocks of a grid; too many for one give none, which the launch refuses.
+// Number of blocks of a grid; 0, which the launch rejects, if there are too many for one.
 inline unsigned grid(int64_t blocks) { return blocks > 0x7fffffff ? 0 : static_cast<unsigned>(blocks); }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""The compiled module `metakern._C`: whether it is there, why not, and how tensors are named to it."""
+"""The compiled module `metakern._C`: whether it is there, why not, and how dtypes and streams are passed to it."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def examples_per_tile(t: int, width: int) -> int:
 
 
 CHUNK_BYTES = 4 << 20
-"""Operands of a chunk of a convolution, which then stay in a CPU's last-level cache: at 32 MB in all the library takes
-twice as long an example as at 8 MB, and results of 4 MB take memory that is in use already (docs/measured-facts.md)."""
+"""Size of the operands of a chunk of a convolution, which then stay in a CPU's last-level cache: at 32 MB the library
+takes twice as long per example as at 8 MB, and results of 4 MB reuse freed memory (docs/measured-facts.md)."""
 
 
 def examples_per_chunk(A: Tensor, B: Tensor) -> int:

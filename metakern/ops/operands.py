@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 EIGHT_BITS = torch.float8_e4m3fn
-"""Of operands that an operator may take rounded to eight bits."""
+"""The dtype of operands that are rounded to eight bits."""
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -47,7 +47,7 @@ def check_operands(
 
 
 def _fit(letters: dict[str, str], tensors: tuple[Tensor, ...]) -> bool:
-    """Whether all is well with operands of one dtype: what every call pays, so no more than that."""
+    """Whether operands of one dtype fit. Every call pays for this check, so it finds out nothing more."""
     first = tensors[0]
     dtype, device = first.dtype, first.device
     if dtype not in FLOATING:

@@ -1,11 +1,10 @@
 """Which tiles a Triton kernel uses: read from a committed table, so that no user's first step measures anything.
 
 `tiles.json` has one entry per device ("sm90"), operator, bytes of an element and class of shapes, with the median time
-that earned it; `python -m benchmarks.tune` on a GPU measures the candidates and writes the device's entries. Where that
-time is null nothing was measured: the tile was chosen by what the compiler says of it (registers, shared memory, tensor
-cores). Such are all under "any" and "99 KiB", which serve devices without entries, the latter where a program may have
-no more shared memory than that; and such are those of a device as long as nobody has tuned it, for tiles that would
-spill or not fit on others.
+that earned it; `python -m benchmarks.tune` on a GPU measures the candidates and writes the device's entries. If that
+time is null, nothing was measured: the tile was chosen from compiler output (registers, shared memory, tensor cores).
+This holds for all entries under "any" and "99 KiB", which serve devices without entries ("99 KiB": those that give a
+program no more shared memory), and for entries of devices not tuned yet, whose tiles would spill or not fit elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 
 PATH = Path(__file__).with_name("tiles.json")
 FEW = 128
-"""Programs of large tiles below which a chip has idle multiprocessors, so that small ones are better."""
+"""With fewer programs than this, large tiles leave multiprocessors idle, so small ones are better."""
 
 
 class Tile(NamedTuple):
@@ -35,7 +34,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """How Triton is to compile; products are added in one rounding, which Triton 3.10 no longer does unasked."""
+        """Compiler options; fused multiply-add is asked for, since Triton 3.10 no longer uses it by default."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def programs(self, rows: int, columns: int) -> int:
@@ -83,8 +82,8 @@ def tile_for(operator: str, like: torch.Tensor, rows: int, columns: int) -> Tile
 
 @cache
 def kind_of(device: torch.device) -> tuple[str, str]:
-    """ "sm90" and the like, and the entry that serves it unmeasured; what has no compute capability, as under the
-    interpreter, is "any"."""
+    """The name of a kind of device, such as "sm90", and the entry that serves it as long as it has none. Without a
+    compute capability, as under the interpreter, both are "any"."""
     if device.type != "cuda":
         return "any", "any"
     found = torch.cuda.get_device_properties(device)

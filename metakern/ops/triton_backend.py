@@ -49,7 +49,7 @@ def unsupported(*operands: Tensor) -> str | None:
 
 
 MAX_ROWS = 2**31 - 2**16
-"""Less than the largest number, so that the end of the last tile is still one."""
+"""A little less than the largest 32-bit integer, so that the end of the last tile does not overflow."""
 
 
 @cache
@@ -65,7 +65,7 @@ def capability(tensor: Tensor) -> tuple[int, int]:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Of the tensor's GPU; those of an H200 under the interpreter."""
+    """How many the tensor's GPU has; 132, as an H200, under the interpreter."""
     return _properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
@@ -74,5 +74,5 @@ def precision(dtype: torch.dtype) -> str:
     for its rounding."""
     if dtype is not torch.float32:
         return "ieee"
-    # `allow_tf32` raises where the user has set this newer name of it
+    # reading `allow_tf32` raises if the user has set this newer flag
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -1,7 +1,7 @@
 """What the Triton kernels share: the order of their programs, and blocks that the bulk copy engine of a GPU fetches.
 
-Numbers of rows, examples and parts are not specialised: a kernel compiled anew for a last, shorter batch would take
-a second, and no address depends on what divides them.
+Numbers of rows, examples and parts are not specialised: compiling a kernel again for a last, shorter batch would take
+a second, and the alignment of no address depends on them.
 
 On compute capabilities 9 and 10 a *descriptor* tells the copy engine where a tensor lies, and a program asks for whole
 blocks by their place: no addresses in registers (90 of them for a tile of 128 x 128 instead of 250), no masks, and what

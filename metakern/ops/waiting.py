@@ -1,4 +1,4 @@
-"""May the host wait for a value? Not while a CUDA graph is captured, nor while a capture is rehearsed."""
+"""Whether the host may wait for a value: not while a CUDA graph is captured, nor while a capture is rehearsed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-_rehearsals: list[None] = []  # of no thread in particular: backward passes run hooks in threads of their own
+_rehearsals: list[None] = []  # for all threads: backward passes run hooks in threads of their own
 
 
 def capturing() -> bool:
-    """Is a CUDA graph being captured? Nothing runs then, and generators have no state that could be read or set."""
+    """Whether a CUDA graph is being captured. Nothing runs then, and generators have no state to be read or set."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -22,7 +22,7 @@ def host_may_wait() -> bool:
 
 @contextmanager
 def without_waiting() -> Iterator[None]:
-    """Inside the block a step goes the way it goes in a capture, but is computed."""
+    """Inside the block a step takes the paths that it takes in a capture, but is computed."""
     _rehearsals.append(None)
     try:
         yield

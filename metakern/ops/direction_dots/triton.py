@@ -98,7 +98,7 @@ def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
     )  # fmt: skip
     grid = (tiles[0] * tiles[1],)
     a, b, v = rows_of(A), rows_of(B), V if V.stride(1) == 1 else V.t()
-    # of eight bits the tensor cores take rows only
+    # tensor cores take eight-bit operands in rows only
     if a is not None and b is not None and copied_in_bulk(a, b, v) and (v is V or A.dtype is not EIGHT_BITS):
         _in_bulk(a, v, b, v is V, partial, grid, tile, options)
     else:

@@ -1,7 +1,7 @@
 """kernel_grads by the library's kernel gradient of a grouped convolution, in which every example is a group of its own.
 
-So many examples at a time that they, and what they give, stay in a CPU's cache (docs/measured-facts.md): a result of
-19 MB in one call took four times as long as in calls of 9 MB or less, whose memory the library has in use already.
+Examples are taken in chunks whose operands and results stay in a CPU's cache (docs/measured-facts.md): a result of
+19 MB took four times as long in one call as in calls of 9 MB or less, which reuse the memory of earlier ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def kernel_grads(
         return grads, shifts
     size = min(examples_per_chunk(A, B), examples_per_chunk(grads, shifts))
     for a, b, grad in zip(A.split(size), B.split(size), grads.split(size), strict=True):
-        # The part of the result that it will fill stands for the kernel, whose values are not read.
+        # The part of the result to be filled is passed as the kernel, whose values are not read.
         found, _ = library_gradient(
             _as_channels(a), _as_channels(b), grad.flatten(0, 1), stride, padding, dilation, groups * len(a), False
         )

@@ -15,7 +15,7 @@ from metakern.ops.tiles import tile_for
 from metakern.ops.triton_backend import interpreting, precision
 
 MOST = 65535
-"""Programs in the second and third dimension of a grid."""
+"""The most programs in the second and third dimension of a grid."""
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def pair_dots_kernel(
     part, group = tl.program_id(1), tl.program_id(2) * (N // S)
     column = tl.arange(0, N)
     meta_position = part * S + column % S
-    # of one meta example it is one number, and not one for each column
+    # one meta example: a scalar, rather than one index for each column
     meta_example = (group if S == N else tl.minimum(group + column // S, m - 1)).to(tl.int64)
     meta_row = tl.minimum(meta_position, s - 1).to(tl.int64)
     inputs = _gram(
@@ -69,7 +69,7 @@ def pair_dots_kernel(
         o, stride_bo, stride_bo_meta, M, N, K, PRECISION, UPCAST,
     )  # fmt: skip
     products = tl.where((meta_position < s)[None, :], inputs * outputs, 0.0)
-    # 64 bits for the program's first place; from there 32 are enough, and of a wide tile twice as many would be spilled
+    # 64 bits for the program's first place; from there 32 are enough, and 64 would spill registers in a wide tile
     first = partial + (part.to(tl.int64) * rows + tl.program_id(0) * M) * m + group
     place = tl.arange(0, M) * m
     if S == N:

@@ -43,8 +43,8 @@ def weighted_grad(
 
 
 def _parts(A: Tensor, B: Tensor, w: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A, B and w of the kept examples, so many at a time; one part at least, of no example where none is kept. All are
-    taken where the host may not wait to know which."""
+    """A, B and w of the kept examples, `size` at a time; at least one part, which is empty if none is kept. If the host
+    may not wait to find out which are kept, all examples are taken."""
     kept = w.nonzero().squeeze(1) if host_may_wait() else w
     count, all_kept = kept.numel(), kept.numel() == w.numel()
     if count <= size:

@@ -2,8 +2,8 @@
 
 Which examples are kept is listed on the device, so the host never waits and the kernels fit into a CUDA graph; rows of
 weight zero are never loaded. Tensor cores take operands from shared memory while later ones are on their way to it;
-what is scaled in the product would go through registers. Where the output has too few tiles to fill the chip, the rows
-are split, and the parts are added in a fixed order.
+operands scaled inside the product would go through registers. If the output has too few tiles to fill the chip, the
+rows are split, and the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 
 MAX_SPLITS = 32
 LEAST = 4
-"""Steps of a product that a part of the rows is worth."""
+"""Fewest steps of the product that make a part of the rows worth while."""
 GROUP = 8
 SCALED = Tile(64, 128, 0, 8, 1)
 """Rows and columns of B that a program scales at a time: 16 KiB in half precision, so that a few programs keep a
 multiprocessor's memory busy. Not measured."""
 PITCH = 16
-"""Columns that a scaled row is a multiple of, so that it is copied in wide pieces whatever o is."""
+"""The width of a scaled row is a multiple of this, so that it is copied in wide pieces whatever o is."""
 WELL_FILLED = 0.6
 """Share of a block's rows that must be an example's own, lest the copy engine fetch padding. Not measured."""
 
@@ -193,7 +193,7 @@ def weighted_grad(
 def scaled_rows(B: Tensor, kept: Tensor, weights: Tensor, count: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """w B of the kept examples, one after the other, in [n, t, o rounded up]; and its sum, if a bias asks for it."""
     n, t, o = B.shape
-    # to bfloat16 the interpreter cuts numbers off, where a GPU rounds them
+    # the interpreter truncates to bfloat16, where a GPU rounds
     dtype = torch.float32 if interpreting and B.dtype is torch.bfloat16 else B.dtype
     scaled = B.new_empty(n, t, PITCH * triton.cdiv(o, PITCH), dtype=dtype)
     tiles = triton.cdiv(o, SCALED.n)
@@ -254,5 +254,5 @@ def _added(parts: Tensor, out: Tensor) -> Tensor:
 
 
 def row_splits(tiles: int, steps: int, programs: int) -> int:
-    """Into how many parts the rows are split: as many as run side by side, with so many steps of work among them."""
+    """Into how many parts the rows are split: as many as run side by side, and no more than there are steps of work."""
     return max(1, min(MAX_SPLITS, programs // tiles, steps))

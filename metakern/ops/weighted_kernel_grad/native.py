@@ -1,8 +1,8 @@
 """weighted_kernel_grad by the device's own kernel gradient, of the kept examples, on a CPU in chunks that stay in its
 cache.
 
-The library's convolutions take twice as long an example where operands are far above the cache, and a gathered chunk
-takes memory that is in use already (docs/measured-facts.md).
+The library's convolutions take twice as long per example if operands are far larger than the cache, and gathered chunks
+reuse the memory of earlier ones (docs/measured-facts.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def weighted_kernel_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like, settings = kernel.to(A.dtype), (stride, padding, dilation, groups, bias)
     w = w.view(-1, *(1,) * (B.dim() - 1))
-    if kept is None and not host_may_wait():  # to know which are kept
+    if kept is None and not host_may_wait():  # to find out which are kept
         scaled = (B * w).to(B.dtype).masked_fill(w == 0, 0)  # not 0 * inf
         return in_kernel_order(*library_gradient(A, scaled, like, *settings), kernel, A.dtype)
     listed = w.flatten().nonzero().squeeze(1) if kept is None else kept
