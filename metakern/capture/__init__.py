@@ -27,7 +27,7 @@ def trace_batch(
     writes: Writes | None = None,
     rows: bool = True,
 ) -> Trace:
-    """Run the forward pass of one batch and record every use of a trainable parameter; `writes` notes its overwrites.
+    """Run one batch forward and record every use of a trainable parameter; `writes` notes what the pass overwrites.
 
     If only sums over the batch are wanted, `rows=False` skips tracking which rows belong to which example.
     """

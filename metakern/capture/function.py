@@ -45,7 +45,7 @@ _ROW_BY_ROW = frozenset(
     "contiguous clone detach ctc_loss".split()
 )
 
-# Whatever decides their results is a number that autograd saves, or a size of an input.
+# All numbers that decide what they do are saved by autograd, or are sizes of their inputs.
 _TOLD_BY_GRAPH = frozenset(
     "softmax log_softmax sum mean cat stack transpose permute t unsqueeze squeeze unbind chunk split layer_norm "
     "group_norm max_pool1d max_pool2d avg_pool2d conv1d conv2d".split()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def numbers_of(args: tuple[Any, ...], kwargs: dict[str, Any], fractions: bool = False) -> tuple[Hashable, ...]:
-    """Integers, strings and booleans among the arguments, also in nested lists. Floats count only if they are whole:
-    torch's functions scale values by others, and select no rows. `fractions`, for unknown functions: all floats count.
+    """Integers, strings and booleans among the arguments, also in nested lists. Of floats only whole ones count, since
+    torch's functions merely scale values by others; with `fractions`, for unknown functions, all of them count.
     """
     found = [plain(value, fractions) for value in args if not isinstance(value, Tensor)]
     if kwargs:

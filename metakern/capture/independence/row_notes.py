@@ -90,7 +90,7 @@ class RowNotes:
 
     def _note_picks(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        rows = None if source is None or id(source) in self._parametric else source  # a parameter has no examples' rows
+        rows = None if source is None or id(source) in self._parametric else source  # a parameter holds no examples
         edge = get_gradient_edge(rows) if rows is not None and rows.requires_grad else None
         from_data = edge is not None or (rows is not None and peek_interpreter_stack() is not None)
         dims = picked_dims(function.name, args, kwargs, from_data, self._is_static)

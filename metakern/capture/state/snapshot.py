@@ -11,7 +11,7 @@ from torch._C._autograd import _unsafe_set_version_counter
 from metakern.capture.host import is_traced
 
 LARGE = 1 << 12
-"""From so many entries on, a copy takes noticeable time."""
+"""From this many entries on, a copy takes noticeable time."""
 
 
 class Snapshot:

@@ -35,7 +35,7 @@ _DEPTH, _DEEP = 4, 10
 """Depth of the search: in every step, and before passes with NaN, which must not stay behind in any list."""
 
 _FEW = 256
-"""At most so many tensors are put aside and brought back around the meta batch's pass; further ones are data."""
+"""At most this many tensors are put aside and brought back around the meta batch's pass; further ones are data."""
 
 _FUNCTIONS = frozenset((types.FunctionType, types.MethodType, functools.partial))
 _OPAQUE = (types.ModuleType, str, bytes, int, float, complex, bool, type(None))

@@ -24,7 +24,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 class _ForwardMode(Forms):
-    """Treats anything under `torch.no_grad()` as constant, as a backward pass does; torch would differentiate it."""
+    """Treats all under `torch.no_grad()` as constant, as backward passes do; torch's forward mode differentiates it."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,7 +49,7 @@ class _ForwardMode(Forms):
 
 _OPERATORS = OpOverload, OpOverloadPacket, HigherOrderOperator
 _TORCHS_OWN = "aten.", "prims."
-"""They raise if they have no forward mode; some derivatives are made of the latter."""
+"""Operators that raise by themselves if they have no forward mode; derivatives may be made of the latter."""
 
 
 def _lost(output: Any, given: bool) -> bool:
