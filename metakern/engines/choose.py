@@ -12,7 +12,7 @@ from torch import nn
 from metakern.capture.independence.examples import new_in_a_row
 from metakern.capture.members import modules_of
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state.passes import Start
+from metakern.capture.state.passes import RestorePoint
 from metakern.engines import double_backward, ghost, jvp
 from metakern.engines.problem import Answer, Problem
 
@@ -25,7 +25,7 @@ ENGINES: dict[str, Callable[[Problem], Answer]] = {
 T = TypeVar("T")
 
 
-def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
+def solve(problem: Problem, engine: str, start: RestorePoint) -> tuple[Answer, str]:
     """The answer, and the name of the engine that gave it.
 
     Raises: as `first_exact`.
@@ -34,7 +34,7 @@ def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
 
 
 def first_exact(
-    engines: Mapping[str, Callable[[Problem], T]], problem: Problem, engine: str, start: Start
+    engines: Mapping[str, Callable[[Problem], T]], problem: Problem, engine: str, start: RestorePoint
 ) -> tuple[T, str]:
     """The answer of the requested engine (with "auto", of the cheapest exact one), and its name. If a second engine is
     tried, the model is first reset to `start`.
@@ -46,7 +46,7 @@ def first_exact(
     """
     if engine != "auto" and engine not in engines:
         raise ValueError(f"engine must be 'auto' or one of {sorted(engines)}, got {engine!r}")
-    problem.writes.look_around(problem.loss_fn)  # the loss's state, to be restored if ghost rejects the problem
+    problem.writes.keep_functions(problem.loss_fn)  # the loss's state, to be restored if ghost rejects the problem
     if engine != "auto":
         return engines[engine](problem), engine
     if normalises_over_batch(problem.model) or _never_twice_alike(problem.model):

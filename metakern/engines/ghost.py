@@ -49,7 +49,7 @@ def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
         loss, gradient = problem.meta_gradient()
         mean_over_group(gradient, problem.process_group)
         return Meta(loss, problem.by_identity(gradient), {}, {})
-    with problem.writes.apart():
+    with problem.writes.meta_pass():
         meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable
         meta_trace = trace_batch(*meta, "meta_batch", rows=False)
         return meta_gradients(problem, trace, meta_trace, candidates, whole)

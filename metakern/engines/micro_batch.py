@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state.passes import Held
+from metakern.capture.state.passes import PythonState
 from metakern.capture.state.random_state import RandomState, random_state, restore_random_state
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.cut import cut
@@ -72,7 +72,7 @@ class _Parts:
     """The train batch, part by part, and what is needed to run each part again."""
 
     def __init__(self, problem: Problem, size: int) -> None:
-        self._problem, self._size, self._starts = problem, size, list[tuple[RandomState, Held]]()
+        self._problem, self._size, self._starts = problem, size, list[tuple[RandomState, PythonState]]()
         self._batches, self._losses = cut(problem.batch, size, "batch"), list[Tensor]()
         self._buffers = PartBuffers(problem.model)
 
@@ -115,8 +115,8 @@ class _Parts:
         }
         return self._problem.without_unused(found)
 
-    def _held(self) -> Held:
-        return Held(self._problem.model, self._problem.loss_fn)
+    def _held(self) -> PythonState:
+        return PythonState(self._problem.model, self._problem.loss_fn)
 
     def _add(self, total: dict[str, Tensor], batch: Any, losses: Tensor, weights: Tensor) -> None:
         part = part_of(self._problem, batch, set())

@@ -16,28 +16,28 @@ from torch import Tensor
 from metakern import dots as stage_dots
 from metakern.capture.record import Record
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state.moment import Moment
-from metakern.capture.state.passes import Start
+from metakern.capture.state.graph_state import GraphState
+from metakern.capture.state.passes import RestorePoint
 from metakern.engines.problem import Answer, Problem, named_gradients
 from metakern.engines.recorded import NONE_PAIRED, Recorded, restricted
 from metakern.engines.train_pass import GhostPass, TrainPass, open_pass
 from metakern.engines.weighted_backward import weighted_backward
 
 
-def solve(problem: Problem, engine: str, start: Start) -> tuple[Answer, str]:
+def solve(problem: Problem, engine: str, start: RestorePoint) -> tuple[Answer, str]:
     """The dots [n, m], by the engine asked for or by the cheapest exact one, and its name.
 
     Raises: as `metakern.engines.solve`.
     """
     train, used = open_pass(problem, engine, start)
-    after_train = problem.writes.moment()
-    with problem.writes.apart():
+    after_train = problem.writes.graph_state()
+    with problem.writes.meta_pass():
         columns, losses = _columns(problem, train, after_train)
         dots = torch.stack(list(columns), 1)
     return Answer(dots, train.losses, losses.mean(), train.weighted_gradient), used
 
 
-def _columns(problem: Problem, train: TrainPass, after_train: Moment) -> tuple[Iterator[Tensor], Tensor]:
+def _columns(problem: Problem, train: TrainPass, after_train: GraphState) -> tuple[Iterator[Tensor], Tensor]:
     """Dots with each meta example in turn, and the losses of the meta batch, [m].
 
     The backward passes of both batches alternate, each with the state that its own forward pass has left.
@@ -53,15 +53,15 @@ def _columns(problem: Problem, train: TrainPass, after_train: Moment) -> tuple[I
     return _by_backward(problem, train, losses, after_train), losses.detach()
 
 
-def _by_backward(problem: Problem, train: TrainPass, losses: Tensor, after_train: Moment) -> Iterator[Tensor]:
+def _by_backward(problem: Problem, train: TrainPass, losses: Tensor, after_train: GraphState) -> Iterator[Tensor]:
     for one in torch.eye(len(losses), dtype=losses.dtype, device=losses.device):
         v = weighted_backward(problem, losses, one, keep=True, only=problem.chosen)
-        with after_train.again():
+        with after_train.reinstated():
             dots = train.dots(named_gradients(v, v.values()))
         yield dots
 
 
-def _by_records(problem: Problem, train: GhostPass, meta: Recorded, after_train: Moment) -> Iterator[Tensor]:
+def _by_records(problem: Problem, train: GhostPass, meta: Recorded, after_train: GraphState) -> Iterator[Tensor]:
     m = len(meta.losses)
     paired = _pairs(problem, train, meta)
     covered = {id(p) for record in paired.values() for _, p in record.call.parameters}
@@ -71,7 +71,7 @@ def _by_records(problem: Problem, train: GhostPass, meta: Recorded, after_train:
     def along(one: Tensor, paired: Mapping[int, Record] = NONE_PAIRED, columns: int = 0) -> Tensor:
         found = meta.weighted_gradient(one, keep=True, only=directed) if directed else {}
         v = named_gradients(found, found.values())
-        with after_train.again():
+        with after_train.reinstated():
             return train.records.dots_along({id(directed[name]): g for name, g in v.items()}, paired, columns)
 
     first, *others = torch.eye(m, dtype=meta.losses.dtype, device=meta.losses.device)

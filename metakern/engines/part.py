@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state.passes import Held, PassState
+from metakern.capture.state.passes import PassState, PythonState
 from metakern.capture.state.random_state import random_state, restore_random_state, same_state
 from metakern.engines.cut import cut, examples_of
 from metakern.engines.part_buffers import PartBuffers
@@ -21,7 +21,7 @@ from metakern.engines.recorded import recorded
 
 
 @dataclass(frozen=True)
-class Part(Problem):
+class BatchPart(Problem):
     """A part of the batch; parameters that it does not use are recorded, not an error."""
 
     reached: set[int] = field(default_factory=set)
@@ -30,8 +30,8 @@ class Part(Problem):
         self.reached.update(reached)
 
 
-def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> Part:
-    return problem.recast(Part, batch=batch, reached=reached, **changes)
+def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> BatchPart:
+    return problem.recast(BatchPart, batch=batch, reached=reached, **changes)
 
 
 def examples_in(batch: Any) -> int:
@@ -73,7 +73,7 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     if examples_in(some) <= size:
         return
     state, buffers = random_state(), PartBuffers(problem.model)
-    held = Held(problem.model, problem.loss_fn)
+    held = PythonState(problem.model, problem.loss_fn)
 
     def losses(batch: Any) -> Tensor:
         with buffers.of_part(examples_in(batch)):  # gradients enabled: a loss may take some inside

@@ -88,7 +88,7 @@ class Problem:
 
         The backward pass is inside as well, since checkpointed layers run again there.
         """
-        with self.writes.apart():
+        with self.writes.meta_pass():
             meta_loss = self.meta_losses().mean()
             found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
         return meta_loss.detach(), named_gradients(self.chosen, found)

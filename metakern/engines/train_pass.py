@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from metakern.capture.state.passes import PassState, Start
+from metakern.capture.state.passes import PassState, RestorePoint
 from metakern.engines import jvp
 from metakern.engines.choose import first_exact
 from metakern.engines.double_backward import differentiated_twice
@@ -105,7 +105,7 @@ _PASSES: dict[str, Callable[[Problem], TrainPass]] = {
 }
 
 
-def open_pass(problem: Problem, engine: str, start: Start) -> tuple[TrainPass, str]:
+def open_pass(problem: Problem, engine: str, start: RestorePoint) -> tuple[TrainPass, str]:
     """The forward pass of the train batch by the engine asked for, or by the cheapest exact one, and its name.
 
     Raises: as `metakern.engines.solve`; that an operation has no forward mode shows when dots are asked for.

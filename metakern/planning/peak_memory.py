@@ -16,7 +16,7 @@ from metakern.capture.state.buffers import unchanged_buffers
 from metakern.capture.state.passes import PassState
 from metakern.engines import ghost, jvp, micro_batch
 from metakern.engines.cut import cut
-from metakern.engines.part import Part, examples_in, part_of
+from metakern.engines.part import BatchPart, examples_in, part_of
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import recorded
 from metakern.engines.weighted_backward import weighted_backward
@@ -38,7 +38,7 @@ class Memory(NamedTuple):
         return max(self.train, self.meta, self.dots, self.gradient)
 
 
-class LaterStep(Part):
+class LaterStep(BatchPart):
     """The problem of a step that is not a model's first, in which nothing is checked against autograd."""
 
     @property
@@ -103,7 +103,7 @@ def _dual_phases(problem: Problem) -> list[int]:
 def by_parts(problem: Problem, size: int) -> Memory:
     """The peaks of a step with `micro_batch`; train and dots are one phase."""
     few = _first(problem, 2 * size)
-    reuse, two_pass = (_part_phases(few.recast(Part, memory=memory), size) for memory in ("reuse", "two_pass"))
+    reuse, two_pass = (_part_phases(few.recast(BatchPart, memory=memory), size) for memory in ("reuse", "two_pass"))
     meta, dots, gradient = reuse
     return Memory(_plain_of_all(problem, size), dots, meta, dots, gradient, max(two_pass))
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.state.passes import Start
+from metakern.capture.state.passes import RestorePoint
 from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, pairwise, solve
 from metakern.engines.choose import normalises_over_batch
 from metakern.engines.group import mean_over_group
@@ -45,7 +45,7 @@ def preconditioned(model: nn.Module, optimizer: Optimizer, virtual: str = "adam_
 
 def solve_along(
     problem: Problem,
-    start: Start,
+    start: RestorePoint,
     engine: str,
     direction: Direction | None,
     size: int | None = None,
@@ -63,7 +63,7 @@ def solve_along(
     def along(v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return _directed(problem, v, direction)
 
-    problem.writes.look_around(problem.loss_fn)
+    problem.writes.keep_functions(problem.loss_fn)
     if _freezes(problem, engine, size, batchnorm):
         try:
             return frozen_statistics.solve(problem, along), FROZEN
@@ -81,7 +81,9 @@ def solve_along(
     return Answer(train.dots(along(v)), train.losses, meta_loss, train.weighted_gradient), used
 
 
-def solve_pairwise(problem: Problem, start: Start, engine: str, size: int | None, batchnorm: str) -> tuple[Answer, str]:
+def solve_pairwise(
+    problem: Problem, start: RestorePoint, engine: str, size: int | None, batchnorm: str
+) -> tuple[Answer, str]:
     """As `solve`, with the dots along the gradient of each meta example, [n, m].
 
     Raises: ValueError for settings that cannot be combined.

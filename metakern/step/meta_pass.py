@@ -42,7 +42,7 @@ def _meta_pass_at(
     replaced = substituted(problem.model, {id(chosen[name]): leaf for name, leaf in leaves.items()})
     names = [name for name, p in chosen.items() if name in leaves or moving.moves(p)]
     # The backward pass runs inside as well: checkpointed layers run their forward pass again there.
-    with problem.writes.apart(), replaced, moving if moves else nullcontext():
+    with problem.writes.meta_pass(), replaced, moving if moves else nullcontext():
         meta_loss = problem.meta_losses().mean()
         moving.require_served()
         wanted = [*leaves.values(), *others]

@@ -144,7 +144,7 @@ class Corrected:
         self._features = given.values
         self.examples, self._clean = self._log_q.shape[0], dict[str, Tensor]()
         if clean is not None:
-            with problem.writes.apart(), PLAIN_ATTENTION():
+            with problem.writes.meta_pass(), PLAIN_ATTENTION():
                 losses = per_example_losses(problem.model, clean, problem.loss_fn, "clean_batch")
                 self.examples += losses.shape[0]
                 self._clean = self._mean_gradient(losses)

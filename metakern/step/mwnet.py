@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import LossFunction
 from metakern.capture.state.gradients import gradients_aside
-from metakern.capture.state.passes import Start, unchanged_on_error
+from metakern.capture.state.passes import RestorePoint, unchanged_on_error
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
@@ -124,7 +124,7 @@ class MetaGradient(NamedTuple):
 
 
 def meta_gradient(
-    problem: Problem, start: Start, weighting: Weighting, features: Features, rule: VirtualRule, engine: str
+    problem: Problem, start: RestorePoint, weighting: Weighting, features: Features, rule: VirtualRule, engine: str
 ) -> MetaGradient:
     """d meta_loss(theta^)/dphi = - sum_n s_n dc_n/dphi."""
     train, used = open_pass(features.listening(problem), engine, start)

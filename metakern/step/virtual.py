@@ -98,18 +98,18 @@ def _adam_frozen(p: Tensor, grad: Tensor, lr: Rate, group: Group, state: State) 
     return _adam(p, grad, lr, group, state, frozen=True)
 
 
-class _Known(NamedTuple):
+class _RuleEntry(NamedTuple):
     function: Rule
     optimizers: tuple[type[torch.optim.Optimizer], ...]  # whose state it reads
     affine: bool  # theta^ is affine in the gradient, so J is a number that does not depend on it
 
 
 _RULES = {
-    "sgd": _Known(_sgd, (), True),
-    "momentum": _Known(_momentum, (torch.optim.SGD,), True),
-    "nesterov": _Known(_nesterov, (torch.optim.SGD,), True),
-    "adam": _Known(_adam, (torch.optim.Adam, torch.optim.AdamW), False),
-    "adam_frozen": _Known(_adam_frozen, (torch.optim.Adam, torch.optim.AdamW), False),
+    "sgd": _RuleEntry(_sgd, (), True),
+    "momentum": _RuleEntry(_momentum, (torch.optim.SGD,), True),
+    "nesterov": _RuleEntry(_nesterov, (torch.optim.SGD,), True),
+    "adam": _RuleEntry(_adam, (torch.optim.Adam, torch.optim.AdamW), False),
+    "adam_frozen": _RuleEntry(_adam_frozen, (torch.optim.Adam, torch.optim.AdamW), False),
 }
 
 

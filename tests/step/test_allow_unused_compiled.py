@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import metakern
+from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.captured import CapturedStep
-from metakern.step.programs.granted import Granted
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.testing import inputs
 from metakern.testing.judge import Snapshot
@@ -172,7 +172,7 @@ def test_a_captured_step_leaves_no_gradient_either() -> None:
     own = OwnBatches(batch=batches()[0], meta_batch=batches()[1])
     result = metakern.l2rw_step(model, *own.built(), allow_unused=True)
     gradient = {p: p.grad for p in model.parameters()}
-    step = CapturedStep(lambda: None, own, gradient, result, lambda: Granted(model, None, "softmax", places=True))
+    step = CapturedStep(lambda: None, own, gradient, result, lambda: Assumptions(model, None, "softmax", places=True))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     step(*batches())

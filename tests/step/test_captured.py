@@ -21,9 +21,9 @@ from metakern.capture.state import random_state
 from metakern.ops.select import Operator
 from metakern.ops.waiting import host_may_wait, without_waiting
 from metakern.step.programs import captured
+from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.captured import CapturedStep
 from metakern.step.programs.captured_optimizer import optimizer_as_before
-from metakern.step.programs.granted import Granted
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.testing import budget, inputs, models
@@ -193,7 +193,7 @@ def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
         for old, value in zip(result[:4], new[:4], strict=True):
             old.copy_(value)
 
-    return CapturedStep(replay, own, gradient, result, lambda: Granted(model, None, "softmax", places=True)), calls
+    return CapturedStep(replay, own, gradient, result, lambda: Assumptions(model, None, "softmax", places=True)), calls
 
 
 def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:
@@ -249,11 +249,11 @@ def test_refuses_state_of_an_optimizer_that_lies_elsewhere(kind: Any, replace: A
     replace(optimizer)  # once before as well: what `load_state_dict` makes has its keys in another order
     if not optimizer.state:
         metakern.l2rw_step(model, *batches(), optimizer=optimizer)
-    known = captured.granted_of(model, None, "softmax", optimizer)
-    known.require(captured.granted_of(model, None, "softmax", optimizer))
+    known = captured.assumptions_of(model, None, "softmax", optimizer)
+    known.require(captured.assumptions_of(model, None, "softmax", optimizer))
     replace(optimizer)
     with pytest.raises(ValueError, match="rule or optimizer"):
-        known.require(captured.granted_of(model, None, "softmax", optimizer))
+        known.require(captured.assumptions_of(model, None, "softmax", optimizer))
 
 
 @pytest.mark.parametrize(
@@ -324,13 +324,13 @@ def test_numbers_of_the_host_are_taken_for_granted_by_a_graph() -> None:
     rate, count = torch.tensor(0.1), torch.zeros(3)
     step = CapturedStep(
         lambda: None, OwnBatches(), {}, StepResult(*[count] * 4, "ghost"),
-        lambda: Granted(nn.Identity(), None, "softmax", {"lr": rate, "count": count}, places=True),
+        lambda: Assumptions(nn.Identity(), None, "softmax", {"lr": rate, "count": count}, places=True),
     )  # fmt: skip
     count += 1
-    step._known.require(step._granted())
+    step._known.require(step._assumptions())
     rate.mul_(0.5)
     with pytest.raises(ValueError, match="make another step"):
-        step._known.require(step._granted())
+        step._known.require(step._assumptions())
 
 
 @pytest.mark.gpu

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import metakern
 from metakern.testing.judge import judge_step
 from tests.step.random_programs import program
+from tests.step.virtual_reference import WeightNet, assert_same, mwnet_reference, twin
 
 BLOCK = 50
 OTHERWISE = [{"engine": "jvp"}, {"engine": "double_backward"}, {"memory": "two_pass"}]
@@ -34,3 +37,34 @@ def test_random_programs(block: int) -> None:
 def test_random_programs_otherwise(keywords: dict[str, Any]) -> None:
     for seed in range(1000, 1000 + 2 * BLOCK):
         judge(seed, **keywords)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("memory", ["reuse", "two_pass"])
+def test_weight_nets_of_random_programs(memory: str) -> None:
+    """Against double backward through the whole virtual step."""
+    for seed in range(2000, 2000 + BLOCK):
+        setup, pieces = program(seed)
+        if "checkpointed" in pieces:  # the reference calls the model with other parameters, which run again as they are
+            continue
+        torch.manual_seed(seed)
+        model, net = nn.Sequential(setup.model, Mean()), WeightNet().double()
+        reference, reference_net = twin(model), twin(net)
+        given: dict[str, Any] = {
+            "virtual_lr": 0.3,
+            "normalise": ("sum", "detached_sum", "mean", "none")[seed % 4],
+            "detach_losses": seed % 3 > 0,
+        }
+        batches = setup.batch, setup.meta_batch
+        mwnet_reference(reference, reference_net, *batches, weight_optimizer=sgd(reference_net), **given)
+        metakern.mwnet_step(model, net, *batches, weight_optimizer=sgd(net), memory=memory, **given)
+        assert_same(net, reference_net, f"weight net of program {seed}")
+        assert_same(model, reference, f"program {seed}")
+
+
+def sgd(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.5)

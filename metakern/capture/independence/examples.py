@@ -52,7 +52,7 @@ class _Proved(NamedTuple):
 
 
 @dataclass
-class _Known:
+class _Verdicts:
     """For one model: kinds of axes by structure; axes by structure, sizes and numbers; or why it is rejected."""
 
     kinds: dict[Hashable, list[list[Kind | None]] | str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class _Known:
     new_in_a_row: int = 0  # passes of a structure not met before, since the last one of a known structure
 
 
-_KNOWN: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[torch.nn.Module, _Verdicts] = WeakKeyDictionary()
 _MOST = 4096
 """How many combinations of sizes and numbers are remembered per model."""
 _AT_ONCE = 32
@@ -79,7 +79,7 @@ def example_axes(
         return [[ExampleAxis(0, 1, shape[0] if shape else 1) for shape in use.output_shapes] for use in trace.uses]
     known = _KNOWN.get(model)
     if known is None:
-        known = _KNOWN[model] = _Known()
+        known = _KNOWN[model] = _Verdicts()
     form = (fingerprint, context, trace.numbers, trace.examples, _sizes(trace))
     found = known.axes.get(form)
     if isinstance(found, str):
@@ -116,7 +116,7 @@ def _sizes(trace: Trace) -> Hashable:
 
 
 def _found_out(
-    trace: Trace, known: _Known, form: Hashable, structure: Hashable, moves: bool, poisoned: Poisoned
+    trace: Trace, known: _Verdicts, form: Hashable, structure: Hashable, moves: bool, poisoned: Poisoned
 ) -> Axes:
     """The axes of a new form: those of a known structure, at other sizes or numbers, or proved."""
     structure = (structure, tuple((use.name, tuple(len(s) for s in use.output_shapes)) for use in trace.uses))
@@ -144,7 +144,7 @@ def _found_out(
     return axes
 
 
-def _remember(known: _Known, form: Hashable, found: _Proved | str) -> None:
+def _remember(known: _Verdicts, form: Hashable, found: _Proved | str) -> None:
     if len(known.axes) >= _MOST:
         known.axes.clear()
     known.axes[form] = found

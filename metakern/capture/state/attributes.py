@@ -18,7 +18,7 @@ _DEPTH, _DEEP = 3, 9
 """How many levels of nested objects and collections are searched: normally, and before passes with NaN."""
 
 
-class Bound(NamedTuple):
+class Namespace(NamedTuple):
     """A copy of a module's `__dict__`, torch's own entries included: copying all is cheaper than selecting."""
 
     module: nn.Module
@@ -39,7 +39,7 @@ class Attributes:
     """The attributes of every module of a model at one moment: which objects they are, and what these hold."""
 
     def __init__(self, model: nn.Module, *, deep: bool = False) -> None:
-        self._kept = [Bound(module, vars(module).copy()) for module in keepers_of(model)]
+        self._kept = [Namespace(module, vars(module).copy()) for module in keepers_of(model)]
         self._contents = dict[int, PutBack]()
         for module, held in self._kept:
             if not is_torchs_own(type(module)):

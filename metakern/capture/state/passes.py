@@ -12,22 +12,22 @@ from torch import nn
 from metakern.capture.members import parameters_of
 from metakern.capture.state.attributes import Attributes
 from metakern.capture.state.buffers import Buffers
+from metakern.capture.state.function_state import FunctionState
 from metakern.capture.state.random_state import random_state, restore_random_state
 from metakern.capture.state.registration import nothing_registered
-from metakern.capture.state.surroundings import Surroundings
 from metakern.capture.state.uncompiled import uncompiled
 from metakern.capture.state.writes import Writes, nothing_written
 
 
-class Held:
+class PythonState:
     """Attributes of modules, and the state of the loss function and of the model's functions, at one moment."""
 
     def __init__(self, model: nn.Module, loss_fn: Any, *, deep: bool = False) -> None:
-        self._attributes, self.around = Attributes(model, deep=deep), Surroundings(model, loss_fn, deep=deep)
+        self._attributes, self.functions = Attributes(model, deep=deep), FunctionState(model, loss_fn, deep=deep)
 
     def restore(self) -> None:
         self._attributes.restore()
-        self.around.restore()
+        self.functions.restore()
 
 
 class PassState:
@@ -38,14 +38,14 @@ class PassState:
     ) -> None:
         self._writes = writes  # what the pass writes into parameters
         self._model, self._loss_fn, self._deep = model, loss_fn, deep
-        self._buffers, self._held, self._random = Buffers(model), Held(model, loss_fn, deep=deep), random_state()
-        if writes is not None and writes.around is None:
-            writes.around = self._held.around
+        self._buffers, self._held, self._random = Buffers(model), PythonState(model, loss_fn, deep=deep), random_state()
+        if writes is not None and writes.functions is None:
+            writes.functions = self._held.functions
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside the block all is as at that start, random generators included; afterwards as before the block."""
-        now, after = Held(self._model, self._loss_fn, deep=self._deep), random_state()
+        now, after = PythonState(self._model, self._loss_fn, deep=self._deep), random_state()
         self._held.restore()
         restore_random_state(self._random)
         try:
@@ -53,7 +53,7 @@ class PassState:
                 stack.enter_context(self._buffers.replayed())
                 if self._writes is not None:
                     stack.enter_context(self._writes.rewound())
-                    stack.enter_context(self._writes.aside())
+                    stack.enter_context(self._writes.uncounted())
                 stack.enter_context(nothing_written(self._model))
                 yield
         finally:
@@ -61,7 +61,7 @@ class PassState:
             restore_random_state(after)
 
 
-class Start:
+class RestorePoint:
     """The state that a failed attempt is reset to: buffers, attributes and random state of a model at one moment, and
     what `writes` has kept since (parameters before they were overwritten, and the state of functions).
     """
@@ -74,23 +74,23 @@ class Start:
     def restore(self) -> None:
         if self._writes is not None:
             self._writes.undo()
-            self._writes.left = None
+            self._writes.meta_changes = None
         self._buffers.restore()
         self._attributes.restore()
-        if self._writes is not None and self._writes.around is not None:
-            self._writes.around.restore()
+        if self._writes is not None and self._writes.functions is not None:
+            self._writes.functions.restore()
         restore_random_state(self._random)
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[Start]:
+def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[RestorePoint]:
     """Restore the model if an exception leaves the block; the block may also call `restore` itself.
 
     Inside the block, compiled parts of the model run uncompiled, and autocast starts with an empty cache.
 
     Raises: ValueError if the block gives the model a new trainable parameter.
     """
-    start = Start(model, writes)
+    start = RestorePoint(model, writes)
     grads = [p.grad for p in start.parameters]
     try:
         with uncompiled(), nothing_registered(model, start.parameters), _cast_anew():

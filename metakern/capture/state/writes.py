@@ -18,9 +18,9 @@ from torch.autograd.forward_ad import unpack_dual
 from metakern.capture.function import Function, function_of, may_write, written_by
 from metakern.capture.members import parameters_of
 from metakern.capture.outputs import tensors_in
-from metakern.capture.state.moment import Left, Moment
+from metakern.capture.state.function_state import FunctionState
+from metakern.capture.state.graph_state import Changes, GraphState
 from metakern.capture.state.snapshot import address
-from metakern.capture.state.surroundings import Surroundings
 from metakern.capture.unrolled import SeeingMode
 
 
@@ -64,8 +64,8 @@ class Writes:
         self._parameters: dict[int, list[nn.Parameter]] | None = None
         self._kept: dict[int, _Kept] = {}
         self.seen_pass = False  # whether a whole pass was watched
-        self.around: Surroundings | None = None
-        self.left: Left | None = None  # by the meta batch
+        self.functions: FunctionState | None = None
+        self.meta_changes: Changes | None = None  # by the meta batch
         self._made: set[int | torch.SymInt] = set()  # places of tensors that the pass itself made
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
@@ -110,10 +110,10 @@ class Writes:
         if found:
             self._made |= found.difference(map(_place_read, tensors_in([*args, *kwargs.values()])))
 
-    def look_around(self, *functions: Any) -> None:
+    def keep_functions(self, *functions: Any) -> None:
         """Keep the state of these functions if that was not done yet: they may fail after passes that do not count."""
-        if self.around is None:
-            self.around = Surroundings(self._model, *functions)
+        if self.functions is None:
+            self.functions = FunctionState(self._model, *functions)
 
     def undo(self) -> None:
         for kept in self._kept.values():
@@ -128,37 +128,37 @@ class Writes:
             yield
         self.seen_pass = True
 
-    def moment(self) -> Moment:
+    def graph_state(self) -> GraphState:
         """What the model holds now, and the tensors that were found around it."""
-        return Moment(self._model, [] if self.around is None else self.around.tensors)
+        return GraphState(self._model, [] if self.functions is None else self.functions.tensors)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def meta_pass(self) -> Iterator[None]:
         """For the meta batch's pass, between the forward and the backward pass of the training batch. What it writes
         into parameters and buffers is undone; its other changes are put aside until `settle`.
         """
-        before = self.moment()
+        before = self.graph_state()
         self.settle()
         try:
             with self._taken_back():
                 yield
         finally:
-            self.left = before.exchange()
+            self.meta_changes = before.take_back()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
         """For passes that do not count: inside the block, `settle` does not bring back what the meta batch changed."""
-        left, self.left = self.left, None
+        left, self.meta_changes = self.meta_changes, None
         try:
             yield
         finally:
-            self.left = left
+            self.meta_changes = left
 
     def settle(self) -> None:
         """Bring back what the meta batch's pass changed, on top of what the training batch's did."""
-        if self.left is not None:
-            self.left.bring_back()
-            self.left = None
+        if self.meta_changes is not None:
+            self.meta_changes.reapply()
+            self.meta_changes = None
 
     @contextmanager
     def _taken_back(self) -> Iterator[None]:

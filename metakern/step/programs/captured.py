@@ -26,8 +26,8 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.buffers import unchanged_buffers
 from metakern.capture.state.gradients import gradients_as_before
 from metakern.capture.state.random_state import RandomState, random_state, restore_random_state, same_torch_state
+from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.captured_optimizer import optimizer_as_before
-from metakern.step.programs.granted import Granted
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
@@ -45,10 +45,10 @@ class CapturedStep:
         batches: OwnBatches,
         gradient: Mapping[nn.Parameter, Tensor | None],
         result: StepResult,
-        granted: Callable[[], Granted],
+        assumptions: Callable[[], Assumptions],
     ) -> None:
         self._replay, self._batches, self._gradient, self._result = replay, batches, dict(gradient), result
-        self._granted, self._known = granted, granted()
+        self._assumptions, self._known = assumptions, assumptions()
 
     def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
         """One step on new batches; `.grad` holds the weighted gradient until the next step.
@@ -56,7 +56,7 @@ class CapturedStep:
         Raises: ValueError if a batch differs from the captured one in more than tensor values, or if anything that
             model, loss function, rule or optimizer read has changed in more than tensor values.
         """
-        self._known.require(self._granted())
+        self._known.require(self._assumptions())
         self._batches.take(batch, meta_batch)
         self._replay()
         for parameter, grad in self._gradient.items():  # zero_grad may have removed it, or a backward pass left another
@@ -121,15 +121,17 @@ def capture_step(
         with optimizer_as_before(optimizer):
             graph, result = _captured(lambda: step(optimizer))
         gradient = {p: p.grad for p in trainable.values()}
-    return CapturedStep(graph.replay, batches, gradient, result, partial(granted_of, model, loss_fn, rule, optimizer))
+    return CapturedStep(
+        graph.replay, batches, gradient, result, partial(assumptions_of, model, loss_fn, rule, optimizer)
+    )
 
 
-def granted_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.optim.Optimizer | None) -> Granted:
+def assumptions_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.optim.Optimizer | None) -> Assumptions:
     """The assumptions of a graph. If momentum tensors were replaced, the graph would go on writing into the memory of
     the old ones, which other tensors may use by then.
     """
     stepped = () if optimizer is None else (*optimizer.param_groups, optimizer.state)
-    return Granted(model, loss_fn, rule, *stepped, places=True)
+    return Assumptions(model, loss_fn, rule, *stepped, places=True)
 
 
 def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metakern.capture.layout import stored_alike
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.function_state import FunctionState
 from metakern.capture.state.random_state import (
     RandomState,
     random_state,
@@ -20,15 +21,14 @@ from metakern.capture.state.random_state import (
     same_torch_state,
     torch_random_state,
 )
-from metakern.capture.state.surroundings import Surroundings
 from metakern.capture.state.writes import Writes
 from metakern.engines.repetition import agree
-from metakern.step.programs.granted import Granted
+from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.own_buffers import buffers_of
 from metakern.step.programs.program import Program
 
 
-class Found(NamedTuple):
+class PartResult(NamedTuple):
     """What a step, or a part of it, computes: weights, dots, gradients."""
 
     engine: str
@@ -36,7 +36,7 @@ class Found(NamedTuple):
     more: bool = False  # whether another part follows
 
 
-class Seen(NamedTuple):
+class ObservedStep(NamedTuple):
     """What one step returned, and what it changed."""
 
     engine: str
@@ -45,7 +45,7 @@ class Seen(NamedTuple):
     end: RandomState
     values: list[Tensor]
     left: list[Tensor]  # the values of these buffers after it
-    around: Surroundings  # the state of functions before it
+    function_state: FunctionState  # before it
 
     @property
     def draws(self) -> bool:
@@ -53,37 +53,39 @@ class Seen(NamedTuple):
         return not same_torch_state(self.start, self.end)
 
 
-def see(model: nn.Module, functions: Sequence[Any], granted: Callable[[], Granted], step: Callable[[], Found]) -> Seen:
+def observe(
+    model: nn.Module, functions: Sequence[Any], assumptions: Callable[[], Assumptions], step: Callable[[], PartResult]
+) -> ObservedStep:
     """Run one step, which also does what is proved once per model, and undo its effects; reject what a program would
     do only once.
 
     `functions` are what the step calls besides the model.
     """
-    start, known, buffers = random_state(), granted(), [(b, b.detach().clone()) for b in buffers_of(model)]
-    around, writes = Surroundings(model, *functions), Writes(model)
-    with restored_on_error(around):
+    start, known, buffers = random_state(), assumptions(), [(b, b.detach().clone()) for b in buffers_of(model)]
+    state, writes = FunctionState(model, *functions), Writes(model)
+    with restored_on_error(state):
         try:
             with unchanged_buffers(model):
                 with writes.watching():
                     found = step()
                 written = [b for b, value in buffers if writes.found(b) or not _same(b, value)]
                 left = [b.clone() for b in written]
-                changed = granted().differs_from(known)
+                changed = assumptions().differs_from(known)
             end = random_state()
-            _require_compilable(start, end, found.values, changed and _changes(model, granted, step))
+            _require_compilable(start, end, found.values, changed and _changes(model, assumptions, step))
         finally:
             restore_random_state(start)
     if not changed:
-        around.restore()
-    return Seen(found.engine, written, start, end, found.values, left, around)
+        state.restore()
+    return ObservedStep(found.engine, written, start, end, found.values, left, state)
 
 
 @contextmanager
-def restored_on_error(around: Surroundings) -> Iterator[None]:
+def restored_on_error(state: FunctionState) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        around.restore()
+        state.restore()
         raise
 
 
@@ -105,17 +107,17 @@ def _require_compilable(start: RandomState, end: RandomState, values: Sequence[T
         )
 
 
-def _changes(model: nn.Module, granted: Callable[[], Granted], step: Callable[[], Found]) -> bool:
+def _changes(model: nn.Module, assumptions: Callable[[], Assumptions], step: Callable[[], PartResult]) -> bool:
     """Whether the step changes anything when it is run again. Some models record on their first call what they were
     called with, as transformers do in `config.problem_type`.
     """
-    known = granted()
+    known = assumptions()
     with unchanged_buffers(model):
         step()
-        return granted().differs_from(known)
+        return assumptions().differs_from(known)
 
 
-def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
+def require_same(program: Program, seen: ObservedStep, tensors: list[Tensor]) -> None:
     """Raise unless the program, which returns values and then buffers, draws and returns what that step did. It is also
     run from where the step ended, since the step must not change numbers that determine the program.
     """
@@ -138,7 +140,7 @@ def require_same(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
             )
 
 
-def require_compiled_as_traced(program: Program, seen: Seen, tensors: list[Tensor]) -> None:
+def require_compiled_as_traced(program: Program, seen: ObservedStep, tensors: list[Tensor]) -> None:
     """Raise unless the compiled program also returns what that step did; not checked if it draws random numbers, whose
     order may differ.
     """

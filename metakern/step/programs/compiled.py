@@ -20,11 +20,11 @@ from metakern.capture.members import parameters_of
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.state.gradients import gradients_as_before
 from metakern.step.hand_over import hand_over, require_optimizer
-from metakern.step.programs.compilable import Found
-from metakern.step.programs.granted import Granted
+from metakern.step.programs.assumptions import Assumptions
+from metakern.step.programs.compilable import PartResult
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.program import Backend, compiler_of
-from metakern.step.programs.step_program import AnotherWay, StepProgram, compiled
+from metakern.step.programs.step_program import NotThisProgram, StepProgram, compiled
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
 
@@ -58,7 +58,7 @@ class CompiledStep:
         try:
             with self._program.nothing_drawn_on_error():
                 return self._taken(batch, meta_batch, accumulate)
-        except AnotherWay:
+        except NotThisProgram:
             return self._uncompiled(*self._program.given(), accumulate=accumulate)
 
     def _taken(self, batch: Any, meta_batch: Any, accumulate: bool) -> StepResult:
@@ -125,17 +125,17 @@ def compile_step(
             **settings,
         )
 
-    def parts(given: list[Any], numbers: Sequence[Tensor], engine: str) -> Iterator[Found]:
+    def parts(given: list[Any], numbers: Sequence[Tensor], engine: str) -> Iterator[PartResult]:
         *result, used = take(given[0], given[1], engine)
         gradient = {name: p.grad for name, p in trainable.items() if p.grad is not None}
         names[:] = gradient
-        yield Found(used, [*result, *gradient.values()])
+        yield PartResult(used, [*result, *gradient.values()])
 
-    def granted() -> Granted:
-        return Granted(model, loss_fn, rule)
+    def assumptions() -> Assumptions:
+        return Assumptions(model, loss_fn, rule)
 
     with gradients_as_before(parameters_of(model)):
-        program = compiled(model, [loss_fn], granted, batches, parts, engine, compiler)
+        program = compiled(model, [loss_fn], assumptions, batches, parts, engine, compiler)
 
     def uncompiled(*given: Any, accumulate: bool) -> StepResult:
         return take(*given, optimizer=optimizer, accumulate=accumulate)

@@ -24,7 +24,7 @@ from metakern.step.meta_network import are_asked_for, require_meta_network, step
 from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, require_carry, with_carry
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.program import Backend, compiler_of
-from metakern.step.programs.step_program import AnotherWay
+from metakern.step.programs.step_program import NotThisProgram
 from metakern.step.programs.two_parts import CompiledParts, Half, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
 
@@ -75,7 +75,7 @@ class CompiledCorrectionStep:
 
         try:
             first, second = parts.take(batch, meta_batch, features, clean_batch, learn=learn, accumulate=accumulate)
-        except AnotherWay:
+        except NotThisProgram:
             batch, meta_batch, features, clean_batch = parts.given()
             return self._uncompiled(
                 batch,

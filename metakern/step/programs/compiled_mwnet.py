@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from metakern.capture.losses import LossFunction
-from metakern.capture.state.passes import Start
+from metakern.capture.state.passes import RestorePoint
 from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.step.meta_network import Features, are_asked_for
 from metakern.step.mwnet import MetaStepResult, meta_gradient, mwnet_step, require_weight_net
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.program import Backend, compiler_of
-from metakern.step.programs.step_program import AnotherWay
+from metakern.step.programs.step_program import NotThisProgram
 from metakern.step.programs.two_parts import CompiledParts, Half, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
 from metakern.step.weighting import Weighting
@@ -49,7 +49,7 @@ class CompiledMetaStep:
         """
         try:
             first, second = self._parts.take(batch, meta_batch, features, accumulate=accumulate)
-        except AnotherWay:
+        except NotThisProgram:
             batch, meta_batch, features = self._parts.given()
             return self._uncompiled(batch, meta_batch, features=features, accumulate=accumulate)
         (dots, meta_loss), (weights, losses) = first, second
@@ -104,7 +104,7 @@ def compile_mwnet_step(
 
     def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[Half]:
         given = Features(*others)
-        start = Start(problem.model, problem.writes)
+        start = RestorePoint(problem.model, problem.writes)
         train, used, dots, meta_loss, gradient = meta_gradient(problem, start, weighting, given, rule, engine)
         yield Half(used, [dots, meta_loss], gradient)
         weights = weighting.weights(train.losses, given.values)

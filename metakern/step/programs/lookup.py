@@ -10,7 +10,7 @@ from threading import local
 from typing import Any
 
 from metakern.capture.state.contents import is_module_of_user
-from metakern.capture.state.surroundings import FOREIGN
+from metakern.capture.state.function_state import FOREIGN
 
 
 class OwnWords(set[str]):

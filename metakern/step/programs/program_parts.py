@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 
-class Part(NamedTuple):
+class GraphPart(NamedTuple):
     """A graph that returns its results, whether the program is valid for this run, and values that later parts need."""
 
     graph: fx.GraphModule
@@ -24,7 +24,7 @@ class Part(NamedTuple):
             del values[name]
 
 
-def cut(graph: fx.GraphModule, sizes: Sequence[int]) -> list[Part]:
+def cut(graph: fx.GraphModule, sizes: Sequence[int]) -> list[GraphPart]:
     """Parts of a graph whose outputs are `sizes` results of each part, in order, with one more value after each.
 
     A part ends where that value is computed. Operations keep their order, so that in-place writes act as before.
@@ -36,7 +36,7 @@ def cut(graph: fx.GraphModule, sizes: Sequence[int]) -> list[Part]:
     lasts = [nodes.index(outputs[end]) + 1 for end in ends[:-1]] + [len(nodes)]
     chunks = [nodes[start:end] for start, end in zip([0, *lasts], lasts)]
     results = [list(outputs[end - size : end + 1]) for size, end in zip(sizes, ends)]
-    parts: list[Part] = []
+    parts: list[GraphPart] = []
     needed: frozenset[str] = frozenset()
     for chunk, found in zip(reversed(chunks), reversed(results)):
         own = {node.name for node in chunk}
@@ -44,7 +44,7 @@ def cut(graph: fx.GraphModule, sizes: Sequence[int]) -> list[Part]:
         used |= {node.name: node for node in found if node.name not in own}
         kept = [node for node in chunk if node.name in needed]
         part = _part(graph, chunk, list(used.values()), [*found, *kept])
-        parts.append(Part(part, list(used), len(found) - 1, [node.name for node in kept], needed))
+        parts.append(GraphPart(part, list(used), len(found) - 1, [node.name for node in kept], needed))
         needed = (needed - own) | used.keys()
     return parts[::-1]
 

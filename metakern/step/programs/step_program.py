@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from metakern.capture.state.passes import unchanged_on_error
 from metakern.capture.state.random_state import restore_random_state, torch_random_state
 from metakern.engines.jvp import without_fused_lstm
+from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.compilable import (
-    Found,
+    PartResult,
+    observe,
     require_compiled_as_traced,
     require_same,
     restored_on_error,
-    see,
     torch_random_state_as_before,
 )
-from metakern.step.programs.granted import Granted
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.own_buffers import OwnBuffers
 from metakern.step.programs.program import Backend, Program, traced
 
-Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[Found]]
+Parts = Callable[[list[Any], Sequence[Tensor], str], Iterator[PartResult]]
 """What a step computes part by part, given batches, numbers and the name of an engine."""
 
 
-class AnotherWay(Exception):
+class NotThisProgram(Exception):
     """Raised if batches have other shapes than the compiled ones, or take another branch."""
 
 
@@ -40,30 +40,30 @@ class StepProgram:
         program: Program,
         batches: OwnBatches,
         buffers: OwnBuffers,
-        granted: Callable[[], Granted],
+        assumptions: Callable[[], Assumptions],
         engine: str,
         draws: bool,
     ) -> None:
         self._program, self._batches, self._buffers, self._draws = program, batches, buffers, draws
-        self._granted, self._known = granted, granted()
+        self._assumptions, self._known = assumptions, assumptions()
         self._others: list[Any] | None = None  # the last batches, if they had other shapes
         self.engine = engine
 
     def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
         """What each part computes for new batches.
 
-        Raises: AnotherWay if a batch has other shapes than the compiled one, or takes another branch (as a non-finite
-            loss does); ValueError if more differs than shapes and tensor values, or if anything that the step reads has
-            changed in more than tensor values.
+        Raises: NotThisProgram if a batch has other shapes than the compiled one, or takes another branch (as a
+            non-finite loss does); ValueError if more differs than shapes and tensor values, or if anything that the
+            step reads has changed in more than tensor values.
         """
-        self._known.require(self._granted())
+        self._known.require(self._assumptions())
         self._others = None if self._batches.fit(*given) else list(given)
         if self._others is not None:
-            raise AnotherWay
+            raise NotThisProgram
         self._batches.take(*given)
         for found in self._program([*self._batches.tensors, *numbers, *self._buffers.tensors]):
             if found is None:
-                raise AnotherWay
+                raise NotThisProgram
             yield found
 
     @contextmanager
@@ -89,7 +89,7 @@ class StepProgram:
 def compiled(
     model: nn.Module,
     functions: Sequence[Any],
-    granted: Callable[[], Granted],
+    assumptions: Callable[[], Assumptions],
     batches: OwnBatches,
     parts: Parts,
     engine: str,
@@ -101,12 +101,12 @@ def compiled(
     `functions` are what the step calls besides the model. Gradients are left as the step leaves them.
     """
 
-    def once() -> Found:
+    def once() -> PartResult:
         found = list(parts(batches.built(), numbers, engine))
-        return Found(found[-1].engine, [value for part in found for value in part.values])
+        return PartResult(found[-1].engine, [value for part in found for value in part.values])
 
     with unchanged_on_error(model), torch_random_state_as_before():
-        seen = see(model, functions, granted, once)
+        seen = observe(model, functions, assumptions, once)
         buffers = OwnBuffers(model, seen.buffers)
         own = len(batches.tensors)
 
@@ -117,10 +117,10 @@ def compiled(
                     yield part.values if part.more else [*part.values, *written]
 
         given = [*batches.tensors, *numbers]
-        with restored_on_error(seen.around):
+        with restored_on_error(seen.function_state):
             with without_fused_lstm(model):
                 program = traced(step, [*given, *buffers.tensors])
             require_same(program, seen, given)
             program.compile(backend)
             require_compiled_as_traced(program, seen, given)
-    return StepProgram(program, batches, buffers, granted, seen.engine, seen.draws)
+    return StepProgram(program, batches, buffers, assumptions, seen.engine, seen.draws)

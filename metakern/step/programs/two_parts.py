@@ -22,8 +22,8 @@ from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.meta_network import step_meta_network, undone_on_error
-from metakern.step.programs.compilable import Found
-from metakern.step.programs.granted import Granted
+from metakern.step.programs.assumptions import Assumptions
+from metakern.step.programs.compilable import PartResult
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.program import Backend
 from metakern.step.programs.step_program import compiled
@@ -80,8 +80,8 @@ class TwoParts:
     def called(self) -> list[Any]:
         return [self.loss_fn, self.features, *self.functions]
 
-    def granted(self) -> Granted:
-        return Granted(self.both(), *self.called(), *_looked_at(self.rule, self.model))
+    def assumptions(self) -> Assumptions:
+        return Assumptions(self.both(), *self.called(), *_looked_at(self.rule, self.model))
 
     def both(self) -> nn.Module:
         return nn.ModuleList([self.model, self.network])
@@ -98,13 +98,13 @@ class CompiledParts:
         self._step, self._trainable = step, trainable_parameters(step.model)
         self._layout: list[tuple[int, tuple[Any, ...]]] = [(0, ()), (0, ())]  # number of values, keys of the gradient
 
-        def parts(given: list[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Found]:
+        def parts(given: list[Any], rates: Sequence[Tensor], engine: str) -> Iterator[PartResult]:
             for place, half in enumerate(step.parts(given, rates, engine)):
                 self._layout[place] = len(half.values), tuple(half.gradient)
-                yield Found(half.engine, [*half.values, *half.gradient.values()], more=place == 0)
+                yield PartResult(half.engine, [*half.values, *half.gradient.values()], more=place == 0)
 
         self._program = compiled(
-            step.both(), step.called(), step.granted, batches, parts, engine, compiler, step.rates()
+            step.both(), step.called(), step.assumptions, batches, parts, engine, compiler, step.rates()
         )
 
     @property
@@ -120,9 +120,9 @@ class CompiledParts:
 
         Between the parts the second network's optimizer steps, or `learn` is called if given.
 
-        Raises: AnotherWay if the batches have other shapes than the compiled ones, or take another branch; ValueError
-            if they differ in more than shapes and tensor values, or if anything that the step reads has changed in more
-            than tensor values. Everything is then as before.
+        Raises: NotThisProgram if the batches have other shapes than the compiled ones, or take another branch;
+            ValueError if they differ in more than shapes and tensor values, or if anything that the step reads has
+            changed in more than tensor values. Everything is then as before.
         """
         step = self._step
         run = self._program.run(*given, numbers=step.rates())

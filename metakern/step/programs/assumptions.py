@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metakern.capture.layout import stored
 from metakern.capture.members import modules_of
 from metakern.capture.state.contents import attributes_of
-from metakern.capture.state.surroundings import globals_of
+from metakern.capture.state.function_state import globals_of
 from metakern.step.programs.lookup import OwnWords, Words, function_of, is_foreign, is_own, named_in, words_of
 
 _DEPTH = 6
@@ -52,7 +52,7 @@ _FORWARD = frozenset(("forward",))
 _ENVIRONMENT = frozenset(("environ", "getenv"))
 
 
-class Granted:
+class Assumptions:
     """What the modules of a model hold, and what functions read, at one moment.
 
     Of objects outside the model, only attributes whose names occur in one of the functions count, so a trainer's other
@@ -81,7 +81,7 @@ class Granted:
         while self._ahead:
             self._visit(*self._ahead.pop())
 
-    def require(self, now: Granted) -> None:
+    def require(self, now: Assumptions) -> None:
         """Raise ValueError if something differs `now`."""
         if now.differs_from(self):
             raise ValueError(
@@ -90,7 +90,7 @@ class Granted:
                 "make another step, or keep a number that changes in a tensor"
             )
 
-    def _difference(self, now: Granted) -> str:
+    def _difference(self, now: Assumptions) -> str:
         """The first difference, with the name that precedes it if there is one."""
         name = ""
         for before, after in zip_longest(self._found, now._found):
@@ -99,7 +99,7 @@ class Granted:
             name = f"{before}: " if isinstance(before, str) else ""
         return "nothing"
 
-    def differs_from(self, other: Granted) -> bool:
+    def differs_from(self, other: Assumptions) -> bool:
         return len(self._found) != len(other._found) or not all(map(_same, self._found, other._found))
 
     def _visit(self, value: Any, words: Words, depth: int) -> None:
@@ -261,26 +261,26 @@ class Granted:
         self._found.append(value)
 
 
-_KINDS: list[tuple[Any, Callable[[Granted, Any, Words, int], None]]] = [
-    (Tensor, Granted._tensor),
-    ((list, tuple, deque, set, frozenset), Granted._sequence),
-    ((dict, types.MappingProxyType), Granted._items),
+_KINDS: list[tuple[Any, Callable[[Assumptions, Any, Words, int], None]]] = [
+    (Tensor, Assumptions._tensor),
+    ((list, tuple, deque, set, frozenset), Assumptions._sequence),
+    ((dict, types.MappingProxyType), Assumptions._items),
     ((UserDict, UserList), lambda self, value, words, depth: self._visit(value.data, words, depth)),
-    (types.FunctionType, Granted._function),
-    (types.MethodType, Granted._method),
-    (functools.partial, Granted._partial),
-    (nn.Module, Granted._module),
-    ((torch.Generator, random.Random), Granted._generator),
-    (ContextVar, Granted._context),
-    ((torch.optim.Optimizer, LRScheduler), Granted._stepped),
-    (type(os.environ), Granted._environment),
+    (types.FunctionType, Assumptions._function),
+    (types.MethodType, Assumptions._method),
+    (functools.partial, Assumptions._partial),
+    (nn.Module, Assumptions._module),
+    ((torch.Generator, random.Random), Assumptions._generator),
+    (ContextVar, Assumptions._context),
+    ((torch.optim.Optimizer, LRScheduler), Assumptions._stepped),
+    (type(os.environ), Assumptions._environment),
 ]
 
 
 @functools.lru_cache(4096)
-def _way_of(kind: type) -> Callable[[Granted, Any, Words, int], None]:
+def _way_of(kind: type) -> Callable[[Assumptions, Any, Words, int], None]:
     """The method that visits values of this kind."""
-    default = Granted._numbers if kind.__module__.startswith("numpy") else Granted._object
+    default = Assumptions._numbers if kind.__module__.startswith("numpy") else Assumptions._object
     return next((way for kinds, way in _KINDS if issubclass(kind, kinds)), default)
 
 

@@ -43,7 +43,7 @@ FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
 """Packages whose objects keep no state that a pass changes: loggers, locks, data loaders, optimizers."""
 
 
-class Surroundings:
+class FunctionState:
     """What functions can reach at one moment: the objects that names refer to, and their contents.
 
     The modules of `model` are kept in `attributes.py`, what their functions and hooks reach is kept here. `deep`:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern
-from metakern.step.programs.granted import Granted
+from metakern.step.programs.assumptions import Assumptions
 from metakern.testing import inputs
 
 MODEL = nn.Linear(6, 3).double()
@@ -222,11 +222,11 @@ LOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
 def test_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_NUMBER_OF_A_TEST", "0")
     look, change = LOOKS[kind]
-    before = Granted(MODEL, look)
+    before = Assumptions(MODEL, look)
     TRAINER.epoch += 1  # nothing that anybody looks at
-    assert not Granted(MODEL, look).differs_from(before)
+    assert not Assumptions(MODEL, look).differs_from(before)
     change()
-    assert Granted(MODEL, look).differs_from(before)
+    assert Assumptions(MODEL, look).differs_from(before)
 
 
 class Schedule:
@@ -246,20 +246,20 @@ class Scheduled(nn.Module):
 def test_methods_of_what_a_model_holds() -> None:
     for change in (lambda: TABLE.update(power=7.0), lambda: setattr(Trainer, "shared", 7.0)):
         model = Scheduled()
-        before = Granted(model)
-        assert not Granted(model).differs_from(before)
+        before = Assumptions(model)
+        assert not Assumptions(model).differs_from(before)
         change()
-        assert Granted(model).differs_from(before)
+        assert Assumptions(model).differs_from(before)
 
 
 def test_a_hook_of_a_trainer_looks_at_what_it_has_a_word_for() -> None:
     trainer, model = Trainer(), nn.Linear(6, 3)
     model.register_forward_hook(trainer.by_a_string)
-    before = Granted(model)
+    before = Assumptions(model)
     trainer.epoch += 1
-    assert not Granted(model).differs_from(before)
+    assert not Assumptions(model).differs_from(before)
     trainer.power = 2.0
-    assert Granted(model).differs_from(before)
+    assert Assumptions(model).differs_from(before)
 
 
 def test_cycles_end() -> None:
@@ -267,9 +267,9 @@ def test_cycles_end() -> None:
     around += [around, {"again": around}]
     around.append((around, around))
     look = functools.partial(lambda held, *_: held, around)
-    before = Granted(MODEL, look)
+    before = Assumptions(MODEL, look)
     around[0] = 2.0
-    assert Granted(MODEL, look).differs_from(before)
+    assert Assumptions(MODEL, look).differs_from(before)
 
 
 def test_a_compiled_step_refuses_numbers_of_an_optimizer_and_of_slots() -> None:

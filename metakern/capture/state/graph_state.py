@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metakern.capture.members import OWN, is_torchs_own, keepers_of, tensors_held_by
-from metakern.capture.state.attributes import Bound
+from metakern.capture.state.attributes import Namespace
 from metakern.capture.state.buffers import Buffers
 from metakern.capture.state.snapshot import Snapshot
 
@@ -28,13 +28,13 @@ class _Attribute(NamedTuple):
     became: Any
 
 
-class Left:
+class Changes:
     """What a pass has changed: attributes of modules, and tensors, each as before and after it."""
 
     def __init__(self, attributes: Sequence[_Attribute], tensors: Sequence[tuple[Snapshot, Snapshot]]) -> None:
         self._attributes, self._tensors = attributes, tensors
 
-    def bring_back(self) -> None:
+    def reapply(self) -> None:
         """Make these changes again, except where something else has changed since."""
         for module, name, was, became in self._attributes:
             if vars(module).get(name, _NONE) is was:
@@ -44,12 +44,12 @@ class Left:
                 after.restore()
 
 
-class Moment:
+class GraphState:
     """Attributes of modules, tensors among them or found `outside` the model, and buffers, at one moment."""
 
     def __init__(self, model: nn.Module, outside: Sequence[Tensor]) -> None:
         self._of = model, outside
-        self._bound = [Bound(module, vars(module).copy()) for module in keepers_of(model)]
+        self._bound = [Namespace(module, vars(module).copy()) for module in keepers_of(model)]
         own = (tensors_held_by(module) for module, _ in self._bound if not is_torchs_own(type(module)))
         found = {id(tensor): tensor for tensors in (*own, outside) for tensor in tensors}
         self._tensors, self._buffers = [Snapshot(tensor) for tensor in found.values()], Buffers(model)
@@ -61,17 +61,17 @@ class Moment:
             tensor.restore()
         self._buffers.restore()
 
-    def exchange(self) -> Left:
+    def take_back(self) -> Changes:
         """Restore this moment, and return what had changed since, except buffers."""
         tensors = [(kept, Snapshot(kept.tensor)) for kept in self._tensors if kept.changed()]
-        left = Left(self._changed(), tensors)
+        left = Changes(self._changed(), tensors)
         self.restore()
         return left
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def reinstated(self) -> Iterator[None]:
         """Inside the block all is as it was at this moment; afterwards as before the block."""
-        now = Moment(*self._of)
+        now = GraphState(*self._of)
         self.restore()
         try:
             yield
