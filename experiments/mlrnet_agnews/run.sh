@@ -12,10 +12,14 @@ run() {  # folder, methods, clean texts of each class, and the bias
         --optimizer adam --lr 5e-4 --warmup 0.1 --evaluations 1 --threads 1 --out "$out/$folder"
 }
 
-all=uniform,random,mw-net,mlrnet
-run imbalance20-uniform0.4 $all 100 --imbalance 20 --noise uniform --noise-rate 0.4
+all=uniform,random,mw-net,glc,mlrnet
+run imbalance10 $all 100 --imbalance 10
+run imbalance50 $all 100 --imbalance 50
+run uniform0.2 $all 100 --noise uniform --noise-rate 0.2
+all=$all,mlc
 run imbalance20 $all 100 --imbalance 20
 run uniform0.4 $all 100 --noise uniform --noise-rate 0.4
+run imbalance20-uniform0.4 $all 100 --imbalance 20 --noise uniform --noise-rate 0.4
 run flip0.4 $all 100 --noise flip --noise-rate 0.4
 for clean in 10 50 200; do
     run imbalance20-uniform0.4-meta$clean mlrnet $clean --imbalance 20 --noise uniform --noise-rate 0.4
@@ -25,6 +29,7 @@ if [ ! -f "$out/encoder/config.json" ]; then
     python "$(dirname "$0")/pretrain.py" "$out/encoder"
 fi
 model=transformers:$out/encoder
+all=uniform,random,mw-net,mlrnet
 run pretrained-imbalance20-uniform0.4 $all 100 --imbalance 20 --noise uniform --noise-rate 0.4
 run pretrained-imbalance20 $all 100 --imbalance 20
 run pretrained-uniform0.4 $all 100 --noise uniform --noise-rate 0.4
