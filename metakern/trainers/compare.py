@@ -148,8 +148,9 @@ def _folders_done(cells: Sequence[Cell], jobs: int, stop: Stop) -> Iterator[tupl
         except BaseException as error:
             asked.set()  # the other cells stop as well, and have left their checkpoints once the pool is shut down
             pool.shutdown(wait=True, cancel_futures=True)
-            if stop() and isinstance(error, BrokenProcessPool):  # the signal ended one that did not listen yet
-                raise Stopped("stopped between two runs") from None
+            ended = stop() and isinstance(error, BrokenProcessPool)  # by the signal: one did not listen yet
+            if isinstance(error, Stopped) or ended:  # at which step depends on which process is first
+                raise Stopped("stopped, with a checkpoint of every run in progress") from None
             raise
 
 

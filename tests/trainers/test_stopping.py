@@ -137,10 +137,18 @@ def test_a_comparison_stops_and_goes_on(tmp_path, capsys, monkeypatch):
 def test_processes_of_a_comparison_leave_checkpoints(quick, tmp_path):
     configs = grid(replace(quick, steps=100_000), ["uniform", "random"], [0.9], [0, 1])
     begun = tmp_path / "cells" / configs[0].name() / "metrics.csv"
-    with pytest.raises(Stopped, match="stopped at step"):
+    with pytest.raises(Stopped, match="with a checkpoint of every run in progress"):
         run_missing(tmp_path, configs, jobs=2, progress=False, stop=begun.is_file)
     assert not multiprocessing.active_children()  # each has written its checkpoint: none writes one later
     assert (begun.parent / "checkpoint.pt").is_file()
+    assert not list(tmp_path.glob("cells/*/result.json"))
+
+
+def test_processes_that_are_stopped_before_they_run(quick, tmp_path):
+    """The same message, whichever process is asked first."""
+    configs = grid(replace(quick, steps=100_000), ["uniform"], [0.9], [0, 1])
+    with pytest.raises(Stopped, match="with a checkpoint of every run in progress"):
+        run_missing(tmp_path, configs, jobs=2, progress=False, stop=lambda: True)
     assert not list(tmp_path.glob("cells/*/result.json"))
 
 
