@@ -6,9 +6,7 @@ selects rather than multiplies). In a forward pass, NaN goes through relu, clamp
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from metakern.capture.members import constants_of
 from metakern.capture.outputs import tensors_in
 from metakern.capture.record import Call
 from metakern.capture.state.passes import PassState
+from metakern.capture.state.process_wide import ProcessWide
 from metakern.capture.trace import Tracer
 
 # Entry by entry, they may ignore one of their inputs in this batch (`where`, `x ** 0`) and use it in the next.
@@ -100,26 +99,13 @@ def _fill_apart(tensor: Tensor, where: Tensor) -> None:
         tensor.data = tensor.data.masked_fill(where, torch.nan)
 
 
-_lock = threading.Lock()
-_blocks, _checked = 0, True
+def _let_distributions_take_nan() -> Callable[[], object]:
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    return lambda: Distribution.set_default_validate_args(before)
 
 
-@contextmanager
-def _distributions_take_nan() -> Iterator[None]:
-    """Inside the block distributions do not validate arguments, in any thread; blocks of two may end in any order."""
-    global _blocks, _checked
-    with _lock:
-        if _blocks == 0:
-            _checked = Distribution._validate_args
-            Distribution.set_default_validate_args(False)
-        _blocks += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _blocks -= 1
-            if _blocks == 0:
-                Distribution.set_default_validate_args(_checked)
+_VALIDATION = ProcessWide(_let_distributions_take_nan)
 
 
 def poisoned_losses(
@@ -131,7 +117,7 @@ def poisoned_losses(
     inside: Tensor,
 ) -> Tensor:
     """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
-    with PassState(model, loss_fn, deep=True).replayed(), _distributions_take_nan():
+    with PassState(model, loss_fn, deep=True).replayed(), _VALIDATION.changed():
         constants = constants_of(model)
         with _Poisoner(trainable.values(), constants, axes, inside):
             return evaluate_losses(model, batch, loss_fn, "batch").detach().clone()
