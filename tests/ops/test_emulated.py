@@ -3,11 +3,8 @@ emulated device, which looks at every access to memory and at every barrier (tes
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +19,11 @@ from metakern.ops import extension
 from metakern.ops.operands import accumulator
 from metakern.ops.select import OPERATORS
 from metakern.testing.budget import assert_within
-from metakern.testing.inputs import non_contiguous, normal
+from metakern.testing.inputs import non_contiguous
 from tests.ops.cases import CASES
-from tests.ops.emulated.building import CSRC, build
+from tests.ops.emulated.building import CSRC
 from tests.ops.emulated.device import STREAM, Device, Emulated
-from tests.ops.emulated.rewriting import NotUnderstood, rewritten
-from tests.ops.test_operators import DTYPES, LAYOUTS, doubled, each, far_apart, parts, same
+from tests.ops.test_operators import DTYPES, LAYOUTS, doubled, each, far_apart, parts, rows_without_numbers, same
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH, which compiles the CUDA kernels")
 
@@ -99,22 +95,6 @@ def laid_out(layout: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     changes = ALL_LAYOUTS[layout]
     turns = itertools.cycle(changes)
     return each(lambda tensor: next(turns if tensor.is_floating_point() else iter(changes))(tensor), arguments)
-
-
-@pytest.fixture(scope="session")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    """With the module, which is compiled once for all processes of the session."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    place, unfinished = folder / "emulated", folder / "unfinished"
-    with open(folder / "emulated.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            build(unfinished)
-            unfinished.rename(place)
-    return Device(place / "_C.so")
 
 
 @contextmanager
@@ -252,13 +232,7 @@ def test_affine_grads_in_as_many_chunks_as_fit(multiprocessors: int, device: Dev
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [3, 2100])
 def test_cross_entropy_rows_of_numbers_that_are_none(classes: int, dtype: torch.dtype, device: Device) -> None:
-    logits = normal(6, classes, dtype=dtype)
-    logits[0] = -torch.inf
-    logits[1, 1] = torch.inf
-    logits[2, 1] = torch.nan
-    logits[3, :-1], logits[4, -1] = -torch.inf, -torch.inf
-    logits[5, 0] = torch.nan
-    targets = torch.tensor([1, 1, 0, classes - 1, classes - 1, -100])
+    logits, targets = rows_without_numbers(classes, dtype)
     losses, highs, sums = run(device, "cross_entropy_rows", (logits, targets))
     got = run(device, "cross_entropy_rows_backward", (logits, targets, highs, sums, torch.ones_like(highs)))
     wide = logits.double()
@@ -301,83 +275,3 @@ def test_more_blocks_than_a_grid_has_are_refused(device: Device) -> None:
     with pytest.raises(RuntimeError, match="CUDA: invalid argument"):
         device.native.cuda.row_dots(4, 0, 0, 0, 0, 1, 0, 0, 0, STREAM)
     assert device.native.cuda.runtime_version() == 13000
-
-
-RACE = r"(reads|writes) shared memory at byte \d+, which another thread uses before the same barrier"
-FAULTS = {
-    0: r"^$",
-    1: r"thread 63: reads 4 bytes at element 50 after the start of a part of x, which has 50",
-    2: r"thread 63: reads 4 bytes (of no operand|at element \d+ after the start of a part of out)",
-    3: r"thread 0: emulated/faults.cu:\d+:\d+: a pointer that is null or not aligned for its type",
-    4: r"thread 0: reads 16 bytes at element 48 after the start of a part of x, which has 50",
-    5: r"thread 0: writes to x",
-    6: r"thread 0: reads element 0 of out, never written",
-    7: r"thread 47: waits in __syncthreads\(\), which thread 63 never reaches",
-    8: r"thread 48: waits for lanes or threads that wait elsewhere",
-    9: r"thread 32: __trap\(\) was called",
-    10: r"thread 0: reads shared memory at byte 0, which was not written in this block",
-    11: RACE + "|which was not written in this block",
-    12: r"thread 0: emulated/faults.cu:\d+:\d+: an index outside of its array",
-    13: RACE,
-    14: r"thread 16: a shuffle does not name the lane that calls it",
-    15: r"thread 0: a shuffle reads lane 32, which it does not name",
-    16: r"block 0, thread 1: writes element 0 of out, which another thread has written",
-    17: r"block 1, thread 0: writes element 1 of out, which another thread has written",
-    18: r"thread 0: emulated/faults.cu:\d+:\d+: a product outside of its type",
-    19: r"thread 32: a shuffle names lane 16, which has left or never was",
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_device_finds(fault: int, device: Device) -> None:
-    """The mistake of each kernel in faults.cu."""
-    x, out = normal(50, dtype=torch.float32), torch.zeros(2)
-    device.settings()
-    device.lend(x, "x")
-    device.lend(out, "out", writable=True)
-    try:
-        found = device.fault(fault, x, out, blocks=2, threads=64)
-    finally:
-        device.take_back()
-    assert re.search(FAULTS[fault], found), found
-
-
-def test_the_device_finds_too_many_threads(device: Device) -> None:
-    found = device.fault(0, torch.ones(1), torch.ones(1), blocks=1, threads=96)
-    assert found == "block 0, thread 0: 96 threads, of which __launch_bounds__ allows 64"
-    assert device.fault(0, torch.ones(1), torch.ones(1), blocks=1, threads=1025) == "invalid configuration argument"
-    assert device.fault(0, torch.ones(1), torch.ones(1), blocks=0, threads=64) == "invalid configuration argument"
-
-
-LAUNCH = "__global__ void kernel(int x) { f(x); }\nvoid start(cudaStream_t stream) { kernel%s; }\n"
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (LAUNCH % "<<<1, 32, 0, stream>>>(3)", None),
-        (LAUNCH % "<<<1, 32>>>(3)", "some.cu:2: a launch has grid, block, shared memory and stream"),
-        (LAUNCH % "<<<1, 32, 0, stream>>>", "some.cu:2: a launch has grid, block, shared memory and stream"),
-        ("// a kernel<<<1, 2>>>\n(&kernel)<<<1, 32, 0, stream>>>(3);", "some.cu:2: a launch is a kernel's name"),
-        ("__global__ void kernel(int x);", "a kernel is defined where it is declared"),
-        ("int x;\n__constant__ int y;", "some.cu:2: __constant__ has no meaning in the emulation"),
-        ("void f() { extern __shared__ float parts[]; }", "some.cu:1: __shared__ has no meaning in the emulation"),
-        ("void f(const int* x) {\n\n__ldg(x); }", "some.cu:3: __ldg has no meaning in the emulation"),
-    ],
-)
-def test_what_cannot_be_rewritten_is_named(source: str, message: str | None) -> None:
-    if message is None:
-        assert rewritten(source, "some.cu") == (
-            '#line 1 "some.cu"\n__global__ void kernel(int x) { emulated::enter(1024); f(x); }\n'
-            "void start(cudaStream_t stream) { emulated::launch(1, 32, 0, stream, [=](auto... given) "
-            "{ kernel(given...); })(3); }\n"
-        )
-    else:
-        with pytest.raises(NotUnderstood, match=re.escape(message)):
-            rewritten(source, "some.cu")
-
-
-def test_rewriting_keeps_the_lines() -> None:
-    for path in CSRC.glob("cuda/*"):
-        text = path.read_text()
-        assert rewritten(text, path.name).count("\n") == text.count("\n") + 1

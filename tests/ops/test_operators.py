@@ -342,9 +342,8 @@ def test_cross_entropy_rows_keeps_the_digits_of_a_small_loss_beside_large_logits
         assert_within(losses, want, 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [3, 2100])
-def test_cross_entropy_rows_of_numbers_that_are_none(classes: int, dtype: torch.dtype) -> None:
+def rows_without_numbers(classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits with infinities and NaN in all kinds of places, and targets."""
     logits = normal(6, classes, dtype=dtype)
     logits[0] = -torch.inf
     logits[1, 1] = torch.inf
@@ -352,6 +351,13 @@ def test_cross_entropy_rows_of_numbers_that_are_none(classes: int, dtype: torch.
     logits[3, :-1], logits[4, -1] = -torch.inf, -torch.inf
     logits[5, 0] = torch.nan
     targets = torch.tensor([1, 1, 0, classes - 1, classes - 1, -100])
+    return logits, targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [3, 2100])
+def test_cross_entropy_rows_of_numbers_that_are_none(classes: int, dtype: torch.dtype) -> None:
+    logits, targets = rows_without_numbers(classes, dtype)
     given = logits.double().requires_grad_()
     want = F.cross_entropy(given, targets, reduction="none")
     (derivative,) = torch.autograd.grad(want.sum(), given)
