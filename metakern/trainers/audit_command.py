@@ -74,11 +74,7 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
     task = make_task(config, source, needs_meta=True)
     folder.mkdir(parents=True, exist_ok=True)  # before the work whose results could not be left there
     table = folder / "audit.csv"
-    for path in (
-        folder / NAME,
-        folder / "audit.html",
-        table,
-    ):  # that audit.json exists says that the audit beside it is complete
+    for path in (folder / NAME, folder / "audit.html", table):  # audit.json is there only if all beside it is complete
         path.unlink(missing_ok=True)
     try:
         found = audit(config, task, progress=progress)
