@@ -29,8 +29,9 @@ setup: $(VENV)/installed  ## make the virtual environment and install
 demo: setup  ## train plainly and with L2RW, and write a report
 	$(BIN)/metakern demo
 
-test: setup  ## the whole suite: everything, then the Triton kernels under the interpreter
+test: setup  ## the whole suite: Triton kernels under the interpreter, the GPU's tests on an emulated one, everything else
 	$(BIN)/python -m pytest -q tests/ops -m interpreter --interpreter
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -p tests.emulated_gpu.plugin -m "gpu and not slow" --ignore tests/ops
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 check: setup  ## ruff, pyright, clang-format

@@ -55,7 +55,8 @@ class Prompted(nn.Module):
         self.prompts, self.mix, self.head = nn.Embedding(3, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        prompts = self.prompts(self.numbers["default"].unsqueeze(0).expand(len(x), -1))
+        numbers = self.numbers["default"].unsqueeze(0).expand(len(x), -1).to(x.device)
+        prompts = self.prompts(numbers)
         return self.head(torch.tanh(torch.cat([prompts, x], 1) @ self.mix[self.order]).sum(1))
 
 

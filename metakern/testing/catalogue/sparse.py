@@ -57,7 +57,7 @@ def _graph(layout: torch.layout, n: int, m: int) -> Setup:
     features = inputs.normal(nodes, 4, seed=6)
 
     def losses(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(features.to(model.first.weight.dtype))[batch[0]], batch[1], reduction="none")
+        return F.cross_entropy(model(features.to(model.first.weight))[batch[0]], batch[1], reduction="none")
 
     chosen = torch.arange(n), torch.arange(nodes - m, nodes)
     batch, meta_batch = ((nodes, inputs.labels(len(nodes), classes=3, seed=8)) for nodes in chosen)

@@ -19,15 +19,15 @@ CHECKS.append("-fno-sanitize-recover=all")
 """Every access to memory and every operation that may be undefined calls a function, which is memory.cpp's."""
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, checks: list[str] = CHECKS) -> Path:
     """The module `_C` with CUDA, in a folder of its own."""
     compiled = folder / "cuda"
-    compiled.mkdir()
+    compiled.mkdir(exist_ok=True)
     for path in [*CSRC.glob("cuda/*"), HERE / "faults.cu"]:
         (compiled / path.name).write_text(rewritten(path.read_text(), f"{path.parent.name}/{path.name}"))
     headers = [f"-I{folder}", f"-I{HERE / 'include'}"]
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    flags = {path: [*CHECKS, *headers] for path in sorted(compiled.glob("*.cu"))}
+    flags = {path: [*checks, *headers] for path in sorted(compiled.glob("*.cu"))}
     flags |= {HERE / name: [f"-I{HERE / 'include'}"] for name in ("device.cpp", "memory.cpp")}
     flags |= {path: [f"-I{CSRC}"] for path in CSRC.glob("cpu/*.cpp")}
     flags[CSRC / "module.cpp"] = ["-O0", "-DMETAKERN_CUDA", f"-I{CSRC}", *headers, *python]
