@@ -22,7 +22,7 @@ from metakern.capture.outputs import owner_of, separated, tensors_in, unserved
 from metakern.capture.real_parts import RealParts, real_parts
 from metakern.capture.record import ArgPath, Call, Trace, Use, place_of, versions_of
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.repeatable import require_repeatable, watching_randomness
+from metakern.capture.repeatable import repeatable, watching_randomness
 from metakern.capture.state.writes import Writes
 from metakern.capture.unrolled import SeeingMode, dispatched, dispatches, unrolled
 
@@ -130,9 +130,8 @@ class Tracer(SeeingMode):
 
     def _call_inside(self, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
         """A call inside a registered module."""
-        output, data = func(*args, **kwargs), [tensor for _, _, tensor in _tensors(args, kwargs)]
-        if data:
-            require_repeatable(function.name, args, data[0], drew=False)
+        output = repeatable(func, function, args, kwargs)
+        data = [tensor for _, _, tensor in _tensors(args, kwargs)]
         self._rows.note(function, args, kwargs, data)
         return output
 
@@ -184,7 +183,6 @@ class Tracer(SeeingMode):
             kept = (args[0].detach().clone(), *args[1:])
             versions = tuple([(t, version) for t, version in versions if t is not args[0]])
         output, state = watching_randomness(func, function, args, kwargs)
-        require_repeatable(name, args, data[0], drew=state is not None)
         call = Call(func, name, kept, kwargs, parametric, (), in_place, state, _autocast(data[0]), versions)
         if in_place:
             self._note(call, args[0], data, upstream)

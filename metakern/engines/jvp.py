@@ -24,6 +24,7 @@ from metakern.capture.host import host_may_wait
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.members import modules_of, name_of
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.repeatable import repeatable_layers
 from metakern.capture.state.passes import PassState
 from metakern.engines.agreement import expected
 from metakern.engines.group import mean_over_group
@@ -80,7 +81,11 @@ def first_pass(problem: Problem) -> Iterator[Products]:
     Raises: EngineUnavailable if hooks may change gradients in the backward pass, which forward mode would not see.
     """
     hooks, products = _Hooks(), Products()
-    with PLAIN_ATTENTION(), hooks, products if problem.memory == "reuse" else nullcontext():
+    with ExitStack() as stack:
+        for context in (PLAIN_ATTENTION(), repeatable_layers(problem.model), hooks):
+            stack.enter_context(context)
+        if problem.memory == "reuse":
+            stack.enter_context(products)
         yield products
     hooked = next((module for module in modules_of(problem.model) if _has_backward_hooks(module)), None)
     everywhere = module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks

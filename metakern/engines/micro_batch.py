@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.repeatable import repeatable_layers
 from metakern.capture.state.passes import PythonState
 from metakern.capture.state.random_state import RandomState, random_state, restore_random_state
 from metakern.engines.choose import normalises_over_batch
@@ -120,7 +121,8 @@ class _Parts:
 
     def _add(self, total: dict[str, Tensor], batch: Any, losses: Tensor, weights: Tensor) -> None:
         part = part_of(self._problem, batch, set())
-        again = part.batch_losses()
+        with repeatable_layers(part.model):
+            again = part.batch_losses()
         require_repetition(again.detach(), losses)
         for name, grad in weighted_backward(part, again, weights, only=part.trainable).items():
             grad = grad if grad.dtype == torch.float64 else grad.float()  # a sum of parts in half precision would drift

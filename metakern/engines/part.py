@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.repeatable import repeatable_layers
 from metakern.capture.state.passes import PassState, PythonState
 from metakern.capture.state.random_state import random_state, restore_random_state, same_state
 from metakern.engines.cut import cut, examples_of
@@ -76,7 +77,8 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
     held = PythonState(problem.model, problem.loss_fn)
 
     def losses(batch: Any) -> Tensor:
-        with buffers.of_part(examples_in(batch)):  # gradients enabled: a loss may take some inside
+        # gradients stay enabled: a loss may take some inside
+        with buffers.of_part(examples_in(batch)), repeatable_layers(problem.model):
             found = evaluate_losses(problem.model, batch, problem.loss_fn, argument).detach()
         require_count(found, batch)
         return found

@@ -19,6 +19,7 @@ from metakern.capture.host import host_may_wait
 from metakern.capture.module_call import ModuleCall
 from metakern.capture.record import Call
 from metakern.capture.refusal import EngineUnavailable
+from metakern.capture.repeatable import drawn_alike
 from metakern.capture.state.random_state import random_state, restore_random_state
 from metakern.capture.trace import tensors_in
 from metakern.layers.forward.forms import twice_differentiable
@@ -67,6 +68,7 @@ def as_recorded(call: Call) -> Iterator[None]:
         if call.rng_state is not None:
             stack.callback(restore_random_state, random_state())
             restore_random_state(call.rng_state)
+            stack.enter_context(drawn_alike())
         yield
 
 

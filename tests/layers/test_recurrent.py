@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import metakern
-from metakern.capture.repeatable import RECURRENT, require_repeatable
-from metakern.layers.forward.forms import twice_differentiable
+from metakern.capture import repeatable
+from metakern.capture.repeatable import RECURRENT
+from metakern.layers.forward.forms import Forms, twice_differentiable
+from metakern.layers.forward.recurrent_steps import STEP_BY_STEP
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
@@ -54,30 +58,51 @@ def test_are_differentiated_twice_without_cudnn(layer: type[nn.RNNBase]) -> None
     assert torch.backends.cudnn.enabled
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_masks_that_cannot_be_drawn_again_are_refused(layer: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_masks_of_a_gpu_are_drawn_in_another_way() -> None:
     x = torch.ones(5, 2, 4)
     packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 0]])
     with Calls() as calls:
-        for model in (layer(4, 3, 2), layer(4, 3, 2, dropout=0.5).eval(), layer(4, 3, 2, dropout=0.5)):
-            model(x)
-            model(packed)
+        for layer in LAYERS:
+            for model in (layer(4, 3, 2), layer(4, 3, 2, dropout=0.5).eval(), layer(4, 3, 2, dropout=0.5)):
+                model(x)
+                model(packed)
     there = FakeTensor(FakeTensorMode(), torch.empty(3, device="meta"), torch.device("cuda:0"))
+    for first, expected in ((x, [False] * 18), (there, [False, False, False, False, True, True] * 3)):
+        found = [repeatable._draws_apart(name, (first, *args[1:]), {}) for name, args, _ in calls.met]
+        assert found == expected
+    assert repeatable._draws_apart("scaled_dot_product_attention", (there, there, there, None, 0.1), {})
+    assert repeatable._draws_apart("scaled_dot_product_attention", (), {"query": there, "dropout_p": 0.1})
+    assert not repeatable._draws_apart("scaled_dot_product_attention", (there, there, there), {})
 
-    def refused(data: Tensor) -> list[int]:
-        found = []
-        for place, (name, args, _) in enumerate(calls.met):
-            try:
-                require_repeatable(name, args, data, drew=False)
-            except NotImplementedError:
-                found.append(place)
-        return found
 
-    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: True)
-    assert refused(x) == []
-    assert refused(there) == [4, 5]
-    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: False)
-    assert refused(there) == []
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, partial(nn.RNN, nonlinearity="relu"), partial(nn.LSTM, proj_size=2)])
+def test_step_by_step(layer: Any, options: dict[str, Any], packed: bool) -> None:
+    """As torch's layers, with all that they return and its gradients."""
+    torch.manual_seed(0)
+    model, x = layer(4, 3, **options).double(), torch.randn(5, 4, 4, dtype=torch.float64)
+    given = nn.utils.rnn.pack_padded_sequence(x, [5, 4, 4, 1]) if packed else x
+    found = []
+    for forms in ({}, STEP_BY_STEP):
+        with Forms(forms):
+            outputs = [t for t in tree_leaves(model(given)) if isinstance(t, Tensor) and t.is_floating_point()]
+        weights = [torch.randn(t.shape, generator=inputs.generator(7), dtype=t.dtype) for t in outputs]
+        grads = torch.autograd.grad(outputs, list(model.parameters()), weights)
+        found.append([*outputs, *grads])
+    for got, want in zip(*found, strict=True):
+        budget.assert_within(got, want, want.abs().max(), terms=100)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_cells_by_their_formulas(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, x = kind(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    want = model(x)
+    with Forms(STEP_BY_STEP):
+        found = model(x)
+    for got, expected in zip(tree_leaves(found), tree_leaves(want), strict=True):
+        budget.assert_within(got, expected, 1.0)
 
 
 class Reader(nn.Module):
@@ -203,8 +228,23 @@ def test_in_half_precision(layer: type[nn.RNNBase]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("layer", LAYERS)
 def test_by_cudnn_on_a_gpu(layer: type[nn.RNNBase]) -> None:
-    for engine in ("ghost", "double_backward"):
+    for engine in ("ghost", "jvp", "double_backward"):
         judge_step(metakern.l2rw_step, setup(layer, "cuda"), engine=engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"engine": "jvp"}, {"memory": "two_pass"}, {"micro_batch": 2}], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dropout_between_layers_on_a_gpu(layer: type[nn.RNNBase], settings: dict[str, Any]) -> None:
+    """cuDNN's masks could not be drawn again, so it is left out of such a call; dots and gradient are checked against
+    autograd in the step, and here the gradient, with the mask that the step has drawn."""
     case = setup(layer, "cuda", dropout=0.5)
-    with pytest.raises(NotImplementedError, match=r"a generator of its own.*cudnn.enabled = False"):
-        metakern.l2rw_step(case.model, case.batch, case.meta_batch, loss_fn=case.loss_fn, engine="ghost")
+    torch.manual_seed(1)
+    step = metakern.reweight_step(case.model, case.batch, case.meta_batch, loss_fn=case.loss_fn, **settings)
+    torch.manual_seed(1)
+    parts = zip(*(t.split(settings.get("micro_batch", 6)) for t in case.batch))
+    with repeatable.without_cudnn():
+        losses = [case.loss_fn(case.model, part) for part in parts]
+    grads = torch.autograd.grad((step.weights * torch.cat(losses)).sum(), list(case.model.parameters()))
+    for p, want in zip(case.model.parameters(), grads, strict=True):
+        budget.assert_within(p.grad, want, 1.0)

@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.capture.refusal import EngineUnavailable
-from metakern.capture.repeatable import RECURRENT
+from metakern.capture.repeatable import RECURRENT, without_cudnn
 from metakern.capture.unrolled import LastingMode
 from metakern.layers.forward.bag_parts import bags
 
@@ -65,19 +65,9 @@ class _TwiceDifferentiable(Forms):
                 f"the gradient of torch's operator {func} cannot be differentiated again, and torch does not report "
                 "it; write it in plain Python"
             )
-        with _without_cudnn() if func in RECURRENT else nullcontext():
+        # whose recurrent layers have no second derivative
+        with without_cudnn() if func in RECURRENT else nullcontext():
             return super().call(func, args, kwargs)
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """cuDNN's recurrent layers have no second derivative. (Its `flags` would set TF32 as well.)"""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
 
 
 @contextmanager

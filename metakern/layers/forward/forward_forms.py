@@ -23,6 +23,7 @@ from metakern.layers.forward.dual import is_dual
 from metakern.layers.forward.dual_product import PAIRED, dual_linear, dual_product, dual_sum
 from metakern.layers.forward.forms import TWICE_DIFFERENTIABLE
 from metakern.layers.forward.packing_parts import packed, padded
+from metakern.layers.forward.recurrent_steps import RECURRENT_FORMS
 
 
 def _in_rows(group_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -205,6 +206,7 @@ FAKE_QUANTISED = (
 
 FORWARD_FORMS = {
     **TWICE_DIFFERENTIABLE,
+    **RECURRENT_FORMS,
     F.group_norm: _in_rows(F.group_norm),
     torch.group_norm: _in_rows(torch.group_norm),
     **{f: _in_one_precision(f) for f in (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)},
