@@ -30,8 +30,8 @@ class Examples:
         return len(self.targets)
 
     def take(self, rows: Tensor) -> Examples:
-        """The examples at `rows`[k] int64, in that order."""
-        return Examples(self.inputs[rows], self.targets[rows], self.ids[rows])
+        """The examples at `rows`[k] int64, in that order; a run on a GPU leaves the ids on the CPU."""
+        return Examples(self.inputs[rows], self.targets[rows], self.ids[rows.to(self.ids.device)])
 
     def counts(self, classes: int) -> Tensor:
         """How many examples each class has, [classes] int64."""

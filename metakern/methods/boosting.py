@@ -53,7 +53,7 @@ class Vote(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         said = torch.stack([F.one_hot(network(inputs).argmax(1), self.classes) for network in self.networks])
-        return torch.einsum("k,knc->nc", self.votes.to(said.device), said.to(self.votes))
+        return torch.einsum("k,knc->nc", self.votes.to(said.device), said.to(self.votes.dtype))
 
 
 def train_weighted(setup: Setup, weights: Tensor, *, steps: int, seed: int) -> nn.Module:

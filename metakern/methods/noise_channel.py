@@ -75,7 +75,7 @@ def confusion_channel(predicted: Tensor, clean_targets: Tensor, classes: int, *,
     """
     counts = torch.bincount(clean_targets * classes + predicted, minlength=classes * classes).view(classes, classes)
     held = counts.sum(1, keepdim=True)
-    shares = torch.where(held > 0, counts / held.clamp(min=1), torch.eye(classes))
+    shares = torch.where(held > 0, counts / held.clamp(min=1), torch.eye(classes, device=counts.device))
     return (1 - smoothing) * shares + smoothing / classes
 
 

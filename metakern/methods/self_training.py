@@ -37,7 +37,7 @@ def self_trained(setup: Setup, *, rounds: int = 5, threshold: float = 0.9) -> nn
         if before is not None and torch.equal(chosen, before):
             break
         before = chosen
-        sure = Examples(pool.inputs[rows], classes, pool.ids[rows])
+        sure = replace(pool.take(rows), targets=classes)
         parts = seeds, sure
         labelled = Examples(
             torch.cat([part.inputs for part in parts]),

@@ -17,6 +17,7 @@ from metakern.methods.plain_training import predict
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.networks import network_for
 from metakern.trainers.optimizer import make_optimizer, rate_factor, set_rate
+from metakern.trainers.task import task_on_device, usable_device
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,12 @@ def audit(config: TrainConfig, task: Task, *, progress: bool = True) -> Audit:
     Source: the first-order form of Wang, Mittal, Song, Jia, "Data Shapley in One Training Run", ICLR 2025, section 4.
     """
     torch.set_num_threads(config.threads)
-    model = network_for(task, config.seed, config.model)
+    device = usable_device(config.device)
+    model, task = network_for(task, config.seed, config.model).to(device), task_on_device(task, device)
     optimizer = make_optimizer(config, model)
     plain = find("uniform")
     steps, batch_size = config.total_steps(plain), config.batch_size or plain.batch_size
-    batches = shuffled(task.train.targets, batch_size, torch.Generator().manual_seed(config.seed + 2))
+    batches = shuffled(task.train.targets.cpu(), batch_size, torch.Generator().manual_seed(config.seed + 2))
     sums = _Sums(len(task.train), len(task.class_names))
     meta_batch = task.meta.inputs, task.meta.targets
     for step in tqdm(range(steps), desc="audit", unit="step", disable=not progress):

@@ -27,7 +27,7 @@ from metakern.trainers.task import make_source, make_task
 # Options of a run that an audit has no use for, and so does not take.
 UNUSED = (
     *("set", "augment", "meta_batch_size", "early_stopping", "validation", "evaluations"),
-    *("device", "amp", "checkpoint_seconds", "tensorboard"),
+    *("amp", "checkpoint_seconds", "tensorboard"),
 )
 NAME = "audit.json"
 NO_CLEANLAB = "cleanlab: left out, it is not installed; try: pip install 'metakern[audit]'"

@@ -15,6 +15,7 @@ from metakern.methods.plain_training import predict, train_plainly
 from metakern.trainers.batches import make_setup
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.networks import network_for
+from metakern.trainers.task import task_on_device, usable_device
 
 
 class Detection(NamedTuple):
@@ -57,14 +58,16 @@ def held_out_probabilities(config: TrainConfig, task: Task, *, folds: int = 5) -
     method = find("uniform")
     task_rows = next(shuffled(task.train.targets, len(task.train), torch.Generator().manual_seed(config.seed + 5)))
     probabilities = torch.empty(len(task.train), len(task.class_names), dtype=torch.float64)
+    device = usable_device(config.device)
+    task = task_on_device(task, device)
     for fold in range(folds):
         held = task_rows[fold::folds]
         kept = torch.ones(len(task.train), dtype=torch.bool)
         kept[held] = False
-        setup = make_setup(config, method, task, network_for(task, config.seed, config.model), progress=True)
+        setup = make_setup(config, method, task, network_for(task, config.seed, config.model).to(device), progress=True)
         steps = max(1, round(setup.steps * (1 - 1 / folds)))
         network = train_plainly(setup, task.train.take(kept.nonzero().squeeze(1)), steps=steps)
-        probabilities[held] = predict(network, task.train.inputs[held]).softmax(1).double()
+        probabilities[held] = predict(network, task.train.inputs[held]).softmax(1).cpu().double()
     return probabilities.numpy()
 
 

@@ -43,6 +43,7 @@ class EpisodeConfig:
     inner_steps: int = option(10, "maml: number of steps on the support set")
     episodes_per_step: int = option(4, "maml: episodes per step of Adam; protonet takes one")
     seed: int = option(0, "determines the classes held out, the episodes and the initial parameters")
+    device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...", "DEVICE")
     threads: int = option(2, "CPU threads")
 
     def __post_init__(self) -> None:

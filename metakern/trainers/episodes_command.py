@@ -19,6 +19,7 @@ from metakern.trainers.episode_config import EpisodeConfig
 from metakern.trainers.few_shot import Learner, Scores, episodes, fit, half_interval, judge
 from metakern.trainers.leaderboard import aligned
 from metakern.trainers.pretrained import folder_of, tokenizer
+from metakern.trainers.task import usable_device
 
 FIRST_TEST_SEED = 1000  # of the episodes of the first shape
 
@@ -29,6 +30,7 @@ def run_episodes(config: EpisodeConfig, folder: Path, *, progress: bool = True) 
     Raises: ValueError if the data set has too few classes with enough examples, and if a learner diverges; as `load`.
     """
     torch.set_num_threads(config.threads)
+    usable_device(config.device)
     encoder = folder_of(config.model)
     encode = None if encoder is None else tokenizer(encoder)
     source = load(config.data, config.data_dir, encode=encode, label=config.label, leave_out=config.leave_out)

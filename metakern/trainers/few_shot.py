@@ -22,6 +22,7 @@ from metakern.methods.prototypes import prototype_logits
 from metakern.methods.support_balance import BALANCES, oversampled
 from metakern.trainers.episode_config import EpisodeConfig
 from metakern.trainers.networks import network_for
+from metakern.trainers.task import on_device
 
 EMBEDDING = 64  # outputs of ProtoNet's network
 
@@ -51,7 +52,7 @@ class Learner:
         outputs = EMBEDDING if name == "protonet" else config.way
         examples = pool.examples
         stand_in = Task(name, examples, examples, examples, tuple(map(str, range(outputs))), examples.targets)
-        self.model = network_for(stand_in, config.seed, config.model)
+        self.model = network_for(stand_in, config.seed, config.model).to(config.device)
         self._copies = torch.Generator().manual_seed(config.seed + 3)
 
     def logits(self, episode: Episode, loss: Callable[[Tensor, Tensor], Tensor], *, order: int) -> Tensor:
@@ -85,10 +86,11 @@ class Learner:
 
 
 def episodes(pool: Pool, shape: str, count: int, config: EpisodeConfig, seed: int) -> Iterator[Episode]:
-    """`count` episodes from `pool`, determined by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
+    """`count` episodes from `pool`, determined by `seed`, on the device of `config`."""
+    generator, device = torch.Generator().manual_seed(seed), torch.device(config.device)
     for _ in range(count):
-        yield draw_episode(pool, config.shots(shape, generator), config.queries, generator)
+        episode = draw_episode(pool, config.shots(shape, generator), config.queries, generator)
+        yield Episode(on_device(episode.support, device), on_device(episode.query, device), episode.classes)
 
 
 def fit(learner: Learner, split: ClassSplit, config: EpisodeConfig, *, progress: bool = True) -> None:

@@ -72,7 +72,8 @@ def train(
         task, validation = hold_out(task, config.validation, config.seed)
     task = method.training_set(task, config.seed)
     checkpoint = load_checkpoint(folder, identity(config, task.contents))
-    with torch.random.fork_rng():
+    device = usable_device(config.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         loop = _Loop(config, method, task, validation, folder, progress)
         start(folder, config, task)
         if checkpoint is None:

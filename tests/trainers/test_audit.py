@@ -84,8 +84,20 @@ def test_predictions_leave_no_trace(noisy, monkeypatch):
     assert int(network[2].num_batches_tracked) == 5
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(noisy):
+    """As on the CPU: the first steps, before rounding has grown."""
+    config = replace(noisy, steps=3)
+    task = make_task(config)
+    here, there = audit(config, task, progress=False), audit(replace(config, device="cuda"), task, progress=False)
+    np.testing.assert_allclose(there.loss, here.loss, rtol=1e-3)
+    assert np.corrcoef(np.nan_to_num(here.value), np.nan_to_num(there.value))[0, 1] > 0.999
+    probabilities = held_out_probabilities(replace(config, device="cuda"), task, folds=2)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+
+
 def test_options_without_an_effect_are_not_taken(capsys):
-    for option in ("--device", "--amp", "--early-stopping", "--augment"):
+    for option in ("--amp", "--early-stopping", "--augment"):
         with pytest.raises(SystemExit):
             main(["audit", option, "1"])
         assert f"unrecognized arguments: {option}" in capsys.readouterr().err

@@ -81,6 +81,19 @@ def test_the_best_parameters_on_the_validation_classes_are_kept(config):
     assert kept >= others[2]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_on_a_gpu(name, balance, config):
+    config = replace(config, device="cuda", train_episodes=4, validation_episodes=2)
+    split = split_classes(made_up(), smallest=14, seed=0)
+    learner = Learner(name, balance, config, split.train)
+    fit(learner, split, config, progress=False)
+    found = judge(learner, episodes(split.test, "linear", 3, config, seed=7))
+    assert next(learner.model.parameters()).is_cuda
+    assert len(found.accuracy) == 3
+
+
 def test_by_shots_is_the_accuracy_of_the_classes_with_so_many(config):
     split = split_classes(made_up(), smallest=14)
     learner = Learner("protonet", "none", config, split.train)
