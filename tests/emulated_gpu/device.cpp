@@ -12,7 +12,7 @@ constexpr auto kCUDA = c10::DeviceType::CUDA;
 
 thread_local c10::DeviceIndex current = 0;
 thread_local c10::StreamId streams[kDevices] = {};
-bool waiting_is_forbidden = false;
+SyncDebugMode mode = SyncDebugMode::silent;
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
@@ -150,10 +150,11 @@ at::Generator& inside(const at::Generator& generator) {
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 
-void forbid_waiting(bool forbidden) { waiting_is_forbidden = forbidden; }
+void set_sync_debug_mode(SyncDebugMode wanted) { mode = wanted; }
 
 void wait(const std::string& why) {
-  TORCH_CHECK(!waiting_is_forbidden, "called a synchronizing CUDA operation: ", why);
+  TORCH_CHECK(mode != SyncDebugMode::error, "called a synchronizing CUDA operation: ", why);
+  if (mode == SyncDebugMode::warn) TORCH_WARN("called a synchronizing CUDA operation: ", why);
 }
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);

@@ -20,8 +20,9 @@ void set_device(c10::DeviceIndex index);
 at::Generator& generator(c10::DeviceIndex index);
 at::Generator& inside(const at::Generator& generator);
 
-// In torch's mode "error", the host must not wait for the device.
-void forbid_waiting(bool forbidden);
+// What is said when the host waits for the device.
+enum class SyncDebugMode { silent, warn, error };
+void set_sync_debug_mode(SyncDebugMode mode);
 void wait(const std::string& why);
 
 // The same memory as a tensor of the other side.

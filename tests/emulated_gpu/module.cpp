@@ -15,7 +15,7 @@ PYBIND11_MODULE(emulated_gpu, m) {
   m.def("current_device", [] { return static_cast<int>(current_device()); });
   m.def("set_device", [](int index) { set_device(index); });
   m.def("generator", [](int index) { return generator(index); });
-  m.def("forbid_waiting", &forbid_waiting);
+  m.def("set_sync_debug_mode", [](int mode) { set_sync_debug_mode(static_cast<SyncDebugMode>(mode)); });
   m.def("wait", &wait);
   py::class_<Graph>(m, "Graph").def("replay", &Graph::replay, py::call_guard<py::gil_scoped_release>());
   m.def("begin_capture", &begin_capture);

@@ -128,7 +128,7 @@ def stream(given: Stream) -> Iterator[None]:
 @contextlib.contextmanager
 def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Stream | None = None, **_: Any) -> Iterator[None]:
     gpu.begin_capture()
-    gpu.forbid_waiting(True)
+    gpu.set_sync_debug_mode(2)
     try:
         yield
     finally:
@@ -143,7 +143,7 @@ def set_sync_debug_mode(mode: int | str) -> None:
 
 
 def _obey_sync_debug_mode() -> None:
-    gpu.forbid_waiting(_sync_debug_mode == 2 or gpu.capturing())
+    gpu.set_sync_debug_mode(2 if gpu.capturing() else _sync_debug_mode)
 
 
 def set_rng_state_all(states: list[torch.Tensor]) -> None:
@@ -161,7 +161,7 @@ def launch(call: Callable[[], Any]) -> Any:
     results = []
 
     def freely() -> None:
-        gpu.forbid_waiting(False)
+        gpu.set_sync_debug_mode(0)
         try:
             results[:] = [call()]
         finally:
