@@ -11,6 +11,9 @@ from torch import Tensor, nn
 import metakern
 from metakern.testing.judge import judge_step
 from tests.step.random_programs import program
+from tests.step.test_metabalance import reference as balanced_reference
+from tests.step.test_mlc import Reference as LabelNetReference
+from tests.step.test_mlc import given_features, label_net
 from tests.step.virtual_reference import WeightNet, assert_same, mwnet_reference, twin
 
 BLOCK = 50
@@ -64,6 +67,41 @@ def test_weight_nets_of_random_programs(memory: str) -> None:
         metakern.mwnet_step(model, net, *batches, weight_optimizer=sgd(net), memory=memory, **given)
         assert_same(net, reference_net, f"weight net of program {seed}")
         assert_same(model, reference, f"program {seed}")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_label_nets_of_random_programs(fused: bool) -> None:
+    """Against double backward through the whole virtual step."""
+    for seed in range(3000, 3000 + BLOCK // 2):
+        setup, pieces = program(seed)
+        if "checkpointed" in pieces:  # as above
+            continue
+        torch.manual_seed(seed)
+        model, net = nn.Sequential(setup.model, Mean()), label_net(skip=seed % 2 > 0)
+        theirs, their_net = twin(model), twin(net)
+        batches = setup.batch, setup.meta_batch
+        reference = LabelNetReference(theirs, their_net, "sgd", 0.3)
+        reference.step(*batches, optimizer=sgd(theirs), label_optimizer=sgd(their_net), fused=fused)
+        settings: dict[str, Any] = {"virtual_lr": 0.3, "features": given_features(len(batches[0][1])), "fused": fused}
+        metakern.mlc_step(model, net, *batches, label_optimizer=sgd(net), optimizer=sgd(model), **settings)
+        assert_same(net, their_net, f"label net of program {seed}")
+        assert_same(model, theirs, f"program {seed}")
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_balancing_random_programs(order: int) -> None:
+    """Against double backward through the inner step."""
+    for seed in range(4000, 4000 + BLOCK // 2):
+        setup, pieces = program(seed)
+        if "checkpointed" in pieces:  # as above
+            continue
+        model = nn.Sequential(setup.model, Mean())
+        other, batches = twin(model), (setup.batch, setup.meta_batch)
+        metakern.metabalance_step(model, *batches, inner_lr=0.3, order=order, leak=0.1)
+        found, _ = balanced_reference(other, *batches, inner_lr=0.3, order=order, leak=0.1)
+        for key, p in other.named_parameters():
+            p.grad = found[key]
+        assert_same(model, other, f"program {seed}")
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
