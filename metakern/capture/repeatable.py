@@ -25,13 +25,13 @@ def watching_randomness(func: Any, function: Function, args: Any, kwargs: Any) -
     if function.deterministic:
         return func(*args, **kwargs), None
     before = torch_random_state()
-    output = repeatable(func, function, args, kwargs)
+    output = repeatable(func, function.name, args, kwargs)
     return output, None if same_state(before, torch_random_state()) else before
 
 
-def repeatable(func: Any, function: Function, args: Any, kwargs: Any) -> Any:
-    """The output of a call, whose masks other forms of it can draw again."""
-    with drawn_alike() if _draws_apart(function.name, args, kwargs) else nullcontext():
+def repeatable(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """The output of a call of the function `name`, whose masks other forms of it can draw again."""
+    with drawn_alike() if _draws_apart(name, args, kwargs) else nullcontext():
         return func(*args, **kwargs)
 
 
@@ -67,8 +67,7 @@ def repeatable_layers(model: nn.Module) -> AbstractContextManager[Any]:
 
 class _RepeatableLayers(LastingMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with drawn_alike() if func in RECURRENT and _draws_apart(func.__name__, args, kwargs) else nullcontext():
-            return func(*args, **kwargs)
+        return repeatable(func, func.__name__, args, kwargs) if func in RECURRENT else func(*args, **kwargs)
 
 
 def _draws_apart(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

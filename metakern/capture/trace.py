@@ -130,7 +130,7 @@ class Tracer(SeeingMode):
 
     def _call_inside(self, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
         """A call inside a registered module."""
-        output = repeatable(func, function, args, kwargs)
+        output = repeatable(func, function.name, args, kwargs)
         data = [tensor for _, _, tensor in _tensors(args, kwargs)]
         self._rows.note(function, args, kwargs, data)
         return output

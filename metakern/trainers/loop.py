@@ -74,7 +74,7 @@ def train(
     checkpoint = load_checkpoint(folder, identity(config, task.contents))
     device = usable_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        loop = _Loop(config, method, task, validation, folder, progress)
+        loop = _Loop(config, method, task, validation, folder, device, progress)
         start(folder, config, task)
         if checkpoint is None:
             drop_checkpoint(folder)
@@ -92,9 +92,15 @@ class _Loop:
     """The state of a run."""
 
     def __init__(
-        self, config: TrainConfig, method: Method, task: Task, validation: Examples | None, folder: Path, progress: bool
+        self,
+        config: TrainConfig,
+        method: Method,
+        task: Task,
+        validation: Examples | None,
+        folder: Path,
+        device: torch.device,
+        progress: bool,
     ) -> None:
-        device = usable_device(config.device)
         self.config, self.method, self.folder, self.progress = config, method, folder, progress
         self.task = task_on_device(task, device)
         self._identity = identity(config, task.contents)

@@ -56,6 +56,18 @@ def test_an_eager_step_waits_four_times(name: str) -> None:
     assert 0 < len(waits) <= 4, waits
 
 
+@pytest.mark.gpu
+def test_a_captured_step_does_not_wait() -> None:
+    make, sizes = MODELS["conv net"]
+    torch.manual_seed(0)
+    model: nn.Module = make().cuda()
+    batch, meta_batch = (batch_of(n, **sizes) for n in (8, 2))
+    step = metakern.capture_step(model, batch, meta_batch)
+    with counted() as waits:
+        step(batch, meta_batch)
+    assert waits == []
+
+
 def batch_of(n: int, shape: tuple[int, ...], vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = inputs.labels(n, classes=10, seed=n).cuda()
     if vocabulary:
