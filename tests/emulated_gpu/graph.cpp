@@ -1,4 +1,5 @@
 // Captures of calls, for CUDA graphs.
+#include <algorithm>
 #include <cmath>
 
 #include "host.h"
@@ -10,24 +11,18 @@ Graph* graph = nullptr;
 int not_recorded = 0;
 std::vector<at::Tensor> generators;
 
-}  // namespace
+void undo(const Graph::Call& call) {
+  for (const auto& [tensor, before] : call.written) on_host(tensor).copy_(before);
+  for (const auto& tensor : call.made)  // a device would leave there what was there
+    if (tensor.is_floating_point() && !tensor.is_sparse() && tensor.is_non_overlapping_and_dense())
+      on_host(tensor).fill_(NAN);
+}
 
-class Recorder {
- public:
-  static void add(Graph::Call call) { graph->calls_.push_back(std::move(call)); }
-  static void undo() {
-    for (auto call = graph->calls_.rbegin(); call != graph->calls_.rend(); ++call) {
-      for (auto& [tensor, before] : call->written) on_host(tensor).copy_(before);
-      for (auto& tensor : call->made)  // a device would leave there what was there
-        if (tensor.is_floating_point() && !tensor.is_sparse() && tensor.is_non_overlapping_and_dense())
-          on_host(tensor).fill_(NAN);
-    }
-  }
-};
+}  // namespace
 
 void Graph::replay() const {
   NotRecorded guard;
-  for (const auto& call : calls_) call.again();
+  for (const auto& call : calls) call.again();
 }
 
 void begin_capture() {
@@ -39,7 +34,7 @@ void begin_capture() {
 
 Graph end_capture() {
   TORCH_CHECK(graph, "no capture is under way");
-  Recorder::undo();
+  std::for_each(graph->calls.rbegin(), graph->calls.rend(), undo);
   for (int k = 0; k < kDevices; ++k) inside(generator(k)).set_state(generators[k]);
   Graph done = std::move(*graph);
   delete graph;
@@ -58,8 +53,6 @@ Values values_of(const std::vector<at::Tensor>& tensors) {
   return held;
 }
 
-void record(std::function<void()> again, Values written, std::vector<at::Tensor> made) {
-  Recorder::add({std::move(again), std::move(written), std::move(made)});
-}
+void record(Graph::Call call) { graph->calls.push_back(std::move(call)); }
 
 }  // namespace emulated

@@ -47,24 +47,20 @@ void each_tensor(c10::IValue& value, const F& f) {
   }
 }
 
-// Any operator that has no kernel of its own here.
-void run(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+using Values = std::vector<std::pair<at::Tensor, at::Tensor>>;  // tensors, and copies of what they hold
+Values values_of(const std::vector<at::Tensor>& tensors);
 
 // A capture of calls: each happens at once, so that what it returns has a shape, but leaves no trace when the capture
 // ends, as on a device, where it would not have happened.
-class Graph {
- public:
-  void replay() const;
-  size_t size() const { return calls_.size(); }
-
- private:
-  friend class Recorder;
+struct Graph {
   struct Call {
     std::function<void()> again;
-    std::vector<std::pair<at::Tensor, at::Tensor>> written;  // and what it held before
+    Values written;  // as it was before
     std::vector<at::Tensor> made;
   };
-  std::vector<Call> calls_;
+  std::vector<Call> calls;
+
+  void replay() const;
 };
 
 void begin_capture();
@@ -75,8 +71,6 @@ struct NotRecorded {
   NotRecorded();
   ~NotRecorded();
 };
-using Values = std::vector<std::pair<at::Tensor, at::Tensor>>;  // tensors, and copies of what they hold
-Values values_of(const std::vector<at::Tensor>& tensors);
-void record(std::function<void()> again, Values written, std::vector<at::Tensor> made);
+void record(Graph::Call call);
 
 }  // namespace emulated

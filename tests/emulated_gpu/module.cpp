@@ -4,13 +4,15 @@
 #include "host.h"
 
 namespace emulated {
-void install_libraries();
-}
+void install_attention();
+void install_cudnn();
+}  // namespace emulated
 
 PYBIND11_MODULE(emulated_gpu, m) {
   using namespace emulated;
   c10::SetAllocator(c10::DeviceType::CUDA, &memory(), /*priority=*/100);
-  install_libraries();
+  install_attention();
+  install_cudnn();
   m.attr("devices") = kDevices;
   m.def("current_device", [] { return static_cast<int>(current_device()); });
   m.def("set_device", [](int index) { set_device(index); });
@@ -21,7 +23,7 @@ PYBIND11_MODULE(emulated_gpu, m) {
   m.def("begin_capture", &begin_capture);
   m.def("end_capture", &end_capture);
   m.def("capturing", &capturing);
-  // A call that is not torch's; the function is called once now.
+  // A call that is not torch's, of which nothing is undone: its results are in memory that was made for them.
   m.def("launch", [](py::function call) {
     auto held = std::shared_ptr<py::function>(new py::function(call), [](py::function* function) {
       py::gil_scoped_acquire gil;
@@ -32,12 +34,11 @@ PYBIND11_MODULE(emulated_gpu, m) {
       NotRecorded guard;
       (*held)();
     }
-    if (keep)
-      record(
-          [held] {
-            py::gil_scoped_acquire gil;
-            (*held)();
-          },
-          {}, {});
+    if (!keep) return;
+    auto again = [held] {
+      py::gil_scoped_acquire gil;
+      (*held)();
+    };
+    record({again, {}, {}});
   });
 }
