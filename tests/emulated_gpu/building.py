@@ -47,8 +47,11 @@ def _build(folder: Path, library: Path) -> None:
     headers = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
     flags = ["-std=c++20", "-O0", "-fPIC", "-w", *(f"-I{path}" for path in headers)]
     objects = [folder / f"{path.stem}.o" for path in SOURCES]
+    # most of the time goes into torch's headers, so they are read once
+    header = folder / "host.h"
+    _run(*flags, "-x", "c++-header", HERE / "host.h", "-o", f"{header}.gch")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda path, to: _run(*flags, "-c", path, "-o", to), SOURCES, objects))
+        list(pool.map(lambda path, to: _run(*flags, "-include", header, "-c", path, "-o", to), SOURCES, objects))
     libraries = ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     unfinished = folder / "unfinished.so"
     _run("-shared", *objects, f"-L{torch / 'lib'}", *libraries, f"-Wl,-rpath,{torch / 'lib'}", "-o", unfinished)
