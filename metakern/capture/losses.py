@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from metakern.capture.state.contents import PutBack, attributes_kept, content_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
-_MISNAMED: WeakSet[nn.Module] = WeakSet()
-"""Models found to read token labels differently than their name says; for passes that cannot compare losses."""
+_SHIFTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Models whose own loss has been compared: whether it takes each token's logits for a prediction of the next token."""
+
+_HALVES = torch.float16, torch.bfloat16
 
 _ANOTHER_LOSS = "regression, several labels at once or any other loss, pass loss_fn(model, batch) -> losses[n]"
 
@@ -186,36 +188,57 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
     if "labels" not in batch:
         raise ValueError(f"{argument} is a mapping without 'labels' (it has {sorted(batch)}); add them or pass loss_fn")
     output = model(**batch)
-    logits, labels = logits_in(output), batch["labels"]
-    readings = [labels]
+    logits, labels, own, shifts = logits_in(output), batch["labels"], _own_loss(output), False
     if logits.dim() == 3 and labels.dim() == 2:
-        logits, readings = logits.transpose(1, 2), _token_labels(model, labels)
-    own: Any = getattr(output, "loss", None)
+        logits, shifts = logits.transpose(1, 2), _shifts(model, own, logits, labels)
+    if shifts:
+        labels = _following(labels)  # labels are shifted, since a slice of logits would be copied
+    losses = cross_entropy(logits, labels, argument)
+    if own is not None:
+        with torch._C.DisableTorchFunction():
+            wide = losses
+            if model not in _SHIFTS and losses.dtype in _HALVES:  # once without rounding, which would hide a small term
+                wide = cross_entropy(logits.detach().float(), labels, argument)
+            _require_same_loss(own, wide, labels, argument)
+        _SHIFTS[model] = shifts
+    return losses
+
+
+def _own_loss(output: Any) -> Tensor | None:
+    """The loss that a model has computed from the labels, if it can be looked at here."""
+    own = getattr(output, "loss", None)
     comparable = isinstance(own, Tensor) and own.dim() == 0 and host_may_wait() and bool(own.isfinite())
-    means = []
-    for labels in readings:
-        losses = cross_entropy(logits, labels, argument)
-        if not comparable:
-            return losses
-        means.append(_mean(losses, labels))
-        if _same_loss(own, means[-1], losses.dtype):
-            if means[1:]:
-                _MISNAMED.symmetric_difference_update({model})
-            return losses
-    raise ValueError(
-        f"{argument}: the model's own loss is {own.item():.6g}, but cross entropy of its logits gives "
-        f"{means[0].item():.6g}; this model trains on another loss, so pass loss_fn(model, batch) -> losses[n]"
-    )
+    return own if comparable else None
 
 
-def _token_labels(model: nn.Module, labels: Tensor) -> list[Tensor]:
-    """Labels [n, t] of tokens in both readings, the likelier first: a causal model, judged by its name, predicts the
-    next token. Names can mislead (decoders with shifted labels, vision-language models); a model's own loss does not.
+def _following(labels: Tensor) -> Tensor:
+    """Labels [n, t] of the next token; there is none after the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _shifts(model: nn.Module, own: Tensor | None, logits: Tensor, labels: Tensor) -> bool:
+    """Whether the model predicts the next token. By its name, causal models do; but names can mislead (decoders with
+    shifted labels, vision-language models), and so can values (both readings cost log C at first). The gradient of its
+    own loss cannot: in logits [n, t, C], only that of the label is negative.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=-100)  # labels are shifted, since a slice of logits would be copied
+    if model in _SHIFTS:
+        return _SHIFTS[model]
     kind = type(model).__name__
-    causal = "CausalLM" in f"{getattr(model, 'loss_type', '')} {kind}" or kind.endswith("LMHeadModel")
-    return [following, labels] if causal != (model in _MISNAMED) else [labels, following]
+    named = "CausalLM" in f"{getattr(model, 'loss_type', '')} {kind}" or kind.endswith("LMHeadModel")
+    if own is None or not own.requires_grad:
+        return named
+    with torch._C.DisableTorchFunction():
+        (slope,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
+        if slope is None:  # the loss is of other logits
+            return named
+        fits = {shifts: _fitting(slope, _following(labels) if shifts else labels) for shifts in (named, not named)}
+    return max(fits, key=lambda shifts: fits[shifts])  # the first of two that fit alike
+
+
+def _fitting(slope: Tensor, labels: Tensor) -> int:
+    """Positions at which the gradient in logits [n, t, C] is that for these labels."""
+    counted = (slope != 0).any(-1)
+    return int(((slope.argmin(-1) == labels) == counted).sum())
 
 
 def _mean(losses: Tensor, labels: Tensor) -> Tensor:
@@ -227,10 +250,16 @@ def _mean(losses: Tensor, labels: Tensor) -> Tensor:
     return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
-def _same_loss(own: Tensor, mean: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = 64 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4
-    tolerance = max(tolerance, 64 * torch.finfo(own.dtype).eps)
-    return bool(torch.isclose(own.detach().double(), mean, rtol=tolerance, atol=tolerance))
+def _require_same_loss(own: Tensor, losses: Tensor, labels: Tensor, argument: str) -> None:
+    mean, kinds = _mean(losses, labels), {own.dtype, losses.dtype}
+    # In half precision, the loss of an example and the mean are rounded, each to eps / 2; the sum is wider.
+    rounding = max([2 * torch.finfo(kind).eps if kind in _HALVES else 0.0 for kind in kinds])
+    wide = 1e-4 if torch.float64 not in kinds or len(kinds) > 1 else 64 * torch.finfo(torch.float64).eps
+    if not torch.isclose(own.detach().double(), mean, rtol=max(rounding, wide), atol=wide):
+        raise ValueError(
+            f"{argument}: the model's own loss is {own.item():.6g}, but cross entropy of its logits gives "
+            f"{mean.item():.6g}; this model trains on another loss, so pass loss_fn(model, batch) -> losses[n]"
+        )
 
 
 def require_losses(losses: Any, argument: str) -> None:

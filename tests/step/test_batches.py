@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
+from metakern.capture.losses import losses_of
 from metakern.testing import inputs
 from metakern.testing.catalogue.case import Setup
 from metakern.testing.judge import judge_step
@@ -131,11 +132,8 @@ class DecoderForCausalLM(Decoder):
     follows = False
 
 
-@pytest.mark.parametrize("kind", [VisionLanguageModel, DecoderForCausalLM])
-def test_token_labels_are_read_as_by_the_own_loss_of_the_model(
-    kind: type[Decoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The name of neither tells. What was found holds where the own loss cannot be looked at, in a captured step."""
+def reading_of(kind: type[Decoder]) -> Any:
+    """The mean over an example's counted tokens, as the own loss of this kind of model reads them."""
 
     def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits, labels = model(**batch).logits, batch["labels"]
@@ -144,13 +142,54 @@ def test_token_labels_are_read_as_by_the_own_loss_of_the_model(
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return each.sum(1) / (labels != -100).sum(1).clamp(min=1)
 
+    return losses
+
+
+@pytest.mark.parametrize("kind", [VisionLanguageModel, DecoderForCausalLM])
+def test_token_labels_are_read_as_by_the_own_loss_of_the_model(
+    kind: type[Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of neither tells. What was found holds where the own loss cannot be looked at, in a captured step."""
     torch.manual_seed(0)
     batches = [dict(zip(("input_ids", "labels"), tagging(size, size))) for size in (6, 3)]
     setup = Setup(kind().double(), *batches)
-    truth = setup.oracle(loss_fn=losses)
+    truth = setup.oracle(loss_fn=reading_of(kind))
     assert judge_step(metakern.l2rw_step, setup, truth=truth).result.engine == "ghost"
     monkeypatch.setattr("metakern.capture.losses.host_may_wait", lambda: False)
     judge_step(metakern.l2rw_step, setup, truth=truth)
+
+
+@pytest.mark.parametrize("kind", [VisionLanguageModel, DecoderForCausalLM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_token_labels_are_read_right_where_both_readings_cost_the_same(kind: type[Decoder], dtype: torch.dtype) -> None:
+    """With a new head, any label costs log C; in half precision, losses nearby are the same number."""
+    torch.manual_seed(0)
+    model = kind().to(dtype)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    batch = dict(zip(("input_ids", "labels"), tagging(6, 1)))
+    losses_of(model, batch, None, "batch")
+    nn.init.normal_(model.head.weight)  # now the readings differ, and the first one is remembered
+    with torch.no_grad():
+        model.embedding.weight *= 10
+    found = losses_of(model, batch, None, "batch")
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, reading_of(kind)(model, batch), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_term_of_the_own_loss_is_seen_in_half_precision(dtype: torch.dtype) -> None:
+    """As of a router that balances its experts: half a percent of the loss."""
+
+    class WithRouter(DecoderForCausalLM):
+        def forward(self, *, input_ids: Tensor, labels: Tensor) -> Output:
+            logits = super().forward(input_ids=input_ids, labels=labels).logits
+            return Output(logits, 1.005 * F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()))
+
+    torch.manual_seed(0)
+    batch = dict(zip(("input_ids", "labels"), tagging(6, 1)))
+    with pytest.raises(ValueError, match="trains on another loss"):
+        metakern.l2rw_step(WithRouter().to(dtype), batch, batch)
 
 
 def test_time_major_batch() -> None:
