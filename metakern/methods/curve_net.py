@@ -25,7 +25,7 @@ class CurveSettings:
     """Settings; the defaults are those of CurveNet's code.
 
     probing: epochs of the probing run for each epoch of the run (300 for 200). first_epoch: first epoch of the probing
-    run that belongs to a curve. learning_share: share of the run in which the weight net learns (epochs 0 to 79 of
+    run that belongs to a curve; at most a quarter of its epochs are left out. learning_share: share of the run in which the weight net learns (epochs 0 to 79 of
     200). label_times: factor of the label's embedding (the code adds it twice). least_weight: added to the sigmoid. lr,
     weight_decay: of the weight net's Adam. every: the weight net steps once in so many steps of the model.
     """
@@ -77,6 +77,15 @@ def _relu_layers(*widths: int) -> list[nn.Module]:
     return [layer for inputs, outputs in pairwise(widths) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
 
 
+def probing_epochs(settings: CurveSettings, run: float) -> tuple[int, int]:
+    """For a run of `run` epochs: the epochs of the probing run, and the first one that belongs to a curve.
+
+    A curve is the loss over several epochs: there are at least four, and at least three quarters of them belong to it.
+    """
+    epochs = max(4, round(settings.probing * run))
+    return epochs, min(settings.first_epoch, epochs // 4)
+
+
 def probing_phases(epochs: int, batch_size: int) -> list[Phase]:
     """Two fifths of the epochs as in the run; then an eighth of the batch, at 1/10 and 1/100 of the rate in turn.
 
@@ -93,9 +102,9 @@ class CurveNetStep:
     """Weights from the weight net in the first part of the run; afterwards the last weight of each example."""
 
     def __init__(self, setup: Setup, settings: CurveSettings) -> None:
-        first = settings.first_epoch
-        epochs = max(first + 1, round(settings.probing * setup.steps / setup.steps_per_epoch))
-        self._setup, self._settings, self._phases = setup, settings, probing_phases(epochs, setup.batch_size)
+        epochs, first = probing_epochs(settings, setup.steps / setup.steps_per_epoch)
+        self._setup, self._settings, self._first = setup, settings, first
+        self._phases = probing_phases(epochs, setup.batch_size)
         device = device_of(setup.model)
         options = {"label_times": settings.label_times, "least_weight": settings.least_weight}
         weight_net = seeded(lambda: CurveNet(epochs - first, setup.classes, **options), setup.seed, device)
@@ -106,7 +115,7 @@ class CurveNetStep:
 
     def prepare(self) -> None:
         """The probing run: class-centred loss curves from the first epoch that counts."""
-        curves = probe(self._setup, self._phases)[:, self._settings.first_epoch :]
+        curves = probe(self._setup, self._phases)[:, self._first :]
         self.curves = class_centred(curves, self._setup.task.train.targets, self._setup.classes)
 
     def __call__(

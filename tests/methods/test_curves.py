@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from metakern.methods import Setting, find
-from metakern.methods.curve_net import CurveNet, probing_phases
+from metakern.methods.curve_net import CurveNet, CurveSettings, probing_epochs, probing_phases
 from metakern.methods.features import features
 from metakern.methods.loss_curves import Phase, class_centred, example_losses, probe
 from metakern.methods.mlrnet import MLRNet
@@ -135,6 +135,19 @@ def test_probing_phases_of_the_paper():
     assert (first.epochs, first.batch_size, late.epochs, late.batch_size) == (120, 128, 180, 16)
     assert first.rate(0) == first.rate(119) == 1
     assert [late.rate(epoch) for epoch in (0, 14, 15, 29, 30)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.1])
+
+
+def test_probing_leaves_out_the_papers_first_epochs_or_a_quarter():
+    settings = CurveSettings()
+    assert probing_epochs(settings, 200) == (300, 5)
+    assert [probing_epochs(settings, run) for run in (13.4, 6.1, 1.3, 0.1)] == [(20, 5), (9, 2), (4, 1), (4, 1)]
+    assert probing_epochs(CurveSettings(first_epoch=0), 1) == (4, 0)
+
+
+def test_a_short_run_has_curves_of_several_epochs(model, setup):
+    step, *_ = begun("curve-net", setup(model, steps=2))
+    assert step.curves.shape == (36, 3)
+    assert (step.curves.std(1) > 0).all()
 
 
 def test_curve_nets_memory_takes_over(model, setup):
