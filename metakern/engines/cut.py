@@ -1,10 +1,11 @@
-"""Split a batch into parts of a few examples, without knowing what it means."""
+"""Split a batch into parts of a few examples, or take some of them, without knowing what it means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -18,13 +19,19 @@ def cut(batch: Any, size: int, argument: str) -> list[Any]:
 
     Raises: as `examples_of`.
     """
+    starts = range(0, max(examples_of(batch, argument), 1), size)
+    return [_mapped(batch, lambda tensor, start=start: _rows(tensor, start, size)) for start in starts]
+
+
+def spread(batch: Any, count: int, argument: str) -> Any:
+    """`count` examples from all over the batch, or all of them if there are fewer; otherwise as `cut`."""
+    step = max(examples_of(batch, argument) // count, 1)
+    return _mapped(batch, lambda tensor: _every(tensor, step, count))
+
+
+def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     leaves, form = _leaves(batch)
-    return [
-        tree_unflatten(
-            [_rows(leaf, start, size) if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves], form
-        )
-        for start in range(0, max(examples_of(batch, argument), 1), size)
-    ]
+    return tree_unflatten([change(x) if isinstance(x, Tensor) and x.dim() else x for x in leaves], form)
 
 
 def examples_of(batch: Any, argument: str) -> int:
@@ -59,3 +66,11 @@ def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
         return tensor[start : start + size]
     part = tensor.to_sparse_coo().narrow_copy(0, start, min(size, len(tensor) - start))
     return part.to_sparse(layout=tensor.layout)
+
+
+def _every(tensor: Tensor, step: int, count: int) -> Tensor:
+    """Every `step`-th row, `count` of them."""
+    if not is_sparse(tensor):
+        return tensor[::step][:count]
+    rows = torch.arange(0, len(tensor), step, device=tensor.device)[:count]
+    return tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)

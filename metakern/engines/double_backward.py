@@ -14,7 +14,6 @@ from torch import Tensor
 from metakern.capture.graph import differentiable_functions
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.buffers import unchanged_buffers
-from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.forward.forms import twice_differentiable
@@ -25,7 +24,6 @@ def solve(problem: Problem) -> Answer:
     with twice_differentiable():
         losses = problem.batch_losses()
     meta_loss, direction = problem.meta_gradient()
-    mean_over_group(direction, problem.process_group)
     dots = differentiated_twice(problem, losses, direction)
     return Answer(
         dots,

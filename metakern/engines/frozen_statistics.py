@@ -26,7 +26,6 @@ from torch.utils import checkpoint
 
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.refusal import EngineUnavailable
-from metakern.engines.group import mean_over_group
 from metakern.engines.micro_batch import Along
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.train_pass import GhostPass
@@ -167,7 +166,6 @@ def solve(problem: Problem, along: Along) -> Answer:
     batch = _Train(problem.batch)
     train = GhostPass(problem.recast(_Frozen, batch=batch, loss_fn=losses, memory="two_pass", original=problem))
     meta_loss, v = problem.meta_gradient()
-    mean_over_group(v, problem.process_group)
     dots = train.dots(along(v))
 
     def weighted_gradient(weights: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from metakern.capture import trace_batch
 from metakern.capture.graph import require_complete
 from metakern.capture.independence.examples import ExampleAxis
 from metakern.capture.record import Record, Trace
-from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.recorded import recorded, require_unchanged
 
@@ -47,7 +46,6 @@ def _meta_pass(problem: Problem, trace: Trace, whole: bool) -> Meta:
     candidates = pair_candidates(problem, trace)
     if not candidates:
         loss, gradient = problem.meta_gradient()
-        mean_over_group(gradient, problem.process_group)
         return Meta(loss, problem.by_identity(gradient), {}, {})
     with problem.writes.meta_pass():
         meta = problem.model, problem.meta_batch, problem.loss_fn, problem.trainable

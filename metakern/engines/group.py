@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,35 +10,51 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def mean_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
-    """Average V over the group, in place: the meta loss is the mean over the meta batches of all ranks.
+def mean_over_group(v: dict[str, Tensor], parameters: Mapping[str, Tensor], m: int, group: Any) -> dict[str, Tensor]:
+    """V over the meta examples of all ranks, from its mean over the `m` of this one.
 
-    Every rank must hold the same parameters, and its meta batch the same number of examples.
+    The parameters must be the same on every rank. Each is reduced, in the same order everywhere, also where this rank
+    has no gradient for it (an expert without tokens): the reductions of a group are paired by their order alone.
     """
     if group is None:
-        return
-    for tensor in tensors.values():
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
-        tensor.div_(dist.get_world_size(group))
+        return v
+    share = m / sum(_counts(m, group))
+    return {
+        name: _summed(v[name] * share if name in v else torch.zeros_like(p), group) for name, p in parameters.items()
+    }
 
 
-def sum_over_group(tensors: dict[Any, Tensor], group: Any) -> None:
-    """Sum weighted gradients over the group, in place; sparse ones, whose rows differ between ranks, become dense."""
+def sum_over_group(gradient: dict[str, Tensor], group: Any) -> None:
+    """Sum weighted gradients over the group; sparse ones, whose rows differ between ranks, become dense."""
     if group is not None:
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.to_dense()
-            dist.all_reduce(tensors[name], op=dist.ReduceOp.SUM, group=group)
+        for name, tensor in gradient.items():
+            gradient[name] = _summed(tensor.to_dense(), group)
 
 
 def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: Any) -> Tensor:
     """Apply a weight rule to the dots of all ranks at once and return this rank's part."""
     if group is None:
         return rule(dots)
-    counts: list[int] = [0] * dist.get_world_size(group)
-    dist.all_gather_object(counts, dots.shape[0], group=group)
+    counts = _counts(dots.shape[0], group)
     padded = torch.cat([dots, dots.new_zeros(max(counts) - dots.shape[0])])  # gather wants equal sizes
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded, group=group)
     everywhere = torch.cat([part[:count] for part, count in zip(gathered, counts)])
     start = sum(counts[: dist.get_rank(group)])
     return rule(everywhere)[start : start + dots.shape[0]]
+
+
+def _counts(own: int, group: Any) -> list[int]:
+    """A count of every rank."""
+    counts: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(counts, own, group=group)
+    return counts
+
+
+def _summed(tensor: Tensor, group: Any) -> Tensor:
+    """The sum over the group, in memory of its own and in the same layout on every rank: gradients of two parameters
+    may be one tensor, or one number, expanded, and all-reduce adds up memory, whatever its strides.
+    """
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+    return total

@@ -27,7 +27,6 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import repeatable_layers
 from metakern.capture.state.passes import PassState
 from metakern.engines.agreement import expected
-from metakern.engines.group import mean_over_group
 from metakern.engines.problem import Answer, Problem
 from metakern.engines.products import Products, ReusedProducts
 from metakern.engines.repetition import require_repetition
@@ -52,7 +51,6 @@ def solve(problem: Problem) -> Answer:
     require_forward_mode(problem, losses, start, products)
     problem.require_reached(losses)
     meta_loss, direction = problem.meta_gradient()
-    mean_over_group(direction, problem.process_group)
     dots = loss_tangents(problem, direction, start, losses.detach(), products)
     return Answer(
         dots,

@@ -58,7 +58,6 @@ def solve(problem: Problem, size: int, along: Along) -> Answer:
             "differ; leave out micro_batch, or put the model's normalisation in eval mode"
         )
     meta_loss, direction = _meta_gradient(problem, size)
-    mean_over_group(direction, problem.process_group)
     parts = _Parts(problem, size)
     dots, losses = parts.dots(problem.by_identity(along(direction)))
     require_same_in_parts(problem, problem.batch, size, "batch")
@@ -130,7 +129,7 @@ class _Parts:
 
 
 def _meta_gradient(problem: Problem, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean meta loss and V, by parts if the meta batch is larger than one."""
+    """As `Problem.meta_gradient`, by parts if the meta batch is larger than one."""
     batches = cut(problem.meta_batch, size, "meta_batch")
     if len(batches) == 1:
         return problem.meta_gradient()
@@ -138,10 +137,11 @@ def _meta_gradient(problem: Problem, size: int) -> tuple[Tensor, dict[str, Tenso
     losses, total = list[Tensor](), dict[str, Tensor]()
     for batch in batches:
         share = examples_in(batch) / m
-        one, gradient = part_of(problem, problem.batch, set(), meta_batch=batch).meta_gradient()
+        part = part_of(problem, problem.batch, set(), meta_batch=batch, process_group=None)
+        one, gradient = part.meta_gradient()
         losses.append(share * one)
         for name, v in gradient.items():
             total[name] = total[name].add(v, alpha=share) if name in total else v * share
     require_independent(problem, cut(problem.meta_batch, max(size, 2), "meta_batch")[0])
     require_same_in_parts(problem, problem.meta_batch, size, "meta_batch")
-    return sum(losses[1:], losses[0]), total
+    return sum(losses[1:], losses[0]), mean_over_group(total, problem.chosen, m, problem.process_group)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.losses import evaluate_losses
+from metakern.capture.members import modules_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import repeatable_layers
 from metakern.capture.state.passes import PassState, PythonState
 from metakern.capture.state.random_state import random_state, restore_random_state, same_state
-from metakern.engines.cut import cut, examples_of
+from metakern.engines.cut import cut, examples_of, spread
 from metakern.engines.part_buffers import PartBuffers
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import recorded
@@ -57,13 +59,14 @@ def require_same_in_parts(problem: Problem, batch: Any, size: int, argument: str
     """Raise if examples have other losses together than in parts, as with a mean over the batch's tokens.
 
     The proof of independence is about gradients: it sees neither a loss divided by a count over the batch nor a buffer
-    that accumulates. If the pass draws random numbers, the losses differ anyway, and only buffers are compared. The
-    first check takes as many examples as two parts have, but at least eight; later ones take two.
+    that accumulates. Random numbers would differ between the passes, so if there are any, the losses are compared in
+    eval mode; if there still are, only buffers are. The first check takes as many examples as two parts have, but at
+    least eight; later ones take two. They are from all over the batch, which may be sorted by length.
     """
     kind = (problem.context, argument, examples_in(batch), size)
     seen = _SEEN.setdefault(problem.model, set())
     together = 2 if kind in seen else max(2 * size, 8)
-    _require_same(problem, cut(batch, together, argument)[0], 1 if kind in seen else size, argument)
+    _require_same(problem, spread(batch, together, argument), 1 if kind in seen else size, argument)
     seen.add(kind)
 
 
@@ -73,27 +76,47 @@ _SEEN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None:
     if examples_in(some) <= size:
         return
-    state, buffers = random_state(), PartBuffers(problem.model)
-    held = PythonState(problem.model, problem.loss_fn)
+    state, held = random_state(), PythonState(problem.model, problem.loss_fn)
 
-    def losses(batch: Any) -> Tensor:
+    def losses(batch: Any, buffers: PartBuffers) -> Tensor:
         # gradients stay enabled: a loss may take some inside
         with buffers.of_part(examples_in(batch)), repeatable_layers(problem.model):
             found = evaluate_losses(problem.model, batch, problem.loss_fn, argument).detach()
         require_count(found, batch)
         return found
 
-    together = losses(some)
-    random = not same_state(state, random_state())
-    apart = torch.cat([losses(part) for part in cut(some, size, argument)])
-    restore_random_state(state)
-    held.restore()
-    if not random and bool(((together - apart).abs() > _rounding(problem) * (1 + together.abs())).any()):
+    def compared() -> tuple[Tensor, Tensor, bool]:
+        """Losses of all examples together and in parts, and whether random numbers were drawn."""
+        buffers = PartBuffers(problem.model)
+        together, drawn = losses(some, buffers), not same_state(state, random_state())
+        apart = torch.cat([losses(part, buffers) for part in cut(some, size, argument)])
+        restore_random_state(state)
+        held.restore()
+        return together, apart, drawn
+
+    together, apart, drawn = compared()
+    if drawn:
+        with evaluating(problem.model):
+            together, apart, drawn = compared()
+    if not drawn and bool(((together - apart).abs() > _rounding(problem) * (1 + together.abs())).any()):
         raise EngineUnavailable(
             f"the losses of {len(together)} examples of {argument} together differ from those in parts of {size} "
             f"({together.tolist()[:8]} against {apart.tolist()[:8]}), so the loss counts over the batch; leave out "
             "micro_batch, or make loss_fn divide by counts of each example alone"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode, by their attribute: `eval` itself may be overridden."""
+    training = [module for module in modules_of(model) if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _rounding(problem: Problem) -> float:

@@ -16,6 +16,7 @@ from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import modules_of
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
 from metakern.capture.state.writes import Writes
+from metakern.engines.group import mean_over_group
 from metakern.layers.precision import require_precision
 
 P = TypeVar("P", bound="Problem")
@@ -86,12 +87,15 @@ class Problem:
     def meta_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean meta loss and its gradient V = (1/m) sum_j g'_j in the chosen parameters, by one plain backward pass.
 
-        The backward pass is inside as well, since checkpointed layers run again there.
+        In a process group, V is over the meta batches of all ranks, the loss over this rank's alone. The backward pass
+        is inside as well, since checkpointed layers run again there.
         """
         with self.writes.meta_pass():
-            meta_loss = self.meta_losses().mean()
+            losses = self.meta_losses()
+            meta_loss = losses.mean()
             found = torch.autograd.grad(meta_loss, list(self.chosen.values()), allow_unused=True)
-        return meta_loss.detach(), named_gradients(self.chosen, found)
+        v = named_gradients(self.chosen, found)
+        return meta_loss.detach(), mean_over_group(v, self.chosen, len(losses), self.process_group)
 
     def require_participation(self, reached: set[int]) -> None:
         """Raise ValueError for a trainable parameter that the losses do not depend on (`reached` holds the identities

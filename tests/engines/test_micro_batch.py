@@ -224,6 +224,27 @@ def over_the_batch(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / (batch[1] < 9).sum()
 
 
+def by_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Each example's share of all counted tokens: the mean of a batch in which all are equally long."""
+    counted = batch[1] >= 0
+    each = F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1].clamp(min=0), reduction="none") * counted
+    return each.sum(1) * len(counted) / counted.sum()
+
+
+def sorted_by_length() -> Setup:
+    torch.manual_seed(0)
+    x, y = inputs.normal(24, 3, 6, seed=1), inputs.labels(24, 3, classes=3, seed=2)
+    y[16:, 1:] = -100
+    meta = inputs.normal(4, 3, 6, seed=3), inputs.labels(4, 3, classes=3, seed=4)
+    return Setup(nn.Linear(6, 3).double(), (x, y), meta, loss_fn=by_tokens)
+
+
+def with_dropout(loss_fn: Any) -> Setup:
+    setup = setup_of(nn.Dropout(0.2))
+    setup.loss_fn = loss_fn
+    return setup
+
+
 def examples_second(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Positions first, as many as there are examples."""
     return model(batch[0]).square().sum((0, 2))
@@ -242,6 +263,8 @@ REFUSED: dict[str, tuple[Callable[[], Setup], type[Exception], str]] = {
     "batch-norm": (lambda: setup_of(nn.BatchNorm1d(6)), NotImplementedError, "examples interact.*micro_batch"),
     "contrastive": (lambda: _with(contrastive), NotImplementedError, "examples interact"),
     "count-over-batch": (lambda: _with(over_the_batch), NotImplementedError, "counts over the batch"),
+    "count-under-dropout": (lambda: with_dropout(over_the_batch), NotImplementedError, "counts over the batch"),
+    "sorted-by-length": (sorted_by_length, NotImplementedError, "counts over the batch"),
     "class-counts": (lambda: _with(by_class), NotImplementedError, "counts over the batch"),
     "size": (lambda: _with(by_size), NotImplementedError, "counts over the batch"),
     "buffer-of-examples": (lambda: setup_of(Counting(examples=True)), NotImplementedError, "buffer '1.seen'"),
@@ -252,6 +275,25 @@ REFUSED: dict[str, tuple[Callable[[], Setup], type[Exception], str]] = {
     "sizes": (lambda: _with(None, lambda x, y: (x, y, torch.ones(9))), ValueError, "dimension 0.*shapes"),
     "objects": (lambda: _with(over_the_batch, lambda x, y: object()), TypeError, "micro_batch splits tensors.*object"),
 }
+
+
+class CountingTraining(nn.Module):
+    """Counts its calls in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x
+
+
+def test_counters_of_training_passes_next_to_dropout() -> None:
+    """Losses under dropout are compared in eval mode, in which the counter stands still."""
+    setup = setup_of(nn.Dropout(0.2), CountingTraining())
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, micro_batch=3)
+    assert setup.model[2].calls == 1
 
 
 def _with(loss_fn: Any, batch: Any = None) -> Setup:
