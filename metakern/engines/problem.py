@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -97,7 +97,18 @@ class Problem:
         v = named_gradients(self.chosen, found)
         return meta_loss.detach(), mean_over_group(v, self.chosen, len(losses), self.process_group)
 
-    def require_participation(self, reached: set[int]) -> None:
+    def require_own(self, leaves: Iterable[Tensor]) -> None:
+        """Raise ValueError if the losses depend on a parameter that the model does not have: it would not be trained."""
+        own = {id(p) for p in self.trainable.values()}
+        for leaf in leaves:
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                raise ValueError(
+                    f"the losses of {self.argument} depend on a trainable parameter of shape {tuple(leaf.shape)} that is "
+                    "not among the model's, so it would get no gradient: make it, or the module that has it, part of "
+                    "the model; or, if it is not to be trained, freeze it with requires_grad_(False)"
+                )
+
+    def require_participation(self, reached: Collection[int]) -> None:
         """Raise ValueError for a trainable parameter that the losses do not depend on (`reached` holds the identities
         of the others), or record its name.
         """
@@ -115,8 +126,10 @@ class Problem:
             )
 
     def require_reached(self, outputs: Tensor) -> None:
-        """The same check by the graph of `outputs`, for passes that compute dots but no gradient."""
-        self.require_participation(leaves_of(outputs))
+        """Both checks by the graph of `outputs`, for passes without a trace."""
+        leaves = leaves_of(outputs)
+        self.require_own(leaves.values())
+        self.require_participation(leaves)
 
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
         """Only the gradients of parameters that took part, as autograd returns them."""

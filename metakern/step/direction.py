@@ -14,7 +14,6 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.passes import RestorePoint
 from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, pairwise, solve
 from metakern.engines.choose import normalises_over_batch
-from metakern.engines.group import mean_over_group
 from metakern.engines.train_pass import open_pass
 from metakern.step.virtual import VirtualRule
 
@@ -77,7 +76,6 @@ def solve_along(
         return solve(problem, engine, start)
     train, used = open_pass(problem, engine, start)
     meta_loss, v = problem.meta_gradient()
-    mean_over_group(v, problem.process_group)
     return Answer(train.dots(along(v)), train.losses, meta_loss, train.weighted_gradient), used
 
 

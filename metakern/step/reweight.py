@@ -163,7 +163,9 @@ def l2rw_step(
         dot_precision: "bf16", and on a GPU "tf32" or "fp8", lets ghost round the operands of the products behind the
             dots, which only determine the weights; the gradient for those weights is unaffected. "same" rounds nothing.
             If "auto" chooses another engine, its dots are exact. Effect and cost: docs/numerics.md.
-        process_group: normalise weights, and sum gradients, over the ranks of this torch.distributed group.
+        process_group: take V over the meta batches of all ranks of this torch.distributed group, normalise weights over
+            their examples, and sum gradients; n and m may differ between ranks. The result, meta_loss included, is for
+            this rank's own examples.
         allow_unused: accept trainable parameters that the losses of this batch do not depend on (an unused pooler, a
             dropped layer, an expert without tokens): they contribute nothing to the dots and are left without a
             gradient, as in a backward pass. Cannot be combined with `process_group`.

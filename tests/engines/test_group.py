@@ -1,30 +1,58 @@
 """A step over two processes is the step of one process that sees both their batches."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 import metakern
 from metakern.testing import budget, inputs
 
 
-def _rank(rank: int, rendezvous: str, engine: str) -> None:
+class Experts(nn.Module):
+    """The sign of the first feature selects the layer of an example, and with it the one that goes without a gradient;
+    the gradients of `a` and `b` are one tensor, and that of `scale` is one number, expanded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
+        self.a, self.b, self.scale = (nn.Parameter(torch.randn(7)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        hidden = x.new_zeros(len(x), 7)
+        for expert, rows in ((self.first, chosen), (self.second, ~chosen)):
+            if rows.any():
+                hidden = hidden + rows[:, None] * expert(x)
+        return self.head(torch.tanh(hidden * (self.a + self.b) * self.scale.sum()))
+
+
+def _problem() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Rank 0 has meta examples of one expert, rank 1 of both."""
+    torch.manual_seed(0)
+    model = Experts().double()
+    (x, y), (meta_x, meta_y) = inputs.pair(8, 5, 5, classes=3)
+    x[:, 0] = torch.tensor([1.0, -1.0] * 4)
+    meta_x[:, 0] = torch.tensor([-1.0, -1.0, 1.0, -1.0, 1.0])
+    return model, (x, y), (meta_x, meta_y)
+
+
+def _rank(rank: int, rendezvous: str, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    (x, y), (meta_x, meta_y) = inputs.pair(8, 4, 5, classes=3)
-    mine, meta = (slice(0, 5), slice(0, 2)) if rank == 0 else (slice(5, 8), slice(2, 4))
+    model, (x, y), (meta_x, meta_y) = _problem()
+    mine, meta = (slice(0, 5), slice(0, 2)) if rank == 0 else (slice(5, 8), slice(2, 5))
     group = dist.group.WORLD
-    part = metakern.l2rw_step(
-        model, (x[mine], y[mine]), (meta_x[meta], meta_y[meta]), engine=engine, process_group=group
+    part = metakern.reweight_step(
+        model, (x[mine], y[mine]), (meta_x[meta], meta_y[meta]), process_group=group, **settings
     )
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    whole = metakern.l2rw_step(model, (x, y), (meta_x, meta_y), engine=engine)
+    whole = metakern.reweight_step(model, (x, y), (meta_x, meta_y), **settings)
     want = torch.cat([p.grad.flatten() for p in model.parameters()])
     budget.assert_within(part.dots, whole.dots[mine], whole.dots.abs().max())
     budget.assert_within(part.weights, whole.weights[mine], 1.0)
@@ -32,6 +60,10 @@ def _rank(rank: int, rendezvous: str, engine: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["ghost", "jvp"])
-def test_two_ranks_with_batches_of_different_sizes(engine: str, tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path / "rendezvous"), engine), nprocs=2)
+@pytest.mark.parametrize(
+    "settings",
+    [{"engine": "ghost"}, {"engine": "ghost", "micro_batch": 2}, {"engine": "jvp"}],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_two_ranks_with_batches_of_different_sizes(settings: dict[str, Any], tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(tmp_path / "rendezvous"), settings), nprocs=2)
