@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from metakern.methods.boosting import ADABOOST, ADABOOST_NETWORKS
 from metakern.methods.bootstrapping import REED_HARD, REED_SOFT
-from metakern.methods.class_aware_meta_weight_net import CMW_NET
+from metakern.methods.class_aware_meta_weight_net import CMW_NET, CMW_NET_NOISE
 from metakern.methods.class_difficulty import CDB, CDB_CIFAR
 from metakern.methods.class_weights import CLASS_BALANCED, INVERSE_SQRT
 from metakern.methods.clean_only import CLEAN_ONLY, GOLD_ONLY
@@ -53,6 +53,7 @@ METHODS: dict[str, Method] = {
         MW_NET,
         MW_NET_IMBALANCE,
         CMW_NET,
+        CMW_NET_NOISE,
         CMW_NET_SL,
         CURVE_NET,
         MLRNET,

@@ -1,18 +1,21 @@
 """CMW-Net: a weight net with one output for each group of classes of similar size.
 
 As a composition: class counts -> k-means -> group of each class; then `metakern.mwnet_step`, whose weight net sees the
-group in addition to the loss. The meta set is a balanced part of the training set: no clean data are needed.
+group in addition to the loss. The meta set is a part of the training set: no clean data are needed. Two variants follow
+the two settings of the published code, long tails and noisy labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from metakern.methods.loss_curves import lowest_losses
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.settings import require_counts, require_shares
 from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, weights_over_losses
@@ -25,7 +28,8 @@ class ClassAwareSettings:
 
     groups: number of groups of classes, found by k-means. hidden: width of the weight net. lr, weight_decay: of its
     Adam. plain_share: share of the run that takes plain steps (the code: epochs 0 to 159 of 200). every: the weight net
-    steps once in so many steps of the model.
+    steps once in so many steps of the model. lowest: so many training examples of each class form the meta set, those
+    of lowest loss; 0: as many as the smallest class has, at random.
     """
 
     groups: int = 3
@@ -34,10 +38,13 @@ class ClassAwareSettings:
     weight_decay: float = 1e-5
     plain_share: float = 0.8
     every: int = 1
+    lowest: int = 0
 
     def __post_init__(self) -> None:
         require_counts(groups=self.groups, hidden=self.hidden, every=self.every)
         require_shares(plain_share=self.plain_share)
+        if self.lowest < 0:
+            raise ValueError(f"lowest must be 0 or more, got {self.lowest}")
 
 
 def class_groups(counts: Tensor, *, groups: int = 3) -> Tensor:
@@ -86,7 +93,7 @@ def balanced_rows(targets: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class CMWNetStep:
-    """Plain steps for most of the run, then the weight net, whose meta set is a balanced part of the training set."""
+    """Plain steps, then the weight net, whose meta set is a part of the training set, chosen anew in each epoch."""
 
     def __init__(self, setup: Setup, settings: ClassAwareSettings) -> None:
         device = device_of(setup.model)
@@ -99,20 +106,23 @@ class CMWNetStep:
         self._setup, self._settings, self._plain = setup, settings, weighted_step()
         self._step = WeightNetStep(weight_net, optimizer, normalise="detached_sum", every=settings.every)
         self._generator = torch.Generator().manual_seed(setup.seed + 6)
-        self._subset = balanced_rows(setup.task.train.targets, self._generator)
+        # By loss only once the plain steps have taught the model something.
+        none = torch.empty(0, dtype=torch.int64)
+        self._subset = none if settings.lowest else balanced_rows(setup.task.train.targets, self._generator)
 
     def __call__(
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         if setting.progress < self._settings.plain_share:
             return self._plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
-        own = self._meta_batch(setting.step)
+        own = self._meta_batch(model, setting.step)
         return self._step(model, batch, own, optimizer=optimizer, setting=setting, features=self.groups[batch[1]])
 
-    def _meta_batch(self, step: int) -> Batch:
-        train = self._setup.task.train
-        if step % self._setup.steps_per_epoch == 0:
-            self._subset = balanced_rows(train.targets, self._generator)
+    def _meta_batch(self, model: nn.Module, step: int) -> Batch:
+        train, lowest = self._setup.task.train, self._settings.lowest
+        if step % self._setup.steps_per_epoch == 0 or not len(self._subset):
+            chosen = lowest_losses(model, train, lowest) if lowest else balanced_rows(train.targets, self._generator)
+            self._subset = chosen
         order = torch.randperm(len(self._subset), generator=self._generator)[: self._setup.batch_size]
         rows = self._subset[order].to(train.targets.device)
         return self._setup.augment(train.inputs[rows], self._generator), train.targets[rows]
@@ -129,17 +139,26 @@ class CMWNetStep:
         self._subset = state["subset"]
 
 
-def cmw_net(settings: ClassAwareSettings) -> Method:
-    """CMW-Net with the given settings."""
+def cmw_net(name: str, summary: str, settings: ClassAwareSettings) -> Method:
+    """CMW-Net with the given settings, under a name."""
     return Method(
-        "cmw-net",
-        "a weight net with an output for each group of classes of like size; no clean data needed",
+        name,
+        summary,
         "Shu et al., TPAMI 2023",
         lambda setup: CMWNetStep(setup, settings),
-        handles="both",
+        handles="noise" if settings.lowest else "both",
         settings=settings,
-        rebuilt=cmw_net,
+        rebuilt=partial(cmw_net, name, summary),
     )
 
 
-CMW_NET = cmw_net(ClassAwareSettings())
+CMW_NET = cmw_net(
+    "cmw-net",
+    "a weight net with an output for each group of classes of like size; no clean data needed",
+    ClassAwareSettings(),
+)
+CMW_NET_NOISE = cmw_net(
+    "cmw-net-noise",
+    "cmw-net with its code's settings for noisy labels: a short warm-up, and a meta set of examples of low loss",
+    ClassAwareSettings(weight_decay=1e-4, plain_share=1 / 30, every=10, lowest=10),
+)

@@ -25,9 +25,10 @@ class CurveSettings:
     """Settings; the defaults are those of CurveNet's code.
 
     probing: epochs of the probing run for each epoch of the run (300 for 200). first_epoch: first epoch of the probing
-    run that belongs to a curve; at most a quarter of its epochs are left out. learning_share: share of the run in which the weight net learns (epochs 0 to 79 of
-    200). label_times: factor of the label's embedding (the code adds it twice). least_weight: added to the sigmoid. lr,
-    weight_decay: of the weight net's Adam. every: the weight net steps once in so many steps of the model.
+    run that belongs to a curve; at most a quarter of its epochs are left out. learning_share: share of the run in which
+    the weight net learns (epochs 0 to 79 of 200). label_times: factor of the label's embedding (the code adds it
+    twice). least_weight: added to the sigmoid. lr, weight_decay: of the weight net's Adam. every: the weight net steps
+    once in so many steps of the model.
     """
 
     probing: float = 1.5

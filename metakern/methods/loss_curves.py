@@ -29,6 +29,18 @@ def example_losses(model: nn.Module, examples: Examples) -> Tensor:
     return F.cross_entropy(predict(model, examples.inputs), examples.targets, reduction="none")
 
 
+def lowest_losses(model: nn.Module, examples: Examples, most: int) -> Tensor:
+    """The rows of lowest loss of each class, on the CPU: `most` of each, or half of the smallest class if that is less.
+
+    Source: the meta set of Shu et al., "CMW-Net", TPAMI 2023, for noisy labels, by its code.
+    """
+    order = example_losses(model, examples).cpu().argsort(stable=True)
+    ranked = examples.targets.cpu()[order]
+    classes, counts = ranked.unique(return_counts=True)
+    each = max(1, min(most, int(counts.min()) // 2))
+    return torch.cat([order[ranked == c][:each] for c in classes])
+
+
 def probe(setup: Setup, phases: Sequence[Phase]) -> Tensor:
     """Losses[N, T] of the N training examples after each of the T epochs of a plain run through `phases`.
 

@@ -14,7 +14,7 @@ _SHARED = {
     "resampling": """oversample undersample smote borderline-smote svm-smote adasyn cluster-centroids near-miss all-knn
         smote-enn adaboost adaboost-networks self-training""",
     "mw-net": "mw-net mw-net-imbalance",
-    "cmw-net": "cmw-net cmw-net-sl",
+    "cmw-net": "cmw-net cmw-net-noise cmw-net-sl",
     "mlrnet": "mlrnet mlrnet-own-step",
     "metabalance": "metabalance metabalance-as-shipped",
     "mlc": "mlc mlc-gold-apart mlc-new-labels mlc-skip",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import metakern
 from metakern.methods.class_aware_meta_weight_net import ClassAwareWeightNet, class_groups, weights_of_groups
 from metakern.methods.features import kept_logits
-from metakern.methods.loss_curves import example_losses
+from metakern.methods.loss_curves import lowest_losses
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.plain_training import predict
 from metakern.methods.settings import require_counts, require_shares
@@ -114,7 +114,7 @@ class SoftStep:
         self, model: nn.Module, batch: Batch, meta_batch: Batch, *, optimizer: torch.optim.Optimizer, setting: Setting
     ) -> Outcome:
         if setting.step % self._setup.steps_per_epoch == 0:
-            self._trusted = self._most_trusted(self._teacher)
+            self._trusted = lowest_losses(self._teacher, self._setup.task.train, self._settings.meta_per_class)
         if setting.progress < self._settings.warm_up:
             outcome = self._plain(model, batch, meta_batch, optimizer=optimizer, setting=setting)
         else:
@@ -158,15 +158,6 @@ class SoftStep:
         with torch.no_grad():
             weights = self._labels.weights(seen[0], groups)
         return Outcome(weights.squeeze(1).to(losses) / len(weights), losses.detach(), meta_loss)
-
-    def _most_trusted(self, model: nn.Module) -> Tensor:
-        """As many training examples of every class, those of lowest loss; at most half of the smallest class."""
-        train = self._setup.task.train
-        order = example_losses(model, train).cpu().argsort(stable=True)
-        ranked = train.targets.cpu()[order]
-        classes, counts = ranked.unique(return_counts=True)
-        each = max(1, min(self._settings.meta_per_class, int(counts.min()) // 2))
-        return torch.cat([order[ranked == c][:each] for c in classes])
 
     def _meta_batch(self) -> Batch:
         train = self._setup.task.train

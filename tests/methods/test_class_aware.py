@@ -9,6 +9,7 @@ from torch import nn
 from metakern.data import Examples, Task
 from metakern.methods import Setting, find
 from metakern.methods.class_aware_meta_weight_net import ClassAwareWeightNet, balanced_rows, class_groups
+from metakern.methods.loss_curves import example_losses, lowest_losses
 from metakern.methods.soft_class_aware_meta_weight_net import SoftLabels, SoftSettings, mixed
 
 
@@ -98,12 +99,34 @@ def test_the_soft_variant_learns_every_tenth_step_and_has_a_slow_teacher(model, 
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_trusted_are_the_lowest_losses_of_each_class(model, setup):
-    given = setup(model)
-    step = find("cmw-net-sl").begin(given)
-    trusted = step._most_trusted(model)
-    counts = torch.bincount(given.task.train.targets[trusted])
-    assert counts[0] == counts[1] == int(torch.bincount(given.task.train.targets).min()) // 2
+def test_the_lowest_losses_of_each_class(model, setup):
+    train = setup(model).task.train
+    losses = example_losses(model, train)
+    rows = lowest_losses(model, train, 5)
+    assert torch.bincount(train.targets[rows]).tolist() == [5, 5]
+    for c in (0, 1):
+        own, chosen = losses[train.targets == c], losses[rows[train.targets[rows] == c]]
+        assert torch.equal(chosen, own.sort().values[:5])
+    half = int(torch.bincount(train.targets).min()) // 2
+    assert torch.bincount(train.targets[lowest_losses(model, train, 100)]).tolist() == [half, half]
+
+
+def test_for_noisy_labels_the_meta_set_is_of_low_loss_after_a_warm_up(model, setup):
+    """Drawn at random, as for long tails, it would have as many wrong labels as the training set."""
+    given = setup(model, steps=90, lr=0.5)
+    step, train = find("cmw-net-noise").begin(given), given.task.train
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    batch = train.inputs[:12], train.targets[:12]
+    before = copy.deepcopy(step._step.weight_net.state_dict())
+    changed = []
+    for k in range(11):
+        chosen = lowest_losses(model, train, 10)
+        outcome = step(model, batch, batch, optimizer=optimizer, setting=setting_of(k, 90))
+        assert (outcome.weights.tolist() == [1 / 12] * 12) == (k < 3)  # 90 / 30 plain steps
+        if k in (3, 6):  # the first step with weights, and the first of an epoch
+            assert step._subset.tolist() == chosen.tolist()
+        changed.append(any(not torch.equal(v, before[name]) for name, v in step._step.weight_net.state_dict().items()))
+    assert changed == [False] * 10 + [True]
 
 
 def test_tokens_cannot_be_mixed(setup):
