@@ -6,6 +6,7 @@ added up -> step. This file defines which examples the inner and the outer batch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -29,9 +30,9 @@ SAMPLERS: dict[str, TrainingSet] = {
 class BalanceSettings:
     """Settings; the defaults are those of the paper's code for tables.
 
-    inner, outer: the pools that inner and outer batches are drawn from, names of SAMPLERS. order: 2 is the gradient of
-    the paper, 1 that of its code. inner_lr, leak, hessian: as for `metakern.metabalance_step`. inner_batch,
-    outer_batch: examples in each batch of a pair.
+    inner, outer: the pools that inner and outer batches are drawn from, names of SAMPLERS. order: 2 differentiates
+    through the inner step; 1, as the paper's code does, leaves the Hessian out. inner_lr, leak, hessian: as for
+    `metakern.metabalance_step`. inner_batch, outer_batch: examples in each batch of a pair, of inner ones at most.
     """
 
     inner: str = "raw"
@@ -81,7 +82,11 @@ class Stream:
 
 
 class BalanceStep:
-    """A step on the mean gradient of pairs: each inner batch is a part of the batch, paired with an outer batch."""
+    """A step on the mean gradient of pairs: each inner batch is a part of the batch, paired with an outer batch.
+
+    The parts are as equal as their number allows, and a pair counts in proportion to its inner batch: a small last part
+    with an outer batch of its own would otherwise count as much as a whole one.
+    """
 
     def __init__(self, setup: Setup, settings: BalanceSettings) -> None:
         given = setup.task.given if isinstance(setup.task, InnerTask) else setup.task
@@ -96,11 +101,11 @@ class BalanceStep:
     ) -> Outcome:
         """The meta batch is not used. The loss of an example is reported as the mean of its inner batch.
 
-        Source: Bansal et al., "MetaBalance", 2021, algorithm 1.
+        Source: Bansal et al., "MetaBalance", 2021, and its code.
         """
         inputs, targets = batch
-        size = self._settings.inner_batch
-        inner = list(zip(inputs.split(size), targets.split(size), strict=True))
+        parts = math.ceil(len(targets) / self._settings.inner_batch)
+        inner = list(zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True))
         losses, outer_losses = [], []
         for k, pair in enumerate(inner):
             rows = self._stream.take(self._settings.outer_batch).to(targets.device)
@@ -112,14 +117,14 @@ class BalanceStep:
                 order=self._settings.order,
                 leak=self._settings.leak,
                 hessian=self._settings.hessian,
-                scale=1 / len(inner),
+                scale=len(pair[1]) / len(targets),
                 accumulate=k > 0,
                 optimizer=optimizer if k == len(inner) - 1 else None,
             )
             losses.append(result.inner_loss.expand(len(pair[1])))
-            outer_losses.append(result.outer_loss)
+            outer_losses.append(result.outer_loss.expand(len(pair[1])))
         return Outcome(
-            losses[0].new_full((len(targets),), 1 / len(targets)), torch.cat(losses), torch.stack(outer_losses).mean()
+            losses[0].new_full((len(targets),), 1 / len(targets)), torch.cat(losses), torch.cat(outer_losses).mean()
         )
 
     def state_dict(self) -> dict[str, Any]:
