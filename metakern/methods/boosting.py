@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
 
-from metakern.data.sampling import shuffled
 from metakern.methods.method import Method, NotApplicable, Setup, no_steps
-from metakern.methods.plain_training import predict
+from metakern.methods.plain_training import predict, train_plainly
 
 
 class Round(NamedTuple):
@@ -56,28 +53,15 @@ class Vote(nn.Module):
         return torch.einsum("k,knc->nc", self.votes.to(said.device), said.to(self.votes.dtype))
 
 
-def train_weighted(setup: Setup, weights: Tensor, *, steps: int, seed: int) -> nn.Module:
-    """A copy of the run's model, trained for `steps` steps on mean_n N w_n l_n; weights[N] sum to 1."""
-    network, train = copy.deepcopy(setup.model), setup.task.train
-    optimizer = setup.make_optimizer(network)
-    batches = shuffled(train.targets.cpu(), setup.batch_size, torch.Generator().manual_seed(seed))
-    scaled = (weights * len(weights)).to(next(network.parameters()))
-    for _ in trange(steps, desc="weak network", unit="step", disable=not setup.progress):
-        rows = next(batches).to(train.targets.device)
-        losses = F.cross_entropy(network(train.inputs[rows]), train.targets[rows], reduction="none")
-        optimizer.zero_grad(set_to_none=True)
-        (scaled[rows] * losses).mean().backward()
-        optimizer.step()
-    return network
-
-
 def boosted_networks(setup: Setup, *, rounds: int = 5) -> Vote:
     """SAMME with the run's network: `rounds` networks from the initial parameters, which share the run's steps."""
     train = setup.task.train
     weights = torch.full((len(train),), 1 / len(train), dtype=torch.float64, device=train.targets.device)
     networks, votes = [], []
     for k in range(rounds):
-        network = train_weighted(setup, weights, steps=max(1, setup.steps // rounds), seed=setup.seed + 10 + k)
+        # Of mean 1, so that the step has the size of a plain one.
+        scaled, steps = weights * len(weights), max(1, setup.steps // rounds)
+        network = train_plainly(setup, train, steps=steps, weights=scaled, seed=setup.seed + 10 + k)
         vote, weights, last = samme_round(
             weights, predict(network, train.inputs).argmax(1) != train.targets, setup.classes
         )

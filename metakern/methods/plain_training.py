@@ -24,22 +24,23 @@ def train_plainly(
     steps: int,
     batch_size: int | None = None,
     after_step: Callable[[int, nn.Module], None] | None = None,
-    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     rate: Callable[[int], float] | None = None,
+    weights: Tensor | None = None,
+    seed: int | None = None,
 ) -> nn.Module:
-    """A copy of the run's model after `steps` plain steps on the mean of `criterion(logits, targets)`.
+    """A copy of the run's model after `steps` plain steps on the mean cross entropy, or on that of weights[N] * l[N].
 
     Before the first step of a run, the copy has the run's initial parameters; the model itself is not changed.
-    Optimizer, batches and their augmentation are those that the run's settings and seed give. `after_step(k, network)`
-    is called after each step, k = 1 .. steps; step k has `rate(k)` times the run's learning rate, by default the run's
-    schedule over `steps` steps.
+    Optimizer, batches and their augmentation are those that the run's settings and seed give; the order of the batches
+    is that of `seed`, if given. `after_step(k, network)` is called after each step, k = 1 .. steps; step k has
+    `rate(k)` times the run's learning rate, by default the run's schedule over `steps` steps.
     Raises: ValueError if the loss of a step is not finite.
     """
     rate = rate or (lambda k: setup.rate_factor(k - 1, steps))
     network = copy.deepcopy(setup.model)
     optimizer = setup.make_optimizer(network)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(setup.seed + 4)
+    generator = torch.Generator().manual_seed(setup.seed + 4 if seed is None else seed)
     batches = shuffled(examples.targets.cpu(), batch_size or setup.batch_size, generator)
     for k in trange(1, steps + 1, desc="plain network", unit="step", disable=not setup.progress):
         rows = next(batches).to(examples.targets.device)
@@ -47,7 +48,8 @@ def train_plainly(
             group["lr"] = full * rate(k)
         inputs = setup.augment(examples.inputs[rows], generator)
         optimizer.zero_grad(set_to_none=True)
-        loss = criterion(network(inputs), examples.targets[rows])
+        losses = F.cross_entropy(network(inputs), examples.targets[rows], reduction="none")
+        loss = (losses if weights is None else weights[rows].to(losses) * losses).mean()
         if not loss.isfinite():
             raise ValueError(f"step {k} of a plain network: its loss is not finite; a smaller --lr usually helps")
         loss.backward()

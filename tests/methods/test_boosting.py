@@ -3,12 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.ensemble import AdaBoostClassifier
 from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 from metakern.data import Examples, Task
 from metakern.methods.boosting import Vote, boosted_networks, boosted_stumps, samme_round
+from metakern.methods.plain_training import train_plainly
 from metakern.methods.self_training import confident, self_trained
 
 
@@ -71,6 +73,34 @@ def test_boosting_networks_beats_one(task, setup):
     accuracy = (vote(task.test.inputs).argmax(1) == task.test.targets).double().mean()
     alone = (vote.networks[0](task.test.inputs).argmax(1) == task.test.targets).double().mean()
     assert accuracy >= alone
+
+
+def test_boosted_networks_keep_to_the_options_of_the_run(task, setup):
+    """Augmentation, the learning-rate schedule, and a loss that must be finite."""
+    model = nn.Linear(2, 3)
+    seen, rates = [], []
+
+    def augment(inputs, generator):
+        seen.append(len(inputs))
+        return inputs
+
+    made = setup(model, task=task, steps=20, augment=augment, rate_factor=lambda k, steps: rates.append(k) or 0.0)
+    vote = boosted_networks(made)
+    rounds = len(vote.networks)
+    assert seen == [12] * 4 * rounds
+    assert rates == [0, 1, 2, 3] * rounds
+    assert all(torch.equal(own.weight, model.weight) for own in vote.networks)  # at rate 0
+    with pytest.raises(ValueError, match="step 1 of a plain network: its loss is not finite"):
+        boosted_networks(setup(model, task=task, augment=lambda inputs, generator: inputs * math.inf))
+
+
+def test_weighted_networks_by_hand(task, setup):
+    model = nn.Linear(2, 3)
+    weights = torch.linspace(0, 2, 300)
+    trained = train_plainly(setup(model, task=task, batch_size=300), task.train, steps=1, weights=weights)
+    losses = F.cross_entropy(model(task.train.inputs), task.train.targets, reduction="none")
+    (gradient,) = torch.autograd.grad((weights * losses).sum() / 300, model.weight)
+    torch.testing.assert_close(trained.weight, model.weight - 0.1 * gradient)
 
 
 def test_stumps(task, setup):
