@@ -14,6 +14,7 @@ from metakern.methods import find
 from metakern.methods.plain_training import predict, train_plainly
 from metakern.trainers.batches import make_setup
 from metakern.trainers.config import TrainConfig
+from metakern.trainers.evaluate import roc_area
 from metakern.trainers.networks import network_for
 from metakern.trainers.task import task_on_device, usable_device
 
@@ -21,6 +22,7 @@ from metakern.trainers.task import task_on_device, usable_device
 class Detection(NamedTuple):
     """Quality of a ranking by suspicion: area under the ROC curve, and precision among the k most suspicious examples.
 
+    Equally suspicious examples count half in the area; for the precision, they are taken in the order of the rows.
     precision[j] is for k = j / 10 of the number of wrong labels, j = 1 .. 10.
     """
 
@@ -33,16 +35,14 @@ def detection(suspicion: np.ndarray, wrong: np.ndarray) -> Detection:
 
     Raises: ValueError if all labels are right, or all wrong.
     """
-    from sklearn.metrics import roc_auc_score
-
     total = int(wrong.sum())
     if not 0 < total < len(wrong):
         raise ValueError(f"detection: some labels must be wrong and some right, got {total} of {len(wrong)} wrong")
     suspicion = np.where(np.isnan(suspicion), -np.inf, suspicion)
-    ranks = np.argsort(np.argsort(suspicion, kind="stable"), kind="stable")
     order = np.argsort(-suspicion, kind="stable")
     counts = [max(1, round(total * j / 10)) for j in range(1, 11)]
-    return Detection(float(roc_auc_score(wrong, ranks)), [float(wrong[order[:k]].mean()) for k in counts])
+    area = roc_area(torch.from_numpy(suspicion), torch.from_numpy(wrong))
+    return Detection(area, [float(wrong[order[:k]].mean()) for k in counts])
 
 
 def has_cleanlab() -> bool:

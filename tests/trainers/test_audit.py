@@ -144,6 +144,9 @@ def test_detection_by_hand():
     assert found.area == pytest.approx(5 / 6)  # of six pairs, the second wrong one comes after one right one
     assert found.precision[-1] == 0.5
     assert found.precision[0] == 1
+    # Equal suspicion says nothing, whichever row comes first.
+    assert detection(np.zeros(5), wrong).area == detection(np.zeros(5), wrong[::-1].copy()).area == 0.5
+    assert detection(np.array([2.0, 2.0, 1.0, np.nan, np.nan]), wrong).area == pytest.approx(4.5 / 6)
     with pytest.raises(ValueError, match="got 0 of 5 wrong"):
         detection(np.arange(5.0), np.zeros(5, bool))
 
