@@ -43,7 +43,9 @@ def direction_dots_bulk_kernel(
         v = V.load([across * N, start]).T if OUTPUTS_FIRST else V.load([start, across * N])
         product = tl.dot(a, v, product, input_precision=PRECISION, max_num_imprecise_acc=K)
     b = B.load([down * M, across * N])
-    dots = tl.sum(product * b.to(tl.float32), axis=1)
+    # selected, not multiplied by zero: past the last column the product may be infinity times zero
+    inside = (across * N + tl.arange(0, N) < o)[None, :]
+    dots = tl.sum(tl.where(inside, product * b.to(tl.float32), 0.0), axis=1)
     row = down * M + tl.arange(0, M)
     tl.store(partial + across.to(tl.int64) * rows + row, dots, mask=row < rows)
 
