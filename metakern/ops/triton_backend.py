@@ -25,20 +25,21 @@ def implementation(operator: str) -> Implementation:
     """The table's entry for `metakern.ops.<operator>.triton`, whose function has the operator's name."""
     module = f"metakern.ops.{operator}.triton"
 
-    def run(*arguments: Tensor) -> Any:
+    def run(*arguments: Any) -> Any:
         return getattr(importlib.import_module(module), operator)(*arguments)
 
     return Implementation("triton", run, unsupported)
 
 
-def unsupported(*operands: Tensor) -> str | None:
+def unsupported(*operands: Any) -> str | None:
     """Why Triton cannot run this case, or None."""
     if missing is not None:
         return missing
     first = operands[0]
     if not first.is_cuda and not interpreting:
         return "needs a CUDA tensor"
-    if first.dtype is torch.float64:
+    # the gradients may be wider than the records; weights are rounded, whatever they are
+    if any(isinstance(x, Tensor) and x.dim() == 3 and x.dtype is torch.float64 for x in operands):
         return "accumulates in float32; float64 needs float64"
     needed = (8, 9) if first.dtype is EIGHT_BITS else (8, 0)
     if first.is_cuda and capability(first) < needed:

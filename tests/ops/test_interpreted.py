@@ -58,6 +58,19 @@ def test_blocks_fetched_by_the_copy_engine(sizes: tuple[int, ...], dtype: torch.
         assert_exact(name, sizes, arguments, "triton")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, whose product has the NaN
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_an_infinite_operand_meets_no_column_past_the_last(rows_first: bool) -> None:
+    """Infinity times the zero that the copy engine reads there would be NaN."""
+    A, V, B = CASES["direction_dots"].arguments((2, 3, 48, 40), torch.float32)
+    A[0, 1, 5], V[:, 5], B[0, 1] = float("inf"), 1.0, B[0, 1].abs()
+    V = V if rows_first else V.t().contiguous().t()
+    want = OPERATORS["direction_dots"](A, V, B, impl="reference")
+    got = OPERATORS["direction_dots"](A, V, B, impl="triton")
+    assert got[0] == want[0] == float("inf")
+    assert got[1].isfinite()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kept_rows_are_scaled_in_order_and_rounded_once(layout: str) -> None:
     B = LAYOUTS[layout](CASES["weighted_grad"].arguments((9, 3, 1, 21), torch.float16)[1])
@@ -151,3 +164,5 @@ def test_direction_dots_of_eight_bit_operands() -> None:
     got = OPERATORS["direction_dots"](A, V, B, impl="triton")
     want = OPERATORS["direction_dots"](*wide, impl="reference")
     assert_within(got, want, CASES["direction_dots"].scale(*wide), dtype=torch.bfloat16, terms=5 * 40 * 33)
+    with pytest.raises(RuntimeError, match="float64 needs float64"):
+        OPERATORS["direction_dots"](A, V, B.double(), impl="triton")

@@ -271,6 +271,23 @@ def test_embedding_dots_counts_the_padding_row_from_the_end() -> None:
     )
 
 
+def test_embedding_dots_refuses_a_padding_row_that_the_table_does_not_have() -> None:
+    indices, V, B, _ = CASES["embedding_dots"].arguments((2, 3, 4, 5), torch.float32)
+    for padding, rows in ((4, 4), (-5, 4), (0, 0)):
+        with pytest.raises(ValueError, match=rf"padding_idx must be one of the {rows} rows of V; got {padding}"):
+            ops.embedding_dots(indices, V[:rows], B, padding_idx=padding)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_direction_dots_of_eight_bit_records_are_summed_as_wide_as_the_gradients(impl: str | None) -> None:
+    A, V, B = CASES["direction_dots"].arguments((3, 5, 40, 33), torch.float64)
+    A, V = A.to(torch.float8_e4m3fn), V.to(torch.float8_e4m3fn)
+    want = torch.einsum("nti,oi,nto->n", A.double(), V.double(), B)
+    got = ops.direction_dots(A, V, B, impl=impl)
+    assert got.dtype == ops.direction_dots(*each(lambda a: a.to("meta"), (A, V, B))).dtype == torch.float64
+    assert_within(got, want, CASES["direction_dots"].scale(A.double(), V.double(), B), dtype=torch.float64, terms=6600)
+
+
 LARGE = {
     "affine_grads": (3, 70, 300),
     "cross_entropy_rows": (31, 3000),

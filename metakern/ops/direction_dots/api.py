@@ -29,7 +29,7 @@ def direction_dots(A: Tensor, V: Tensor, B: Tensor, *, impl: str | None = None) 
             the caller.
         B: gradients of the summed losses with respect to the layer's outputs, [n, t, o].
         impl: None uses the first implementation that supports the case; a name never falls back.
-    Returns: [n], float32, or float64 for float64 operands; unit (loss per parameter) x (unit of V).
+    Returns: [n], float32, or float64 where B is float64; unit (loss per parameter) x (unit of V).
     Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
         RuntimeError if the requested implementation does not support the case.
     """

@@ -15,7 +15,7 @@ def check(A: Tensor, V: Tensor, B: Tensor) -> None:
 
 
 def fake(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    return A.new_empty(A.shape[0], dtype=accumulator(A.dtype))
+    return A.new_empty(A.shape[0], dtype=accumulator(B.dtype))
 
 
 def flops(A: Tensor, V: Tensor, B: Tensor) -> int:

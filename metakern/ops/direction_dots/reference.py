@@ -9,5 +9,5 @@ from metakern.ops.operands import accumulator
 
 
 def direction_dots(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    dtype = accumulator(A.dtype)
+    dtype = accumulator(B.dtype)
     return torch.einsum("nti,oi,nto->n", A.to(dtype), V.to(dtype), B.to(dtype))

@@ -30,9 +30,13 @@ def embedding_dots(
         padding_idx: the row to ignore, counted from the end if negative.
         impl: None uses the first implementation that supports the case; a name never falls back.
     Returns: [n], float32, or float64 for float64 operands, summed in that dtype.
-    Raises: ValueError for shapes, devices, an unknown `impl` or operands that require grad; TypeError for dtypes;
-        IndexError for an index outside the table (on CUDA the kernel aborts); RuntimeError if the requested
-        implementation does not support the case.
+    Raises: ValueError for shapes, devices, a padding row that V does not have, an unknown `impl` or operands that
+        require grad; TypeError for dtypes; IndexError for an index outside the table (on CUDA the kernel aborts);
+        RuntimeError if the requested implementation does not support the case.
     """
-    padding = -1 if padding_idx is None else padding_idx % V.shape[0]
-    return OPERATOR(indices, V, B, padding, impl=impl)
+    if padding_idx is None:
+        return OPERATOR(indices, V, B, impl=impl)
+    rows = V.shape[0]
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"embedding_dots: padding_idx must be one of the {rows} rows of V; got {padding_idx}")
+    return OPERATOR(indices, V, B, padding_idx % rows, impl=impl)
