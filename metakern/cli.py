@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from metakern.trainers.parser import parser
     except ModuleNotFoundError as missing:
-        print(f"metakern: {missing.name} is not installed; try: pip install 'metakern[train]'", file=sys.stderr)
+        print(f"metakern: {missing.name} is not installed; try: pip install -e '.[train]'", file=sys.stderr)
         return 2
     options = parser().parse_args(arguments)
     try:

@@ -237,4 +237,4 @@ def test_without_the_optional_packages(capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("metakern.trainers")]:
         monkeypatch.delitem(sys.modules, name)
     assert main(["list"]) == 2
-    assert "tqdm is not installed; try: pip install 'metakern[train]'" in capsys.readouterr().err
+    assert "tqdm is not installed; try: pip install -e '.[train]'" in capsys.readouterr().err
