@@ -1,7 +1,7 @@
 """Builds `metakern._C` with CMake and ninja. Imports no torch: the extension does not depend on it.
 
-METAKERN_BUILD=auto|cpu|cuda|none (auto: CUDA where an nvcc is found), METAKERN_CUDA_ARCHS="80;90a;100a" and MAX_JOBS
-are the only switches. An empty one has its default.
+METAKERN_BUILD=auto|cpu|cuda|none (auto: CUDA where an nvcc is found), METAKERN_CUDA_ARCHS="80;90;100" and MAX_JOBS
+are the only switches. An empty one has its default; of the default architectures those are built that nvcc knows.
 """
 
 import os
@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
-ARCHITECTURES = "80;90a;100a"
+ARCHITECTURES = "80;90;100"
 
 
 def say(text: str) -> None:
@@ -31,14 +31,27 @@ def build_mode() -> str:
     return mode
 
 
-def cuda_architectures() -> str:
-    found = os.environ.get("METAKERN_CUDA_ARCHS") or ARCHITECTURES
+def cuda_architectures(nvcc: str | None) -> str:
+    """Those asked for; without any, the default ones that this compiler knows."""
+    asked = os.environ.get("METAKERN_CUDA_ARCHS")
+    found = asked or ARCHITECTURES
     if not re.fullmatch(r"\d{2,3}[af]?(;\d{2,3}[af]?)*", found, re.ASCII):
         sys.exit(
             f"metakern: METAKERN_CUDA_ARCHS must be CUDA architectures, separated by semicolons, as in "
             f"{ARCHITECTURES!r}; got {found!r}"
         )
-    return found
+    return found if asked or nvcc is None else known_to(nvcc, found)
+
+
+def known_to(nvcc: str, architectures: str) -> str:
+    listed = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True, check=False).stdout.split()
+    known = [name for name in architectures.split(";") if f"sm_{name}" in listed]
+    left_out = [name for name in architectures.split(";") if name not in known]
+    if not known:  # what the compiler says of them is the better message
+        return architectures
+    if left_out:
+        say(f"this nvcc does not know the architectures {', '.join(left_out)}: building for {', '.join(known)}")
+    return ";".join(known)
 
 
 def parallel_jobs() -> str:
@@ -81,8 +94,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        architectures, jobs = cuda_architectures(), parallel_jobs()
-        nvcc = find_nvcc(build_mode())
+        nvcc, jobs = find_nvcc(build_mode()), parallel_jobs()
+        architectures = cuda_architectures(nvcc)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
