@@ -14,7 +14,7 @@ from metakern.methods.focal import FOCAL, FOCAL_DETACHED, FOCAL_SIGMOID
 from metakern.methods.hard_mining import HARD_MINING, HARD_MINING_AS_SHIPPED
 from metakern.methods.known_channel import CONFUSION, FORWARD, GLC, TOP_DOWN
 from metakern.methods.label_smoothing import LABEL_SMOOTHING, LABEL_SMOOTHING_BY_CLASS
-from metakern.methods.ldam import LDAM_DRW
+from metakern.methods.ldam import CE_DRS, CE_DRW, LDAM, LDAM_DRW
 from metakern.methods.learned_channel import CHANNEL_METHODS
 from metakern.methods.learning_to_reweight import L2RW
 from metakern.methods.logit_adjustment import ARB, LOGIT_ADJUSTMENT
@@ -65,7 +65,10 @@ METHODS: dict[str, Method] = {
         INVERSE_SQRT,
         CLASS_BALANCED,
         FOCAL,
+        LDAM,
         LDAM_DRW,
+        CE_DRW,
+        CE_DRS,
         LOGIT_ADJUSTMENT,
         ARB,
         CDB,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern.methods.class_weights import class_balanced_rule, require_beta
-from metakern.methods.method import Method, Setting, always
+from metakern.methods.features import last_linear
+from metakern.methods.method import Method, Setting, Setup, Step
 from metakern.methods.weighted_step import uniform_weights, weighted_step
 
 
@@ -38,6 +40,18 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0) -
     return -(_positive(-torch.expm1(log_p)) ** gamma * log_p).sum(1)
 
 
+def start_at_prior(model: nn.Module, classes: int) -> None:
+    """The bias of the last linear layer, if it has one, becomes -log(C - 1): sigmoids of small outputs are near 1 / C.
+
+    Without it, the C - 1 sigmoids of the other classes dominate the first gradients.
+    Raises: ValueError if there is no linear layer.
+    Source: the code of Cui et al., CVPR 2019; the prior of Lin et al., ICCV 2017, section 4.1.
+    """
+    bias = last_linear(model).bias
+    if bias is not None:
+        nn.init.constant_(bias, -math.log(classes - 1))
+
+
 def _positive(value: Tensor) -> Tensor:
     """At least the smallest positive number: at 0, a power below 1 has an infinite slope."""
     return value.clamp(min=torch.finfo(value.dtype).tiny)
@@ -59,8 +73,13 @@ class FocalSettings:
             raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
 
 
-def _method(name: str, about: str, loss: Callable[..., Tensor]) -> Callable[[FocalSettings], Method]:
-    """The method `name` with losses loss(logits, targets, gamma=...), as a function of its settings."""
+def _method(
+    name: str, about: str, loss: Callable[..., Tensor], *, prior: bool = False
+) -> Callable[[FocalSettings], Method]:
+    """The method `name` with losses loss(logits, targets, gamma=...), as a function of its settings.
+
+    With `prior`, a run begins with the bias of `start_at_prior`.
+    """
 
     def with_settings(settings: FocalSettings) -> Method:
         def criterion(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
@@ -68,7 +87,13 @@ def _method(name: str, about: str, loss: Callable[..., Tensor]) -> Callable[[Foc
 
         rule = class_balanced_rule(settings.beta) if settings.beta else uniform_weights
         step = weighted_step(rule, criterion)
-        return Method(name, about, "Lin et al., ICCV 2017", always(step), settings=settings, rebuilt=with_settings)
+
+        def begin(setup: Setup) -> Step:
+            if prior:
+                start_at_prior(setup.model, setup.classes)
+            return step
+
+        return Method(name, about, "Lin et al., ICCV 2017", begin, settings=settings, rebuilt=with_settings)
 
     return with_settings
 
@@ -80,5 +105,5 @@ FOCAL_DETACHED = _method(
     partial(focal_loss, detach=True),
 )(FocalSettings())
 FOCAL_SIGMOID = _method(
-    "focal-sigmoid", "focal with a sigmoid for each class, summed over classes", sigmoid_focal_loss
+    "focal-sigmoid", "focal with a sigmoid for each class, summed over classes", sigmoid_focal_loss, prior=True
 )(FocalSettings())

@@ -1,12 +1,13 @@
-"""LDAM: larger margins for rarer classes, with class-balanced weights late in training (DRW)."""
+"""LDAM: larger margins for rarer classes; class-balanced weights (DRW) or batches (DRS) late in training."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern.data.sampling import class_balanced
 from metakern.methods.class_weights import class_balanced_rule
-from metakern.methods.method import Method, Setting, always
+from metakern.methods.method import DEFERRED, Method, Setting, always
 from metakern.methods.weighted_step import uniform_weights, weighted_step
 
 
@@ -42,13 +43,29 @@ def deferred(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
 
     Source: as `ldam_margins`, algorithm 1.
     """
-    rule = uniform_weights if setting.progress < 0.8 else _balanced
+    rule = uniform_weights if setting.progress < DEFERRED else _balanced
     return rule(losses, targets, setting)
 
 
+_SOURCE = "Cao et al., NeurIPS 2019"
+
+LDAM = Method("ldam", "larger margins for rarer classes", _SOURCE, always(weighted_step(criterion=_criterion)))
 LDAM_DRW = Method(
     "ldam-drw",
     "larger margins for rarer classes, class-balanced weights for the last fifth",
-    "Cao et al., NeurIPS 2019",
+    _SOURCE,
     always(weighted_step(deferred, _criterion)),
+)
+CE_DRW = Method(
+    "ce-drw",
+    "plain steps, then class-balanced weights for the last fifth",
+    _SOURCE,
+    always(weighted_step(deferred)),
+)
+CE_DRS = Method(
+    "ce-drs",
+    "plain steps, then class-balanced batches for the last fifth",
+    _SOURCE,
+    always(weighted_step()),
+    late_sampler=class_balanced,
 )

@@ -21,6 +21,9 @@ RateFactor = Callable[
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # inputs[n, ...] -> the same, changed at random
 
 
+DEFERRED = 0.8  # share of the run after which deferred weights or batches begin: from epoch 160 of 200 in the papers
+
+
 def _steady(step: int, steps: int) -> float:
     return 1.0
 
@@ -178,6 +181,7 @@ class Method:
     """A training method with the settings of its paper's code.
 
     If `meta_batch_size` is None, every step gets the whole meta set; otherwise `meta_sampler` draws that many examples.
+    `late_sampler`, if there is one, takes the place of `sampler` after the share DEFERRED of the run.
     `training_set` may re-sample the training examples before the run; `fit` replaces the training loop. `settings` is a
     dataclass of everything else that the paper sets, and `rebuilt(settings)` is the method with other ones.
     """
@@ -191,6 +195,7 @@ class Method:
     needs_meta: bool = False
     handles: str = "imbalance"
     sampler: Sampler = shuffled
+    late_sampler: Sampler | None = None
     meta_batch_size: int | None = None
     meta_sampler: Sampler = shuffled
     training_set: TrainingSet = as_given

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern.data import Task, crop_and_flip
 from metakern.methods import Method, Setup
-from metakern.methods.method import Augment, Batch, unchanged
+from metakern.methods.method import DEFERRED, Augment, Batch, unchanged
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.optimizer import make_optimizer, rate_factor
 
@@ -46,11 +47,7 @@ def make_batches(
     """
     device = task.train.targets.device
     size = config.meta_batch_size or method.meta_batch_size
-    rows = method.sampler(
-        task.train.targets.cpu(),
-        config.batch_size or method.batch_size,
-        torch.Generator().manual_seed(config.seed + 2),
-    )
+    rows = _rows(config, method, task)
     meta_rows = (
         repeat(torch.arange(len(task.meta)))
         if size is None
@@ -64,6 +61,16 @@ def make_batches(
         inputs = augment(task.train.inputs[own], generator)
         meta_inputs = augment(task.meta.inputs[meta], generator)
         yield own, (inputs, task.train.targets[own]), (meta_inputs, task.meta.targets[meta])
+
+
+def _rows(config: TrainConfig, method: Method, task: Task) -> Iterator[Tensor]:
+    """Endless: rows[n] in `task.train` of one batch after another."""
+    generator = torch.Generator().manual_seed(config.seed + 2)
+    given = task.train.targets.cpu(), config.batch_size or method.batch_size, generator
+    rows = method.sampler(*given)
+    if method.late_sampler is None:
+        return rows
+    return chain(islice(rows, math.ceil(DEFERRED * config.total_steps(method))), method.late_sampler(*given))
 
 
 def _generator_of(seed: int, step: int) -> torch.Generator:

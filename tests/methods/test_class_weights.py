@@ -89,6 +89,22 @@ def test_deferred_reweighting_begins_at_four_fifths():
     assert late[0] > 0.9
 
 
+def test_deferred_reweighting_of_plain_training_and_margins_without_it(setup):
+    """ce-drw has the weights of ldam-drw with the loss of uniform, ldam the losses of ldam-drw with equal weights."""
+    batch = torch.randn(4, 2), torch.tensor([0, 1, 1, 1])
+    found = {}
+    for name in ("uniform", "ldam", "ldam-drw", "ce-drw"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        setting = Setting(torch.tensor([10, 1000]), torch.Generator(), step=80, steps=100)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        found[name] = find(name).begin(setup(model))(model, batch, batch, optimizer=optimizer, setting=setting)
+    assert torch.equal(found["ce-drw"].weights, found["ldam-drw"].weights)
+    assert torch.equal(found["ce-drw"].losses, found["uniform"].losses)
+    assert found["ldam"].weights.tolist() == [0.25] * 4
+    assert torch.equal(found["ldam"].losses, found["ldam-drw"].losses)
+
+
 def test_self_paced_by_hand():
     losses = torch.tensor([0.0, 1.0, 2.0, 4.0])
     assert hard_weights(losses, 2.0).tolist() == [1, 1, 0, 0]

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from metakern.data import Examples, Task
+from metakern.methods import find
 from metakern.methods.bootstrapping import hard_bootstrap_loss, soft_bootstrap_loss
 from metakern.methods.focal import focal_loss, sigmoid_focal_loss
 from metakern.methods.label_smoothing import label_smoothing_loss, smoothing_by_count
@@ -64,6 +67,19 @@ def test_sigmoid_focal_by_hand():
     logits, targets = some()
     binary = F.binary_cross_entropy_with_logits(logits, F.one_hot(targets, 4).double(), reduction="none").sum(1)
     torch.testing.assert_close(sigmoid_focal_loss(logits, targets, gamma=0), binary)
+
+
+def test_sigmoids_begin_near_one_over_the_number_of_classes(setup):
+    examples = Examples(torch.randn(8, 3), torch.arange(8) % 4, torch.arange(8))
+    task = Task("four", examples, examples, examples, tuple("abcd"), examples.targets)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4))
+    nn.init.zeros_(model[1].weight)
+    find("focal").begin(setup(model, task=task))
+    assert (model[1].bias != -math.log(3)).all()
+    first = model[0].bias.clone()
+    find("focal-sigmoid", "gamma=1").begin(setup(model, task=task))
+    torch.testing.assert_close(model(examples.inputs).sigmoid(), torch.full((8, 4), 0.25))
+    assert torch.equal(model[0].bias, first)
 
 
 def test_label_smoothing_is_torchs():

@@ -1,6 +1,7 @@
 """What the loop offers a method: the setup, the setting of each step, and the meta batches."""
 
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from metakern.trainers import train
 from metakern.trainers.batches import make_batches
 from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import write_report
+from metakern.trainers.task import make_task
 
 
 def recording(monkeypatch, **options) -> tuple[list, list]:
@@ -111,6 +113,20 @@ def test_a_method_may_fit_its_model_as_a_whole(quick, tmp_path, monkeypatch):
     assert "the data set is not at hand" not in write_report([run.folder], tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match="as a whole"):
         method.begin(setup=None)
+
+
+def test_deferred_balance_of_the_batches(quick):
+    """The batches of uniform for four fifths of the run, then balanced ones; the same when the run resumes there."""
+    config = replace(quick, method="ce-drs", steps=9)
+    task = make_task(config)
+    deferred, plain = (
+        [rows for rows, *_ in islice(make_batches(config, find(m), task), 9)] for m in ("ce-drs", "uniform")
+    )
+    share = [int((task.train.targets[rows] == 0).sum()) for rows in deferred]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(deferred[:8], plain[:8], strict=True))
+    assert share[8] == 10 > max(share[:8])  # 7.2 steps of 9 begin eight of them
+    resumed = next(make_batches(config, find("ce-drs"), task, after=8))[0]
+    assert torch.equal(resumed, deferred[8])
 
 
 def test_augmentation_is_of_the_seed_and_the_step_and_of_both_batches(quick, tmp_path, monkeypatch):
