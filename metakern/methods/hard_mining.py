@@ -1,4 +1,7 @@
-"""Hard mining: all minority examples of a large batch, and as many majority examples, those with the highest loss."""
+"""Hard mining: all examples of a large batch outside its largest class, and the hardest of that class.
+
+With two classes these are equally many; with more, the largest class has as many as the others on average.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ _SOURCE = "the baseline of Ren et al., ICML 2018"
 
 HARD_MINING = Method(
     "hard-mining",
-    "all minority and equally many of the hardest majority examples of a batch",
+    "all minority examples of a batch, and as many of the hardest majority examples as a minority class has",
     _SOURCE,
     always(mining_step(hardest)),
     batch_size=500,

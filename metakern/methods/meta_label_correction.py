@@ -1,7 +1,7 @@
 """Meta label correction (MLC): a small network proposes a soft label for every example, learned from gold data.
 
 As a composition: proposed labels -> virtual step -> logit tangents along the meta gradient there -> step of the label
-net -> step. This is `metakern.mlc_step`; this file has the settings of the published code.
+net -> step. This is `metakern.mlc_step`; this file has the settings of the published command.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from metakern.step.label_net import LabelNet
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """Settings; the defaults are those of the published code.
+    """Settings; the defaults are those of the command in the published code's README (the code's own lr is 3e-5).
 
     gold_share: share of each gold batch that trains the model along with the corrected examples; the rest is the meta
     batch. fused: the virtual step is also the step of the model; otherwise the label net steps first, and the model
@@ -152,7 +152,7 @@ def _method(name: str, summary: str, settings: CorrectionSettings) -> Method:
 
 _CODE = CorrectionSettings()
 
-MLC = _method("mlc", "labels corrected by a small network that learns from a clean set; the code's settings", _CODE)
+MLC = _method("mlc", "labels corrected by a small network that learns from a clean set; the settings of its README", _CODE)
 MLC_GOLD_APART = _method(
     "mlc-gold-apart", "mlc with all clean examples for the meta loss, none to train on", replace(_CODE, gold_share=0.0)
 )
