@@ -1,4 +1,4 @@
-"""metakern: meta-gradients for PyTorch at about the price of a plain step, without double backward.
+"""metakern: meta-gradients for PyTorch without double backward, in a few passes of the model.
 
 Five stages, in the order in which data flows:
 
@@ -17,6 +17,15 @@ which is `l2rw_step`. Selecting the k most helpful examples of a batch is the sa
     reweight_step(model, batch, meta_batch, rule=functools.partial(metakern.weights.top_k, k=8))
 
 and in-run data attribution stops after stage two: sum lr * `grad_dots(model, batch, meta_batch).dots` over training.
+
+Three steps have a virtual step, after which the meta loss is taken:
+
+    mwnet_step        a weight net turns losses into weights; it is trained by dots with the meta gradient at theta^
+    mlc_step          a label net turns given labels into soft ones; it is trained by logit tangents (`logit_tangents`)
+    metabalance_step  parameters from which one step leads to a low loss on balanced data; a Hessian-vector product
+
+`compile_step`, `compile_mwnet_step`, `compile_mlc_step` and `capture_step` turn whole steps into programs; `check` and
+`explain` tell whether a step is exact for a model, and what it costs.
 """
 
 from metakern import ops as ops

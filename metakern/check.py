@@ -84,13 +84,16 @@ def check(
 
     Args:
         examples: how many of the batch's examples to compare.
-        Others: as for `l2rw_step`.
+        model, batch, meta_batch, loss_fn, engine, params, memory, micro_batch, allow_unused: as for `l2rw_step`.
 
     Returns:
         `CheckReport`; print it for a table with a row per parameter; `report.ok` is the verdict.
 
     Raises:
         As `l2rw_step`; ValueError for examples < 1; RuntimeError if the copy cannot run in float64.
+
+    Source: the dots are those of Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018,
+        algorithm 1; the comparison is metakern's own (docs/numerics.md).
     """
     if not isinstance(examples, int) or examples < 1:
         raise ValueError(f"examples must be at least 1 and whole, got {examples!r}")

@@ -57,10 +57,12 @@ def explain(
     steps, and its peak memory beyond what is allocated before; with `micro_batch`, assuming that each part has an
     example of non-zero weight.
 
-    Args: as for `l2rw_step`.
+    Args:
+        model, batch, meta_batch, loss_fn, params, micro_batch, allow_unused: as for `l2rw_step`.
     Returns: `Explanation`; print it for a table.
     Raises: TypeError, ValueError as `l2rw_step`. If ghost rejects the model, the explanation says why; with
         `micro_batch`, which only ghost supports, NotImplementedError.
+    Source: docs/architecture.md has the choice between the two forms, docs/performance.md how costs are counted.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     size = micro_batch if micro_batch is not None and several_parts(problem, "auto", micro_batch) else None

@@ -84,6 +84,9 @@ def logit_tangents(
     Returns: `LogitTangents(tangents [n, C], logits [n, C], meta_loss [])`.
 
     Raises: as `l2rw_step`; NotImplementedError if an operation of the model has no forward mode.
+
+    Source: the n x C dot products are those of Zheng et al., Meta Label Correction for Noisy Label Learning, AAAI 2021,
+        equations 3 to 8; to take them from one forward-mode pass is metakern's own.
     """
     problem = pose(model, batch, meta_batch, loss_fn, params, "reuse", allow_unused=allow_unused)
     aside = gradients_aside(problem.trainable.values())

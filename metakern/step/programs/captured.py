@@ -53,6 +53,11 @@ class CapturedStep:
     def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
         """One step on new batches; `.grad` holds the weighted gradient until the next step.
 
+        Args:
+            batch, meta_batch: n and m examples on the same device, in the form of the captured ones.
+
+        Returns: `StepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`, in tensors of their own.
+
         Raises: ValueError if a batch differs from the captured one in more than tensor values, or if anything that
             model, loss function, rule or optimizer read has changed in more than tensor values.
         """

@@ -51,6 +51,12 @@ class CompiledStep:
         If a batch has other shapes than the compiled one (the last of an epoch), or takes another branch of the model's
         code (as a non-finite loss does), the step runs uncompiled.
 
+        Args:
+            batch, meta_batch: n and m examples, in the form of the compiled ones.
+            accumulate: add to `.grad` instead of replacing it.
+
+        Returns: `StepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`.
+
         Raises: ValueError if a batch differs from the compiled one in more than shapes and tensor values, or if
             anything that model, loss function or rule read has changed in more than tensor values; otherwise as
             `reweight_step`.

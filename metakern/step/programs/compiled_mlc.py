@@ -58,6 +58,15 @@ class CompiledCorrectionStep:
         If they have other shapes than the compiled ones, or take another branch of the code (as labels that are not
         distributions do), the step runs uncompiled.
 
+        Args:
+            batch, meta_batch, clean_batch: n, m and k examples, in the form of the compiled ones.
+            features: tensors as those given to `compile_mlc_step`; None if it was given a function, or none.
+            step_label_net, carry: as for `mlc_step`; they need a step compiled with carries=True.
+            accumulate: add to `.grad` of the model instead of replacing it.
+
+        Returns: `CorrectionResult(labels [n, C], tangents [n, C], losses [n], meta_loss [], carry, engine)`, with
+            meta_loss at theta^.
+
         Raises: ValueError if a batch differs from the compiled one in more than shapes and tensor values, if anything
             that the step reads has changed in more than tensor values, or if a step compiled without carries=True is
             asked to carry; otherwise as `mlc_step`.

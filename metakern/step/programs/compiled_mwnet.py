@@ -44,6 +44,13 @@ class CompiledMetaStep:
         If they have other shapes than the compiled ones, or take another branch of the code (as a non-finite loss
         does), the step runs uncompiled.
 
+        Args:
+            batch, meta_batch: n and m examples, in the form of the compiled ones.
+            features: tensors as those given to `compile_mwnet_step`; None if it was given a function, or none.
+            accumulate: add to `.grad` of the model instead of replacing it.
+
+        Returns: `MetaStepResult(weights [n], dots [n], losses [n], meta_loss [], engine)`, meta_loss at theta^.
+
         Raises: ValueError if a batch differs from the compiled one in more than shapes and tensor values, or if
             anything that the step reads has changed in more than tensor values; otherwise as `mwnet_step`.
         """
