@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from metakern.data import Examples
@@ -15,13 +16,15 @@ from metakern.methods.plain_training import predict
 class Errors(NamedTuple):
     """Errors in percent: over all examples, the mean over classes, and of each class; nan for a class without any.
 
-    `area`: area under the ROC curve in percent; nan unless there are two classes and both have examples.
+    `area`: area under the ROC curve in percent; nan unless there are two classes and both have examples. `macro_f1`: the
+    mean over classes of the harmonic mean of precision and recall, in percent.
     """
 
     test: float
     balanced: float
     by_class: list[float]
     area: float = math.nan
+    macro_f1: float = math.nan
 
     def columns(self, class_names: Sequence[str]) -> dict[str, float]:
         """The columns of a table: with two classes each of them, else the mean over classes and the worst class."""
@@ -40,11 +43,23 @@ def measure_errors(model: nn.Module, examples: Examples, classes: int) -> Errors
     Raises: as `predict`.
     """
     logits = predict(model, examples.inputs)
-    wrong = (logits.argmax(1) != examples.targets).double()
+    predicted = logits.argmax(1)
+    wrong = (predicted != examples.targets).double()
     by_class = [100 * wrong[examples.targets == target].mean().item() for target in range(classes)]
     present = [error for error in by_class if not math.isnan(error)]
     area = roc_area(logits[:, 1] - logits[:, 0], examples.targets == 1) if classes == 2 else math.nan
-    return Errors(100 * wrong.mean().item(), sum(present) / len(present), by_class, 100 * area)
+    f1 = 100 * macro_f1(predicted, examples.targets, classes)
+    return Errors(100 * wrong.mean().item(), sum(present) / len(present), by_class, 100 * area, f1)
+
+
+def macro_f1(predicted: Tensor, targets: Tensor, classes: int) -> float:
+    """Mean over classes of 2 [right] / ([predicted] + [true]), [.] how many; predicted[n], targets[n] int64.
+
+    Classes that are neither predicted nor true are left out, as by scikit-learn.
+    """
+    right = torch.bincount(targets[predicted == targets], minlength=classes)
+    both = torch.bincount(predicted, minlength=classes) + torch.bincount(targets, minlength=classes)
+    return float((2 * right.double() / both)[both > 0].mean())
 
 
 def roc_area(scores: Tensor, positive: Tensor) -> float:

@@ -80,6 +80,7 @@ def finish(
             "balanced_error": errors.balanced,
             "error_by_class": errors.by_class,
             "roc_area": errors.area,
+            "macro_f1": errors.macro_f1,
             "seconds": seconds,
         },
     )
@@ -103,8 +104,8 @@ def finished(folder: Path, config: TrainConfig, contents: str | None = None) -> 
 
 def errors_of(result: dict[str, Any]) -> Errors:
     """The final errors in a result.json."""
-    area = result.get("roc_area", math.nan)
-    return Errors(result["test_error"], result["balanced_error"], result["error_by_class"], area)
+    area, f1 = (result.get(name, math.nan) for name in ("roc_area", "macro_f1"))
+    return Errors(result["test_error"], result["balanced_error"], result["error_by_class"], area, f1)
 
 
 def meta_note(config: dict[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ def test_a_run_leaves_its_records(quick, tmp_path):
     assert all(0 < kept < 1 for kept in metrics["kept"])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["test_error"] == run.errors.test
+    assert 0 < result["macro_f1"] == run.errors.macro_f1 < 100
     assert result["steps"] == 6
     assert np.mean(result["error_by_class"]) == pytest.approx(result["balanced_error"])
 

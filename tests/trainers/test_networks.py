@@ -5,7 +5,7 @@ import torch
 
 import metakern
 from metakern.data import Examples, Task
-from metakern.trainers.evaluate import Errors, roc_area
+from metakern.trainers.evaluate import Errors, macro_f1, roc_area
 from metakern.trainers.networks import IMAGE_MODELS, network_for
 
 
@@ -77,6 +77,13 @@ def test_columns_of_a_table():
     assert Errors(3.0, 4.0, [1.0, 7.0], 99.0).columns(("a", "b"))["area under ROC"] == 99
     many = Errors(3.0, 4.0, [1.0, 7.0, float("nan")]).columns(("a", "b", "c"))
     assert many == {"test error": 3, "mean over classes": 4, "worst class": 7}
+
+
+def test_macro_f1_is_scikit_learns():
+    from sklearn.metrics import f1_score
+
+    predicted, targets = torch.tensor([0, 0, 2, 2, 2, 4, 0]), torch.tensor([0, 2, 2, 2, 0, 1, 0])  # 3 does not occur
+    assert macro_f1(predicted, targets, 5) == pytest.approx(f1_score(targets, predicted, average="macro"))
 
 
 def test_roc_area_is_scikit_learns():
