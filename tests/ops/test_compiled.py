@@ -102,7 +102,7 @@ def compiled(
     """Compile for one architecture: registers, stack, local memory accesses and shared memory of the machine code,
     and what the assembler warns of."""
     element = "fp32" if element == "tf32" else element
-    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": 8, "PRECISION": precision, "UPCAST": False}
+    constants = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "PRECISION": precision, "UPCAST": False}
     constants |= {"OUTPUTS_FIRST": True, "S": tile.n, "START": 0} | form
     # the last stride of a contiguous operand is 1, which the launcher makes a constant
     constants |= dict.fromkeys(

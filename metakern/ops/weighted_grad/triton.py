@@ -20,7 +20,6 @@ from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 MAX_SPLITS = 32
 LEAST = 4
 """Fewest steps of the product that make a part of the rows worth while."""
-GROUP = 8
 SCALED = Tile(64, 128, 0, 8, 1)
 """Rows and columns of B that a program scales at a time: 16 KiB in half precision, so that a few programs keep a
 multiprocessor's memory busy. Not measured."""
@@ -218,8 +217,8 @@ def _matrix(A: Tensor, scaled: Tensor, o: int, kept: Tensor, count: Tensor, star
     splits = row_splits(tiles, n * t // (LEAST * tile.k), resident * multiprocessors(A))
     out, parts = _outputs(A, splits, (o, i))
     options = dict(
-        M=tile.m, N=tile.n, K=tile.k, GROUP=GROUP, PRECISION=precision(A.dtype), START=start is not None,
-        **tile.options,
+        M=tile.m, N=tile.n, K=tile.k, GROUP=tile.group, PRECISION=precision(A.dtype),
+        START=start is not None, **tile.options,
     )  # fmt: skip
     start = out if start is None else start
     blocks = triton.cdiv(t, tile.k)
