@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metakern.data.examples import Examples, Task
-
-
-class Noisy(NamedTuple):
-    """targets[n] int64 with noise, and matrix[C, C] float64, the probabilities of label j for true class k."""
-
-    targets: Tensor
-    matrix: Tensor
 
 
 def _others(classes: int) -> Tensor:
@@ -79,8 +71,8 @@ def hierarchical_matrix(groups: Tensor, rate: float) -> Tensor:
     return spread + torch.diag(1 - spread.sum(1))
 
 
-def corrupt(targets: Tensor, matrix: Tensor, generator: torch.Generator) -> Noisy:
-    """Redraw each label from its true class's row of `matrix`; targets[n] int64.
+def corrupt(targets: Tensor, matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """targets[n] int64, each redrawn from its true class's row of matrix[C, C]: the probabilities of the new label.
 
     Raises: ValueError if matrix is not square or a row does not sum to 1.
     """
@@ -90,9 +82,8 @@ def corrupt(targets: Tensor, matrix: Tensor, generator: torch.Generator) -> Nois
     if not torch.allclose(sums, torch.ones_like(sums)):
         raise ValueError(f"corrupt: every row of matrix must sum to 1, got sums {sums.tolist()}")
     if not len(targets):
-        return Noisy(targets.clone(), matrix)
-    drawn = torch.multinomial(matrix.double()[targets], 1, generator=generator).squeeze(1)
-    return Noisy(drawn, matrix)
+        return targets.clone()
+    return torch.multinomial(matrix.double()[targets], 1, generator=generator).squeeze(1)
 
 
 # By the names of the command line; hierarchical noise is the one that needs groups.
@@ -136,10 +127,9 @@ def noisy(task: Task, kind: str, rate: float, generator: torch.Generator, *, gro
     """
     matrix = noise_matrix(kind, len(task.class_names), rate, generator, groups=groups)
     train = task.train
-    targets, corruption = corrupt(train.targets, matrix, generator)
     return replace(
         task,
         name=f"{task.name}, {100 * rate:g} % {kind} noise",
-        train=Examples(train.inputs, targets, train.ids),
-        corruption=corruption,
+        train=Examples(train.inputs, corrupt(train.targets, matrix, generator), train.ids),
+        corruption=matrix,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metakern.methods.class_weights import by_class
 from metakern.methods.method import Batch, Method, Outcome, Setting, Step, always
 from metakern.methods.plain_training import predict
+from metakern.methods.weighted_step import step_on
 
 TAU_RULES = ("imagenet", "cifar")
 
@@ -71,11 +72,7 @@ def difficulty_step(rule: str = "imagenet", tau: float = 0.0) -> Step:
         # No class of the batch is difficult: all weights would be 0, and the plain mean is what is left to learn from.
         class_weights = difficulty_weights(accuracies, tau or dynamic_tau(accuracies, rule))
         usable = class_weights if class_weights[targets].any() else torch.ones_like(class_weights)
-        weights = by_class(usable, targets)
-        optimizer.zero_grad(set_to_none=True)
-        (weights * losses).sum().backward()
-        optimizer.step()
-        return Outcome(weights, losses.detach(), F.cross_entropy(meta_logits, meta_targets))
+        return step_on(losses, optimizer, by_class(usable, targets), F.cross_entropy(meta_logits, meta_targets))
 
     return step
 

@@ -18,6 +18,7 @@ from metakern.methods.loss_curves import Phase, class_centred, probe
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup, WeightingFunction
 from metakern.methods.settings import require_counts, require_shares
 from metakern.methods.weight_net_step import WeightNetStep, device_of, seeded, weights_over_curves
+from metakern.methods.weighted_step import step_on
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,7 @@ class CurveNetStep:
         setting: Setting,
     ) -> Outcome:
         losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        weights = self._weights(features, setting).to(losses)
-        optimizer.zero_grad(set_to_none=True)
-        (weights * losses).sum().backward()
-        optimizer.step()
-        return Outcome(weights, losses.detach(), None)
+        return step_on(losses, optimizer, self._weights(features, setting).to(losses))
 
     def weighting_function(self) -> WeightingFunction:
         """One curve each for at most eight classes."""

@@ -22,6 +22,7 @@ from metakern.methods.noise_channel import (
     top_down_loss,
 )
 from metakern.methods.plain_training import predict, train_plainly
+from metakern.methods.weighted_step import step_on
 
 Estimate = Callable[[nn.Module, Setup, Examples], Tensor]  # plain network, setup, noisy examples -> channel[C, C]
 Corrected = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logits, targets, is_clean[n], channel -> losses[n]
@@ -62,11 +63,7 @@ class CorrectedStep:
     ) -> Outcome:
         inputs, targets = batch
         is_clean = (setting.indices >= self._noisy()).to(targets.device)
-        losses = self.loss(model(inputs), targets, is_clean, self.channel)
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        optimizer.step()
-        return Outcome(torch.full_like(losses, 1 / len(losses)), losses.detach(), None)
+        return step_on(self.loss(model(inputs), targets, is_clean, self.channel), optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"channel": self.channel}

@@ -35,7 +35,8 @@ def _plain(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
     return label_smoothing_loss(logits, targets)
 
 
-def _by_class(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+def smoothed_by_class(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
+    """`label_smoothing_loss` with the strengths of `smoothing_by_count`, [n]."""
     return label_smoothing_loss(logits, targets, smoothing_by_count(setting.class_counts))
 
 
@@ -50,5 +51,5 @@ LABEL_SMOOTHING_BY_CLASS = Method(
     "label-smoothing-by-class",
     "rarer classes smoothed more",
     "Shwartz-Ziv et al., NeurIPS 2023",
-    always(weighted_step(criterion=_by_class)),
+    always(weighted_step(criterion=smoothed_by_class)),
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metakern.data.sampling import class_balanced
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Setup
 from metakern.methods.plain_training import evaluating, train_plainly
+from metakern.methods.weighted_step import step_on
 
 
 def seed_chances(counts: Tensor, target: int, *, beta: float = 0.999) -> Tensor:
@@ -94,11 +95,7 @@ class TranslationStep:
                     "be, so none was used and this was class-balanced sampling",
                     stacklevel=2,
                 )
-        losses = F.cross_entropy(model(inputs), targets, reduction="none")
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        optimizer.step()
-        return Outcome(torch.full_like(losses, 1 / len(losses)).detach(), losses.detach(), None)
+        return step_on(F.cross_entropy(model(inputs), targets, reduction="none"), optimizer)
 
     def translated(self, model: nn.Module, inputs: Tensor, targets: Tensor, setting: Setting) -> Tensor:
         """inputs[n, ...] with some examples of rare classes replaced by generated ones."""

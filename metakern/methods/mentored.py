@@ -16,6 +16,7 @@ from metakern.methods.mentor import Lesson, MentorNet, Percentile, made_up_lesso
 from metakern.methods.method import Batch, Method, Outcome, Setting, Setup
 from metakern.methods.plain_training import predict, train_plainly
 from metakern.methods.weight_net_step import seeded
+from metakern.methods.weighted_step import step_on
 
 
 @dataclass
@@ -44,11 +45,7 @@ class MentoredStep:
         inputs, targets = batch
         losses = F.cross_entropy(model(inputs), targets, reduction="none")
         trust = self.trust(losses.detach(), setting)
-        weights = (trust if setting.progress >= self.burn_in else torch.ones_like(losses)) / len(losses)
-        optimizer.zero_grad(set_to_none=True)
-        (weights * losses).sum().backward()
-        optimizer.step()
-        return Outcome(weights.detach(), losses.detach(), None)
+        return step_on(losses, optimizer, trust / len(losses) if setting.progress >= self.burn_in else None)
 
     @torch.no_grad()
     def trust(self, losses: Tensor, setting: Setting) -> Tensor:
@@ -73,7 +70,7 @@ def spoilt_lessons(setup: Setup, generator: torch.Generator, *, rate: float = 0.
     The network trains for a tenth of the run's steps; its losses are recorded `looks` times.
     """
     meta = setup.task.meta
-    targets = corrupt(meta.targets.cpu(), symmetric_matrix(setup.classes, rate), generator).targets
+    targets = corrupt(meta.targets.cpu(), symmetric_matrix(setup.classes, rate), generator)
     right = (targets == meta.targets.cpu()).float()
     targets, steps = targets.to(meta.targets.device), max(looks, setup.steps // 10)
     percentile, lessons = Percentile(), []

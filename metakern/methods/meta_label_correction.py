@@ -152,7 +152,9 @@ def _method(name: str, summary: str, settings: CorrectionSettings) -> Method:
 
 _CODE = CorrectionSettings()
 
-MLC = _method("mlc", "labels corrected by a small network that learns from a clean set; the settings of its README", _CODE)
+MLC = _method(
+    "mlc", "labels corrected by a small network that learns from a clean set; the settings of its README", _CODE
+)
 MLC_GOLD_APART = _method(
     "mlc-gold-apart", "mlc with all clean examples for the meta loss, none to train on", replace(_CODE, gold_share=0.0)
 )

@@ -42,9 +42,9 @@ class Setup:
     """What a run offers a method before its first step.
 
     The task, on the device of the model; the model, with its initial parameters until the first step; the seed of the
-    run; its number of optimizer steps and its batch size; the engine that computes dot products. For other models: a
-    function that makes the run's optimizer, its learning-rate schedule, and how it augments inputs. `progress` is
-    whether long work before the first step shows a progress bar.
+    run; its number of optimizer steps and its batch size. For other models: a function that makes the run's optimizer,
+    its learning-rate schedule, and how it augments inputs. `progress` is whether long work before the first step shows
+    a progress bar.
     """
 
     task: Task
@@ -53,7 +53,6 @@ class Setup:
     steps: int
     batch_size: int
     make_optimizer: MakeOptimizer
-    engine: str = "auto"
     progress: bool = False
     rate_factor: RateFactor = _steady
     augment: Augment = unchanged

@@ -7,7 +7,8 @@ _SHARED = {
         uniform-es uniform-ft uniform-es-ft random-ft reed-soft-es reed-hard-es clean-only gold-only weighted
         weighted-ft weighted-as-shipped""",
     "class-imbalance": """inverse-sqrt class-balanced focal focal-detached focal-sigmoid ldam ldam-drw ce-drw ce-drs
-        logit-adjustment arb cdb cdb-cifar label-smoothing label-smoothing-by-class sam sam-a simplifying mixup ot-reweighting m2m""",
+        logit-adjustment arb cdb cdb-cifar label-smoothing label-smoothing-by-class sam sam-a simplifying mixup
+        ot-reweighting m2m""",
     "noisy-labels": """self-paced self-paced-linear reed-soft reed-hard s-model s-model-conf s-model-conf-es
         s-model-conf-ft s-model-conf-es-ft noise-adaptation bottom-up top-down glc confusion-correction
         forward-correction mentornet-pd mentornet-pd-ft mentornet-dd mentornet-dd-ft""",

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.methods.class_weights import by_class, inverse_frequency
-from metakern.methods.label_smoothing import label_smoothing_loss, smoothing_by_count
+from metakern.methods.label_smoothing import smoothed_by_class
 from metakern.methods.method import Batch, Method, NotApplicable, Outcome, Setting, Step, always
-from metakern.methods.weighted_step import Criterion, Rule, cross_entropy, uniform_weights
+from metakern.methods.weighted_step import Criterion, Rule, cross_entropy, step_on, uniform_weights
 
 
 def inverse_frequency_weights(losses: Tensor, targets: Tensor, setting: Setting) -> Tensor:
@@ -75,15 +75,7 @@ def mixup_step(
     mixed, partners, share = mixed_up(inputs, setting.generator)
     logits = model(mixed)
     own, other = (F.cross_entropy(logits, labels, reduction="none") for labels in (targets, targets[partners]))
-    losses = share * own + (1 - share) * other
-    optimizer.zero_grad(set_to_none=True)
-    losses.mean().backward()
-    optimizer.step()
-    return Outcome(torch.full_like(losses, 1 / len(losses)).detach(), losses.detach(), None)
-
-
-def _smoothed(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
-    return label_smoothing_loss(logits, targets, smoothing_by_count(setting.class_counts))
+    return step_on(share * own + (1 - share) * other, optimizer)
 
 
 _SIMPLIFYING = "Shwartz-Ziv et al., NeurIPS 2023"
@@ -101,7 +93,7 @@ SIMPLIFYING = Method(
     "simplifying",
     "sam-a, smoothing by class, batches of 32",
     _SIMPLIFYING,
-    always(sam_step(ascent=inverse_frequency_weights, criterion=_smoothed)),
+    always(sam_step(ascent=inverse_frequency_weights, criterion=smoothed_by_class)),
     batch_size=32,
 )
 MIXUP = Method("mixup", "pairs of examples mixed", "Zhang et al., ICLR 2018", always(mixup_step), handles="both")

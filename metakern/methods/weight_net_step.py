@@ -67,18 +67,12 @@ class WeightNetStep:
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
 
 
-@torch.no_grad()
 def weights_over_losses(weight_net: nn.Module, features: Mapping[str, tuple[Tensor, ...]]) -> WeightingFunction:
     """The net's weights for losses from 0 to 5; one curve for each of `features`, each given for a single example."""
     losses = torch.linspace(0, 5, 101, device=device_of(weight_net)).unsqueeze(1)
-    weights = {
-        name: weight_net(losses, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
-        for name, own in features.items()
-    }
-    return WeightingFunction("loss", losses.flatten().cpu(), weights)
+    return _weights_over("loss", weight_net, (losses,), features)
 
 
-@torch.no_grad()
 def weights_over_curves(
     weight_net: nn.Module, length: int, features: Mapping[str, tuple[Tensor, ...]]
 ) -> WeightingFunction:
@@ -87,12 +81,21 @@ def weights_over_curves(
     The mean is that of the class. One curve of weights for each of `features`, which are given for a single example.
     """
     above = torch.linspace(-2.5, 2.5, 101, device=device_of(weight_net), dtype=next(weight_net.parameters()).dtype)
-    curves = above.unsqueeze(1).expand(101, length)
+    seen = above.unsqueeze(1), above.unsqueeze(1).expand(101, length)
+    return _weights_over("loss above the mean of the class, in every epoch", weight_net, seen, features)
+
+
+@torch.no_grad()
+def _weights_over(
+    quantity: str, weight_net: nn.Module, seen: tuple[Tensor, ...], features: Mapping[str, tuple[Tensor, ...]]
+) -> WeightingFunction:
+    """The net's weights for each row of `seen`, whose first entry, [k, 1], is the quantity."""
+    at = seen[0].flatten()
     weights = {
-        name: weight_net(curves[:, :1], curves, *(value.expand(101, *value.shape[1:]) for value in own)).flatten().cpu()
+        name: weight_net(*seen, *(value.expand(len(at), *value.shape[1:]) for value in own)).flatten().cpu()
         for name, own in features.items()
     }
-    return WeightingFunction("loss above the mean of the class, in every epoch", above.cpu(), weights)
+    return WeightingFunction(quantity, at.cpu(), weights)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int, device: torch.device | None = None) -> nn.Module:

@@ -24,6 +24,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, setting: Setting) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+def step_on(
+    losses: Tensor, optimizer: torch.optim.Optimizer, weights: Tensor | None = None, meta_loss: Tensor | None = None
+) -> Outcome:
+    """A step on the gradient of sum_n w_n l_n, weights[n] as constants; without them, w_n = 1 / n."""
+    weights = (torch.full_like(losses, 1 / len(losses)) if weights is None else weights).detach()
+    optimizer.zero_grad(set_to_none=True)
+    (weights * losses).sum().backward()
+    optimizer.step()
+    return Outcome(weights, losses.detach(), meta_loss)
+
+
 def weighted_step(rule: Rule = uniform_weights, criterion: Criterion = cross_entropy) -> Step:
     """A step on the gradient of sum_n w_n l_n, w = rule(l, y) treated as constant, l = criterion(z, y)."""
 
@@ -32,10 +43,6 @@ def weighted_step(rule: Rule = uniform_weights, criterion: Criterion = cross_ent
     ) -> Outcome:
         inputs, targets = batch
         losses = criterion(model(inputs), targets, setting)
-        weights = rule(losses.detach(), targets, setting)
-        optimizer.zero_grad(set_to_none=True)
-        (weights * losses).sum().backward()
-        optimizer.step()
-        return Outcome(weights, losses.detach(), None)
+        return step_on(losses, optimizer, rule(losses.detach(), targets, setting))
 
     return step

@@ -26,7 +26,6 @@ def make_setup(config: TrainConfig, method: Method, task: Task, model: nn.Module
         config.total_steps(method),
         config.batch_size or method.batch_size,
         lambda model: make_optimizer(config, model),
-        config.engine,
         progress,
         lambda step, steps: rate_factor(config, step, steps),
         _augment(config),

@@ -16,8 +16,8 @@ from metakern.methods.plain_training import predict
 class Errors(NamedTuple):
     """Errors in percent: over all examples, the mean over classes, and of each class; nan for a class without any.
 
-    `area`: area under the ROC curve in percent; nan unless there are two classes and both have examples. `macro_f1`: the
-    mean over classes of the harmonic mean of precision and recall, in percent.
+    `area`: area under the ROC curve in percent; nan unless there are two classes and both have examples. `macro_f1`:
+    the mean over classes of the harmonic mean of precision and recall, in percent.
     """
 
     test: float
