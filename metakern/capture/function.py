@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from metakern.capture.independence.reordering import ENTRY_BY_ENTRY, KEEPS_ROWS, REORDERING
 
@@ -98,6 +99,7 @@ class Function(NamedTuple):
     inplace_at: int | None  # position of its argument `inplace`
     statistics: slice | None  # positions of the running statistics that it may update
     table: bool  # a look-up, which rewrites its table if `max_norm` is set
+    mutates: tuple[tuple[int, str], ...]  # arguments that an operator writes into by its schema, by place and name
     writes: bool  # may write into an argument without being told by `inplace` or `out`
 
 
@@ -105,7 +107,9 @@ class Function(NamedTuple):
 def function_of(func: Callable[..., Any]) -> Function:
     """The `Function` of a callable that torch hands to a function mode."""
     name = getattr(func, "__name__", "")
+    mutates = _mutates(func)
     in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    in_place |= any(place == 0 for place, _ in mutates)
     statistics, opaque = _STATISTICS.get(func), not _is_known(func)
     return Function(
         name=name,
@@ -124,7 +128,8 @@ def function_of(func: Callable[..., Any]) -> Function:
         inplace_at=_inplace_at(func),
         statistics=statistics,
         table=func in _TABLES,
-        writes=any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics)),
+        mutates=mutates,
+        writes=any((in_place and name != "requires_grad_", func == _SET_DATA, func in _TABLES, statistics, mutates)),
     )
 
 
@@ -145,7 +150,9 @@ def may_write(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
 def written_by(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that a call writes into, tensors or lists of them."""
     found = [kwargs.get("out")]
-    if is_in_place(function, args, kwargs) or (function.name == "__set__" and function.writes):
+    if function.mutates:
+        found += [args[place] if place < len(args) else kwargs.get(name) for place, name in function.mutates]
+    elif is_in_place(function, args, kwargs) or (function.name == "__set__" and function.writes):
         found += args[:1] or [kwargs.get("input")]
     elif function.statistics is not None:
         found += [*args[function.statistics], kwargs.get("running_mean"), kwargs.get("running_var")]
@@ -165,6 +172,19 @@ def _is_known(func: Callable[..., Any]) -> bool:
     if module.startswith("torch._ops."):
         return module.split(".")[2] in _NAMESPACES
     return module.split(".")[0] in ("torch", "metakern")
+
+
+def _mutates(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
+    """The arguments that an operator writes into, by place and name; those of all its overloads if it names none."""
+    if isinstance(func, OpOverload):
+        overloads = [func]
+    elif isinstance(func, OpOverloadPacket):
+        overloads = [getattr(func, name) for name in func.overloads()]
+    else:
+        return ()
+    arguments = [entry for overload in overloads for entry in enumerate(overload._schema.arguments)]
+    found = ((place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return tuple(dict.fromkeys(found))
 
 
 def _inplace_at(func: Callable[..., Any]) -> int | None:
