@@ -69,13 +69,13 @@ WRONG = 0.05
 def candidates(operator: str, element_size: int, shapes: str) -> list[tiles.Tile]:
     """Blocks that tensor cores can fill, deeper ones for narrower elements: few enough to compile while one waits."""
     search, depth = SEARCHES[operator][shapes], DEPTHS[element_size]
-    return [
+    choices = (
         tiles.Tile(m, n, depth, 8 if m * n >= 128 * 128 else 4, stages, group)
         for m, n in search.blocks
         for stages in search.stages
         for group in (search.groups if m * n >= 128 * 128 else (8,))
-        if (m + n) * depth * element_size * stages <= ROOM
-    ]
+    )
+    return [tile for tile in choices if tile.staged(element_size) <= ROOM]
 
 
 def fastest(

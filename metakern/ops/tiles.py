@@ -43,6 +43,10 @@ class Tile(NamedTuple):
         """Compiler options; fused multiply-add is asked for, since Triton 3.10 no longer uses it by default."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
+    def staged(self, element_size: int) -> int:
+        """Bytes of shared memory that hold the blocks of all stages."""
+        return (self.m + self.n) * self.k * element_size * self.stages
+
     def programs(self, rows: int, columns: int) -> int:
         return -(-rows // self.m) * -(-columns // self.n)
 

@@ -70,6 +70,11 @@ def multiprocessors(tensor: Tensor) -> int:
     return _properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes of it that a program on the tensor's GPU may have, nearly all of a multiprocessor; an H200's, as above."""
+    return _properties(tensor.device).shared_memory_per_block_optin if tensor.is_cuda else 227 * 1024
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: TF32 where the user has allowed it, else three TF32 products that make up
     for its rounding."""

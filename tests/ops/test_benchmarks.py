@@ -136,7 +136,7 @@ def test_every_class_of_shapes_has_candidates_that_fit() -> None:
                 for shapes in classes:
                     choices = tune.candidates(operator, int(size), shapes)
                     assert 4 <= len(set(choices)) == len(choices) <= 26
-                    assert all((c.m + c.n) * c.k * int(size) * c.stages <= tune.ROOM for c in choices)
+                    assert all(choice.staged(int(size)) <= tune.ROOM for choice in choices)
 
 
 def test_a_wide_tile_takes_columns_that_fill_it() -> None:

@@ -85,7 +85,9 @@ def argument_types(kernel: Any, tile: Tile, element: str, form: dict[str, int]) 
     after = "bf16" if element == "fp8e4nv" else element  # of the operand that is not multiplied by tensor cores
     types = {name: f"*{element}" for name in ("A", "V", "A_meta", "B_meta", "scaled", "start", "out")}
     types |= {"B": f"*{after}", "partial": "*fp32", "kept": "*i32", "kept_weights": "*fp32", "count": "*i32"}
-    types |= {"sums": "*fp32"}
+    types |= {"sums": "*fp32", "parts": "*fp32"}
+    if kernel is weighted.add_parts_kernel:
+        del types["count"]  # a number there
     if kernel is direction.direction_dots_bulk_kernel:
         v = (tile.n, tile.k) if form.get("OUTPUTS_FIRST", 1) else (tile.k, tile.n)
         blocks = {"A": (element, tile.m, tile.k), "V": (element, *v), "B": (after, tile.m, tile.n)}
@@ -173,3 +175,13 @@ def test_rows_are_scaled_without_spills(capability: int, element: str, sums: int
     # whole pieces of 16 bytes
     assert re.search(r"ld\.global(?:\.\w+)*\.v4\.b32", code["ptx"])
     assert re.search(r"st\.global(?:\.\w+)*\.v4\.b32", code["ptx"])
+
+
+@pytest.mark.parametrize("parts", [2, 32])
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_parts_are_added_without_spills(capability: int, parts: int, tmp_path: Path) -> None:
+    form = {"PARTS": parts, "BLOCK": 4096 // parts}
+    plain = Tile(0, 0, 0, 4, 1)
+    code = compiled(weighted.add_parts_kernel, plain, "bf16", "ieee", capability, form, tmp_path)
+    assert (code["stack"], code["local accesses"]) == (0, 0)
+    assert len(re.findall(r"ld\.global(?:\.\w+)*\.v4\.b32", code["ptx"])) == 4096 // (4 * 32 * plain.warps)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ pytest.importorskip("triton")
 from metakern.ops import triton_blocks as blocks
 from metakern.ops.direction_dots import triton as direction
 from metakern.ops.pair_dots import triton as pairs
+from metakern.ops.tiles import Tile
 from metakern.ops.weighted_grad import triton as weighted
 
 pytestmark = [
@@ -36,7 +40,9 @@ def test_matches_reference_in_float64(name: str, layout: str, dtype: torch.dtype
         assert_exact(name, sizes, arguments, "triton")
 
 
-def test_weighted_grad_splits_rows_and_skips_those_of_weight_zero() -> None:
+@pytest.mark.parametrize("splits", [1, 2, 5, 32])
+def test_weighted_grad_splits_rows_and_skips_those_of_weight_zero(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weighted, "row_splits", lambda *_: splits)
     A, B, w, _ = CASES["weighted_grad"].arguments((40, 13, 9, 7), torch.float32)
     assert_exact("weighted_grad", (40, 13, 9, 7), (A, B, w, True), "triton")
     start = torch.arange(63.0).view(9, 7).t()
@@ -86,6 +92,40 @@ def test_kept_rows_are_scaled_in_order_and_rounded_once(layout: str) -> None:
     assert _scaled(B, w, bias=False)[1].numel() == 0
 
 
+def test_every_block_of_rows_has_a_program_if_there_are_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    B, w = CASES["weighted_grad"].arguments((50, 13, 1, 21), torch.float32)[1:3]
+    kept = w != 0
+    scaled, _ = _scaled(B, w, bias=False)
+    assert torch.equal(scaled[: kept.sum(), :, :21], B[kept] * w[kept].view(-1, 1, 1))
+    assert scaled[kept.sum() :].isnan().all()
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(weighted, "scaled_rows_kernel", Recorded(grids))
+    monkeypatch.setattr(weighted, "add_parts_kernel", Recorded([]))
+    for rows in (50, 6000, 10**6):
+        for bias in (False, True):
+            weighted.scaled_rows(torch.empty(rows, 13, 300, device="meta"), *3 * (w,), bias)
+    assert grids == [(3, 11), (3, 11), (3, 1024), (3, 32), (3, 1024), (3, 32)]
+
+
+def test_rows_are_split_where_the_last_wave_would_be_nearly_empty() -> None:
+    for tiles in (132, 264, 528):  # full as they are
+        assert weighted.row_splits(tiles, 256, 132) == 1
+    for tiles in (9, 60, 133, 140):
+        splits = weighted.row_splits(tiles, 256, 132)
+        waves = tiles * splits / 132
+        assert 1 < splits <= 32
+        assert waves / math.ceil(waves) > 0.75
+    assert weighted.row_splits(1, 256, 132) == 32
+    assert weighted.row_splits(1, 16, 132) == 1  # adding would take longer
+    assert weighted.row_splits(1, 0, 132) == 1
+
+
+def test_as_many_programs_run_at_once_as_registers_and_shared_memory_allow() -> None:
+    row = torch.ones(1, dtype=torch.bfloat16)
+    for tile, resident in (((128, 128, 64, 8, 3), 2), ((128, 128, 64, 8, 4), 1), ((128, 256, 64, 8, 2), 1)):
+        assert weighted.side_by_side(Tile(*tile), row) == 132 * resident
+
+
 def _scaled(B: Tensor, w: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     kept = w.nonzero().squeeze(1)
     padded = torch.cat([kept, torch.full((len(w) - len(kept),), -(2**30))]).int()
@@ -133,17 +173,23 @@ def test_offsets_beyond_32_bits(name: str) -> None:
     assert same(OPERATORS[name](far_apart(first), *others, impl="triton"), want)
 
 
+class Recorded:
+    """A kernel that only notes its grids."""
+
+    def __init__(self, grids: list[tuple[int, ...]]) -> None:
+        self.grids = grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
 @pytest.mark.parametrize("meta", [(70000, 40), (1, 5_000_000)], ids=str)
 def test_many_meta_examples_and_positions_fit_a_grid(meta: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first dimension of a grid may have more than 65535 programs. (Nothing is computed here.)"""
     grids: list[tuple[int, ...]] = []
 
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]):
-            grids.append(grid)
-            return lambda *_, **__: None
-
-    monkeypatch.setattr(pairs, "pair_dots_kernel", Kernel())
+    monkeypatch.setattr(pairs, "pair_dots_kernel", Recorded(grids))
     m, s = meta
     A, B, A_meta, B_meta = (torch.empty(*shape, 8, device="meta") for shape in ((2, 3), (2, 3), (m, s), (m, s)))
     assert pairs.pair_dots(A, B, A_meta, B_meta).shape == (2, m)

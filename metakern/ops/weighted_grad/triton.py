@@ -8,18 +8,26 @@ rows are split, and the parts are added in a fixed order.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from metakern.ops.tiles import Tile, tile_for
-from metakern.ops.triton_backend import interpreting, multiprocessors, precision
+from metakern.ops.triton_backend import interpreting, multiprocessors, precision, shared_memory
 from metakern.ops.triton_blocks import copied_in_bulk, described, grouped
 
 MAX_SPLITS = 32
+"""Most parts of the rows that have sums of their own, which are added afterwards."""
 LEAST = 4
 """Fewest steps of the product that make a part of the rows worth while."""
+PARTED = 12
+"""What the sums of a part cost, in steps of the product: they are written in float32 and read again. Arithmetic for
+half precision on a GPU that copies at 4.3 TB/s and multiplies at 790 TFLOP/s, not measured."""
+MAX_BLOCKS = 1024
+"""Most programs that scale the rows of the same columns; their last row is then within `MAX_ROWS` and its margin."""
 SCALED = Tile(64, 128, 0, 8, 1)
 """Rows and columns of B that a program scales at a time: 16 KiB in half precision, so that a few programs keep a
 multiprocessor's memory busy. Not measured."""
@@ -159,15 +167,14 @@ def weighted_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_parts_kernel(parts, out, size, count, BLOCK: tl.constexpr):
-    """out[k] = sum over the parts, in order, of parts[., k]; rounded once."""
+def add_parts_kernel(parts, out, size, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[k] = sum over the parts, in a fixed order, of parts[., k]; rounded once. Count is PARTS at most."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    source = parts + place
-    for _ in range(count):
-        total += tl.load(source, mask=place < size, other=0.0)
-        source += size
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
+    part = tl.arange(0, PARTS).to(tl.int64)
+    # all at once: a loop would wait for each, and a bias has one program to wait
+    held = (part < count)[:, None] & (place < size)[None, :]
+    values = tl.load(parts + (part * size)[:, None] + place[None, :], mask=held, other=0.0)
+    tl.store(out + place, tl.sum(values, axis=0).to(out.dtype.element_ty), mask=place < size)
 
 
 def weighted_grad(
@@ -196,7 +203,8 @@ def scaled_rows(B: Tensor, kept: Tensor, weights: Tensor, count: Tensor, bias: b
     dtype = torch.float32 if interpreting and B.dtype is torch.bfloat16 else B.dtype
     scaled = B.new_empty(n, t, PITCH * triton.cdiv(o, PITCH), dtype=dtype)
     tiles = triton.cdiv(o, SCALED.n)
-    splits = row_splits(tiles, triton.cdiv(n * t, SCALED.m), 4 * multiprocessors(B))
+    # a program for every block, if there are no sums to add; those past the last kept row have nothing to do
+    splits = min(triton.cdiv(n * t, SCALED.m), MAX_SPLITS if bias else MAX_BLOCKS)
     sums, parts = _outputs(B, splits, (o,)) if bias else (B.new_empty(0),) * 2
     scaled_rows_kernel[(tiles, splits)](
         B, kept, weights, count, scaled, parts, t, o, scaled.shape[2], splits, *B.stride(),
@@ -212,9 +220,8 @@ def _matrix(A: Tensor, scaled: Tensor, o: int, kept: Tensor, count: Tensor, star
         return A.new_empty(o, i)
     tile = tile_for("weighted_grad", A, o, i)  # m is outputs, n is inputs, k is rows
     tiles = triton.cdiv(o, tile.m) * triton.cdiv(i, tile.n)
-    # the sums of a larger tile fill the registers of a multiprocessor
-    resident = 2 if tile.m * tile.n <= 128 * 128 else 1
-    splits = row_splits(tiles, n * t // (LEAST * tile.k), resident * multiprocessors(A))
+    # as if half of the rows were kept: the host does not know how many are
+    splits = row_splits(tiles, triton.cdiv(n * t, 2 * tile.k), side_by_side(tile, A))
     out, parts = _outputs(A, splits, (o, i))
     options = dict(
         M=tile.m, N=tile.n, K=tile.k, GROUP=tile.group, PRECISION=precision(A.dtype),
@@ -247,11 +254,29 @@ def _outputs(like: Tensor, splits: int, shape: tuple[int, ...]) -> tuple[Tensor,
 
 def _added(parts: Tensor, out: Tensor) -> Tensor:
     if parts is not out:
-        block = 1024
-        add_parts_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), parts.shape[0], BLOCK=block)
+        count, size = parts.shape[0], out.numel()
+        several = triton.next_power_of_2(count)  # not one kernel for every count
+        block = 4096 // several
+        add_parts_kernel[(triton.cdiv(size, block),)](parts, out, size, count, PARTS=several, BLOCK=block)
     return out
 
 
-def row_splits(tiles: int, steps: int, programs: int) -> int:
-    """Into how many parts the rows are split: as many as run side by side, and no more than there are steps of work."""
-    return max(1, min(MAX_SPLITS, programs // tiles, steps))
+def side_by_side(tile: Tile, like: Tensor) -> int:
+    """How many programs of the product run at once: the sums of a large tile fill the registers of a multiprocessor,
+    and the operands of many stages its shared memory."""
+    two = tile.m * tile.n <= 128 * 128 and 2 * tile.staged(like.element_size()) <= shared_memory(like)
+    return (2 if two else 1) * multiprocessors(like)
+
+
+@lru_cache(maxsize=1024)
+def row_splits(tiles: int, steps: int, at_a_time: int) -> int:
+    """Into how many parts the rows are split, so that the last wave of programs is about as full as others.
+
+    Minimises the number of waves times the steps of a part and what its sums cost.
+    """
+
+    def cost(splits: int) -> int:
+        waves = triton.cdiv(tiles * splits, at_a_time)
+        return waves * (triton.cdiv(steps, splits) + (PARTED if splits > 1 else 0))
+
+    return min(range(1, max(1, min(MAX_SPLITS, steps // LEAST)) + 1), key=cost)
