@@ -21,12 +21,14 @@ from metakern.capture.refusal import EngineUnavailable
 
 class Fingerprint(NamedTuple):
     """The form of a pass. `operations`: hash of the nodes, and of which outputs of uses they read. `order`: hash of how
-    they are connected, and of their numbers. `unseen`: untraced nodes may select rows by values of tensors.
+    they are connected, and of their numbers. `unseen`: untraced nodes may select rows by values of tensors. `leaves`:
+    what would get a gradient without being in a use.
     """
 
     operations: int
     order: int
     unseen: bool
+    leaves: tuple[Tensor, ...]
 
 
 def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
@@ -50,27 +52,33 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
             ahead.append(node)
         return found
 
-    read = set[tuple[int, int]]()
+    read, leaves = set[tuple[int, int]](), list[Tensor]()
     met, order = [], [place(trace.losses.grad_fn), *(tuple([place(n) for n in use.upstream]) for use in trace.uses)]
     while ahead:
         node = ahead.pop()
         name = node.name()
         met.append("ViewBackward0" if name == "ReshapeAliasBackward0" else name)  # same call, with or without a mode
-        if name.endswith("AccumulateGrad") and id(node.variable) in names:
-            raise EngineUnavailable(
-                f"parameter '{names[id(node.variable)]}' is used in a way that tracing a forward pass does not see (a "
-                "custom autograd.Function, a scripted module, reentrant checkpointing, a write through a "
-                "view); use engine='jvp', or register the module that owns it with metakern.register_layer"
-            )
+        if name.endswith("AccumulateGrad"):
+            leaves.append(node.variable)
         inputs = [(place(before), output) for before, output in node.next_functions]
         read.update([pair for pair in inputs if pair[0] < ends])
         if node._sequence_nr() >= first:  # how earlier nodes ordered the rows of the inputs does not matter
             order.append((inputs, numbers_at(node, name)))
+    _require_traced(leaves, names)
     unseen = unseen_nodes(list(places)[ends:], trace.gaps) if trace.gaps and not trace.reorders else []
     may_pick = any([may_pick_rows(node, trace.constants) for node in unseen])
-    return Fingerprint(
-        hash((tuple(met), frozenset(read))), _hash([order, [unseen_numbers(node) for node in unseen]]), may_pick
-    )
+    numbers = [order, [unseen_numbers(node) for node in unseen]]
+    return Fingerprint(hash((tuple(met), frozenset(read))), _hash(numbers), may_pick, tuple(leaves))
+
+
+def _require_traced(leaves: Iterable[Tensor], names: Mapping[int, str]) -> None:
+    for leaf in leaves:
+        if id(leaf) in names:
+            raise EngineUnavailable(
+                f"parameter '{names[id(leaf)]}' is used in a way that tracing a forward pass does not see (a custom "
+                "autograd.Function, a scripted module, reentrant checkpointing, a write through a view); use "
+                "engine='jvp', or register the module that owns it with metakern.register_layer"
+            )
 
 
 def _hash(numbers: Any) -> int:
@@ -175,17 +183,9 @@ def _reaches(known: set[Any], start: Any, free: set[Any]) -> bool:
     return bool(ahead)
 
 
-def leaves_of(outputs: Tensor) -> set[int]:
-    """Identities of the tensors to which a backward pass from `outputs` would give a gradient."""
-    met, ahead, found = set[Any](), [outputs.grad_fn], set[int]()
-    while ahead:
-        node: Any = ahead.pop()
-        if node is not None and node not in met:
-            met.add(node)
-            if hasattr(node, "variable"):
-                found.add(id(node.variable))
-            ahead += [before for before, _ in node.next_functions]
-    return found
+def leaves_of(outputs: Tensor) -> dict[int, Tensor]:
+    """The tensors to which a backward pass from `outputs` would give a gradient, by identity."""
+    return {id(node.variable): node.variable for node in nodes_of(outputs) if hasattr(node, "variable")}
 
 
 def _watch(k: int, use: Use, visit: Callable[[int, list[Tensor | None]], None]) -> list:

@@ -7,7 +7,7 @@ the pairs form for all columns at once if that is cheaper, without any V_j. Othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ class _MetaBatch(Problem):
     def argument(self) -> str:
         return "meta_batch"
 
-    def require_participation(self, reached: set[int]) -> None:
+    def require_participation(self, reached: Collection[int]) -> None:
         pass
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ class BatchPart(Problem):
 
     reached: set[int] = field(default_factory=set)
 
-    def require_participation(self, reached: set[int]) -> None:
+    def require_participation(self, reached: Collection[int]) -> None:
         self.reached.update(reached)
 
 

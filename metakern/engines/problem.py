@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -67,9 +67,7 @@ class Problem:
     @cached_property
     def context(self) -> Hashable:
         """What may couple examples besides the traced calls: the loss, and the mode of every module."""
-        written = getattr(self.loss_fn, "_torchdynamo_orig_callable", self.loss_fn)  # all compiled ones share a wrapper
-        loss = getattr(written, "__code__", None) or type(written)
-        return loss, tuple(module.training for module in modules_of(self.model))
+        return _written(self.loss_fn), tuple(module.training for module in modules_of(self.model))
 
     @cached_property
     def meta_share(self) -> float:
@@ -98,14 +96,14 @@ class Problem:
         return meta_loss.detach(), mean_over_group(v, self.chosen, len(losses), self.process_group)
 
     def require_own(self, leaves: Iterable[Tensor]) -> None:
-        """Raise ValueError if the losses depend on a parameter that the model does not have: it would not be trained."""
+        """Raise ValueError if the losses depend on a parameter that the model does not have: it would not learn."""
         own = {id(p) for p in self.trainable.values()}
         for leaf in leaves:
             if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
                 raise ValueError(
-                    f"the losses of {self.argument} depend on a trainable parameter of shape {tuple(leaf.shape)} that is "
-                    "not among the model's, so it would get no gradient: make it, or the module that has it, part of "
-                    "the model; or, if it is not to be trained, freeze it with requires_grad_(False)"
+                    f"the losses of {self.argument} depend on a trainable parameter of shape {tuple(leaf.shape)} that "
+                    "is not among the model's, so it would get no gradient: make it, or the module that has it, part "
+                    "of the model; or, if it is not to be trained, freeze it with requires_grad_(False)"
                 )
 
     def require_participation(self, reached: Collection[int]) -> None:
@@ -134,6 +132,15 @@ class Problem:
     def without_unused(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
         """Only the gradients of parameters that took part, as autograd returns them."""
         return {name: g for name, g in gradient.items() if name not in self.unused} if self.unused else gradient
+
+
+def _written(function: Any) -> Hashable:
+    """What tells functions apart that are made anew for each step: their code, and words given to a partial."""
+    if isinstance(function, partial):
+        words = tuple((key, value) for key, value in function.keywords.items() if isinstance(value, (str, bool)))
+        return _written(function.func), words
+    written = getattr(function, "_torchdynamo_orig_callable", function)  # all compiled ones share a wrapper
+    return getattr(written, "__code__", None) or type(written)
 
 
 def _elements(batch: Any) -> int:

@@ -192,6 +192,7 @@ def _traced(problem: Problem) -> tuple[Trace, Axes, Hashable]:
             "engine='jvp', or approximate with batchnorm='frozen'"
         )
     fingerprint = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
+    problem.require_own(fingerprint.leaves)
 
     def poisoned(axes: Sequence[Sequence[ExampleAxis | None]], inside: Tensor) -> Tensor:
         return poisoned_losses(problem.model, problem.batch, problem.loss_fn, problem.trainable, axes, inside)

@@ -36,15 +36,17 @@ def hand_over(
 ) -> None:
     """Leave `gradient` in `.grad`, replacing or adding to what is there, and step if there is an optimizer.
 
-    Parameters that it does not name have no gradient afterwards, nor have frozen ones, which the optimizer would move
-    by the gradient of an earlier step; with `accumulate`, they keep what they had.
+    Parameters that it does not name have no gradient afterwards, nor have frozen ones and others of the optimizer: an
+    earlier gradient would move them. With `accumulate`, they keep what they had.
 
     If the optimizer or one of its hooks raises, `.grad` is restored. Parameters and state that the optimizer updated
     before are not: that would take a copy of all of them at every step.
     """
-    own, frozen = separate(gradient, trainable), [] if accumulate else frozen_with_gradient(model)
-    before = {p: p.grad for p in (*trainable.values(), *frozen)}
-    for p in frozen:
+    own, others = separate(gradient, trainable), list[Tensor]()
+    if not accumulate:
+        others = [*frozen_with_gradient(model), *_elsewhere(optimizer, trainable)]
+    before = {p: p.grad for p in (*trainable.values(), *others)}
+    for p in others:
         p.grad = None
     for name, p in trainable.items():
         if not accumulate or p.grad is None:
@@ -63,6 +65,15 @@ def hand_over(
 def frozen_with_gradient(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that have a gradient from an earlier backward pass, but no longer require one."""
     return [p for p in parameters_of(model) if not p.requires_grad and p.grad is not None]
+
+
+def _elsewhere(optimizer: torch.optim.Optimizer | None, trainable: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """What else the optimizer holds a gradient of."""
+    if optimizer is None:
+        return []
+    own = {id(p) for p in trainable.values()}
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    return [p for p in held if p.grad is not None and id(p) not in own]
 
 
 def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:

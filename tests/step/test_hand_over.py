@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue.case import Setup
-from metakern.testing.judge import gradients, judge_step
+from metakern.testing.judge import Snapshot, gradients, judge_step
 
 
 def setup_of(n: int = 6, m: int = 3) -> Setup:
@@ -261,3 +262,35 @@ def test_a_gradient_has_memory_of_its_own(engine: str, memory: str) -> None:
     )
     model.offset.grad.zero_()
     assert result.weights.tolist() == [1.0] * 6
+
+
+def with_temperature(temperature: Tensor) -> Any:
+    return lambda model, batch: F.cross_entropy(model(batch[0]) * temperature, batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "jvp", "double_backward"])
+def test_a_parameter_outside_the_model_is_an_error(engine: str) -> None:
+    """The step would not train it, and with an optimizer move it by the gradient of an earlier step."""
+    setup, temperature = setup_of(), nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = torch.optim.SGD([*setup.model.parameters(), temperature], lr=0.1)
+    before = Snapshot.of(setup.model, optimizer)
+    with pytest.raises(ValueError, match=r"parameter of shape .* not among the model's"):
+        metakern.l2rw_step(
+            *(setup.model, setup.batch, setup.meta_batch),
+            **{"loss_fn": with_temperature(temperature), "optimizer": optimizer, "engine": engine},
+        )
+    before.assert_unchanged(setup.model, optimizer)
+    metakern.l2rw_step(
+        *(setup.model, setup.batch, setup.meta_batch),
+        **{"loss_fn": with_temperature(temperature.detach()), "optimizer": optimizer, "engine": engine},
+    )
+
+
+def test_other_parameters_of_the_optimizer_do_not_move() -> None:
+    setup, other = setup_of(), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*setup.model.parameters(), other], lr=0.1)
+    other.grad = torch.ones(3)
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, optimizer=optimizer, accumulate=True)
+    assert torch.equal(other.detach(), torch.full((3,), 0.9))
+    metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, optimizer=optimizer)
+    assert torch.equal(other.detach(), torch.full((3,), 0.9))
