@@ -8,8 +8,9 @@ For numbers u_n that are independent of the batch, autograd alone gives, through
 The direction R is G with each parameter scaled to length one, except small ones, so that all count and none cancel.
 Proofs of independence say which forms apply; this check says that they did, with the installed torch: bugs in torch,
 and anything hidden from a trace, show up here. It costs a backward pass, the dots and a weighted gradient once more,
-and the memory of two gradients, once per model, structure and engine; in forward mode, which has no trace to
-distinguish structures, once per model, loss function and mode of its modules.
+and the memory of two gradients, once per model, structure and engine, and a few times more where a gradient was too
+small to tell; in forward mode, which has no trace to distinguish structures, once per model, loss function and mode of
+its modules.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ from metakern.capture.host import host_may_wait, is_traced
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
+from metakern.layers.table import REGISTRATIONS
 
-_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = WeakKeyDictionary()
-"""By model, then by engine and structure: why it is rejected, or None."""
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | int]] = WeakKeyDictionary()
+"""By model, then by engine and structure: why it is rejected, or the number of the next pass; 0 if all were checked."""
+
+_CHECKED = 1, 4, 16, 64
+"""Passes that are checked, until one tells about every parameter: behind a factor of a low-rank adapter, or a gate,
+that is zero at first, rules are not seen to be right before later steps."""
 
 SMALL = 1e-2
 """The share of |G| below which a parameter gets less than length one: its gradient may be rounding alone, like that of
@@ -62,13 +68,19 @@ class Expected:
         self._least = small * self._size
         self._scales = {name: max(length, self._least) for name, length in lengths.items()}
         counted = [name for name in problem.chosen if lengths.get(name)]
+        self._all_tell = all(lengths.get(name, 0.0) > SMALL * self._size for name in problem.chosen)
+        self._finite = True
         self.direction = {name: self._gradient[name] / self._scales[name] for name in counted}
         self._along = sum(lengths[name] ** 2 / self._scales[name] for name in counted)
 
     def require_dots(self, dots: Tensor) -> None:
         """Raise EngineUnavailable unless these are the dots along `direction`; they have the shape of the outputs."""
         self._require(abs(_inner(self.numbers, dots) - self._along), self._along, "the sum of the dots")
-        _VERDICTS.setdefault(self._model, {})[self._key] = None
+        if self._finite:
+            verdicts = _VERDICTS.setdefault(self._model, {})
+            number = verdicts.get(self._key, 1)
+            done = isinstance(number, str) or self._all_tell or number == _CHECKED[-1]
+            verdicts[self._key] = 0 if done else number + 1
 
     def require_gradient(self, found: Mapping[str, Tensor]) -> None:
         """Raise EngineUnavailable unless this is the gradient for weights that are `numbers`."""
@@ -87,7 +99,9 @@ class Expected:
         self._gradient, self.direction = {}, {}
 
     def _require(self, apart: float, size: float, what: str) -> None:
-        if apart > self._share * size and math.isfinite(apart + size):  # values that are not finite tell nothing
+        if not math.isfinite(apart + size):  # such values tell nothing, but those of the next pass may
+            self._finite = False
+        elif apart > self._share * size:
             _VERDICTS.setdefault(self._model, {})[self._key] = reason = (
                 f"{what} disagrees with a plain backward pass over the same batch (by {_share_of(apart, size):.1e} of "
                 f"its size): a rule given to register_layer, torch {torch.__version__} or metakern has a derivative of "
@@ -103,19 +117,22 @@ def expected(
     structure: Hashable,
     form: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Expected | None:
-    """What to compare an engine's answers for this pass with; None if an earlier pass was checked, if this one tells
+    """What to compare an engine's answers for this pass with; None if earlier passes were checked, if this one tells
     nothing, or if dots are rounded on request. `form`, for forward mode, is the context in which the graph was made.
 
     Raises: EngineUnavailable if an earlier pass disagreed.
     """
     if not problem.exact or not host_may_wait() or is_traced():  # a step runs once before it is traced
         return None
-    key = structure, problem.context, problem.memory, len(problem.chosen)
+    kind = outputs.device, outputs.dtype, next(iter(problem.chosen.values())).dtype
+    key = structure, problem.context, problem.memory, tuple(problem.chosen), kind, len(REGISTRATIONS)
     verdicts = _VERDICTS.get(problem.model, {})
-    reason = verdicts.get(key)
-    if reason is not None:
-        raise EngineUnavailable(reason)
-    if key in verdicts:
+    verdict = verdicts.get(key, 1)
+    if isinstance(verdict, str):
+        raise EngineUnavailable(verdict)
+    if verdict not in _CHECKED:
+        if verdict:
+            verdicts[key] = verdict + 1
         return None
     fine = not _rounds(outputs)
     share = 0.1 if not fine else 1e-3 if outputs.device.type == "cpu" else 1e-2  # TF32 is usual elsewhere

@@ -53,6 +53,9 @@ _BY_FUNCTION: dict[Callable[..., Any], tuple[LayerRule, ...]] = {
 }
 _BY_MODULE: dict[type[nn.Module], LayerRule] = {}
 
+REGISTRATIONS: list[tuple[Any, LayerRule | None]] = []
+"""What users have registered so far: with each, what was found out about a model before is out of date."""
+
 
 def rule_for(call: Call) -> LayerRule:
     """The rule of a call; calls without one are handled by forward mode through the call alone."""
@@ -100,3 +103,4 @@ def register_layer(layer: type[nn.Module] | Callable[..., Any], rule: LayerRule 
         _BY_FUNCTION[layer] = (rule,)
     else:
         raise TypeError(f"layer must be a module type, or a function together with a rule; got {layer!r}")
+    REGISTRATIONS.append((layer, rule))

@@ -1,5 +1,6 @@
 """The first batch of a structure is held against a plain backward pass: what an engine has wrong is not silent."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -14,7 +16,7 @@ from torch.autograd.function import once_differentiable
 import metakern
 from metakern import dots as stage_dots
 from metakern.capture.refusal import EngineUnavailable
-from metakern.engines import implicit
+from metakern.engines import agreement, implicit
 from metakern.layers import generic, table
 from metakern.step import meta_pass
 from metakern.step.direction import with_weight_decay
@@ -190,3 +192,99 @@ def test_once_for_each_structure(engine: str, memory: str, monkeypatch: pytest.M
         metakern.l2rw_step(model, tuple(t[rows] for t in batch), meta_batch, engine=engine, memory=memory)
         counts.append(len(passes))
     assert counts[0] > counts[1] == counts[2]
+
+
+class Adapter(nn.Module):
+    """x + B s(A x) with B = 0 at first: nothing behind B has a gradient in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Sequential(nn.Linear(5, 5), Scale()), nn.Linear(5, 5, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.inner(x))
+
+
+@WRONG
+@pytest.mark.usefixtures("registered")
+def test_a_rule_behind_a_gradient_that_is_zero_at_first() -> None:
+    model, batch, meta_batch = network(Adapter())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(3):
+        metakern.l2rw_step(model, batch, meta_batch, optimizer=optimizer, engine="ghost")
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, optimizer=optimizer, engine="ghost")
+
+
+def test_gradients_that_stay_zero_are_not_checked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks, found = list[int](), agreement.weighted_backward
+    monkeypatch.setattr(agreement, "weighted_backward", lambda *given, **kw: checks.append(1) or found(*given, **kw))
+    model, batch, meta_batch = network(Adapter())
+    for _ in range(80):
+        metakern.l2rw_step(model, batch, meta_batch)
+    assert len(checks) == 4
+
+
+@pytest.mark.parametrize("registered", ["dots"], indirect=True)
+@pytest.mark.usefixtures("registered")
+def test_a_pass_that_overflows_does_not_count_as_checked() -> None:
+    """As the first steps under a GradScaler."""
+    model, batch, meta_batch = network(Scale())
+
+    def losses(scale: float) -> Any:
+        return lambda model, batch: scale * F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(ValueError, match="finite"):
+        metakern.l2rw_step(model, batch, meta_batch, loss_fn=losses(1e200), engine="ghost")
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, loss_fn=losses(1.0), engine="ghost")
+
+
+@pytest.mark.parametrize("registered", ["dots"], indirect=True)
+@pytest.mark.usefixtures("registered")
+def test_checked_for_the_parameters_that_count() -> None:
+    model, batch, meta_batch = network(Scale())
+    metakern.l2rw_step(model, batch, meta_batch, engine="ghost", params="0")
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, engine="ghost", params="2")
+
+
+@pytest.mark.parametrize("registered", ["dots"], indirect=True)
+@pytest.mark.usefixtures("registered")
+def test_a_rule_that_is_mended_is_checked_anew() -> None:
+    model, batch, meta_batch = network(Scale())
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, engine="ghost")
+    metakern.register_layer(Scale, generic.RULE)
+    metakern.l2rw_step(model, batch, meta_batch, engine="ghost")
+    metakern.register_layer(Scale, metakern.LayerRule(lambda call: True, half(generic.dots), generic.weighted_grads))
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, engine="ghost")
+
+
+def test_what_partial_is_given_tells_losses_apart() -> None:
+    """Forward mode knows passes by their loss function only."""
+
+    def losses(model: nn.Module, batch: Any, *, wrong: bool) -> Tensor:
+        logits = model(batch[0])
+        return F.cross_entropy(Tripled.apply(logits) if wrong else logits, batch[1], reduction="none")
+
+    model, batch, meta_batch = network(Scale())
+    metakern.l2rw_step(model, batch, meta_batch, loss_fn=partial(losses, wrong=False), engine="jvp")
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, loss_fn=partial(losses, wrong=True), engine="jvp")
+
+
+def test_memory_that_runs_out_in_a_proof_is_no_verdict() -> None:
+    calls = itertools.count(1)  # an iterator, which is not put back after passes that do not count
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    model, batch, meta_batch = network(Scale())
+    with pytest.raises(torch.OutOfMemoryError):
+        metakern.l2rw_step(model, batch, meta_batch, loss_fn=losses)
+    assert metakern.l2rw_step(model, batch, meta_batch, loss_fn=losses).engine == "ghost"

@@ -259,6 +259,8 @@ def _require_no_forward_path(
     for inside in _sets(trace.examples, trace.losses.device):
         try:
             reached = poisoned(axes, inside).isnan()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # says nothing about the model: a smaller batch may fit
         except Exception as error:
             reason = f"a pass with NaN in some examples failed ({error}), so their independence cannot be proved"
         else:
