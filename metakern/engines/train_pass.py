@@ -115,4 +115,5 @@ def open_pass(problem: Problem, engine: str, start: RestorePoint) -> tuple[Train
 
 def plain_pass(problem: Problem) -> tuple[GraphPass, str]:
     """A forward pass for weighted gradients only, which every model allows; it has no dots."""
+    problem.writes.keep_functions(problem.loss_fn)
     return GraphPass(problem, problem.batch_losses()), "backward"

@@ -35,6 +35,7 @@ class LogitPass:
 
     def __init__(self, problem: Problem, logits_fn: LogitsFunction | None) -> None:
         self._problem = replace(problem, loss_fn=logits_fn or batch_logits)
+        problem.writes.keep_functions(problem.loss_fn, logits_fn)
         self._start = PassState(problem.model, self._problem.loss_fn, problem.writes)
         # In the form of the dual pass, so that dropout masks are the same.
         with jvp.first_pass(problem) as self._products, problem.writes.watching():

@@ -229,3 +229,36 @@ def test_the_engine_after_frozen_statistics_begins_where_that_did() -> None:
     result = metakern.l2rw_step(Network(True), batch, meta_batch, loss_fn=losses, batchnorm="frozen")
     assert result.engine == "jvp"
     assert calls == [5, 3]
+
+
+def second_network_fails(kind: str, losses: Losses) -> None:
+    """A step whose weight net or label net fails after the train pass, in which a label net takes clean examples too."""
+    batch, meta_batch = inputs.pair(4, 2, 4, classes=3)
+
+    class Net(nn.Linear):
+        def forward(self, *given: Tensor) -> Tensor:
+            raise LookupError("no weights today")
+
+    net = Net(1, 1).double()
+    if kind == "weights alone":
+        metakern.mwnet_step(
+            *(Network(False), net, batch, meta_batch),
+            **{"loss_fn": losses, "weight_optimizer": None, "virtual_lr": 0.1, "update_weight_net": False},
+        )
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        given = {"label_optimizer": optimizer, "virtual_lr": 0.1, "features": lambda model, batch: batch[0]}
+        metakern.mlc_step(Network(False), net, batch, meta_batch, loss_fn=losses, clean_batch=meta_batch, **given)
+
+
+@pytest.mark.parametrize("kind", ["weights alone", "labels"])
+def test_what_a_loss_holds_is_as_before_where_the_second_network_fails(kind: str) -> None:
+    calls = []
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(len(batch[0]))
+        return entropies(model(batch[0]), batch)
+
+    with pytest.raises(LookupError, match="no weights today"):
+        second_network_fails(kind, losses)
+    assert not calls
