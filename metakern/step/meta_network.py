@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from metakern.capture.losses import LossFunction, losses_of
 from metakern.capture.members import parameters_of
@@ -125,12 +126,13 @@ def step_meta_network(
 
 @contextmanager
 def undone_on_error(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Parameters, buffers, gradients and optimizer state are as before if an exception leaves the block.
+    """Parameters, buffers, gradients, and what the optimizer keeps in its state and groups, are as before if an
+    exception leaves the block.
 
     Everything is copied, so this is for networks that are small compared with the model.
     """
     values = [(p, p.detach().clone()) for p in network.parameters()]
-    state = None if optimizer is None else {p: _copied(held) for p, held in optimizer.state.items()}
+    held = [] if optimizer is None else _held(optimizer)
     with unchanged_on_error(network):
         try:
             yield
@@ -138,11 +140,20 @@ def undone_on_error(network: nn.Module, optimizer: torch.optim.Optimizer | None)
             with torch.no_grad():
                 for p, value in values:
                     p.copy_(value)
-            if optimizer is not None and state is not None:
-                optimizer.state.clear()
-                optimizer.state.update(state)
+            for kept, before in held:
+                kept.clear()
+                kept.update(before)
             raise
 
 
-def _copied(state: Any) -> Any:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+def _held(optimizer: torch.optim.Optimizer) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """The state and the groups of an optimizer, some of which keep counters there, each with a copy."""
+    copies = [(optimizer.state, _copied(optimizer.state))]
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        copies.append((group, {"params": group["params"], **_copied(settings)}))
+    return copies
+
+
+def _copied(held: dict[Any, Any]) -> dict[Any, Any]:
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, dict(held))
