@@ -79,8 +79,8 @@ class Expected:
         if self._finite:
             verdicts = _VERDICTS.setdefault(self._model, {})
             number = verdicts.get(self._key, 1)
-            done = isinstance(number, str) or self._all_tell or number == _CHECKED[-1]
-            verdicts[self._key] = 0 if done else number + 1
+            if isinstance(number, int):
+                verdicts[self._key] = 0 if self._all_tell or number == _CHECKED[-1] else number + 1
 
     def require_gradient(self, found: Mapping[str, Tensor]) -> None:
         """Raise EngineUnavailable unless this is the gradient for weights that are `numbers`."""

@@ -232,7 +232,7 @@ def test_the_engine_after_frozen_statistics_begins_where_that_did() -> None:
 
 
 def second_network_fails(kind: str, losses: Losses) -> None:
-    """A step whose weight net or label net fails after the train pass, in which a label net takes clean examples too."""
+    """A step whose weight net or label net fails after the train pass; label nets take clean examples too."""
     batch, meta_batch = inputs.pair(4, 2, 4, classes=3)
 
     class Net(nn.Linear):
