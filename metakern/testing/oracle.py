@@ -106,7 +106,7 @@ def oracle(
 
 
 def clip_normalise(dots: Tensor) -> Tensor:
-    """weights_n = max(dots_n, 0) / (sum + [sum == 0]). Source: Ren et al., ICML 2018, equations 6 and 7."""
+    """weights_n = max(dots_n, 0) / (sum + [sum == 0]). Source: Ren et al., ICML 2018, algorithm 1, line 11."""
     kept = dots.clamp_min(0)
     total = kept.sum()
     return kept / (total if total > 0 else 1.0)

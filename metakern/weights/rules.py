@@ -11,7 +11,7 @@ from metakern import ops
 def clip_normalise(dots: Tensor) -> Tensor:
     """max(dots_n, 0) / (S + [S == 0]) with S = sum_n max(dots_n, 0); all zero if no example helps.
 
-    Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, equations 8 and 9.
+    Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, algorithm 1, line 11.
     """
     return ops.clip_normalise(dots)
 

@@ -28,6 +28,6 @@ def clip_normalise(dots: Tensor, *, impl: str | None = None) -> Tensor:
     Returns: weights [n] in the dtype of `dots`, summed in float32, or float64 for float64.
     Raises: ValueError for shapes, an unknown `impl` or dots that require grad; TypeError for dtypes;
         RuntimeError if the requested implementation does not support the case.
-    Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, 2018, equations 7 and 8.
+    Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, algorithm 1, line 11.
     """
     return OPERATOR(dots, impl=impl)
