@@ -109,6 +109,35 @@ def test_modules_inside_a_registered_module(memory: str) -> None:
     judge_step(metakern.l2rw_step, setup_of(nn.Linear(4, 4), Outer()), engine="ghost", memory=memory)
 
 
+class Two(nn.Module):
+    """Two uses of parameters, and one as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Hinge(nn.Module):
+    """Couples all examples, but not in these batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(x.sum() - 1e6)
+
+
+@MEMORIES
+def test_the_proof_sees_registered_modules_as_wholes(memory: str) -> None:
+    """Uses before and after them have the examples in different places."""
+    metakern.register_layer(Two)
+    as_rows = nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (-1, 5))
+    judge_step(metakern.l2rw_step, setup_of(Two(), *as_rows, shape=(5, 4)), engine="ghost", memory=memory)
+    setup = setup_of(Two(), *as_rows, Hinge(), shape=(5, 4))
+    with pytest.raises(NotImplementedError, match="perhaps not its gradient"):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, engine="ghost", memory=memory)
+
+
 def test_the_forward_counts_once() -> None:
     """A replay for the dots is not another training step: buffers move as in a plain one."""
 

@@ -20,6 +20,7 @@ from metakern.capture.record import Call
 from metakern.capture.state.passes import PassState
 from metakern.capture.state.process_wide import ProcessWide
 from metakern.capture.trace import Tracer
+from metakern.capture.whole_modules import registered_modules_as_wholes
 
 # Entry by entry, they may ignore one of their inputs in this batch (`where`, `x ** 0`) and use it in the next.
 _SELECTIONS = frozenset(
@@ -118,6 +119,6 @@ def poisoned_losses(
 ) -> Tensor:
     """Losses [n] of a pass in which the examples `inside` are NaN; the model is as before."""
     with PassState(model, loss_fn, deep=True).replayed(), _VALIDATION.changed():
-        constants = constants_of(model)
-        with _Poisoner(trainable.values(), constants, axes, inside):
+        poisoner = _Poisoner(trainable.values(), constants_of(model), axes, inside)
+        with registered_modules_as_wholes(model, poisoner), poisoner:  # the same uses as in the pass that was traced
             return evaluate_losses(model, batch, loss_fn, "batch").detach().clone()
