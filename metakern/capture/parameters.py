@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -83,7 +84,15 @@ def require_servable(model: Any) -> None:
             + ("" if isinstance(model, nn.DataParallel) else " together with process_group=")
         )
     _require_plain_surroundings()
+    reducing = _reducing_wrappers()
     for module in modules_of(model):
+        if isinstance(module, reducing):
+            name = name_of(model, module)
+            raise TypeError(
+                f"{f'module {name!r}' if name else 'the model'} is a {type(module).__name__}, which reduces gradients "
+                "in hooks that a step would not call, so every process would train on its own; leave it out, and pass "
+                "process_group="
+            )
         if getattr(module, "scale_grad_by_freq", False):
             raise NotImplementedError(
                 f"module '{name_of(model, module)}' has scale_grad_by_freq=True, which divides its gradient by counts "
@@ -93,6 +102,13 @@ def require_servable(model: Any) -> None:
             raise NotImplementedError(
                 f"module '{name_of(model, module)}' is a ScriptModule; its calls cannot be traced: pass the original"
             )
+
+
+def _reducing_wrappers() -> tuple[type[nn.Module], ...]:
+    """Modules that reduce gradients over processes once these arrive in `.grad`, which the engines do without."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes long, and without it no module is one
+    sharded = () if fsdp is None else (fsdp.FullyShardedDataParallel,)
+    return (nn.parallel.DistributedDataParallel, *sharded)
 
 
 def _require_plain_surroundings() -> None:
