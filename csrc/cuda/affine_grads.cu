@@ -61,8 +61,7 @@ __device__ Sum row_sum(Sum value) {
   if constexpr (kWholeBlock) {
     return block_sum(value);
   } else {
-    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    return value;
+    return warp_sum(value);
   }
 }
 
@@ -157,18 +156,6 @@ __global__ void __launch_bounds__(kWholeBlock ? kThreads : 32 * kWarps, resident
   }
 }
 
-// A thread adds the chunks of its column in order, so the result is the same in every run.
-template <typename Sum>
-__global__ void add_columns_kernel(const Sum* __restrict__ partial, Sum* __restrict__ out, int64_t columns,
-                                   int64_t width, int64_t chunks) {
-  const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (column >= columns) return;
-  const Sum* from = partial + column / width * chunks * width + column % width;
-  Sum total = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += from[chunk * width];
-  out[column] = total;
-}
-
 template <typename T>
 using Kernel = void (*)(Rows<T>, accumulator_t<T>*, accumulator_t<T>*, accumulator_t<T>, bool, int64_t, int64_t);
 
@@ -229,21 +216,18 @@ cudaError_t affine_grads(Scalar dtype, const void* X, const void* B, void* works
     if (asked != cudaSuccess) return asked;
     const int64_t at_a_time = multiprocessors() * (resident > 0 ? resident : 1);
     const int64_t chunks = fitting_chunks(n, t, at_a_time, affine_grads_chunks(n, t));
-    const int64_t length = (t + chunks - 1) / chunks, columns = n * width;
+    const int64_t length = (t + chunks - 1) / chunks;
     Sum* const partial = static_cast<Sum*>(workspace);
     Sum* const scales = chunks == 1 ? static_cast<Sum*>(scale) : partial;
     Sum* const shifts = shift == nullptr ? nullptr
                         : chunks == 1    ? static_cast<Sum*>(shift)
-                                         : partial + columns * chunks;
+                                         : partial + n * width * chunks;
     chosen.kernel<<<grid(n * chunks), chosen.threads, 0, stream>>>(rows, scales, shifts, static_cast<Sum>(eps), centred,
                                                                    chunks, length);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess || chunks == 1) return error;
-    const int64_t blocks = (columns + kThreads - 1) / kThreads;
-    add_columns_kernel<<<grid(blocks), kThreads, 0, stream>>>(scales, static_cast<Sum*>(scale), columns, width, chunks);
-    if (shift != nullptr)
-      add_columns_kernel<<<grid(blocks), kThreads, 0, stream>>>(shifts, static_cast<Sum*>(shift), columns, width,
-                                                                chunks);
+    add_chunks(scales, static_cast<Sum*>(scale), n, width, chunks, stream);
+    if (shift != nullptr) add_chunks(shifts, static_cast<Sum*>(shift), n, width, chunks, stream);
     return cudaGetLastError();
   });
 }

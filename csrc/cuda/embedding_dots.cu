@@ -58,7 +58,7 @@ cudaError_t embedding_dots(Scalar dtype, const int64_t* indices, const void* V, 
     kernel<<<grid(n * chunks), kThreads, 0, stream>>>(indices, static_cast<const T*>(V), static_cast<const T*>(B),
                                                       partial, t, width, rows, v_stride, b_stride_n, b_stride_t,
                                                       padding, chunks);
-    if (chunks > 1) add_chunks(partial, static_cast<Sum*>(out), n, chunks, stream);
+    if (chunks > 1) add_chunks(partial, static_cast<Sum*>(out), n, 1, chunks, stream);
     return cudaGetLastError();
   });
 }

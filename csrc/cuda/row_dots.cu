@@ -47,7 +47,7 @@ cudaError_t row_dots(Scalar dtype, const void* x, const void* y, void* workspace
     Sum* partial = static_cast<Sum*>(chunks == 1 ? out : workspace);
     kernel<<<grid(n * chunks), kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<const T*>(y), partial, k,
                                                       x_stride, y_stride, chunks);
-    if (chunks > 1) add_chunks(partial, static_cast<Sum*>(out), n, chunks, stream);
+    if (chunks > 1) add_chunks(partial, static_cast<Sum*>(out), n, 1, chunks, stream);
     return cudaGetLastError();
   });
 }

@@ -19,18 +19,23 @@ struct Accumulator<double> {
 template <typename T>
 using accumulator_t = typename Accumulator<T>::type;
 
+// Sum over the warp, returned to every thread.
+template <typename Sum>
+__device__ Sum warp_sum(Sum value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
 // Sum over the block, returned to every thread; always in the same order. Blocks are whole warps.
 template <typename Sum>
 __device__ Sum block_sum(Sum value) {
   __shared__ Sum partial[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  value = warp_sum(value);
   __syncthreads();  // a previous call may still be read
   if (lane == 0) partial[warp] = value;
   __syncthreads();
-  value = lane < warps ? partial[lane] : Sum(0);
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
+  return warp_sum(lane < warps ? partial[lane] : Sum(0));
 }
 
 // Number of blocks of a grid; 0, which the launch rejects, if there are too many for one.
