@@ -3,6 +3,9 @@
 Numbers of rows, examples and parts are not specialised: compiling a kernel again for a last, shorter batch would take
 a second, and the alignment of no address depends on them.
 
+`max_num_imprecise_acc` concerns eight-bit operands on compute capability 9, whose tensor cores keep some 14 bits of a
+sum: K products are summed there, and these sums in float32. Triton would sum all of them there.
+
 On compute capabilities 9 and 10 a *descriptor* tells the copy engine where a tensor lies, and a program asks for whole
 blocks by their place: no addresses in registers (90 of them for a tile of 128 x 128 instead of 250), no masks, and what
 lies outside reads as zero. Operands that do not lie as it wants are read through pointers, as on older chips.
@@ -34,6 +37,27 @@ def grouped(program, down, across, GROUP: tl.constexpr):
     height = tl.minimum(down - band * GROUP, GROUP)
     place = program % (GROUP * across)
     return band * GROUP + place % height, place // height
+
+
+@triton.jit
+def product_of_rows(
+    x_start, y_start, width, stride_x, stride_y,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """X Y^T for M rows of X and N of Y, `width` long, that start at the given addresses."""
+    # a loop that might not run is compiled with a wait after every product
+    tl.assume(width > 0)
+    product = tl.zeros((M, N), tl.float32)
+    for start in range(0, width, K):
+        k = start + tl.arange(0, K)
+        inside = k < width
+        offset = k.to(tl.int64)
+        x = tl.load(x_start[:, None] + (offset * stride_x)[None, :], mask=inside[None, :], other=0.0)
+        y = tl.load(y_start[None, :] + (offset * stride_y)[:, None], mask=inside[:, None], other=0.0)
+        if UPCAST:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        product = tl.dot(x, y, product, input_precision=PRECISION, max_num_imprecise_acc=K)
+    return product
 
 
 def rows_of(x: Tensor) -> Tensor | None:

@@ -2,9 +2,6 @@
 
 Every program writes the dots of its rows over its columns to a place of its own, and the places are added afterwards
 in a fixed order: no atomics, the same result in every run.
-
-`max_num_imprecise_acc` concerns eight-bit operands on compute capability 9, whose tensor cores keep some 14 bits of a
-sum: K products are summed there, and these sums in float32. Triton would sum all of them there.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from torch import Tensor
 from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.tiles import Tile, tile_for
 from metakern.ops.triton_backend import interpreting, precision
-from metakern.ops.triton_blocks import copied_in_bulk, described, grouped, rows_of
+from metakern.ops.triton_blocks import copied_in_bulk, described, grouped, product_of_rows, rows_of
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,7 +51,6 @@ def direction_dots_kernel(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same through pointers: operands with any strides, chips without a copy engine."""
-    tl.assume(i > 0)
     down, across = grouped(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(o, N), GROUP)
     row = down * M + tl.arange(0, M)
     # rows past the end read the last one: an address that exists is cheaper than a mask in the loop
@@ -63,16 +59,7 @@ def direction_dots_kernel(
     column = across * N + tl.arange(0, N)
     a_row = A + example * stride_an + position * stride_at
     v_row = V + tl.minimum(column, o - 1).to(tl.int64) * stride_vo
-    product = tl.zeros((M, N), tl.float32)
-    for start in range(0, i, K):
-        k = start + tl.arange(0, K)
-        inside = k < i
-        offset = k.to(tl.int64)
-        a = tl.load(a_row[:, None] + (offset * stride_ai)[None, :], mask=inside[None, :], other=0.0)
-        v = tl.load(v_row[None, :] + (offset * stride_vi)[:, None], mask=inside[:, None], other=0.0)
-        if UPCAST:
-            a, v = a.to(tl.float32), v.to(tl.float32)
-        product = tl.dot(a, v, product, input_precision=PRECISION, max_num_imprecise_acc=K)
+    product = product_of_rows(a_row, v_row, i, stride_ai, stride_vi, M, N, K, PRECISION, UPCAST)
     b_row = B + example * stride_bn + position * stride_bt
     b = tl.load(b_row[:, None] + (column.to(tl.int64) * stride_bo)[None, :], mask=(column < o)[None, :], other=0.0)
     # selected, not multiplied by zero: the product may be infinite

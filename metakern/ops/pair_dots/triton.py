@@ -13,30 +13,10 @@ from torch import Tensor
 
 from metakern.ops.tiles import tile_for
 from metakern.ops.triton_backend import interpreting, precision
+from metakern.ops.triton_blocks import product_of_rows
 
 MOST = 65535
 """The most programs in the second and third dimension of a grid."""
-
-
-@triton.jit
-def _gram(
-    row_start, meta_start, width, stride, stride_meta,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """X X'^T for M rows and N meta rows that start at the given addresses."""
-    # a loop that might not run is compiled with a wait after every product
-    tl.assume(width > 0)
-    gram = tl.zeros((M, N), tl.float32)
-    for start in range(0, width, K):
-        k = start + tl.arange(0, K)
-        inside = k < width
-        offset = k.to(tl.int64)
-        x = tl.load(row_start[:, None] + (offset * stride)[None, :], mask=inside[None, :], other=0.0)
-        y = tl.load(meta_start[None, :] + (offset * stride_meta)[:, None], mask=inside[:, None], other=0.0)
-        if UPCAST:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        gram = tl.dot(x, y, gram, input_precision=PRECISION)
-    return gram
 
 
 @triton.jit(do_not_specialize=["rows", "t", "m", "s"])
@@ -60,11 +40,11 @@ def pair_dots_kernel(
     # one meta example: a scalar, rather than one index for each column
     meta_example = (group if S == N else tl.minimum(group + column // S, m - 1)).to(tl.int64)
     meta_row = tl.minimum(meta_position, s - 1).to(tl.int64)
-    inputs = _gram(
+    inputs = product_of_rows(
         A + example * stride_an + position * stride_at, A_meta + meta_example * stride_am + meta_row * stride_as,
         i, stride_ai, stride_ai_meta, M, N, K, PRECISION, UPCAST,
     )  # fmt: skip
-    outputs = _gram(
+    outputs = product_of_rows(
         B + example * stride_bn + position * stride_bt, B_meta + meta_example * stride_bm + meta_row * stride_bs,
         o, stride_bo, stride_bo_meta, M, N, K, PRECISION, UPCAST,
     )  # fmt: skip
