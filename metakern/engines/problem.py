@@ -103,7 +103,7 @@ class Problem:
                 raise ValueError(
                     f"the losses of {self.argument} depend on a trainable parameter of shape {tuple(leaf.shape)} that "
                     "is not among the model's, so it would get no gradient: make it, or the module that has it, part "
-                    "of the model; or, if it is not to be trained, freeze it with requires_grad_(False)"
+                    "of the model; or, if it is not to be trained, freeze it, or detach() what is computed with it"
                 )
 
     def require_participation(self, reached: Collection[int]) -> None:

@@ -148,7 +148,7 @@ def undone_on_error(network: nn.Module, optimizer: torch.optim.Optimizer | None)
 
 def _held(optimizer: torch.optim.Optimizer) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     """The state and the groups of an optimizer, some of which keep counters there, each with a copy."""
-    copies = [(optimizer.state, _copied(optimizer.state))]
+    copies: list[tuple[dict[Any, Any], dict[Any, Any]]] = [(optimizer.state, _copied(optimizer.state))]
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != "params"}
         copies.append((group, {"params": group["params"], **_copied(settings)}))
