@@ -8,9 +8,8 @@ For numbers u_n that are independent of the batch, autograd alone gives, through
 The direction R is G with each parameter scaled to length one, except small ones, so that all count and none cancel.
 Proofs of independence say which forms apply; this check says that they did, with the installed torch: bugs in torch,
 and anything hidden from a trace, show up here. It costs a backward pass, the dots and a weighted gradient once more,
-and the memory of two gradients, once per model, structure and engine, and a few times more where a gradient was too
-small to tell; in forward mode, which has no trace to distinguish structures, once per model, loss function and mode of
-its modules.
+and the memory of two gradients, once per model, structure and engine, and a few times more where a gradient was zero;
+in forward mode, which has no trace to distinguish structures, once per model, loss function and mode of its modules.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,12 +30,20 @@ from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
 from metakern.layers.table import REGISTRATIONS
 
-_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | int]] = WeakKeyDictionary()
-"""By model, then by engine and structure: why it is rejected, or the number of the next pass; 0 if all were checked."""
-
 _CHECKED = 1, 4, 16, 64
-"""Passes that are checked, until one tells about every parameter: behind a factor of a low-rank adapter, or a gate,
-that is zero at first, rules are not seen to be right before later steps."""
+"""Passes that are checked, as long as the gradient of a whole parameter was zero in all before: behind a factor of a
+low-rank adapter, or a gate, that is zero at first, rules are not seen to be right in the first step."""
+
+
+class _Agreed(NamedTuple):
+    """How many passes there have been, and the parameters about which none has told anything."""
+
+    passes: int
+    silent: frozenset[str]
+
+
+_VERDICTS: WeakKeyDictionary[nn.Module, dict[Hashable, str | _Agreed]] = WeakKeyDictionary()
+"""By model, then by engine and structure: why it is rejected, or what is known."""
 
 SMALL = 1e-2
 """The share of |G| below which a parameter gets less than length one: its gradient may be rounding alone, like that of
@@ -68,7 +75,8 @@ class Expected:
         self._least = small * self._size
         self._scales = {name: max(length, self._least) for name, length in lengths.items()}
         counted = [name for name in problem.chosen if lengths.get(name)]
-        self._all_tell = all(lengths.get(name, 0.0) > SMALL * self._size for name in problem.chosen)
+        self._silent = frozenset(problem.chosen).difference(counted)
+        self._telling = [name for name in counted if lengths[name] > SMALL * self._size]
         self._finite = True
         self.direction = {name: self._gradient[name] / self._scales[name] for name in counted}
         self._along = sum(lengths[name] ** 2 / self._scales[name] for name in counted)
@@ -78,9 +86,9 @@ class Expected:
         self._require(abs(_inner(self.numbers, dots) - self._along), self._along, "the sum of the dots")
         if self._finite:
             verdicts = _VERDICTS.setdefault(self._model, {})
-            number = verdicts.get(self._key, 1)
-            if isinstance(number, int):
-                verdicts[self._key] = 0 if self._all_tell or number == _CHECKED[-1] else number + 1
+            known = verdicts.get(self._key)
+            passes, silent = known if isinstance(known, _Agreed) else (0, self._silent)
+            verdicts[self._key] = _Agreed(passes + 1, silent.difference(self._telling))
 
     def require_gradient(self, found: Mapping[str, Tensor]) -> None:
         """Raise EngineUnavailable unless this is the gradient for weights that are `numbers`."""
@@ -127,12 +135,12 @@ def expected(
     kind = outputs.device, outputs.dtype, next(iter(problem.chosen.values())).dtype
     key = structure, problem.context, problem.memory, tuple(problem.chosen), kind, len(REGISTRATIONS)
     verdicts = _VERDICTS.get(problem.model, {})
-    verdict = verdicts.get(key, 1)
-    if isinstance(verdict, str):
-        raise EngineUnavailable(verdict)
-    if verdict not in _CHECKED:
-        if verdict:
-            verdicts[key] = verdict + 1
+    known = verdicts.get(key, _Agreed(0, frozenset()))
+    if isinstance(known, str):
+        raise EngineUnavailable(known)
+    number = known.passes + 1
+    if number > 1 and not (known.silent and number in _CHECKED):
+        verdicts[key] = known._replace(passes=number)
         return None
     fine = not _rounds(outputs)
     share = 0.1 if not fine else 1e-3 if outputs.device.type == "cpu" else 1e-2  # TF32 is usual elsewhere
