@@ -13,24 +13,42 @@ from metakern.capture.independence.examples import new_in_a_row
 from metakern.capture.members import modules_of
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.passes import RestorePoint
-from metakern.engines import double_backward, ghost, jvp
+from metakern.engines import ghost
+from metakern.engines.double_backward import DifferentiatedPass
+from metakern.engines.jvp import DualPass
 from metakern.engines.problem import Answer, Problem
-
-ENGINES: dict[str, Callable[[Problem], Answer]] = {
-    "ghost": ghost.solve,
-    "jvp": jvp.solve,
-    "double_backward": double_backward.solve,
-}
+from metakern.engines.train_pass import TrainPass, answered
 
 T = TypeVar("T")
 
+PASSES: dict[str, Callable[[Problem], TrainPass]] = {
+    "ghost": ghost.GhostPass,
+    "jvp": DualPass,
+    "double_backward": DifferentiatedPass,
+}
+
+
+def open_pass(problem: Problem, engine: str, start: RestorePoint) -> tuple[TrainPass, str]:
+    """The pass of the train batch by the engine asked for, or by the cheapest exact one, and its name.
+
+    Raises: as `first_exact`; that an operation has no forward mode may show only when dots are asked for.
+    """
+    return first_exact(PASSES, problem, engine, start)
+
 
 def solve(problem: Problem, engine: str, start: RestorePoint) -> tuple[Answer, str]:
-    """The answer, and the name of the engine that gave it.
+    """Dots along the meta gradient itself and one weighted gradient, and the name of the engine that gave them.
 
     Raises: as `first_exact`.
     """
-    return first_exact(ENGINES, problem, engine, start)
+    return first_exact(_SOLVERS, problem, engine, start)
+
+
+def _by_pass(engine: str) -> Callable[[Problem], Answer]:
+    return lambda problem: answered(PASSES[engine](problem), problem)
+
+
+_SOLVERS = {"ghost": ghost.solve, "jvp": _by_pass("jvp"), "double_backward": _by_pass("double_backward")}
 
 
 def first_exact(

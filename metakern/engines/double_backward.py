@@ -14,23 +14,23 @@ from torch import Tensor
 from metakern.capture.graph import differentiable_functions
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.buffers import unchanged_buffers
-from metakern.engines.problem import Answer, Problem
-from metakern.engines.weighted_backward import weighted_backward
+from metakern.engines.problem import Problem
+from metakern.engines.train_pass import GraphPass
 from metakern.layers.forward.forms import twice_differentiable
 
 
-def solve(problem: Problem) -> Answer:
-    """Dots by double backward, the weighted gradient by a plain one."""
-    with twice_differentiable():
-        losses = problem.batch_losses()
-    meta_loss, direction = problem.meta_gradient()
-    dots = differentiated_twice(problem, losses, direction)
-    return Answer(
-        dots,
-        losses.detach(),
-        meta_loss,
-        lambda weights: weighted_backward(problem, losses, weights, form=twice_differentiable),
-    )
+class DifferentiatedPass(GraphPass):
+    """Dots by differentiating the gradient once more."""
+
+    form = staticmethod(twice_differentiable)
+
+    def __init__(self, problem: Problem) -> None:
+        with twice_differentiable():
+            losses = problem.batch_losses()
+        super().__init__(problem, losses)
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return differentiated_twice(self._problem, self._losses, direction)
 
 
 def differentiated_twice(problem: Problem, losses: Tensor, direction: Mapping[str, Tensor]) -> Tensor:

@@ -26,9 +26,9 @@ from torch.utils import checkpoint
 
 from metakern.capture.losses import evaluate_losses
 from metakern.capture.refusal import EngineUnavailable
+from metakern.engines.ghost import GhostPass
 from metakern.engines.micro_batch import Along
 from metakern.engines.problem import Answer, Problem
-from metakern.engines.train_pass import GhostPass
 
 
 class _Batch(NamedTuple):

@@ -5,6 +5,7 @@ Exact wherever the loss of one example does not depend on other examples; captur
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,21 @@ from metakern.capture.graph import require_complete
 from metakern.capture.independence.examples import ExampleAxis
 from metakern.capture.record import Record, Trace
 from metakern.engines.problem import Answer, Problem
-from metakern.engines.recorded import recorded, require_unchanged
+from metakern.engines.recorded import Names, recorded, require_unchanged
+
+
+class GhostPass:
+    """The pass of the train batch whose dots and gradients come from the records of its uses."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self.records = problem, recorded(problem, fold=problem.chosen)
+        self.losses = self.records.losses
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self.records.dots_along(self._problem.by_identity(direction))
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        return self.records.weighted_gradient(weights, keep, only)
 
 
 class Meta(NamedTuple):
@@ -29,7 +44,7 @@ class Meta(NamedTuple):
 
 
 def solve(problem: Problem) -> Answer:
-    """Dots and, on demand, the weighted gradient of a batch.
+    """Dots along the meta gradient, by pairs where that is cheaper, and, on demand, the weighted gradient.
 
     Raises:
         EngineUnavailable: examples interact, or a parameter is used where tracing cannot see it.

@@ -7,7 +7,7 @@ make its tangents. Fused attention has no forward mode, and is replaced by its u
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -27,37 +27,43 @@ from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.repeatable import repeatable_layers
 from metakern.capture.state.passes import PassState
 from metakern.engines.agreement import expected
-from metakern.engines.problem import Answer, Problem
+from metakern.engines.problem import Problem
 from metakern.engines.products import Products, ReusedProducts
+from metakern.engines.recorded import Names
 from metakern.engines.repetition import require_repetition
 from metakern.engines.substitution import require_replaced, substituted
-from metakern.engines.weighted_backward import weighted_backward
+from metakern.engines.train_pass import GraphPass
 from metakern.layers.forward.forward_mode import dual_level, lacks_forward_mode
 
 PLAIN_ATTENTION = partial(sdpa_kernel, SDPBackend.MATH)
 """The context of passes in forward mode; their backward passes need it too, for checkpointed layers."""
 
 
-def solve(problem: Problem) -> Answer:
-    """Dots by one dual pass; the weighted gradient by a plain backward pass of the weighted losses.
+class DualPass(GraphPass):
+    """Dots by forward mode, in a second forward pass with the random numbers and buffers of the first.
 
     Raises:
-        EngineUnavailable: an operation of the model has no forward mode.
+        EngineUnavailable: an operation of the model has no forward mode; without a check of the first pass, by `dots`.
     """
-    start = PassState(problem.model, problem.loss_fn, problem.writes)
-    # Fused attention draws its dropout mask differently, so the pass that is differentiated uses the unfused form too.
-    with first_pass(problem) as products:
-        losses = problem.batch_losses()
-    require_forward_mode(problem, losses, start, products)
-    problem.require_reached(losses)
-    meta_loss, direction = problem.meta_gradient()
-    dots = loss_tangents(problem, direction, start, losses.detach(), products)
-    return Answer(
-        dots,
-        losses.detach(),
-        meta_loss,
-        lambda weights: weighted_backward(problem, losses, weights, form=PLAIN_ATTENTION),
-    )
+
+    form = staticmethod(PLAIN_ATTENTION)
+
+    def __init__(self, problem: Problem) -> None:
+        self._start = PassState(problem.model, problem.loss_fn, problem.writes)
+        # Fused attention draws its dropout mask differently, so the pass that is differentiated is unfused as well.
+        with first_pass(problem) as self._products:
+            losses = problem.batch_losses()
+        super().__init__(problem, losses)
+        require_forward_mode(problem, losses, self._start, self._products)
+        problem.require_reached(losses)
+
+    def weighted_gradient(self, weights: Tensor, keep: bool = False, only: Names | None = None) -> dict[str, Tensor]:
+        if not keep:  # the pass is over, and its products would add to the memory of the backward pass
+            del self._products, self._start
+        return super().weighted_gradient(weights, keep, only)
+
+    def dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return loss_tangents(self._problem, dict(direction), self._start, self.losses, self._products)
 
 
 class _Hooks(TorchFunctionMode):

@@ -18,9 +18,11 @@ from metakern.capture.record import Record
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.graph_state import GraphState
 from metakern.capture.state.passes import RestorePoint
+from metakern.engines.choose import open_pass
+from metakern.engines.ghost import GhostPass
 from metakern.engines.problem import Answer, Problem, named_gradients
 from metakern.engines.recorded import NONE_PAIRED, Recorded, restricted
-from metakern.engines.train_pass import GhostPass, TrainPass, open_pass
+from metakern.engines.train_pass import TrainPass
 from metakern.engines.weighted_backward import weighted_backward
 
 

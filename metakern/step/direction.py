@@ -13,8 +13,8 @@ from metakern.capture.parameters import trainable_parameters
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.passes import RestorePoint
 from metakern.engines import Answer, Problem, frozen_statistics, micro_batch, pairwise, solve
-from metakern.engines.choose import normalises_over_batch
-from metakern.engines.train_pass import open_pass
+from metakern.engines.choose import normalises_over_batch, open_pass
+from metakern.engines.train_pass import answered
 from metakern.step.virtual import VirtualRule
 
 Direction = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -75,8 +75,7 @@ def solve_along(
     if direction is None:
         return solve(problem, engine, start)
     train, used = open_pass(problem, engine, start)
-    meta_loss, v = problem.meta_gradient()
-    return Answer(train.dots(along(v)), train.losses, meta_loss, train.weighted_gradient), used
+    return answered(train, problem, along), used
 
 
 def solve_pairwise(

@@ -11,11 +11,12 @@ from torch import Tensor
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.passes import PassState
 from metakern.capture.state.random_state import random_state, restore_random_state
+from metakern.engines.ghost import GhostPass
 from metakern.engines.implicit import Move, Moving, implicit_weights, move
 from metakern.engines.problem import Problem, named_gradients
 from metakern.engines.recorded import Recorded
 from metakern.engines.substitution import require_replaced, substituted
-from metakern.engines.train_pass import GhostPass, TrainPass
+from metakern.engines.train_pass import TrainPass
 from metakern.step.virtual import VirtualRule
 
 

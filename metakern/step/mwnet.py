@@ -11,8 +11,9 @@ from metakern.capture.losses import LossFunction
 from metakern.capture.state.gradients import gradients_aside
 from metakern.capture.state.passes import RestorePoint, unchanged_on_error
 from metakern.engines import pose
+from metakern.engines.choose import open_pass
 from metakern.engines.problem import Problem
-from metakern.engines.train_pass import TrainPass, open_pass, plain_pass
+from metakern.engines.train_pass import TrainPass, plain_pass
 from metakern.step.finite import require_finite
 from metakern.step.hand_over import hand_over, require_optimizer
 from metakern.step.meta_network import (
