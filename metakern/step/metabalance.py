@@ -58,7 +58,7 @@ def metabalance_step(
     Args:
         inner_batch, outer_batch, loss_fn, optimizer, accumulate, allow_unused: as for `l2rw_step`.
         inner_lr: learning rate of the inner step.
-        order: 2 is the gradient as defined in the paper; 1 omits the Hessian term, as the authors' released code does.
+        order: 2 is the gradient of the equation; 1 omits the Hessian term, as the authors' released code does.
         leak: share of the inner gradient at theta.
         hessian: "double_backward" differentiates the inner gradient once more and is exact, with fused attention and
             bags in their unfused forms. "central_difference" takes two more gradients of the inner batch, at
@@ -75,7 +75,7 @@ def metabalance_step(
 
     Raises: as `l2rw_step`; nothing is then changed.
 
-    Source: Bansal et al., MetaBalance: High-Performance Neural Networks for Class-Imbalanced Data, 2021, algorithm 1.
+    Source: Bansal et al., MetaBalance: High-Performance Neural Networks for Class-Imbalanced Data, 2021, and its code.
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
