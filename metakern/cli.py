@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         status = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141  # as a shell says of a process that ended by this
     except (ValueError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print("\n".join([f"metakern: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2

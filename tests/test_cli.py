@@ -29,6 +29,16 @@ def test_run_as_a_module(monkeypatch, capsys):
     assert "l2rw" in capsys.readouterr().out
 
 
+def test_output_that_nobody_reads_to_the_end():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metakern", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()  # as `head` does
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 def test_train_leaves_a_report(tmp_path, capsys):
     assert main(["train", "random", *QUICK, "--seed", "3", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
