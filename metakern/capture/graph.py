@@ -21,23 +21,21 @@ from metakern.capture.refusal import EngineUnavailable
 
 class Fingerprint(NamedTuple):
     """The form of a pass. `operations`: hash of the nodes, and of which outputs of uses they read. `order`: hash of how
-    they are connected, and of their numbers. `unseen`: untraced nodes may select rows by values of tensors. `leaves`:
-    what would get a gradient without being in a use.
+    they are connected, and of their numbers. `unseen`: untraced nodes may select rows by values of tensors.
     """
 
     operations: int
     order: int
     unseen: bool
-    leaves: tuple[Tensor, ...]
 
 
-def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
+def require_complete(trace: Trace, names: Mapping[int, str]) -> tuple[Fingerprint, list[Tensor]]:
     """Raise unless every path from the losses to a trainable parameter goes through a traced use.
 
     `names` maps the identity of each trainable parameter to its qualified name. The walk starts at the losses and at
     the data inputs of every use, and stops at the outputs of uses, so it can only reach a parameter by a path that
-    the trace does not know. Returns a fingerprint of the operations on the way: it differs if the model takes another
-    branch, or puts rows into another order.
+    the trace does not know. Returns a fingerprint of the operations on the way, which differs if the model takes
+    another branch, or puts rows into another order, and whatever else would get a gradient without being in a use.
     """
     places: dict[Any, int] = {None: -1}  # node -> when it was met
     for edge in (edge for use in trace.uses for edge in use.edges):
@@ -68,7 +66,7 @@ def require_complete(trace: Trace, names: Mapping[int, str]) -> Fingerprint:
     unseen = unseen_nodes(list(places)[ends:], trace.gaps) if trace.gaps and not trace.reorders else []
     may_pick = any([may_pick_rows(node, trace.constants) for node in unseen])
     numbers = [order, [unseen_numbers(node) for node in unseen]]
-    return Fingerprint(hash((tuple(met), frozenset(read))), _hash(numbers), may_pick, tuple(leaves))
+    return Fingerprint(hash((tuple(met), frozenset(read))), _hash(numbers), may_pick), leaves
 
 
 def _require_traced(leaves: Iterable[Tensor], names: Mapping[int, str]) -> None:

@@ -191,8 +191,8 @@ def _traced(problem: Problem) -> tuple[Trace, Axes, Hashable]:
             f"examples interact: {trace.couplings[0]}; put the model's normalisation in eval mode, or use "
             "engine='jvp', or approximate with batchnorm='frozen'"
         )
-    fingerprint = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
-    problem.require_own(fingerprint.leaves)
+    fingerprint, leaves = require_complete(trace, {id(p): name for name, p in problem.trainable.items()})
+    problem.require_own(leaves)
 
     def poisoned(axes: Sequence[Sequence[ExampleAxis | None]], inside: Tensor) -> Tensor:
         return poisoned_losses(problem.model, problem.batch, problem.loss_fn, problem.trainable, axes, inside)

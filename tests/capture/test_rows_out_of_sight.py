@@ -2,7 +2,9 @@
 functions, registered modules; and by calls whose numbers to pick by are fractions.
 """
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -280,3 +282,22 @@ def test_nested_tensors() -> None:
         with pytest.raises(NotImplementedError, match=r"nested tensor.*engine='double_backward'"):
             metakern.l2rw_step(model, batch, batch, loss_fn=losses, engine=engine)
     metakern.l2rw_step(model, batch, batch, loss_fn=losses, engine="double_backward")
+
+
+def test_inputs_that_want_a_gradient_are_not_kept() -> None:
+    """Nor do they make a new structure of each batch."""
+    torch.manual_seed(0)
+    model, meta_batch = nn.Linear(5, 4).double(), (inputs.normal(3, 5), inputs.labels(3, classes=4))
+    kept = list[weakref.ref[Tensor]]()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        weighting = torch.ones(1, dtype=torch.float64).requires_grad_()
+        kept.append(weakref.ref(weighting))
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none") * weighting
+
+    for seed in range(3):
+        batch = inputs.normal(N, 5, seed=seed), inputs.labels(N, classes=4)
+        metakern.l2rw_step(model, batch, meta_batch, loss_fn=losses)
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
+    assert len(examples._KNOWN[model].axes) == 1
