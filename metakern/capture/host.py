@@ -14,6 +14,14 @@ def is_traced() -> bool:
     return get_proxy_mode() is not None
 
 
+def may_look_at_values() -> bool:
+    """Whether the host may act on a tensor's value here: neither in a CUDA graph, nor in a program for other values.
+
+    What it would find out there is known by then, since a step is taken before it is captured or traced.
+    """
+    return host_may_wait() and not is_traced()
+
+
 def finite_sum(values: Tensor) -> bool:
     """Whether the sum of the values is finite. Then all of them are, but not vice versa. The host waits for it."""
     total = values.detach().sum()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.capture.host import finite_sum, host_may_wait, is_traced
+from metakern.capture.host import finite_sum, host_may_wait, may_look_at_values
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.row_losses import row_losses
 from metakern.capture.state.contents import PutBack, attributes_kept, content_of
@@ -140,7 +140,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, argument: str = "batch") -> T
 
 def _require_distributions(targets: Tensor, argument: str) -> None:
     """Regression targets and multi-label targets have the shape of probabilities as well."""
-    if host_may_wait() and not is_traced() and bool(((targets < 0).any(1) | ((targets.sum(1) - 1).abs() > 0.01)).any()):
+    if may_look_at_values() and bool(((targets < 0).any(1) | ((targets.sum(1) - 1).abs() > 0.01)).any()):
         raise ValueError(
             f"{argument}: targets of the shape of the logits must be probabilities, which are not negative and sum to "
             f"1 over the classes; for {_ANOTHER_LOSS}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.capture.graph import nodes_of
-from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.host import may_look_at_values
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.problem import Problem
 from metakern.engines.weighted_backward import weighted_backward
@@ -130,7 +130,7 @@ def expected(
 
     Raises: EngineUnavailable if an earlier pass disagreed.
     """
-    if not problem.exact or not host_may_wait() or is_traced():  # a step runs once before it is traced
+    if not problem.exact or not may_look_at_values():
         return None
     kind = outputs.device, outputs.dtype, next(iter(problem.chosen.values())).dtype
     key = structure, problem.context, problem.memory, tuple(problem.chosen), kind, len(REGISTRATIONS)

@@ -1,4 +1,4 @@
-"""The five stages: one forward and backward per batch, no second differentiation, no per-example gradient.
+"""The five stages: one forward and backward pass per batch, nothing differentiated twice.
 
 Exact wherever the loss of one example does not depend on other examples; capture checks that and refuses otherwise.
 """

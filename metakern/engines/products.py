@@ -19,7 +19,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.host import may_look_at_values
 from metakern.capture.state.snapshot import address
 from metakern.capture.unrolled import dispatches
 from metakern.engines.repetition import agree
@@ -117,7 +117,7 @@ class ReusedProducts(TorchFunctionMode):
         if any(operand is not None and operand.requires_grad for operand in operands):
             return None  # the model takes gradients inside its forward pass, through this call
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-            if host_may_wait() and not is_traced():
+            if may_look_at_values():
                 self._compare(first.operands, (x.primal, w.primal, b.primal))
             if func in _POOLINGS:
                 assert x.tangent is not None  # the only operand

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.host import may_look_at_values
 from metakern.capture.refusal import EngineUnavailable
 
 
@@ -19,7 +19,7 @@ def agree(again: Tensor, values: Tensor) -> Tensor:
 
 def require_repetition(again: Tensor, values: Tensor) -> None:
     """Raise if two passes over one batch differ by more than rounding: the dots would not be those of the first."""
-    if not host_may_wait() or is_traced():  # before a step is traced, it has run once
+    if not may_look_at_values():
         return
     if again.shape != values.shape or not agree(again, values).all():
         raise EngineUnavailable(

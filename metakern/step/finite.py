@@ -10,24 +10,27 @@ from metakern.engines.problem import Problem
 
 
 def require_finite(dots: Tensor, problem: Problem) -> None:
-    """Dots must be finite; float16 may overflow and is left to a GradScaler, which then skips the step."""
-    if not host_may_wait() or finite_sum(dots) or _uses_float16(problem):
-        return
-    bad = (~torch.isfinite(dots)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"the gradients of examples {bad[:10]} are not finite although their losses are; nothing was changed "
-            "(look for a division by zero or an overflow in the backward pass)"
-        )
+    """Raise ValueError unless the dots are finite."""
+    _require(
+        dots,
+        problem,
+        "the gradients of examples {} are not finite although their losses are; nothing was changed (look for a "
+        "division by zero or an overflow in the backward pass)",
+    )
 
 
 def require_finite_weights(weights: Tensor, problem: Problem) -> None:
-    """The weights of a user's rule must be finite, too."""
-    if not host_may_wait() or finite_sum(weights) or _uses_float16(problem):
+    """Raise ValueError unless the weights of a user's rule are finite."""
+    _require(weights, problem, "rule returned weights that are not finite for examples {}; nothing was changed")
+
+
+def _require(values: Tensor, problem: Problem, message: str) -> None:
+    """float16 may overflow, and is left to a GradScaler, which then skips the step."""
+    if not host_may_wait() or finite_sum(values) or _uses_float16(problem):
         return
-    bad = (~torch.isfinite(weights)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"rule returned weights that are not finite for examples {bad[:10]}; nothing was changed")
+        raise ValueError(message.format(bad[:10]))
 
 
 def _uses_float16(problem: Problem) -> bool:

@@ -1,4 +1,4 @@
-"""Small networks for data sets without a network of their own: tables, colour images, texts."""
+"""Networks by name, and one for each kind of data that has none of its own: tables, colour images, texts."""
 
 from __future__ import annotations
 

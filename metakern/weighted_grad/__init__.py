@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.host import may_look_at_values
 from metakern.capture.record import Call, Record
 from metakern.layers.rule import Weights
 from metakern.layers.table import rule_for
@@ -38,7 +38,7 @@ def weighted_gradients(
 
 def _nonzero(weights: Tensor) -> Tensor | None:
     """Indices of non-zero weights; None in a CUDA graph, which cannot wait for them, and in a trace of fixed sizes."""
-    return weights.nonzero().squeeze(1) if host_may_wait() and not is_traced() else None
+    return weights.nonzero().squeeze(1) if may_look_at_values() else None
 
 
 def _through_derivations(derivations: Sequence[Call], total: Total, trainable: Mapping[str, nn.Parameter]) -> None:

@@ -4,8 +4,8 @@ Layers have the batch first, second (time-major attention), or folded into anoth
 Per-layer dots are right only if the loss of one example reaches the output of a layer only at that example's own rows.
 The proof uses NaN: the backward pass runs with NaN as the cotangent of a set S of examples, and NaN may arrive only at
 rows that belong to S. NaN times zero is NaN, so the strength of an interaction does not matter, and no tolerance is
-needed. Each S is half of the examples, and for any two of them one S holds the first and not the second, so all pairs
-are covered. This finds the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs);
+needed. For any two examples one S holds the first and not the second, so all pairs are covered; some log2 n + 3 sets
+are enough. This finds the axis, and it finds examples that interact (batch statistics, contrastive losses, graphs);
 then this engine rejects the model. The same check is then made in the forward pass (`poison.py`), which also finds
 couplings that are inactive in this batch.
 

@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionMeta, _is_setup_context_defined, _Si
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from metakern.capture.host import host_may_wait, is_traced
+from metakern.capture.host import is_traced, may_look_at_values
 from metakern.layers.forward.dual import is_dual
 
 _NO_JVP = _SingleLevelFunction.jvp
@@ -166,14 +166,14 @@ def _along(outputs: list[Tensor], inputs: list[Tensor], tangents: list[Tensor]) 
     if not isinstance(whole, Tensor):
         return [torch.zeros_like(o) for o in outputs]
     found = torch.autograd.grad(whole, u, retain_graph=True, allow_unused=True, materialize_grads=True)
-    if host_may_wait() and not is_traced():  # a step is taken before it is traced
+    if may_look_at_values():
         _require_linear(outputs, inputs, u, back)
         _require_whole(whole, u, found, sum([g.detach().norm() * t.norm() for g, t in terms]))
     return [tangent.detach() for tangent in found]
 
 
 def _may_be_zero(gradient: Tensor) -> bool:
-    return is_traced() or not host_may_wait() or not gradient.any()
+    return not may_look_at_values() or not gradient.any()
 
 
 def _require_linear(
