@@ -48,8 +48,8 @@ def require_linear(trace: Trace, plain: Grads) -> None:
     """Raise unless the output gradients scale with the losses, all scaled by the same large factor.
 
     If gradients are clipped, normalised or disturbed in the backward pass, they are not derivatives of the losses, and
-    dots and weighted gradient would refer to different things. The error is not EngineUnavailable, since no other engine
-    is to be tried: forward mode would see nothing of it.
+    dots and weighted gradient would refer to different things. The error is not EngineUnavailable, since no other
+    engine is to be tried: forward mode would see nothing of it.
     """
     scale = 1 / 16 if _in_float16(plain) else 2.0**24
     scaled = output_gradients(trace, torch.full_like(trace.losses, scale), retain_graph=True)
