@@ -24,8 +24,8 @@ MEASURE = """
 import json, sys
 import torch
 from benchmarks.cases import CPU_CASES, problem_of
-from benchmarks.measure import interleaved
 from benchmarks.providers import ours, plain
+from benchmarks.timing import interleaved
 torch.set_num_threads(int(sys.argv[2]))
 problem = problem_of(next(case for case in CPU_CASES if case.name == sys.argv[1]))
 steps = {"plain": plain(problem), "metakern": ours(problem)}

@@ -1,4 +1,8 @@
-"""What `metakern.plan` foretells beside what is counted: operations and peak memory. Nothing is timed."""
+"""What `metakern.plan` foretells beside what is counted: operations and peak memory. Nothing is timed.
+
+Memory is counted by the plan's own counter: what shows is whether the passes that a plan runs hold what a step does,
+not whether the counter is right, which tests/testing/test_live_storage.py asks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.cases import Case, problem_of
 from benchmarks.gate import Gate, Shares
-from benchmarks.measure import count, interleaved
+from benchmarks.measure import count
 from benchmarks.peers import PEERS
 from benchmarks.providers import (
     CAPTURED_PROVIDERS,
@@ -21,6 +21,7 @@ from benchmarks.providers import (
     Step,
 )
 from benchmarks.rows import Row
+from benchmarks.timing import interleaved
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,14 @@ class LiveStorage(TorchDispatchMode):
         self._before: dict[int, StorageWeakRef] = {}
         self._sum: tuple[StorageWeakRef, int] | None = None  # a gradient that was added to, and the bytes held then
 
+    @property
+    def peak(self) -> int:
+        """The most bytes held since the last `take_peak`."""
+        return max(self.settled())
+
     def take_peak(self) -> int:
-        """The most bytes held since the last call."""
-        peak, self._held = max(self.settled()), [self._bytes()]
+        """The same, and the next begins here."""
+        peak, self._held = self.peak, [self._bytes()]
         return peak
 
     def settled(self) -> Sequence[int]:
