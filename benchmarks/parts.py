@@ -82,7 +82,6 @@ def _timed_parts(times: Times) -> Iterator[None]:
 
 def _between_operators(step: Step) -> float:
     """Milliseconds of a step in which no operator ran on the calling thread."""
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         start = time.perf_counter()
         step()

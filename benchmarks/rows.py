@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import metakern
-from metakern import ops
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -121,4 +120,4 @@ def _native() -> bool:
         from metakern import _C  # noqa: F401  # pyright: ignore
     except ImportError:
         return False
-    return ops is not None
+    return True
