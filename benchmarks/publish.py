@@ -1,7 +1,6 @@
 """`python -m benchmarks.publish`: the tables of README and docs, and the plots, from the committed rows alone."""
 
 import argparse
-import csv
 import re
 import statistics
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from benchmarks import tables
 from benchmarks.plots import THEMES, bars
 from benchmarks.rows import RESULTS
+from benchmarks.runs import Run, Runs, last_runs
 
 README = Path(__file__).parents[1] / "README.md"
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -38,36 +38,13 @@ COLUMNS = {
 }
 """Ways of a column; "(math)" is what a user of fused attention falls back to where the way itself stops."""
 
-Row = dict[str, str]
-Table = Callable[[dict[str, dict[str, Row]]], str]
-NAMES_BEFORE = {"double_backward (math)": "double_backward (short, math)"}
+PEERED = {"metakern", "vmap"}
+"""Ways without which a run of the steps was not one of metakern and its peers."""
+
+Table = Callable[[Runs], str]
 
 
-def latest(path: Path, threads: str) -> dict[str, dict[str, Row]]:
-    """Rows by case and way, of each case's last run of metakern and peers on a clean tree with so many threads.
-
-    Where a commit was run several times, the run in the middle: short steps depend on where a process has its memory.
-    """
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["threads"] == threads and row["dirty"] == "no"]
-    found: dict[str, dict[str, Row]] = {}
-    for case in dict.fromkeys(row["case"] for row in rows):
-        runs: dict[tuple[str, str], dict[str, Row]] = {}
-        for row in rows:
-            if row["case"] == case:
-                runs.setdefault((row["date"], row["commit"]), {})[_name(row)] = row
-        whole = [run for run in runs.values() if {"metakern", "vmap"} <= set(run)]
-        if whole:
-            same = [run for run in whole if run["metakern"]["commit"] == whole[-1]["metakern"]["commit"]]
-            found[case] = sorted(same, key=lambda run: float(run["metakern"]["ratio"]))[len(same) // 2]
-    return found
-
-
-def _name(row: Row) -> str:
-    return NAMES_BEFORE.get(row["provider"], row["provider"])
-
-
-def table(runs: dict[str, dict[str, Row]]) -> str:
+def table(runs: Runs) -> str:
     """Median plain steps, one line per case; the smallest of a line is bold."""
     columns = [name for name, ways in COLUMNS.items() if any(way in run for run in runs.values() for way in ways)]
     lines = [f"| case (train / meta batch) | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
@@ -86,7 +63,7 @@ def _ratio(cell: str) -> float:
     return float(found[0]) if found and "GB" not in cell else float("inf")
 
 
-def _cell(run: dict[str, Row], ways: tuple[str, ...]) -> str:
+def _cell(run: Run, ways: tuple[str, ...]) -> str:
     measured = [row for way in ways if (row := run.get(way)) and row["status"] == "measured"]
     if measured:
         row = min(measured, key=lambda row: float(row["ratio"]))
@@ -100,7 +77,7 @@ def _cell(run: dict[str, Row], ways: tuple[str, ...]) -> str:
     return "not measured"
 
 
-def caption(runs: dict[str, dict[str, Row]]) -> str:
+def caption(runs: Runs) -> str:
     """Where, with what and when the rows were measured."""
     rows = [run["metakern"] for run in runs.values()]
     devices, times, commits = (sorted({row[key] for row in rows}) for key in ("device", "date", "commit"))
@@ -113,7 +90,7 @@ def caption(runs: dict[str, dict[str, Row]]) -> str:
     )
 
 
-def floors(runs: dict[str, dict[str, Row]]) -> str:
+def floors(runs: Runs) -> str:
     """Beside metakern's counted operations and its time, the passes that its form needs: see docs/performance.md."""
     lines = ["| case | form | floor | operations counted | spread of the time | time |", "|" + " --- |" * 6]
     for case in (case for case in TITLES if case in runs):
@@ -136,7 +113,7 @@ MEMORY = {
 }
 
 
-def memory(runs: dict[str, dict[str, Row]]) -> str:
+def memory(runs: Runs) -> str:
     """Peak memory in that of a plain step, one line per case."""
     lines = [f"| peak memory | {' | '.join(MEMORY)} |", "|" + " --- |" * (len(MEMORY) + 1)]
     for case in (case for case in TITLES if case in runs):
@@ -148,14 +125,14 @@ def memory(runs: dict[str, dict[str, Row]]) -> str:
     return "\n".join(lines)
 
 
-def floors_and_memory(runs: dict[str, dict[str, Row]]) -> str:
+def floors_and_memory(runs: Runs) -> str:
     """Both tables of docs/performance.md."""
     return f"{floors(runs)}\n\n{memory(runs)}"
 
 
 def published(text: str, table: Table, rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> str:
     """A page with the part between its marks made again from the rows."""
-    runs = latest(rows, threads)
+    runs = last_runs(rows, PEERED, threads)
     begin, end = text.index(START), text.index(END)
     return f"{text[:begin]}{START}\n{caption(runs)}\n\n{table(runs)}\n\n{text[end:]}"
 
@@ -168,7 +145,7 @@ def pages() -> dict[Path, str]:
 
 def plot_files(rows: Path = RESULTS / "steps-cpu.csv", threads: str = "2") -> dict[str, str]:
     """Name and text of each plot."""
-    runs = latest(rows, threads)
+    runs = last_runs(rows, PEERED, threads)
     groups = {
         title: {
             column: _ratio(cell.removesuffix(" (math)"))

@@ -1,26 +1,16 @@
 """Tables and plots beside those of README, from the rows: meta-steps, operators, growing sizes, plans, variants."""
 
-import csv
 from collections.abc import Callable
 
 from benchmarks.plots import THEMES, bars
 from benchmarks.rows import RESULTS
-
-Row = dict[str, str]
-Runs = dict[str, dict[str, Row]]
+from benchmarks.runs import Row, Runs, last_runs
 
 
-def runs_of(suite: str, threads: str = "2") -> Runs:
-    """Rows by case and way, of each case's last run of metakern and its unit on a clean tree with so many threads."""
+def runs_of(suite: str) -> Runs:
+    """Empty as long as the suite was not measured."""
     path = RESULTS / f"{suite}-cpu.csv"
-    if not path.exists():
-        return {}
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["threads"] == threads and row["dirty"] == "no"]
-    runs: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        runs.setdefault((row["case"], row["date"]), {})[row["provider"]] = row
-    return {case: run for (case, _), run in runs.items() if "metakern" in run}
+    return last_runs(path, {"metakern"}) if path.exists() else {}
 
 
 def where(runs: Runs) -> str:

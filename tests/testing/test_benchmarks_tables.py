@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from benchmarks.runs import Row
 
 WHERE = {"threads": "2", "dirty": "no", "device": "a machine", "torch": "2", "commit": "c"}
 FIGURES = {"ratio_p20": "1", "ratio_p80": "3"}
 
 
-def row(date: str, case: str, provider: str, ratio: str = "", peak: str = "", status: str = "measured") -> tables.Row:
+def row(date: str, case: str, provider: str, ratio: str = "", peak: str = "", status: str = "measured") -> Row:
     found = {"case": case, "provider": provider, "ratio": ratio, "peak_ratio": peak, "status": status}
     return WHERE | FIGURES | {"date": date} | found
 
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def write(rows: list[tables.Row]) -> None:
+    def write(rows: list[Row]) -> None:
         monkeypatch.setattr(tables, "RESULTS", tmp_path)
         with (tmp_path / "meta-steps-cpu.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -34,6 +35,13 @@ def test_a_later_run_of_a_few_ways_takes_nothing_away(written) -> None:
     whole = [row("2030-01-01", "mlc a", way, "2", "1") for way in ("plain", "metakern")]
     written([*whole, row("2030-01-02", "mlc a", "plain", "1")])
     assert tables.runs_of("meta-steps") == {"mlc a": {entry["provider"]: entry for entry in whole}}
+
+
+def test_of_the_last_commit_the_run_in_the_middle(written) -> None:
+    before = row("2030-01-01", "mlc a", "metakern", "9") | {"commit": "b"}
+    same = [row(f"2030-01-0{day}", "mlc a", "metakern", ratio) for day, ratio in ((2, "3"), (3, "1"), (4, "2"))]
+    written([before, *same])
+    assert tables.runs_of("meta-steps") == {"mlc a": {"metakern": same[2]}}
 
 
 def test_meta_steps_have_time_memory_and_the_best_of_the_others(written) -> None:
