@@ -65,8 +65,7 @@ class Gate:
         for name, param in self.problem.model.named_parameters():
             if param.grad is None:
                 raise AssertionError(f"no gradient for {name}")
-            lost = float((plain[name].double() - want[name]).abs().max())
-            allowed = 2 * lost + budget.CONFIDENCE * torch.finfo(param.dtype).eps * scale
+            allowed = budget.beside_plain(plain[name], want[name], scale)
             worst = max(worst, budget.verdict(name, param.grad, want[name], allowed).share)
         return worst
 

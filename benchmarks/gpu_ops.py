@@ -21,7 +21,7 @@ from metakern import ops
 from metakern.layers.precision import _eight_bits
 from metakern.ops.operands import EIGHT_BITS
 from metakern.ops.select import OPERATORS
-from metakern.testing.budget import CONFIDENCE, unit, verdict
+from metakern.testing.budget import beside_plain, unit, verdict
 
 ROUNDS = 30
 
@@ -393,19 +393,11 @@ def compiled_composition(case: OpCase, device: str) -> OpRow:
         truth, plain = (_parts(case.compose(*given)) for given in (_changed(arguments, Tensor.double), arguments))
         outputs = _parts(compiled(*arguments))
         used = max(
-            verdict(row.impl, got, want, 2 * _largest(near - want) + CONFIDENCE * _eps(near) * _largest(want)).share
+            verdict(row.impl, got, want, beside_plain(near, want, float(want.abs().max()))).share
             for got, want, near in zip(outputs, truth, plain, strict=True)
         )
         base = statistics.median(microseconds(lambda: case.compose(*arguments), device))
         return _timed(case, replace(row, budget_used=used), lambda: compiled(*arguments), base, arguments, outputs)
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max())
-
-
-def _eps(values: Tensor) -> float:
-    return torch.finfo(values.dtype).eps
 
 
 def row_of(case: OpCase, status: str) -> OpRow:

@@ -42,8 +42,7 @@ class MetaGate:
         if grad is None:
             raise AssertionError(f"no gradient for {name}")
         want = self._truth[name]
-        lost = float((self._plain[name].double() - want).abs().max())
-        allowed = 2 * lost + budget.CONFIDENCE * torch.finfo(grad.dtype).eps * self._scale[name]
+        allowed = budget.beside_plain(self._plain[name], want, self._scale[name])
         return budget.verdict(name, grad, want, allowed).share
 
     def _gradients(

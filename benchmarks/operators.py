@@ -244,11 +244,7 @@ def judge(case: OperatorCase) -> Callable[[Outcome], Shares]:
     """Against the composition in float64: twice what that loses in float32 is allowed, and 8 eps of the largest."""
     truth = _tuple(case.composition(*case.arguments(torch.float64)))
     plain = _tuple(case.composition(*case.arguments(torch.float32)))
-    allowed = [
-        2 * float((p.double() - t).abs().max())
-        + budget.CONFIDENCE * torch.finfo(torch.float32).eps * float(t.abs().max())
-        for p, t in zip(plain, truth, strict=True)
-    ]
+    allowed = [budget.beside_plain(p, t, float(t.abs().max())) for p, t in zip(plain, truth, strict=True)]
 
     def shares(outcome: Outcome) -> Shares:
         assert isinstance(outcome, Answered)

@@ -81,10 +81,14 @@ def assert_within(
     products it has; `dtype` that of the operands (default: got's).
     """
     allowed = unit(dtype or got.dtype, terms) * torch.as_tensor(scale, device="cpu").detach().double()
-    result = verdict(name, got, want, allowed)
-    if not result.ok:
-        raise AssertionError(f"over the error budget: {result}")
-    return result.share
+    return _require(verdict(name, got, want, allowed))
+
+
+def beside_plain(plain: Tensor, truth: Tensor, scale: float) -> float:
+    """Error allowed beside plain PyTorch, which made `plain` of what is `truth` in float64: twice what it lost, plus
+    8 eps of `scale`, the size that the result would have had nothing cancelled.
+    """
+    return _twice(float((plain.double() - truth).abs().max()), plain.dtype, scale)
 
 
 def dots_verdict(dots: Tensor, oracle: Oracle, *, plain: Oracle | None = None, name: str = "dots") -> Verdict:
@@ -157,4 +161,8 @@ def _band(dtype: torch.dtype, measured: float | None) -> float:
         return FLOAT64_UNIT
     if measured is None:
         raise ValueError(f"a budget for {dtype} needs plain=, the oracle's loop in that dtype")
-    return 2 * measured + CONFIDENCE * torch.finfo(dtype).eps
+    return _twice(measured, dtype)
+
+
+def _twice(lost: float, dtype: torch.dtype, scale: float = 1.0) -> float:
+    return 2 * lost + CONFIDENCE * torch.finfo(dtype).eps * scale
