@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import compositions
 from metakern import ops
 from metakern.layers.precision import _eight_bits
 from metakern.ops.operands import EIGHT_BITS
@@ -158,12 +159,8 @@ def _two_rows(s: dict[str, int], dtype: torch.dtype, device: str) -> tuple[Tenso
     return _normal(*shape, dtype=dtype, device=device, seed=1), _normal(*shape, dtype=dtype, device=device, seed=2)
 
 
-def _multiply_and_sum(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    return ((A.flatten(0, 1) @ V.t()).view_as(B) * B).sum((1, 2))
-
-
 def _in_bfloat16(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    return _multiply_and_sum(A.to(B.dtype), V.to(B.dtype), B)
+    return compositions.direction(A.to(B.dtype), V.to(B.dtype), B)
 
 
 def _full_product(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
@@ -177,31 +174,6 @@ def _kernel_gradient(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor, *settings:
     )[1]
 
 
-def _kernel_gradients(A: Tensor, B: Tensor, kernel: Tensor, *settings: list[int]) -> Tensor:
-    def of_one(a: Tensor, b: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_weight(a.unsqueeze(0), kernel.shape, b.unsqueeze(0), *settings)
-
-    return torch.func.vmap(of_one)(A, B)
-
-
-def _grams(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
-    return ((A @ A_meta.t()) * (B @ B_meta.t())).sum((1, 2))
-
-
-def _grams_of_each(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
-    (n, t), (m, s) = A.shape[:2], A_meta.shape[:2]
-    inputs, outputs = A.flatten(0, 1) @ A_meta.flatten(0, 1).t(), B.flatten(0, 1) @ B_meta.flatten(0, 1).t()
-    return (inputs * outputs).view(n, t, m, s).sum((1, 3))
-
-
-def _look_up(indices: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    return (F.embedding(indices, V) * B).sum((1, 2))
-
-
-def _normalise(X: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return (F.layer_norm(X, X.shape[2:]) * B).sum(1), B.sum(1)
-
-
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
@@ -213,6 +185,7 @@ def _cross_entropy_backward(logits: Tensor, targets: Tensor, highs: Tensor, sums
 
 
 def _clip(dots: Tensor) -> Tensor:
+    """A kernel less than in `operators`, whose rows stand beside the longer one."""
     clipped = dots.clamp_min(0)
     total = clipped.sum()
     return clipped / (total + (total == 0))
@@ -227,7 +200,7 @@ def _product_cases(small: bool) -> Iterator[OpCase]:
         terms, rows = sizes["t"] * width * width, sizes["n"] * sizes["t"]
         for dtype in (bf16,) if width == 768 else (bf16, single):
             target = "matrix >= 0.75, speedup >= 1.25" if dtype is bf16 else ""
-            yield OpCase("direction_dots", sizes, dtype, matrices, plain, _multiply_and_sum, terms, target)
+            yield OpCase("direction_dots", sizes, dtype, matrices, plain, compositions.direction, terms, target)
             if dtype is bf16 or width < 4096:
                 target = "speedup >= 1.6" if dtype is bf16 else ""
                 baseline = "matmul over all rows"
@@ -235,13 +208,13 @@ def _product_cases(small: bool) -> Iterator[OpCase]:
         if width != 768:
             baseline = "to bfloat16, matmul, multiply, sum"
             yield OpCase("direction_dots", sizes, EIGHT_BITS, eight_bits, baseline, _in_bfloat16, terms)
-            rounded = OpCase("direction_dots", sizes, EIGHT_BITS, sixteen_bits, plain, _multiply_and_sum, terms)
+            rounded = OpCase("direction_dots", sizes, EIGHT_BITS, sixteen_bits, plain, compositions.direction, terms)
             yield rounded._replace(prepare=_rounded)
     one = dict(n=32, t=1, i=24, o=24) if small else dict(n=16384, t=1, i=1024, o=1024)
     long = dict(n=2, t=64, i=24, o=24) if small else dict(n=4, t=4096, i=1024, o=1024)
     for sizes in (one, long):
         terms = sizes["t"] * sizes["i"] * sizes["o"]
-        yield OpCase("direction_dots", sizes, bf16, matrices, plain, _multiply_and_sum, terms)
+        yield OpCase("direction_dots", sizes, bf16, matrices, plain, compositions.direction, terms)
 
 
 def _pair_cases(small: bool) -> Iterator[OpCase]:
@@ -249,12 +222,20 @@ def _pair_cases(small: bool) -> Iterator[OpCase]:
     pairs = dict(n=8, t=1, s=4, i=24, o=24) if small else dict(n=16384, t=1, s=64, i=4096, o=4096)
     for dtype in (torch.bfloat16, torch.float32):
         terms = pairs["s"] * pairs["i"]
-        yield OpCase("pair_dots", pairs, dtype, paired_matrices, baseline, _grams, terms)
+        yield OpCase("pair_dots", pairs, dtype, paired_matrices, baseline, compositions.pairs, terms)
     several = dict(n=8, t=3, m=4, s=5, i=24, o=24) if small else dict(n=256, t=64, m=64, s=64, i=1024, o=1024)
     lone = dict(n=8, t=1, m=4, s=1, i=24, o=24) if small else dict(n=16384, t=1, m=256, s=1, i=1024, o=1024)
     for sizes in (several, lone):
         terms = sizes["t"] * sizes["s"] * sizes["i"]
-        yield OpCase("pair_dots", sizes, torch.bfloat16, paired_matrices, f"{baseline} by pair", _grams_of_each, terms)
+        yield OpCase(
+            "pair_dots",
+            sizes,
+            torch.bfloat16,
+            paired_matrices,
+            f"{baseline} by pair",
+            compositions.pairs_of_each,
+            terms,
+        )
 
 
 def op_cases(small: bool) -> Iterator[OpCase]:
@@ -266,7 +247,7 @@ def op_cases(small: bool) -> Iterator[OpCase]:
     terms = images["n"] * images["p"] ** 2
     yield OpCase("weighted_kernel_grad", images, bf16, convolved, "scale, its backward", _kernel_gradient, terms)
     yield OpCase(
-        *("kernel_grads", images, bf16, convolved_alone, "vmap of the backward", _kernel_gradients),
+        *("kernel_grads", images, bf16, convolved_alone, "vmap of the backward", compositions.kernel_gradients),
         images["p"] ** 2,
     )
     tokens = dict(n=4, t=8, v=11, o=24) if small else dict(n=128, t=512, v=250000, o=1024)
@@ -277,10 +258,14 @@ def op_cases(small: bool) -> Iterator[OpCase]:
     rows = dict(n=4, k=100) if small else dict(n=16384, k=4096)
     for dtype in (bf16, single):
         terms, copy = tokens["t"] * tokens["o"], "copy >= 0.8"
-        yield OpCase("embedding_dots", tokens, dtype, _lookups, "embedding, multiply, sum", _look_up, terms, copy)
+        yield OpCase(
+            "embedding_dots", tokens, dtype, _lookups, "embedding, multiply, sum", compositions.embedding, terms, copy
+        )
         for sizes in (norm, wide):
             baseline = "layer_norm, multiply, two sums"
-            yield OpCase("affine_grads", sizes, dtype, _two_rows, baseline, _normalise, sizes["t"] * sizes["i"], copy)
+            yield OpCase(
+                "affine_grads", sizes, dtype, _two_rows, baseline, compositions.affine, sizes["t"] * sizes["i"], copy
+            )
         for sizes in (few, many):
             yield OpCase(
                 *("cross_entropy_rows", sizes, dtype, _logits, "cross_entropy", _cross_entropy, sizes["C"], copy)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import compositions
 from benchmarks.gate import Shares
 from benchmarks.providers import Outcome, Step
 from metakern import ops
@@ -35,10 +36,6 @@ class OperatorCase:
     calls: int = 1
 
 
-def _affine(X: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return (F.layer_norm(X, X.shape[-1:]) * B).sum(1), B.sum(1)
-
-
 def _clip(dots: Tensor) -> Tensor:
     kept = dots.clamp_min(0)
     total = kept.sum()
@@ -55,23 +52,6 @@ def _cross_entropy_by_operators(logits: Tensor, targets: Tensor) -> tuple[Tensor
     return losses, ops.cross_entropy_rows_backward(logits, targets, highs, sums, torch.ones_like(losses))
 
 
-def _direction(A: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    return ((A @ V.T) * B).sum((1, 2))
-
-
-def _embedding(indices: Tensor, V: Tensor, B: Tensor) -> Tensor:
-    return (F.embedding(indices, V) * B).sum((1, 2))
-
-
-def _pair(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
-    return ((A @ A_meta.T) * (B @ B_meta.T)).sum((1, 2))
-
-
-def _pair_of_each(A: Tensor, B: Tensor, A_meta: Tensor, B_meta: Tensor) -> Tensor:
-    products = (A.flatten(0, 1) @ A_meta.flatten(0, 1).T) * (B.flatten(0, 1) @ B_meta.flatten(0, 1).T)
-    return products.view(*A.shape[:2], *A_meta.shape[:2]).sum((1, 3))
-
-
 def _row(X: Tensor, Y: Tensor) -> Tensor:
     return (X * Y).sum(1)
 
@@ -82,10 +62,7 @@ def _weighted(A: Tensor, B: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kernel_gradients(A: Tensor, B: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    def of_one(a: Tensor, b: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_weight(a.unsqueeze(0), kernel.shape, b.unsqueeze(0), padding=1)
-
-    return torch.func.vmap(of_one)(A, B), B.sum((2, 3))
+    return compositions.kernel_gradients(A, B, kernel, [1, 1], [1, 1]), B.sum((2, 3))
 
 
 def _weighted_kernel(A: Tensor, B: Tensor, w: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +93,12 @@ def _mostly_zero(n: int) -> Tensor:
 
 OPERATORS = [
     OperatorCase(
-        "affine_grads", "n=64 t=64 i=256", ops.affine_grads, _affine, _normals((64, 64, 256), (64, 64, 256)), calls=10
+        "affine_grads",
+        "n=64 t=64 i=256",
+        ops.affine_grads,
+        compositions.affine,
+        _normals((64, 64, 256), (64, 64, 256)),
+        calls=10,
     ),
     OperatorCase("clip_normalise", "n=1024", ops.clip_normalise, _clip, _normals((1024,)), calls=1000),
     *(
@@ -136,14 +118,14 @@ OPERATORS = [
         "direction_dots",
         "n=64 t=64 i=256 o=1024",
         ops.direction_dots,
-        _direction,
+        compositions.direction,
         _normals((64, 64, 256), (1024, 256), (64, 64, 1024)),
     ),
     OperatorCase(
         "embedding_dots",
         "n=64 t=64 rows=1000 i=256",
         ops.embedding_dots,
-        _embedding,
+        compositions.embedding,
         lambda dtype: (
             labels(64, 64, classes=1000, seed=1),
             normal(1000, 256, seed=2, dtype=dtype),
@@ -162,7 +144,7 @@ OPERATORS = [
         "pair_dots",
         "n=1024 t=1 s=32 i=1024 o=1024",
         ops.pair_dots,
-        _pair,
+        compositions.pairs,
         _normals((1024, 1, 1024), (1024, 1, 1024), (32, 1024), (32, 1024)),
         calls=10,
     ),
@@ -170,14 +152,14 @@ OPERATORS = [
         "pair_dots s=512",
         "n=64 t=64 s=512 i=256 o=1024",
         ops.pair_dots,
-        _pair,
+        compositions.pairs,
         _normals((64, 64, 256), (64, 64, 1024), (512, 256), (512, 1024)),
     ),
     OperatorCase(
         "pair_dots by meta example",
         "n=1024 t=1 m=32 s=1 i=1024 o=1024",
         ops.pair_dots,
-        _pair_of_each,
+        compositions.pairs_of_each,
         _normals((1024, 1, 1024), (1024, 1, 1024), (32, 1, 1024), (32, 1, 1024)),
         calls=10,
     ),
@@ -185,7 +167,7 @@ OPERATORS = [
         "pair_dots by meta example s=64",
         "n=32 t=64 m=8 s=64 i=256 o=768",
         ops.pair_dots,
-        _pair_of_each,
+        compositions.pairs_of_each,
         _normals((32, 64, 256), (32, 64, 768), (8, 64, 256), (8, 64, 768)),
     ),
     OperatorCase("row_dots", "n=4096 k=1024", ops.row_dots, _row, _normals((4096, 1024), (4096, 1024)), calls=10),
