@@ -151,7 +151,11 @@ def _judged(
 
 
 class _Truth:
-    """Gradients of the first losses, one backward pass each, and what follows from them."""
+    """Gradients of the first losses, one backward pass each, and what follows from them.
+
+    Not `testing.oracle`, which takes a pass for every example and meta example, and keeps neither the parts of the dots
+    nor gradients of parameters outside `params`.
+    """
 
     def __init__(
         self, model: nn.Module, batch: Any, meta_batch: Any, loss_fn: Any, examples: int, chosen: list[str]
