@@ -61,13 +61,14 @@ def train_plainly(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode; afterwards its mode is restored."""
-    was_training = model.training
+    """Within the block the model is in evaluation mode; afterwards each of its modules has the mode that it had."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:  # `model.train()` would reach frozen parts as well
+            module.training = True
 
 
 @torch.no_grad()

@@ -93,3 +93,10 @@ def test_a_network_on_the_way_that_diverges_says_in_which_step(model, setup):
     network = train_plainly(given, given.task.train, steps=1)
     with pytest.raises(ValueError, match="the prediction of 36 of 36 examples is not finite"):
         predict(network, given.task.train.inputs)
+
+
+def test_predictions_leave_each_module_in_its_mode():
+    """As of a network with a frozen normalisation."""
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3).eval(), nn.Linear(3, 2))
+    predict(network, torch.randn(5, 4))
+    assert [module.training for module in network.modules()] == [True, True, False, True]
