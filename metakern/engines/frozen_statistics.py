@@ -11,10 +11,9 @@ weights. Both use one forward pass: the backward of the normalisation is told wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -134,22 +133,6 @@ class _Train(NamedTuple):
     batch: Any
 
 
-@dataclass(frozen=True)
-class _Frozen(Problem):
-    """A problem whose train pass is normalised by constants."""
-
-    original: Problem | None = None
-
-    @property
-    def exact(self) -> bool:
-        return False
-
-    @cached_property
-    def context(self) -> Hashable:
-        assert self.original is not None
-        return "frozen statistics", self.original.context
-
-
 def solve(problem: Problem, along: Along) -> Answer:
     """Approximate dots along `along(V)`, by ghost; an exact weighted gradient, by a second backward pass.
 
@@ -164,7 +147,7 @@ def solve(problem: Problem, along: Along) -> Answer:
             return evaluate_losses(model, batch.batch, problem.loss_fn, "batch")
 
     batch = _Train(problem.batch)
-    train = GhostPass(problem.recast(_Frozen, batch=batch, loss_fn=losses, memory="two_pass", original=problem))
+    train = GhostPass(replace(problem, batch=batch, loss_fn=losses, memory="two_pass", compared=False))
     meta_loss, v = problem.meta_gradient()
     dots = train.dots(along(v))
 

@@ -7,8 +7,8 @@ the pairs form for all columns at once if that is cheaper, without any V_j. Othe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def _columns(problem: Problem, train: TrainPass, after_train: GraphState) -> tup
     """
     if isinstance(train, GhostPass):
         try:
-            meta = Recorded(_as_batch(problem))
+            meta = Recorded(replace(problem, batch=problem.meta_batch, argument="meta_batch", reached=set()))
         except EngineUnavailable:  # for example, meta examples interact
             pass
         else:
@@ -102,19 +102,3 @@ def _pairs(problem: Problem, train: GhostPass, meta: Recorded) -> dict[int, Reco
             beside = {id(bias)} if bias is not None and bias is meta_biases.get(key) and id(bias) in chosen else set()
             found[use] = restricted(record, {key} | beside)
     return found
-
-
-@dataclass(frozen=True)
-class _MetaBatch(Problem):
-    """The meta batch as the batch of a pass; that a parameter takes no part in it is no error."""
-
-    @property
-    def argument(self) -> str:
-        return "meta_batch"
-
-    def require_participation(self, reached: Collection[int]) -> None:
-        pass
-
-
-def _as_batch(problem: Problem) -> _MetaBatch:
-    return problem.recast(_MetaBatch, batch=problem.meta_batch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,18 +23,9 @@ from metakern.engines.problem import Problem
 from metakern.engines.recorded import recorded
 
 
-@dataclass(frozen=True)
-class BatchPart(Problem):
-    """A part of the batch; parameters that it does not use are recorded, not an error."""
-
-    reached: set[int] = field(default_factory=set)
-
-    def require_participation(self, reached: Collection[int]) -> None:
-        self.reached.update(reached)
-
-
-def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> BatchPart:
-    return problem.recast(BatchPart, batch=batch, reached=reached, **changes)
+def part_of(problem: Problem, batch: Any, reached: set[int], **changes: Any) -> Problem:
+    """A part of the batch. The parameters that it uses are added to `reached`; it is no error if some are missing."""
+    return replace(problem, batch=batch, reached=reached, **changes)
 
 
 def examples_in(batch: Any) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +21,15 @@ from metakern.capture.state.writes import Writes
 from metakern.engines.group import mean_over_group
 from metakern.layers.precision import require_precision
 
-P = TypeVar("P", bound="Problem")
-
 _CRITERIA = frozenset(("torch.nn.modules.loss", "torch.nn.functional"))
 """Where torch has its losses."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of a public function: a model, its batches, and which parameters count."""
+    """One call of a public function: a model, its batches, and which parameters count. Passes over a part of a batch,
+    or over other examples, are problems made from it by `dataclasses.replace`.
+    """
 
     model: nn.Module
     batch: Any
@@ -40,11 +42,9 @@ class Problem:
     process_group: Any = None
     dot_precision: str = "same"  # what the ghost engine's products behind the dots may be rounded to
     unused: set[str] | None = None  # parameters that took no part in the pass; None if that is an error
-
-    @property
-    def exact(self) -> bool:
-        """Whether the dots are wanted without approximation."""
-        return self.dot_precision == "same"
+    argument: str = "batch"  # what errors call the batch
+    reached: set[int] | None = None  # parameters that took part, if the pass is one of several that may leave some out
+    compared: bool = True  # whether a model's first results are compared with autograd's: not if they are rounded
 
     @property
     def chosen_by_identity(self) -> dict[int, nn.Parameter]:
@@ -54,15 +54,6 @@ class Problem:
     def by_identity(self, v: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """A direction in chosen parameters, given by name, keyed by identity."""
         return {id(self.chosen[name]): along for name, along in v.items()}
-
-    def recast(self, kind: Callable[..., P], **changes: Any) -> P:
-        """The same problem as an instance of a subclass, with these fields changed."""
-        return kind(**{entry.name: getattr(self, entry.name) for entry in fields(Problem)} | changes)
-
-    @property
-    def argument(self) -> str:
-        """What errors call the batch."""
-        return "batch"
 
     @cached_property
     def context(self) -> Hashable:
@@ -108,8 +99,11 @@ class Problem:
 
     def require_participation(self, reached: Collection[int]) -> None:
         """Raise ValueError for a trainable parameter that the losses do not depend on (`reached` holds the identities
-        of the others), or record its name.
+        of the others), or record its name; of one pass among several, record which are reached.
         """
+        if self.reached is not None:
+            self.reached.update(reached)
+            return
         missing = [name for name, p in self.trainable.items() if id(p) not in reached]
         if self.unused is not None:
             self.unused.clear()
@@ -134,13 +128,27 @@ class Problem:
         return {name: g for name, g in gradient.items() if name not in self.unused} if self.unused else gradient
 
 
-def _written(function: Any) -> Hashable:
-    """What tells functions apart that are made anew for each step: their code, and words given to a partial."""
-    if isinstance(function, partial):
-        words = tuple((key, value) for key, value in function.keywords.items() if isinstance(value, (str, bool)))
-        return _written(function.func), words
-    written = getattr(function, "_torchdynamo_orig_callable", function)  # all compiled ones share a wrapper
-    return getattr(written, "__code__", None) or type(written)
+def _written(made: Any, depth: int = 4) -> Hashable:
+    """What tells functions apart that are made anew for each step: their code, and the words, truth values and
+    functions that they were made with.
+    """
+    made = getattr(made, "_torchdynamo_orig_callable", made)  # all compiled ones share a wrapper
+    if isinstance(made, (str, bool)):
+        return made
+    if isinstance(made, partial):
+        held = [made.func, *made.args, *made.keywords.values()]
+    elif isinstance(made, FunctionType):
+        held = [*_enclosed(made), *(made.__defaults__ or ()), *(made.__kwdefaults__ or {}).values()]
+    else:
+        held = []
+    written = getattr(made, "__code__", None) or (type(made), getattr(made, "__qualname__", ""))
+    return written, tuple(_written(one, depth - 1) for one in held) if depth else ()
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing is in it yet
+            yield cell.cell_contents
 
 
 def _elements(batch: Any) -> int:
@@ -212,4 +220,5 @@ def pose(
         process_group=process_group,
         dot_precision=dot_precision,
         unused=unused,
+        compared=dot_precision == "same",
     )

@@ -17,7 +17,7 @@ from metakern.engines.problem import Problem
 from metakern.engines.recorded import Recorded
 from metakern.engines.train_pass import answered
 from metakern.engines.weighted_backward import weighted_backward
-from metakern.planning.peak_memory import LaterStep
+from metakern.planning.peak_memory import later_step
 
 
 class Passes(NamedTuple):
@@ -100,7 +100,7 @@ def by_ghost(problem: Problem, pairs: bool = True, opened: bool = False) -> Pass
 
 def _with_recurrent_layers(problem: Problem, passes: Passes) -> Passes:
     with counter() as opened:
-        Recorded(problem.recast(LaterStep))
+        Recorded(later_step(problem))
     with counter() as plain:
         losses = problem.batch_losses()
         weighted_backward(problem, losses, torch.ones_like(losses), only=problem.trainable)

@@ -7,6 +7,7 @@ since more parts need no more memory. Checks made only in the first step of a mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from metakern.capture.state.buffers import unchanged_buffers
 from metakern.capture.state.passes import PassState
 from metakern.engines import ghost, jvp, micro_batch
 from metakern.engines.cut import cut
-from metakern.engines.part import BatchPart, examples_in, part_of
+from metakern.engines.part import examples_in, part_of
 from metakern.engines.problem import Problem
 from metakern.engines.recorded import recorded
 from metakern.engines.weighted_backward import weighted_backward
@@ -38,12 +39,9 @@ class Memory(NamedTuple):
         return max(self.train, self.meta, self.dots, self.gradient)
 
 
-class LaterStep(BatchPart):
-    """The problem of a step that is not a model's first, in which nothing is checked against autograd."""
-
-    @property
-    def exact(self) -> bool:
-        return False
+def later_step(problem: Problem, **changes: str) -> Problem:
+    """The problem of a step that is not a model's first, in which nothing is compared with autograd."""
+    return replace(problem, reached=set(), compared=False, **changes)
 
 
 def by_ghost(problem: Problem) -> Memory:
@@ -80,7 +78,7 @@ def by_forward_mode(problem: Problem) -> Memory:
 
 
 def _by_phases(problem: Problem, phases: Callable[[Problem], list[int]]) -> Memory:
-    reuse, two_pass = (phases(problem.recast(LaterStep, memory=memory)) for memory in ("reuse", "two_pass"))
+    reuse, two_pass = (phases(later_step(problem, memory=memory)) for memory in ("reuse", "two_pass"))
     train, meta, dots, gradient = reuse
     return Memory(max(_plain(problem)), train, meta, dots, gradient, max(two_pass))
 
@@ -103,7 +101,7 @@ def _dual_phases(problem: Problem) -> list[int]:
 def by_parts(problem: Problem, size: int) -> Memory:
     """The peaks of a step with `micro_batch`; train and dots are one phase."""
     few = _first(problem, 2 * size)
-    reuse, two_pass = (_part_phases(few.recast(BatchPart, memory=memory), size) for memory in ("reuse", "two_pass"))
+    reuse, two_pass = (_part_phases(replace(few, memory=memory), size) for memory in ("reuse", "two_pass"))
     meta, dots, gradient = reuse
     return Memory(_plain_of_all(problem, size), dots, meta, dots, gradient, max(two_pass))
 

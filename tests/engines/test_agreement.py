@@ -276,6 +276,56 @@ def test_what_partial_is_given_tells_losses_apart() -> None:
         metakern.l2rw_step(model, batch, meta_batch, loss_fn=partial(losses, wrong=True), engine="jvp")
 
 
+def by_decorator(wrong: bool) -> Callable[..., Tensor]:
+    def decorated(logits_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda model, batch: F.cross_entropy(logits_of(model(batch[0])), batch[1], reduction="none")
+
+    return decorated(Tripled.apply if wrong else torch.clone)
+
+
+def by_closure(wrong: bool) -> Callable[..., Tensor]:
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch[0])
+        return F.cross_entropy(Tripled.apply(logits) if wrong else logits, batch[1], reduction="none")
+
+    return losses
+
+
+def by_function(wrong: bool) -> Callable[..., Tensor]:
+    given = torch.neg if wrong else torch.clone
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch[0])
+        return F.cross_entropy(Tripled.apply(logits) if given is torch.neg else logits, batch[1], reduction="none")
+
+    return losses
+
+
+def by_default(wrong: bool) -> Callable[..., Tensor]:
+    def losses(model: nn.Module, batch: Any, wrong: bool = wrong) -> Tensor:
+        logits = model(batch[0])
+        return F.cross_entropy(Tripled.apply(logits) if wrong else logits, batch[1], reduction="none")
+
+    return losses
+
+
+def by_partial(wrong: bool) -> Callable[..., Tensor]:
+    def losses(kind: str, model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch[0])
+        return F.cross_entropy(Tripled.apply(logits) if kind == "wrong" else logits, batch[1], reduction="none")
+
+    return partial(losses, "wrong" if wrong else "right")
+
+
+@pytest.mark.parametrize("made", [by_closure, by_decorator, by_function, by_default, by_partial])
+def test_what_a_loss_is_made_with_tells_it_apart(made: Callable[[bool], Callable[..., Tensor]]) -> None:
+    """Forward mode knows passes by their loss function only."""
+    model, batch, meta_batch = network(Scale())
+    metakern.l2rw_step(model, batch, meta_batch, loss_fn=made(False), engine="jvp")
+    with pytest.raises(EngineUnavailable, match="disagrees with a plain backward pass"):
+        metakern.l2rw_step(model, batch, meta_batch, loss_fn=made(True), engine="jvp")
+
+
 def test_memory_that_runs_out_in_a_proof_is_no_verdict() -> None:
     calls = itertools.count(1)  # an iterator, which is not put back after passes that do not count
 
