@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for tier, reason in tiers.items():
             if item.get_closest_marker(tier) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"tier {tier}: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: fourteen thousand tests and torch itself, which each collection would look through."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
