@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections import UserDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from metakern.capture.layout import is_sparse
 
 
 def cut(batch: Any, size: int, argument: str) -> list[Any]:
-    """The batch in parts of `size` examples, the last one possibly smaller: tensors are split along dimension 0.
+    """The batch in parts of `size` examples, the last one possibly smaller: tensors are split along dimension 0, and so
+    are arrays, lists and tuples of other things that have as many entries.
 
     Tensors without a dimension, and anything else, go to every part. `argument` is what errors call the batch.
 
     Raises: as `examples_of`.
     """
-    starts = range(0, max(examples_of(batch, argument), 1), size)
-    return [_mapped(batch, lambda tensor, start=start: _rows(tensor, start, size)) for start in starts]
+    n = max(examples_of(batch, argument), 1)
+    return [_taken(batch, n, range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
-def spread(batch: Any, count: int, argument: str) -> Any:
-    """`count` examples from all over the batch, or all of them if there are fewer; otherwise as `cut`."""
-    step = max(examples_of(batch, argument) // count, 1)
-    return _mapped(batch, lambda tensor: _every(tensor, step, count))
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    leaves, form = _leaves(batch)
-    return tree_unflatten([change(x) if isinstance(x, Tensor) and x.dim() else x for x in leaves], form)
+def spread(batch: Any, count: int, argument: str, phase: float = 0.5) -> Any:
+    """One example from each of `count` equal stretches of the batch, or all of them if there are fewer; otherwise as
+    `cut`. `phase`, from 0 to 1, says which one of a stretch.
+    """
+    n = examples_of(batch, argument)
+    count = min(count, n)
+    return _taken(batch, n, [int((k + phase) * n / count) for k in range(count)])
 
 
 def examples_of(batch: Any, argument: str) -> int:
     """How many examples the batch has: the length of every tensor with a dimension.
 
     Raises:
-        TypeError: the batch holds no tensor, so there is nothing to split.
+        TypeError: the batch holds no tensor, or one inside an object, which cannot be split.
         ValueError: its tensors do not agree on the number of examples.
     """
-    shapes = [tuple(leaf.shape) for leaf in _leaves(batch)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves = _leaves(batch)
+    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     if not shapes:
         raise TypeError(
             f"micro_batch splits tensors, in tuples, lists and mappings; {argument} is of type {type(batch).__name__} "
@@ -53,24 +55,65 @@ def examples_of(batch: Any, argument: str) -> int:
             f"micro_batch splits every tensor of {argument} along dimension 0, which must be the examples; they have "
             f"shapes {shapes}"
         )
-    return sizes.pop()
+    n = sizes.pop()
+    for leaf in leaves:
+        if _hides_rows(leaf, n):
+            raise TypeError(
+                f"micro_batch splits tensors, in tuples, lists and mappings; {argument} holds an object of type "
+                f"{type(leaf).__name__} with a tensor of {n} rows inside: pass that tensor, and rebuild it in loss_fn"
+            )
+    return n
 
 
-def _leaves(batch: Any) -> tuple[list[Any], Any]:
-    return tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+def _leaves(batch: Any) -> list[Any]:
+    leaves = tree_leaves(batch)
+    return [one for leaf in leaves for one in (_leaves(dict(leaf)) if isinstance(leaf, Mapping) else [leaf])]
 
 
-def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
-    """Rows of a tensor; sparse ones have no views, and only the COO layout can be split."""
-    if not is_sparse(tensor):
-        return tensor[start : start + size]
-    part = tensor.to_sparse_coo().narrow_copy(0, start, min(size, len(tensor) - start))
-    return part.to_sparse(layout=tensor.layout)
+def _hides_rows(leaf: Any, n: int) -> bool:
+    if isinstance(leaf, (Tensor, nn.Module, type)) or not hasattr(leaf, "__dict__"):
+        return False
+    return any(isinstance(held, Tensor) and held.dim() and len(held) == n for held in vars(leaf).values())
 
 
-def _every(tensor: Tensor, step: int, count: int) -> Tensor:
-    """Every `step`-th row, `count` of them."""
-    if not is_sparse(tensor):
-        return tensor[::step][:count]
-    rows = torch.arange(0, len(tensor), step, device=tensor.device)[:count]
-    return tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+def _taken(batch: Any, n: int, rows: Sequence[int]) -> Any:
+    """These rows of a batch of `n` examples."""
+
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _rows(leaf, rows) if leaf.dim() else leaf
+        if isinstance(leaf, Mapping):
+            return _refilled(leaf, {key: _taken(value, n, rows) for key, value in leaf.items()})
+        if _is_array(leaf, n):
+            return leaf[list(rows)]
+        return type(leaf)([leaf[row] for row in rows]) if _is_plain_list(leaf, n) else leaf
+
+    return tree_map(of, batch, is_leaf=lambda inner: _is_plain_list(inner, n))
+
+
+def _is_plain_list(value: Any, n: int) -> bool:
+    """Whether it may hold one entry for each example: names, costs; tensors in it are split one by one."""
+    return type(value) in (list, tuple) and len(value) == n and not any(isinstance(x, Tensor) for x in _leaves(value))
+
+
+def _is_array(value: Any, n: int) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", 0) > 0 and len(value) == n
+
+
+def _refilled(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A tokenizer's output keeps its class, whose attributes are its entries; other mappings become dicts."""
+    if not isinstance(mapping, UserDict):
+        return entries
+    found = copy.copy(mapping)
+    found.update(entries)
+    return found
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor, as a view if they follow one another; sparse ones are copied, in the layout that they have."""
+    if is_sparse(tensor):
+        found = tensor.to_sparse_coo()
+        if isinstance(rows, range):
+            return found.narrow_copy(0, rows.start, len(rows)).to_sparse(layout=tensor.layout)
+        return found.index_select(0, torch.tensor(rows, device=tensor.device)).to_sparse(layout=tensor.layout)
+    return tensor[rows.start : rows.stop] if isinstance(rows, range) else tensor[rows]

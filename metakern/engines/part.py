@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,22 +53,26 @@ def require_same_in_parts(problem: Problem, batch: Any, size: int, argument: str
     The proof of independence is about gradients: it sees neither a loss divided by a count over the batch nor a buffer
     that accumulates. Random numbers would differ between the passes, so if there are any, the losses are compared in
     eval mode; if there still are, only buffers are. The first check takes as many examples as two parts have, but at
-    least eight; later ones take two. They are from all over the batch, which may be sorted by length.
+    least eight; later ones take four, each time others. They are from all over the batch, which may be sorted by
+    length.
     """
     kind = (problem.context, argument, examples_in(batch), size)
-    seen = _SEEN.setdefault(problem.model, set())
-    together = 2 if kind in seen else max(2 * size, 8)
-    _require_same(problem, spread(batch, together, argument), 1 if kind in seen else size, argument)
-    seen.add(kind)
+    checked = _CHECKED.setdefault(problem.model, {})
+    times = checked.get(kind, 0)
+    some = spread(batch, 4 if times else max(2 * size, 8), argument, phase=(0.5 + times * _GOLDEN) % 1)
+    _require_same(problem, some, min(2, size) if times else size, argument)
+    checked[kind] = times + 1
 
 
-_SEEN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
+_GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, without their whole part, are evenly spread however many there are."""
 
 
 def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None:
     if examples_in(some) <= size:
         return
-    state, held = random_state(), PythonState(problem.model, problem.loss_fn)
+    state = random_state()
 
     def losses(batch: Any, buffers: PartBuffers) -> Tensor:
         # gradients stay enabled: a loss may take some inside
@@ -78,8 +83,9 @@ def _require_same(problem: Problem, some: Any, size: int, argument: str) -> None
 
     def compared() -> tuple[Tensor, Tensor, bool]:
         """Losses of all examples together and in parts, and whether random numbers were drawn."""
-        buffers = PartBuffers(problem.model)
+        buffers, held = PartBuffers(problem.model), PythonState(problem.model, problem.loss_fn)
         together, drawn = losses(some, buffers), not same_state(state, random_state())
+        held.restore()  # what the loss remembers of an example, it has not seen yet
         apart = torch.cat([losses(part, buffers) for part in cut(some, size, argument)])
         restore_random_state(state)
         held.restore()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
+from metakern.capture.refusal import EngineUnavailable
 from metakern.testing import budget, inputs
 from metakern.testing.catalogue import CASES, Case
 from metakern.testing.catalogue.case import Setup
@@ -414,3 +415,68 @@ def test_half_precision(memory: str) -> None:
     plain = setup.oracle(dtype=torch.bfloat16)
     judge_step(metakern.l2rw_step, setup, truth=setup.oracle(), plain=plain, memory=memory, micro_batch=2)
     assert truth.dots.shape == (7,)
+
+
+def over_all_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """n times the mean over the labelled tokens of the batch."""
+    each = F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none")
+    return each.sum(1) / (batch[1] != -100).sum() * len(each)
+
+
+def texts(n: int, *, short: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    labels = inputs.labels(n, 6, classes=3)
+    for row in short:
+        labels[row, 1:] = -100
+    return inputs.normal(n, 6, 4), labels
+
+
+def test_a_count_over_a_batch_with_short_texts_at_its_end() -> None:
+    model = nn.Linear(4, 3).double()
+    with pytest.raises(EngineUnavailable, match="counts over the batch"):
+        metakern.grad_dots(
+            *(model, texts(15, short=tuple(range(9, 15))), texts(4)), loss_fn=over_all_tokens, micro_batch=4
+        )
+
+
+@pytest.mark.parametrize("short", [(10, 11, 12, 13, 14, 15), (1, 2, 4, 6, 9, 13), (7,)])
+def test_a_count_over_the_batch_in_later_steps(short: tuple[int, ...]) -> None:
+    """Which tells nothing as long as all texts are as long. At each step, others are looked at."""
+    model = nn.Linear(4, 3).double()
+
+    def step(*short: int) -> None:
+        metakern.grad_dots(model, texts(16, short=short), texts(4), loss_fn=over_all_tokens, micro_batch=4)
+
+    def eight_steps() -> None:
+        for _ in range(8):
+            step(*short)
+
+    step()
+    with pytest.raises(EngineUnavailable, match="counts over the batch"):
+        eight_steps()
+
+
+class EarlyLearning:
+    """Remembers what was predicted for each example.
+
+    Source: Liu et al., Early-Learning Regularization, NeurIPS 2020.
+    """
+
+    def __init__(self, examples: int, classes: int) -> None:
+        self.targets = torch.zeros(examples, classes, dtype=torch.float64)
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, y, index = batch
+        p = model(x).softmax(1)
+        self.targets[index] = 0.7 * self.targets[index] + 0.3 * p.detach()
+        return F.nll_loss(p.log(), y, reduction="none") + 3 * (1 - (self.targets[index] * p).sum(1)).log()
+
+
+def test_a_loss_that_remembers_examples() -> None:
+    setup, found = setup_of(n=12, m=4), []
+    for size in (None, 4):
+        loss = EarlyLearning(20, 3)
+        batch, meta_batch = (*setup.batch, torch.arange(12)), (*setup.meta_batch, torch.arange(16, 20))
+        result = metakern.grad_dots(setup.model, batch, meta_batch, loss_fn=loss, micro_batch=size)
+        found.append((result.dots, loss.targets))
+    for whole, parts in zip(*found, strict=True):
+        budget.assert_within(parts, whole, 1 + whole.abs(), dtype=torch.float64)
