@@ -239,3 +239,8 @@ def nodes_of(losses: Tensor) -> Iterator[Any]:
             seen.add(node)
             ahead += [following for following, _ in node.next_functions]
             yield node
+
+
+def computes_in(losses: Tensor, *kinds: torch.dtype) -> bool:
+    """Whether anything in the graph is in one of these precisions, for example by autocast inside the model."""
+    return any(entry.dtype in kinds for node in nodes_of(losses) for entry in node._input_metadata)

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from metakern.capture.graph import nodes_of
+from metakern.capture.graph import computes_in
 from metakern.capture.host import may_look_at_values
 from metakern.capture.refusal import EngineUnavailable
 from metakern.engines.problem import Problem
@@ -143,7 +143,7 @@ def expected(
     if known.passes + 1 not in _CHECKED:
         verdicts[key] = known._replace(passes=known.passes + 1)
         return None
-    fine = not _rounds(outputs)
+    fine = not computes_in(outputs, torch.float16, torch.bfloat16)
     share = 0.1 if not fine else 1e-3 if outputs.device.type == "cpu" else 1e-2  # TF32 is usual elsewhere
     small = SMALL if fine else 1.0
     if form is None:
@@ -153,12 +153,6 @@ def expected(
     if float(outputs.detach().abs().max()) < (1e-3 if fine else 0.1):
         return None
     return Expected(problem, outputs, key, form, (10 if fine else 3) * share, small)
-
-
-def _rounds(outputs: Tensor) -> bool:
-    """Whether anything in the graph is in half precision, for example by autocast inside the model."""
-    half = torch.float16, torch.bfloat16
-    return any(kind.dtype in half for node in nodes_of(outputs) for kind in node._input_metadata)
 
 
 def _share_of(apart: float, size: float) -> float:

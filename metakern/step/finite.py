@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metakern.capture.graph import computes_in
 from metakern.capture.host import finite_sum, host_may_wait
+from metakern.capture.state.passes import PassState
 from metakern.engines.problem import Problem
 
 
@@ -36,4 +38,10 @@ def _require(values: Tensor, problem: Problem, message: str) -> None:
 def _uses_float16(problem: Problem) -> bool:
     kind = next(iter(problem.trainable.values())).device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return autocast or any(p.dtype == torch.float16 for p in problem.trainable.values())
+    return autocast or any(p.dtype == torch.float16 for p in problem.trainable.values()) or _float16_inside(problem)
+
+
+def _float16_inside(problem: Problem) -> bool:
+    """Whether the model or the loss has an autocast of its own; to see that takes another forward pass."""
+    with PassState(problem.model, problem.loss_fn, problem.writes).replayed(), torch.enable_grad():
+        return computes_in(problem.batch_losses(), torch.float16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import metakern
@@ -64,19 +65,20 @@ def _within_half(got: Tensor, want: Tensor, plain: Tensor, scale: Tensor) -> Non
 
 
 @MEMORIES
-def test_a_step_that_overflows_is_skipped_by_the_scaler(memory: str) -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["autocast around the step", "autocast inside the loss"])
+def test_a_step_that_overflows_is_skipped_by_the_scaler(memory: str, inside: bool) -> None:
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        with half() if inside else nullcontext():
+            return scaler.scale(scaled_by(1.0)(model, batch))
+
     setup = setup_of()
     optimizer = torch.optim.SGD(setup.model.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     before = copy.deepcopy(setup.model.state_dict())
     skipped = 0
     for _ in range(40):
-        with half():
-            metakern.l2rw_step(
-                *(setup.model, setup.batch, setup.meta_batch),
-                loss_fn=lambda model, batch: scaler.scale(scaled_by(1.0)(model, batch)),
-                memory=memory,
-            )
+        with nullcontext() if inside else half():
+            metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, loss_fn=losses, memory=memory)
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -87,6 +89,29 @@ def test_a_step_that_overflows_is_skipped_by_the_scaler(memory: str) -> None:
             assert torch.equal(value, before[name]), "a skipped step changed the model"
     assert skipped > 0
     assert any(not torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
+
+
+@pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])
+def test_weights_that_parametrize_keeps(engine: str) -> None:
+    """Both passes would share their graph, and the next step the weights of the last one."""
+    cached, plain = (setup_of(dtype=torch.float64) for _ in range(2))
+    for setup in (cached, plain):
+        for place in (0, 3):
+            parametrize.register_parametrization(setup.model[place], "weight", Doubled())
+        optimizer = torch.optim.SGD(setup.model.parameters(), lr=1.0)
+        with parametrize.cached() if setup is cached else nullcontext():
+            for _ in range(2):
+                metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, optimizer=optimizer, engine=engine)
+    for p, q in zip(cached.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not parametrize._cache_enabled
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.tanh(2 * weight)
 
 
 def test_several_steps_in_one_autocast_block() -> None:

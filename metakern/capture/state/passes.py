@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from metakern.capture.members import parameters_of
 from metakern.capture.state.attributes import Attributes
@@ -86,14 +87,14 @@ class RestorePoint:
 def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[RestorePoint]:
     """Restore the model if an exception leaves the block; the block may also call `restore` itself.
 
-    Inside the block, compiled parts of the model run uncompiled, and autocast starts with an empty cache.
+    Inside the block, compiled parts of the model run uncompiled, and no weight is taken from a cache.
 
     Raises: ValueError if the block gives the model a new trainable parameter.
     """
     start = RestorePoint(model, writes)
     grads = [p.grad for p in start.parameters]
     try:
-        with uncompiled(), nothing_registered(model, start.parameters), _cast_anew():
+        with uncompiled(), nothing_registered(model, start.parameters), _computed_anew():
             yield start
             if writes is not None:
                 writes.settle()
@@ -105,12 +106,22 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
 
 
 @contextmanager
-def _cast_anew() -> Iterator[None]:
-    """Clear autocast's cache before and after. It keeps cast weights until the outermost autocast block ends, so a
-    second step in that block, or code after it, would use the weights from before the optimizer's step.
+def _computed_anew() -> Iterator[None]:
+    """Clear what torch keeps of weights, before and after: autocast's cast ones, which it keeps until the outermost
+    autocast block ends, and those of `parametrize.cached()`, which are not used inside either, since the passes of
+    both batches would share a graph. A second step in that block, or code after it, would use the weights from before
+    the optimizer's step.
     """
-    torch.clear_autocast_cache()
+    enabled = parametrize._cache_enabled
+    _forget_weights()
+    parametrize._cache_enabled = 0
     try:
         yield
     finally:
-        torch.clear_autocast_cache()
+        parametrize._cache_enabled = enabled
+        _forget_weights()
+
+
+def _forget_weights() -> None:
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
