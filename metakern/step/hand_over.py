@@ -60,6 +60,19 @@ def hand_over(
             for p, grad in before.items():
                 p.grad = grad
             raise
+    if accumulate:
+        for p, earlier in before.items():
+            _add_in_place(p, earlier)
+
+
+def _add_in_place(p: Tensor, earlier: Tensor | None) -> None:
+    """Move the sum into the memory of the earlier gradient, as a backward pass would: it may be part of a buffer that
+    holds all of them. Not before nothing can fail any more.
+    """
+    if earlier is None or p.grad is None or p.grad is earlier or earlier.requires_grad:
+        return
+    if earlier.layout is p.grad.layout is torch.strided and earlier.stride() == p.stride():
+        p.grad = earlier.copy_(p.grad)
 
 
 def frozen_with_gradient(model: nn.Module) -> list[nn.Parameter]:

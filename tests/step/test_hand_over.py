@@ -42,6 +42,23 @@ def test_accumulates(engine: str, memory: str) -> None:
         budget.assert_within(grad, 2 * once[name], 1.0, name=name)
 
 
+@pytest.mark.parametrize("stepping", [False, True])
+def test_accumulates_in_the_memory_of_the_gradient(stepping: bool) -> None:
+    """Code that clips, reduces or steps from one buffer of all gradients finds the sum there."""
+    setup, others = setup_of(), setup_of()
+    parameters = list(setup.model.parameters())
+    buffer = torch.ones(sum(p.numel() for p in parameters), dtype=torch.float64)
+    for p, q, part in zip(parameters, others.model.parameters(), buffer.split([p.numel() for p in parameters])):
+        p.grad, q.grad = part.view_as(p), torch.ones_like(q)
+    for each in (setup, others):
+        optimizer = torch.optim.SGD(each.model.parameters(), lr=0.1) if stepping else None
+        metakern.l2rw_step(each.model, each.batch, each.meta_batch, accumulate=True, optimizer=optimizer)
+    assert torch.equal(buffer, torch.cat([q.grad.flatten() for q in others.model.parameters()]))  # pyright: ignore
+    assert not torch.equal(buffer, torch.ones_like(buffer))
+    for p, q in zip(parameters, others.model.parameters()):
+        assert torch.equal(p, q)
+
+
 def test_accumulates_onto_nothing() -> None:
     setup = setup_of()
     judge_step(metakern.l2rw_step, setup, accumulate=True)
