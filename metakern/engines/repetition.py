@@ -25,5 +25,6 @@ def require_repetition(again: Tensor, values: Tensor) -> None:
         raise EngineUnavailable(
             "two forward passes over the same batch do not agree, so the model draws from a random generator that is "
             "neither a global one of torch, Python or NumPy nor an attribute of a module, or it keeps state between "
-            "calls; forward mode and micro_batch need a pass that can be repeated (engine='double_backward' does not)"
+            "calls, or it writes into its batch; forward mode and micro_batch need a pass that can be repeated "
+            "(engine='double_backward' does not)"
         )

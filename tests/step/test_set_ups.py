@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import metakern
 from metakern.testing import budget, inputs
@@ -89,6 +89,27 @@ def test_a_step_that_overflows_is_skipped_by_the_scaler(memory: str, inside: boo
             assert torch.equal(value, before[name]), "a skipped step changed the model"
     assert skipped > 0
     assert any(not torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "jvp", "double_backward"])
+def test_selective_checkpointing_is_rejected(engine: str) -> None:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = op is torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        context = functools.partial(create_selective_checkpoint_contexts, policy)
+        return F.cross_entropy(
+            checkpoint(model, batch[0], use_reentrant=False, context_fn=context),  # pyright: ignore
+            batch[1],
+            reduction="none",
+        )
+
+    setup = setup_of()
+    before = Snapshot.of(setup.model)
+    with pytest.raises(NotImplementedError, match="selective activation checkpointing allows one backward pass"):
+        metakern.l2rw_step(setup.model, setup.batch, setup.meta_batch, loss_fn=losses, engine=engine)
+    before.assert_unchanged(setup.model)
 
 
 @pytest.mark.parametrize("engine", ["ghost", "jvp", "double_backward"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from metakern.capture.members import parameters_of
+from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.attributes import Attributes
 from metakern.capture.state.buffers import Buffers
 from metakern.capture.state.function_state import FunctionState
@@ -89,7 +90,9 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
 
     Inside the block, compiled parts of the model run uncompiled, and no weight is taken from a cache.
 
-    Raises: ValueError if the block gives the model a new trainable parameter.
+    Raises:
+        ValueError: the block gives the model a new trainable parameter.
+        EngineUnavailable: a layer allows one backward pass only, whatever the engine.
     """
     start = RestorePoint(model, writes)
     grads = [p.grad for p in start.parameters]
@@ -98,11 +101,20 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
             yield start
             if writes is not None:
                 writes.settle()
-    except BaseException:
+    except BaseException as error:
         start.restore()
         for p, grad in zip(start.parameters, grads):
             p.grad = grad
+        if isinstance(error, RuntimeError) and _ONCE in str(error):
+            raise EngineUnavailable(
+                "selective activation checkpointing allows one backward pass over a layer, and a step needs several; "
+                "leave out context_fn of torch.utils.checkpoint"
+            ) from error
         raise
+
+
+_ONCE = "any region computed under selective activation checkpoint"
+"""In what torch says of a second backward pass."""
 
 
 @contextmanager
