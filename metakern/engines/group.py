@@ -1,13 +1,36 @@
-"""The three reductions that a re-weighted step needs over a process group."""
+"""The three reductions that a re-weighted step needs over a process group, and what becomes of a rank that fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank of the group has raised, so that this one cannot go on either."""
+
+
+@contextmanager
+def failing_together(group: Any) -> Iterator[None]:
+    """If a rank raises inside the block, all others raise `OtherRankFailed` where they would have waited for it, so
+    that the reductions of the next step meet one another again. No rank leaves the block before all are done.
+    """
+    if group is None:
+        yield
+        return
+    try:
+        yield
+    except OtherRankFailed:
+        raise
+    except Exception:
+        _announced(None, group)
+        raise
+    _counts(0, group)
 
 
 def mean_over_group(v: dict[str, Tensor], parameters: Mapping[str, Tensor], m: int, group: Any) -> dict[str, Tensor]:
@@ -45,10 +68,23 @@ def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: An
 
 
 def _counts(own: int, group: Any) -> list[int]:
-    """A count of every rank."""
-    counts: list[int] = [0] * dist.get_world_size(group)
-    dist.all_gather_object(counts, own, group=group)
+    """A count of every rank.
+
+    Raises: OtherRankFailed
+    """
+    counts, failed = list[int](), list[int]()
+    for rank, count in enumerate(_announced(own, group)):
+        failed.append(rank) if count is None else counts.append(count)
+    if failed:
+        raise OtherRankFailed(f"process_group: rank {failed[0]} failed in this step (its own error says why)")
     return counts
+
+
+def _announced(own: int | None, group: Any) -> list[int | None]:
+    """What every rank says; None is that it has failed."""
+    said: list[int | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, own, group=group)
+    return said
 
 
 def _summed(tensor: Tensor, group: Any) -> Tensor:

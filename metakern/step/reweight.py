@@ -13,7 +13,7 @@ from metakern.capture.state.buffers import unchanged_buffers
 from metakern.capture.state.gradients import gradients_aside
 from metakern.capture.state.passes import unchanged_on_error
 from metakern.engines import pose
-from metakern.engines.group import sum_over_group, weights_over_group
+from metakern.engines.group import failing_together, sum_over_group, weights_over_group
 from metakern.step.direction import Direction, solve_along, solve_pairwise
 from metakern.step.finite import require_finite, require_finite_weights
 from metakern.step.hand_over import hand_over, require_optimizer
@@ -100,7 +100,7 @@ def reweight_step(
     problem = pose(model, batch, meta_batch, loss_fn, params, memory, process_group, dot_precision, allow_unused)
     require_optimizer(optimizer, problem.trainable)
     with unchanged_on_error(model, problem.writes) as start:
-        with gradients_aside(problem.trainable.values()):
+        with gradients_aside(problem.trainable.values()), failing_together(process_group):
             answer, used = solve_along(problem, start, engine, direction, micro_batch, batchnorm)
             require_finite(answer.dots, problem)
             with torch.no_grad():
@@ -178,6 +178,7 @@ def l2rw_step(
             unused. Model, gradients, buffers and random state are then as before the call. An error that the model or
             `loss_fn` raises comes through unchanged, with a note of which batch it was given.
         NotImplementedError: no exact engine supports the model; the message says why, and what to do.
+        RuntimeError: another rank of `process_group` has raised.
 
     Source: Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018, algorithm 1.
     """

@@ -1,5 +1,6 @@
 """A step over two processes is the step of one process that sees both their batches."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
 from metakern.testing import budget, inputs
+from metakern.testing.judge import Snapshot
 
 
 class Experts(nn.Module):
@@ -67,3 +70,45 @@ def _rank(rank: int, rendezvous: str, settings: dict[str, Any]) -> None:
 )
 def test_two_ranks_with_batches_of_different_sizes(settings: dict[str, Any], tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path / "rendezvous"), settings), nprocs=2)
+
+
+def _one_fails(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    given = {"init_method": f"file://{rendezvous}", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **given)
+    model, (x, y), (meta_x, meta_y) = _problem()
+    mine, meta = (slice(0, 5), slice(0, 2)) if rank == 0 else (slice(5, 8), slice(2, 5))
+    errors = []
+    for fails in ("", "loss", "gradient", "rule", ""):
+
+        def losses(model: nn.Module, batch: tuple[Tensor, Tensor], fails: str = fails) -> Tensor:
+            each = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+            if rank == 0 and fails == "loss":
+                raise KeyError("a label")
+            return each + (0 * each).sqrt() if len(each) == 5 and fails == "gradient" else each
+
+        def rule(dots: Tensor, fails: str = fails) -> Tensor:
+            assert not (rank == 1 and fails == "rule")
+            return torch.ones_like(dots)
+
+        before = Snapshot.of(model)
+        try:
+            metakern.reweight_step(
+                *(model, (x[mine], y[mine]), (meta_x[meta], meta_y[meta])),
+                **{"loss_fn": losses, "rule": rule, "process_group": dist.group.WORLD},
+            )
+        except Exception as error:
+            before.assert_unchanged(model)
+            errors.append(type(error).__name__)
+    others = "OtherRankFailed"
+    assert errors == (["KeyError", "ValueError", others] if rank == 0 else [others, others, "AssertionError"])
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    metakern.reweight_step(model, (x, y), (meta_x, meta_y), rule=torch.ones_like)
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    budget.assert_within(gradient, want, want.abs().max())
+    dist.destroy_process_group()
+
+
+def test_a_rank_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    """And the step after it is in step again."""
+    mp.spawn(_one_fails, args=(str(tmp_path / "rendezvous"),), nprocs=2, join=True)

@@ -126,6 +126,25 @@ def in_a_long_list() -> Kept:
     return losses, lambda: (len(history), sum(history))
 
 
+def in_many_logs(kind: type) -> Callable[[], Kept]:
+    """Of every example of a data set, and some of another kind among them."""
+
+    def made() -> Kept:
+        logs: list[Any] = [kind() for _ in range(300)] + [[torch.zeros(1)], {"of": [0]}]
+
+        def losses(model: nn.Module, batch: Any) -> Tensor:
+            found = entropies(model(batch[0]), batch)
+            for log, loss in zip(logs, found.tolist(), strict=False):
+                log.update({len(log): loss}) if kind is dict else log.append(loss)
+            logs[-2][0] += 1
+            logs[-1]["of"][0] += 1
+            return found / (len(logs[0]) + float(logs[-2][0]) + logs[-1]["of"][0])
+
+        return losses, lambda: (sum(map(len, logs)), float(logs[-2][0]), logs[-1]["of"][0])
+
+    return made
+
+
 def in_a_module_of_the_run() -> Kept:
     count.CALLS = 0  # type: ignore[attr-defined]
 
@@ -148,6 +167,8 @@ KINDS = (
     global_of_an_object,
     in_an_array,
     in_a_long_list,
+    pytest.param(in_many_logs(list), id="in_many_lists"),
+    pytest.param(in_many_logs(dict), id="in_many_dicts"),
     in_a_module_of_the_run,
 )
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metakern.capture.members import OWN, is_torchs_own, keepers_of
-from metakern.capture.state.contents import LARGEST_ARRAY, LARGEST_LIST, PutBack, content_of, inside, size_of
+from metakern.capture.state.contents import LARGEST_ARRAY, LARGEST_LIST, PLAIN, PutBack, content_of, inside, size_of
 
 _COLLECTIONS = frozenset((list, dict, set, deque))
-_PLAIN = frozenset((int, float, bool, str, tuple, type(None)))
+_UNSEARCHED = PLAIN | {tuple}
 _DEPTH, _DEEP = 3, 9
 """How many levels of nested objects and collections are searched: normally, and before passes with NaN."""
 
@@ -61,7 +61,7 @@ class Attributes:
 def _look_into(values: Iterable[Any], depth: int, found: dict[int, PutBack], nested: bool = False) -> None:
     """Add to `found` functions that restore the contents of these values, and of what they hold."""
     for value in values:
-        if type(value) in _PLAIN or id(value) in found or (nested and _is_large(value)):
+        if type(value) in _UNSEARCHED or id(value) in found or (nested and _is_large(value)):
             continue
         put_back = content_of(value)
         if put_back is None:

@@ -25,6 +25,9 @@ from metakern.capture.state.snapshot import Snapshot
 LARGEST_LIST, LARGEST_ARRAY = 4096, 2**20
 """Lists with more items, and arrays and tensors with more entries, are taken for data that a pass only reads."""
 
+PLAIN = frozenset((int, float, bool, str, type(None)))
+"""Types whose values never change."""
+
 PutBack = Callable[[], None]
 _Keep = Callable[[Any], PutBack | None]
 
@@ -192,6 +195,23 @@ def _collection(value: Any) -> PutBack:
     methods = _methods_of(kind)[1]
     put_back = partial(_refill, value, methods, methods.listed(value))
     return partial(_call_all, (put_back, attributes_kept(value))) if _has_attributes(kind) else put_back
+
+
+def many_plain(values: list[Any]) -> tuple[PutBack, list[Any]]:
+    """A function that restores all lists and dicts of plain values among many, such as the entries of a log, and the
+    values that are anything else. One by one, they take ten times as long.
+    """
+    logs = [value for value in values if type(value) is dict and PLAIN.issuperset(map(type, value.values()))]
+    logs += [value for value in values if type(value) is list and PLAIN.issuperset(map(type, value))]
+    known = set(map(id, logs))
+    return partial(_put_many_back, logs, [log.copy() for log in logs]), [v for v in values if id(v) not in known]
+
+
+def _put_many_back(logs: list[Any], held: list[Any]) -> None:
+    for log, entries in zip(logs, held):
+        if log != entries:
+            log.clear()
+            log.update(entries) if type(log) is dict else log.extend(entries)
 
 
 def _refill(value: Any, methods: _Methods, held: list[Any]) -> None:

@@ -28,6 +28,7 @@ from metakern.capture.state.contents import (
     inside,
     is_module_of_user,
     is_of_user,
+    many_plain,
     size_of,
 )
 
@@ -35,7 +36,8 @@ _DEPTH, _DEEP = 4, 10
 """Depth of the search: in every step, and before passes with NaN, which must not stay behind in any list."""
 
 _FEW = 256
-"""At most this many tensors are put aside and brought back around the meta batch's pass; further ones are data."""
+"""At most this many tensors are put aside and brought back around the meta batch's pass; further ones are data. What a
+collection holds is looked at one by one up to this size."""
 
 _FUNCTIONS = frozenset((types.FunctionType, types.MethodType, functools.partial))
 _OPAQUE = (types.ModuleType, str, bytes, int, float, complex, bool, type(None))
@@ -101,6 +103,9 @@ class FunctionState:
             self._put_back.append(put_back)
             if isinstance(value, Tensor) and len(self.tensors) < _FEW:
                 self.tensors.append(value)
+        if len(held) > _FEW and depth > 1:
+            logs, held = many_plain(held)
+            self._put_back.append(logs)
         self._visit_all(held, depth - 1)
 
     def _inside(self, value: Any, size: int) -> list[Any]:
