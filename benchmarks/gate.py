@@ -59,8 +59,8 @@ class Gate:
         Budget as in `budget.gradient_verdict`, with the mean |g_n| of the checked examples for all of them.
         """
         scale = float(weights.double().abs().sum() * self.truth.example_norms.mean())
-        want = self._weighted(weights, torch.float64)
-        plain = self._weighted(weights, self.problem.case.dtype)
+        want = self._truth_for(weights)
+        plain = self._weighted(slice(None), weights, self.problem.case.dtype)
         worst = 0.0
         for name, param in self.problem.model.named_parameters():
             if param.grad is None:
@@ -69,9 +69,20 @@ class Gate:
             worst = max(worst, budget.verdict(name, param.grad, want[name], allowed).share)
         return worst
 
-    def _weighted(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _truth_for(self, weights: Tensor) -> dict[str, Tensor]:
+        """In float64, in which attention keeps every matrix of scores, so a few examples at a time."""
+        case = self.problem.case
+        size = case.n if case.interacting else max(1, case.n // EXAMPLES)
+        first, *others = (slice(start, start + size) for start in range(0, case.n, size))
+        total = self._weighted(first, weights, torch.float64)
+        for rows in others:
+            for name, g in self._weighted(rows, weights, torch.float64).items():
+                total[name] += g
+        return total
+
+    def _weighted(self, rows: slice, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         model = copy.deepcopy(self.problem.model).to(dtype)
-        x, y = self.problem.batch
+        x, y, weights = (given[rows] for given in (*self.problem.batch, weights))
         x = x.to(dtype) if x.is_floating_point() else x
         losses = losses_of(model, (x, y))
         params = dict(model.named_parameters())

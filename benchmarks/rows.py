@@ -96,7 +96,10 @@ def _text(value: object) -> str:
 
 
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # git is not installed
+        return ""
     return found.stdout.strip() if found.returncode == 0 else ""
 
 

@@ -8,10 +8,12 @@ ones.
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -153,7 +155,10 @@ def main() -> None:
 
 
 def measure(kind: str, unmeasured: str, deadline: float, device: str = "cuda", only: str = "") -> None:
-    """Fill the entry of this kind of device, written after every class; what was not measured keeps its tile."""
+    """Fill the entry of this kind of device, written after every class, to the folder $OUT as well if that is set; what
+    was not measured keeps its tile.
+    """
+    kept = [Path(os.environ["OUT"]) / tiles.PATH.name] if "OUT" in os.environ else []
     table = json.loads(tiles.PATH.read_text())
     entries, defaults = table.setdefault(kind, {}), table[unmeasured]
     wanted = [only] if only else list(defaults)
@@ -169,7 +174,8 @@ def measure(kind: str, unmeasured: str, deadline: float, device: str = "cuda", o
             tile, best = found
             print(f"{kind} {operator} {size} {shapes}: {tile}, {best:.1f} us", flush=True)
             entries[operator][size][shapes] = {"tile": list(tile), "microseconds": round(best, 1)}
-            tiles.PATH.write_text(written(table))
+            for path in (tiles.PATH, *kept):
+                path.write_text(written(table))
 
 
 if __name__ == "__main__":

@@ -82,10 +82,10 @@ def measured(
             step()  # what is learnt once per model is no part of a step
             outcomes[name], *counted = count(step, device)
             counts[name] = (counted[0], counted[1])
+            shares[name] = judge(outcomes[name])
         except Exception as error:  # a kernel's compiler raises errors without a base class of their own
             rows[name] = subject.row(name, _reason(error))
             continue
-        shares[name] = judge(outcomes[name])
         if shares[name].green:
             steps[name] = step
         else:

@@ -186,6 +186,25 @@ def test_one_openmp_runtime_and_no_driver_needed() -> None:
 
 
 @needs_nvcc
+@pytest.mark.skipif(extension.cuda is None, reason="the extension was built without CUDA")
+def test_kernels_for_wide_rows_read_sixteen_bytes_at_once() -> None:
+    """Every kernel that takes elements by packs, by their number in its name: the compiler must not take them apart."""
+    triton = pytest.importorskip("triton", reason="triton is not installed, which has a disassembler")
+    from metakern import _C
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    code = subprocess.check_output([disassembler, "-sass", "-arch", "sm_90a", _C.__file__], text=True)
+    seen = set()
+    for function in code.split("Function : ")[1:]:
+        kernel = re.search(r"\d([a-z_]+_kernel)I(?:d|f|13__nv_bfloat16|6__half)Li(\d+)E", function.split("\n", 1)[0])
+        if kernel is not None and int(kernel[2]) > 1:
+            seen.add(kernel[1])
+            assert re.search(r"LDG\.E(\.\w+)*\.128", function), kernel[0]
+    rows = {"row_dots_kernel", "cross_entropy_kernel", "cross_entropy_backward_kernel"}
+    assert seen == rows | {"affine_grads_kernel", "embedding_dots_kernel"}
+
+
+@needs_nvcc
 @pytest.mark.slow
 def test_cuda_sources_compile_without_spills_for_every_architecture(checkout: Path) -> None:
     result = build(checkout, METAKERN_BUILD="cuda")

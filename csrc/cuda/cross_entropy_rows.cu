@@ -87,7 +87,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Running<Sum> mine;
   int64_t c = lane * kWidth;
 #pragma unroll(sizeof(T) == 8 ? 1 : 4)
-  for (; c + kWidth <= given.classes; c += kGroup * kWidth) mine.include(*reinterpret_cast<const Wide*>(z + c));
+  for (; c + kWidth <= given.classes; c += kGroup * kWidth) {
+    const Wide read = *reinterpret_cast<const Wide*>(z + c);  // given as it lies there, it would be read one by one
+    mine.include(read);
+  }
 #pragma unroll 1
   for (; c < given.classes; ++c) mine.include(Pack<T, 1>{{z[c]}});
   mine = together<kWholeBlock>(mine);

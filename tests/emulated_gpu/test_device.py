@@ -32,8 +32,8 @@ def test_waiting_is_noticed(wait: Callable[[Tensor], Any]) -> None:
     x = torch.ones(3, device="cuda")
     x = x[0] if wait is Tensor.item else x
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
             wait(x)
         x.mul_(2)

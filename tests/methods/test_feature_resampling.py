@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from imblearn.over_sampling import SMOTE
 
 from metakern.data import Examples, Task
 from metakern.methods import find
 from metakern.methods.feature_resampling import RESAMPLING_METHODS
+
+SMOTE = pytest.importorskip("imblearn.over_sampling", reason="imbalanced-learn is not installed").SMOTE
 
 
 @pytest.fixture

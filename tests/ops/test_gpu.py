@@ -52,6 +52,19 @@ def test_matches_reference_in_float64(name: str, layout: str, dtype: torch.dtype
                     assert result.ok, str(result)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["direction_dots", "weighted_grad"])
+def test_sizes_that_fill_the_chip(name: str, dtype: torch.dtype) -> None:
+    """These take the largest tiles, and blocks that the copy engine fetches."""
+    case, operator, sizes = CASES[name], OPERATORS[name], (128, 128, 1024, 1024)
+    there = on_gpu(case.arguments(sizes, dtype))
+    wide = doubled(there)
+    results = parts(operator(*there)), parts(operator(*wide, impl="reference")), parts(case.scale(*wide))
+    for got, truth, scale in zip(*results, strict=True):
+        result = verdict(f"{name} {sizes}", got, truth, unit(dtype, case.terms(sizes)) * scale)
+        assert result.ok, str(result)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_same_result_in_every_run(name: str) -> None:
     operator = OPERATORS[name]

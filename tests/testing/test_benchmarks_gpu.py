@@ -38,6 +38,7 @@ def test_graphs_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_cudnn")
 def test_captured_steps_are_right() -> None:
     case = replace(CPU_CASES[0], n=20, m=4)
     rows = ways.compare(case, device="cuda", seconds=0.0, only=[*providers.CAPTURED_PROVIDERS])

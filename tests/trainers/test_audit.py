@@ -85,6 +85,7 @@ def test_predictions_leave_no_trace(noisy, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact_cudnn")
 def test_on_a_gpu(noisy):
     """As on the CPU: the first steps, before rounding has grown."""
     config = replace(noisy, steps=3)

@@ -8,6 +8,7 @@ import torch
 
 from metakern.data import Examples, Graph, NodeTask, Task
 from metakern.methods import METHODS
+from metakern.methods.feature_resampling import RESAMPLING_METHODS
 from metakern.methods.method import NotApplicable
 from metakern.trainers import train
 
@@ -16,6 +17,7 @@ NEED_NUMBERS = {
     *("svm-smote", "adasyn", "cluster-centroids", "near-miss", "all-knn", "smote-enn", "adaboost", "mixup", "m2m"),
 }
 
+RESAMPLED = {"metabalance", "metabalance-as-shipped", *(method.name for method in RESAMPLING_METHODS)}
 
 NOT_FOR = {
     "texts": NEED_NUMBERS | {"meta-gcn"},
@@ -50,6 +52,8 @@ def nodes() -> Task:
 def test_runs_or_says_why_not(quick, tmp_path, method, made, device):
     config = replace(quick, method=method, data=made.__name__, majority=None, steps=2, batch_size=6, evaluations=1)
     refused = method in NOT_FOR[made.__name__]
+    if method in RESAMPLED and not refused:
+        pytest.importorskip("imblearn", reason="imbalanced-learn is not installed")
     if refused:
         with pytest.raises(NotApplicable):
             train(replace(config, device=device), tmp_path, task=made(), progress=False)
