@@ -70,6 +70,16 @@ def test_mlrnet_page_shows_the_committed_file() -> None:
             assert f"{row['accuracy']} ± {row['deviation']}" in page, (row["bias"], row["method"])
 
 
+def test_metabalance_page_shows_the_committed_runs() -> None:
+    publish = runpy.run_path(str(ROOT / "experiments" / "metabalance_credit" / "publish.py"))
+    page = publish["PAGE"].read_text()
+    assert page.count("<!-- table: ") == 5
+    assert publish["with_tables"](page) == page
+    runs = publish["runs"]()
+    assert len(runs) == 2 * (len(publish["METHODS"]) + len(publish["SAMPLERS"]) ** 2 - 1)
+    assert {len(rows) for rows in runs.values()} == {3}
+
+
 def test_an_encoder_is_pretrained_on_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the experiment's script leaves in its folder is what `--model transformers:DIR` reads."""
     pytest.importorskip("transformers", reason="transformers is not installed")
