@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +96,20 @@ def test_a_slow_suite_takes_no_time_from_the_others() -> None:
     assert [kept for _, kept in plan] == [62, 62, 50, 0]
     assert plan[0][0] == pytest.approx(2 / 35)
     assert plan[-1][0] == 1
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="no sh on PATH")
+def test_what_the_script_runs(tmp_path: Path) -> None:
+    """Build, report, tests, benchmarks, tiles, each whether or not the one before has failed."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1$2" in -c*) echo 90;; *) echo "$METAKERN_CUDA_ARCHS $*"; exit 1;; esac\n')
+    python.chmod(0o755)
+    given = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(python), "MINUTES": "2"}
+    given.pop("METAKERN_CUDA_ARCHS", None)
+    script = Path(gpu.__file__).with_suffix(".sh")
+    said = subprocess.run(["sh", script], env=given, capture_output=True, text=True, check=False).stdout.splitlines()
+    modules = [re.search(r"90 -m (\S+)", line)[1] for line in said]  # pyright: ignore
+    assert modules == ["pip", "metakern.report", "pytest", "benchmarks.gpu", "benchmarks.tune"]
+    assert "--minutes 2" in said[3]
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert kept == {"build.log", "report.txt", "tests.log", "benchmarks.log", "tune.log"}
