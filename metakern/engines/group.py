@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank of the group has raised, so that this one cannot go on either."""
+    """Another rank has raised, or goes another way, so that this one cannot go on either."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def failing_together(group: Any) -> Iterator[None]:
     except Exception:
         _announced(None, group)
         raise
-    _counts(0, group)
+    _counts(0, group, "end")
 
 
 def mean_over_group(v: dict[str, Tensor], parameters: Mapping[str, Tensor], m: int, group: Any) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def mean_over_group(v: dict[str, Tensor], parameters: Mapping[str, Tensor], m: i
     """
     if group is None:
         return v
-    share = m / sum(_counts(m, group))
+    share = m / sum(_counts(m, group, "meta gradient"))
     return {
         name: _summed(v[name] * share if name in v else torch.zeros_like(p), group) for name, p in parameters.items()
     }
@@ -58,7 +58,7 @@ def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: An
     """Apply a weight rule to the dots of all ranks at once and return this rank's part."""
     if group is None:
         return rule(dots)
-    counts = _counts(dots.shape[0], group)
+    counts = _counts(dots.shape[0], group, "weights")
     padded = torch.cat([dots, dots.new_zeros(max(counts) - dots.shape[0])])  # gather wants equal sizes
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded, group=group)
@@ -67,22 +67,26 @@ def weights_over_group(rule: Callable[[Tensor], Tensor], dots: Tensor, group: An
     return rule(everywhere)[start : start + dots.shape[0]]
 
 
-def _counts(own: int, group: Any) -> list[int]:
-    """A count of every rank.
+def _counts(own: int, group: Any, place: str) -> list[int]:
+    """A count of every rank, all of which must be at the same place of the step.
 
     Raises: OtherRankFailed
     """
-    counts, failed = list[int](), list[int]()
-    for rank, count in enumerate(_announced(own, group)):
-        failed.append(rank) if count is None else counts.append(count)
-    if failed:
-        raise OtherRankFailed(f"process_group: rank {failed[0]} failed in this step (its own error says why)")
-    return counts
+    said = _announced((place, own), group)
+    for rank, one in enumerate(said):
+        if one is None:
+            raise OtherRankFailed(f"process_group: rank {rank} failed in this step (its own error says why)")
+    if len({there for there, _ in said}) > 1:
+        raise OtherRankFailed(
+            "process_group: an engine was rejected on some of the ranks only, after the meta gradient was reduced; "
+            "pass the engine that supports the batches of all ranks"
+        )
+    return [count for _, count in said]
 
 
-def _announced(own: int | None, group: Any) -> list[int | None]:
-    """What every rank says; None is that it has failed."""
-    said: list[int | None] = [None] * dist.get_world_size(group)
+def _announced(own: tuple[str, int] | None, group: Any) -> list[Any]:
+    """What every rank says: its place and count, or None if it has failed."""
+    said: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(said, own, group=group)
     return said
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern
+from metakern.capture.refusal import EngineUnavailable
+from metakern.engines import ghost
 from metakern.testing import budget, inputs
 from metakern.testing.judge import Snapshot
 
@@ -112,3 +114,34 @@ def _one_fails(rank: int, rendezvous: str) -> None:
 def test_a_rank_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
     """And the step after it is in step again."""
     mp.spawn(_one_fails, args=(str(tmp_path / "rendezvous"),), nprocs=2, join=True)
+
+
+def _one_goes_another_way(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    given = {"init_method": f"file://{rendezvous}", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **given)
+    meta_pass = ghost._meta_pass
+
+    def rejected(*given: Any, **settings: Any) -> Any:
+        meta_pass(*given, **settings)
+        raise EngineUnavailable("for the test")
+
+    model, batch, meta_batch = _problem()
+    before = Snapshot.of(model)
+    if rank == 0:
+        ghost._meta_pass = rejected
+    with pytest.raises(RuntimeError, match="an engine was rejected on some of the ranks only"):
+        metakern.l2rw_step(model, batch, meta_batch, process_group=dist.group.WORLD)
+    before.assert_unchanged(model)
+    ghost._meta_pass = meta_pass
+    found = []
+    for group in (dist.group.WORLD, None):  # both ranks have the same examples, so that each counts half
+        assert metakern.l2rw_step(model, batch, meta_batch, process_group=group).engine == "ghost"
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    budget.assert_within(found[0], found[1], found[1].abs().max())
+    dist.destroy_process_group()
+
+
+def test_an_engine_that_is_rejected_late_on_one_rank(tmp_path: Path) -> None:
+    """It takes the next engine, whose reductions would meet those of another place."""
+    mp.spawn(_one_goes_another_way, args=(str(tmp_path / "rendezvous"),), nprocs=2, join=True)
