@@ -207,8 +207,9 @@ def _mapping_losses(model: nn.Module, batch: Mapping[str, Any], argument: str) -
 def _own_loss(output: Any) -> Tensor | None:
     """The loss that a model has computed from the labels, if it can be looked at here."""
     own = getattr(output, "loss", None)
-    comparable = isinstance(own, Tensor) and own.dim() == 0 and host_may_wait() and bool(own.isfinite())
-    return own if comparable else None
+    if not isinstance(own, Tensor) or own.dim() > 0 or not host_may_wait():
+        return None
+    return own if bool(own.isfinite()) else None
 
 
 def _following(labels: Tensor) -> Tensor:
