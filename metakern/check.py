@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metakern.capture import EngineUnavailable, trace_batch
-from metakern.capture.losses import LossFunction, evaluate_losses
+from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
 from metakern.capture.state.passes import PassState
 from metakern.capture.state.uncompiled import uncompiled
@@ -163,8 +163,8 @@ class _Truth:
         named = trainable_parameters(model)
         frozen = copy_of(model)  # so that running statistics move in neither
         parameters = [p for p in frozen.parameters() if p.requires_grad]
-        losses = evaluate_losses(frozen, batch, loss_fn, "batch")
-        meta_loss = evaluate_losses(frozen, meta_batch, loss_fn, "meta_batch").mean()
+        losses = per_example_losses(frozen, batch, loss_fn, "batch")
+        meta_loss = per_example_losses(frozen, meta_batch, loss_fn, "meta_batch").mean()
         self.count = min(examples, losses.shape[0])
         along = zip(named, _gradient(meta_loss, parameters))
         self.direction = {name: v if name in chosen else torch.zeros_like(v) for name, v in along}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -238,3 +239,9 @@ def test_random_numbers_and_the_loss_stay_as_they_were(fails: bool) -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert not calls
+
+
+def test_a_mean_for_a_loss_of_each_example() -> None:
+    model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.arange(4) % 2)
+    with pytest.raises(ValueError, match=r"one loss per example, shape \[n\], got shape \(\)"):
+        metakern.check(model, batch, batch, loss_fn=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))

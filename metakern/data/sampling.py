@@ -8,39 +8,38 @@ import torch
 from torch import Tensor
 
 
-def _cycle(rows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        yield rows[torch.randperm(len(rows), generator=generator)]
+class _Rows:
+    """Rows from one permutation after another: none is repeated before all have been taken."""
 
+    def __init__(self, rows: Tensor, generator: torch.Generator) -> None:
+        self._rows, self._generator, self._left = rows, generator, rows[:0]
 
-def _chunks(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Chunks of exactly `size` from one permutation of `rows` after another; a chunk may span two of them."""
-    permutations = _cycle(rows, generator)
-    left = next(permutations)
-    while True:
-        while len(left) < size:
-            left = torch.cat([left, next(permutations)])
-        yield left[:size]
-        left = left[size:]
+    def take(self, size: int) -> Tensor:
+        while len(self._left) < size:
+            order = torch.randperm(len(self._rows), generator=self._generator)
+            self._left = torch.cat([self._left, self._rows[order]])
+        taken, self._left = self._left[:size], self._left[size:]
+        return taken
 
 
 def shuffled(targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Row numbers [batch_size] int64: every example once per epoch; no batch is short, or larger than the set."""
-    return _chunks(torch.arange(len(targets)), min(batch_size, len(targets)), generator)
+    rows, size = _Rows(torch.arange(len(targets)), generator), min(batch_size, len(targets))
+    while True:
+        yield rows.take(size)
 
 
 def class_balanced(targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers, batch_size / C of each class present; the first classes get what remains of the division.
+    """Row numbers, batch_size / C of each class present; what remains of the division goes to other classes each time,
+    so that all are seen equally often, also if there are more classes than rows in a batch.
 
     Within a class, no example is repeated before all others have been used.
     """
-    present = targets.unique().tolist()
-    sizes = [batch_size // len(present) + (k < batch_size % len(present)) for k in range(len(present))]
-    streams = [
-        _chunks((targets == target).nonzero().squeeze(1), size, generator)
-        for target, size in zip(present, sizes, strict=True)
-        if size
-    ]
+    classes = [_Rows((targets == target).nonzero().squeeze(1), generator) for target in targets.unique().tolist()]
+    each, over = divmod(batch_size, len(classes))
+    first = 0  # of the classes that have a row more
     while True:
-        rows = torch.cat([next(stream) for stream in streams])
+        more = [(k - first) % len(classes) < over for k in range(len(classes))]
+        rows = torch.cat([rows.take(each + one) for rows, one in zip(classes, more, strict=True)])
+        first = (first + over) % len(classes)
         yield rows[torch.randperm(len(rows), generator=generator)]

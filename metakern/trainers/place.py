@@ -10,7 +10,7 @@ from typing import Any
 
 from metakern.trainers.checkpoint import stored_identity
 from metakern.trainers.config import TrainConfig
-from metakern.trainers.run_folder import differing, identity, read_json
+from metakern.trainers.run_folder import RESULTS, differing, identity, read_json
 
 Held = Callable[[Path], str | None]  # what a folder holds that would be lost, in words
 
@@ -38,9 +38,17 @@ def other_run(folder: Path, config: TrainConfig, contents: str | None) -> str | 
     result = read_json(folder / "result.json")
     stored = stored_identity(folder) if result is None else result["identity"]
     if stored is None:
-        return None
+        return _of_somebody_else(folder)
     kind = "an unfinished" if result is None else "a finished"
     return difference(kind + " run", stored, identity(config, contents))
+
+
+def _of_somebody_else(folder: Path) -> str | None:
+    """What a run would write over in a folder that no run has begun; None if there is nothing."""
+    if (folder / "config.json").exists():
+        return None
+    found = [name for name in RESULTS if (folder / name).exists()]
+    return f"holds files that are not those of a run ({', '.join(found[:4])})" if found else None
 
 
 def other_cell(folders: Sequence[Path], configs: Sequence[TrainConfig], contents: str | None) -> str | None:

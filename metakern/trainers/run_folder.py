@@ -18,7 +18,7 @@ from metakern.trainers.config import TrainConfig
 from metakern.trainers.evaluate import Errors
 
 # What a finished run leaves, result.json first: that it exists says that the others belong to it.
-_RESULTS = (
+RESULTS = (
     *("result.json", "report.html", "model.pt", "weights.csv", "weights.npz"),
     *("weighting.csv", "corrected.csv", "failed_batch.pt"),
 )
@@ -44,7 +44,7 @@ def identity(config: TrainConfig, contents: str | None) -> dict[str, Any]:
 def start(folder: Path, config: TrainConfig, task: Task) -> None:
     """Create `folder` and write config.json; files of an earlier run there are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _RESULTS:
+    for name in RESULTS:
         (folder / name).unlink(missing_ok=True)
     shares = [round(share, 6) for share in task.class_shares.tolist()]
     write_json(

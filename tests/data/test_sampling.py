@@ -35,6 +35,14 @@ def test_class_balanced_skips_an_absent_class_and_spreads_the_remainder():
     assert torch.bincount(targets[next(class_balanced(targets, 7, generator()))]).tolist() == [4, 0, 3]
 
 
+@pytest.mark.parametrize("batch_size", [3, 10, 13])
+def test_class_balanced_over_many_batches(batch_size):
+    """Also with more classes than rows in a batch."""
+    targets = torch.arange(70) % 7
+    drawn = torch.cat(list(islice(class_balanced(targets, batch_size, generator()), 7 * 6)))
+    assert torch.bincount(targets[drawn]).tolist() == [batch_size * 6] * 7
+
+
 @pytest.mark.parametrize("sampler", [shuffled, class_balanced])
 def test_seeded(sampler):
     targets = torch.tensor([0, 1] * 20)

@@ -45,6 +45,17 @@ def test_a_finished_run_survives_a_typo(here, capsys, more):
     assert files(here / "keep") == before
 
 
+def test_files_of_somebody_else_are_not_written_over(here, capsys):
+    (here / "own").mkdir()
+    (here / "own" / "model.pt").write_text("precious")
+    before = files(here)
+    assert main([*TRAIN, "--out", "own"]) == 2
+    assert "own holds files that are not those of a run (model.pt); name another folder" in capsys.readouterr().err
+    assert files(here) == before
+    assert main([*TRAIN, "--out", "own", "--overwrite"]) == 0
+    assert (here / "own" / "result.json").exists()
+
+
 def test_what_cannot_run_touches_nothing(here, quick):
     assert main([*TRAIN, "--out", "keep"]) == 0
     before = files(here / "keep")
