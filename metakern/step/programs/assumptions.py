@@ -15,7 +15,7 @@ from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Container, Mapping
 from contextvars import ContextVar
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,18 @@ from metakern.capture.layout import stored
 from metakern.capture.members import modules_of
 from metakern.capture.state.contents import attributes_of
 from metakern.capture.state.function_state import globals_of
-from metakern.step.programs.lookup import OwnWords, Words, function_of, is_foreign, is_own, named_in, words_of
+from metakern.step.programs.lookup import (
+    OwnWords,
+    TensorForm,
+    Words,
+    constructors_of,
+    content_of,
+    function_of,
+    is_foreign,
+    is_own,
+    named_in,
+    words_of,
+)
 
 _DEPTH = 6
 """How deep to look into the objects of a model, and into libraries."""
@@ -33,20 +44,7 @@ _LARGEST = 4096
 """Collections with more entries are taken to be data."""
 
 
-class _Tensor(NamedTuple):
-    """A tensor without its values."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    device: torch.device
-    requires_grad: bool
-    hooked: bool
-    place: int  # address in memory; 0 if that does not matter
-    number: str  # its value, if the host reads it; "" if that does not matter
-
-
-_BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), _Tensor))
+_BY_VALUE = frozenset((bool, int, float, complex, str, bytes, type(None), TensorForm))
 _COLLECTIONS = frozenset((dict, OrderedDict, set, list, tuple))
 _FORWARD = frozenset(("forward",))
 _ENVIRONMENT = frozenset(("environ", "getenv"))
@@ -144,12 +142,12 @@ class Assumptions:
     def _tensor(self, value: Tensor, words: Words, depth: int) -> None:
         self._found += (value, self._but_values(value))
 
-    def _but_values(self, tensor: Tensor) -> _Tensor:
+    def _but_values(self, tensor: Tensor) -> TensorForm:
         first = stored(tensor)[0]
         hooked, place = bool(tensor._backward_hooks), first.data_ptr() if self._places else 0
         number = repr(tensor.item()) if self._places and tensor.is_cpu and tensor.dim() == 0 else ""
         known = tensor.dtype, tensor.shape, first.stride(), tensor.device
-        return _Tensor(*known, tensor.requires_grad, hooked, place, number)
+        return TensorForm(*known, tensor.requires_grad, hooked, place, number)
 
     def _sequence(self, values: Any, words: Words, depth: int) -> None:
         """Items of a collection; neither nesting nor cycles need a limit."""
@@ -157,14 +155,22 @@ class Assumptions:
         if len(values) <= _LARGEST:
             self._found += [item if type(item) in _BY_VALUE else type(item) for item in values]
             others = [(item, words, depth) for item in values if type(item) not in _BY_VALUE]
-            if others and self._first(values, words):
+            if others and self._first(values, ("items", words)):
                 self._ahead += others
+        if type(values).__dictoffset__:
+            self._attributes(values, words, depth)
 
     def _items(self, values: Mapping[Any, Any], words: Words, depth: int) -> None:
         self._found += (type(values), len(values))
-        if len(values) <= _LARGEST and self._first(values, words):
+        if len(values) <= _LARGEST and self._first(values, ("items", words)):
             self._found += values
             self._ahead += [(item, words, depth) for item in values.values()]
+        if type(values).__dictoffset__:
+            self._attributes(values, words, depth)
+
+    def _wrapper(self, value: Any, words: Words, depth: int) -> None:
+        self._visit(value.data, words, depth)
+        self._attributes(value, words, depth)
 
     def _partial(self, value: Any, words: Words, depth: int) -> None:
         parts = (value.func, *value.args, *value.keywords.values(), *vars(value).values())
@@ -189,7 +195,7 @@ class Assumptions:
         else:
             words, depth = own, depth - 1
         parts = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        parts += [_content(cell) for cell in function.__closure__ or ()]
+        parts += [content_of(cell) for cell in function.__closure__ or ()]
         names = globals_of(function.__code__)
         parts += [function.__globals__.get(name, sys.modules.get(name)) for name in names]  # imported inside it
         parts.append(vars(function).get("__wrapped__"))
@@ -197,6 +203,7 @@ class Assumptions:
 
     def _object(self, value: Any, words: Words, depth: int) -> None:
         self._found.append(value)
+        self._ahead += [(function, words, depth) for function in constructors_of(value)]
         self._attributes(value, words, depth)
 
     def _attributes(self, value: Any, words: Words, depth: int) -> None:
@@ -265,7 +272,7 @@ _KINDS: list[tuple[Any, Callable[[Assumptions, Any, Words, int], None]]] = [
     (Tensor, Assumptions._tensor),
     ((list, tuple, deque, set, frozenset), Assumptions._sequence),
     ((dict, types.MappingProxyType), Assumptions._items),
-    ((UserDict, UserList), lambda self, value, words, depth: self._visit(value.data, words, depth)),
+    ((UserDict, UserList), Assumptions._wrapper),
     (types.FunctionType, Assumptions._function),
     (types.MethodType, Assumptions._method),
     (functools.partial, Assumptions._partial),
@@ -286,10 +293,3 @@ def _way_of(kind: type) -> Callable[[Assumptions, Any, Words, int], None]:
 
 def _same(left: Any, right: Any) -> bool:
     return left is right or (type(left) is type(right) and type(left) in _BY_VALUE and left == right)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None

@@ -7,7 +7,9 @@ import types
 from argparse import Namespace
 from collections.abc import Container, Mapping
 from threading import local
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from metakern.capture.state.contents import is_module_of_user
 from metakern.capture.state.function_state import FOREIGN
@@ -28,8 +30,9 @@ _BY_STRING = frozenset("getattr attrgetter vars __dict__ __getattribute__".split
 _UNNAMED = frozenset(
     f"__{name}__"
     for name in "call getitem getattr getattribute get iter next len contains bool float int index enter exit add radd "
-    "sub rsub mul rmul truediv rtruediv matmul rmatmul pow rpow neg abs lt le gt ge".split()
-)
+    "sub rsub mul rmul truediv rtruediv matmul rmatmul pow rpow neg abs lt le gt ge missing floordiv rfloordiv mod "
+    "rmod and or xor invert pos eq ne iadd isub imul itruediv round format str hash setitem".split()
+) | {"backward", "setup_context", "jvp", "vmap"}
 """Methods that run without being named."""
 
 _NOTHING: Mapping[str, Any] = {}
@@ -77,6 +80,14 @@ def function_of(held: Any) -> types.FunctionType | None:
     return held if isinstance(held, types.FunctionType) else None
 
 
+def constructors_of(value: Any) -> list[types.FunctionType]:
+    """What runs where a function that names a class makes an object of it, if the class is the user's."""
+    if not isinstance(value, type) or is_foreign(value):
+        return []
+    found = (function_of(getattr(value, name, None)) for name in ("__init__", "__new__", "__post_init__"))
+    return [function for function in found if function is not None]
+
+
 @functools.lru_cache(4096)
 def _classes_of(kind: type) -> tuple[Mapping[str, Any], ...]:
     """The dicts in which attributes of a class are looked up, without those of `FOREIGN` packages."""
@@ -97,3 +108,23 @@ def is_foreign(value: Any) -> bool:
 def is_own(value: Any) -> bool:
     """Whether it comes from the user's code."""
     return isinstance(value, _HOLDERS) or is_module_of_user(_origin(value))
+
+
+def content_of(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+class TensorForm(NamedTuple):
+    """A tensor without its values."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+    requires_grad: bool
+    hooked: bool
+    place: int  # address in memory; 0 if that does not matter
+    number: str  # its value, if the host reads it; "" if that does not matter

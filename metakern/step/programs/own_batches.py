@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""What cannot be written into, so that it is known whether a later batch has the same."""
+
 
 class OwnBatches:
     """Copies of what a step is given: tuples, lists, dicts and tensors."""
@@ -17,6 +20,12 @@ class OwnBatches:
         leaves, self._spec = tree_flatten(list(given.values()))
         self.leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._names = " and ".join(given)
+        for place, leaf in enumerate(leaves):
+            if not isinstance(leaf, (Tensor, *_PLAIN)):
+                raise TypeError(
+                    f"{self._names}: a {type(leaf).__name__} at position {place}; captured and compiled steps take "
+                    "tensors, numbers and strings, in tuples, lists and dicts"
+                )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -65,7 +74,7 @@ class OwnBatches:
                     f"{self._names}: the step was made with {_described(own)} at position {place}, "
                     f"got {_described(given)}; make another step for it"
                 )
-        elif own != given:
+        elif type(own) is not type(given) or own != given:
             raise ValueError(f"{self._names}: {own!r} was captured at position {place}, got {given!r}")
 
 

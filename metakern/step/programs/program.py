@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metakern.capture.layout import is_sparse
 from metakern.capture.refusal import EngineUnavailable
@@ -40,6 +41,7 @@ def compiler_of(backend: str | Backend) -> Backend:
         raise ValueError(f"backend must be {expected}; got {backend!r}") from error
 
 
+_MAKERS = frozenset(("tensor", "as_tensor", "asarray", "new_tensor", "new"))
 _EXPORTS = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
 
@@ -175,8 +177,22 @@ class _Untraceable(TorchFunctionMode):
                 f"the step takes numbers out of torch (Tensor.{func.__name__}), which a compiled step would not "
                 "repeat; run the step uncompiled"
             )
+        if _reads_tensors(func, args):
+            raise EngineUnavailable(
+                f"the step takes numbers out of tensors ({func.__name__}), which a compiled step would not repeat; "
+                "make the new tensor by torch.stack, or run the step uncompiled"
+            )
         _require_strided(args)
         return func(*args, **(kwargs or {}))
+
+
+def _reads_tensors(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the call reads tensors in C++, out of sight: in lists that become a tensor, and as places to split at."""
+    name = getattr(func, "__name__", "")
+    if name == "tensor_split":
+        return any(isinstance(value, Tensor) for value in args[1:])
+    lists = [value for value in args if isinstance(value, (list, tuple))] if name in _MAKERS else []
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(lists))
 
 
 def _require_strided(values: Sequence[Any]) -> None:
