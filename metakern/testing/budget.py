@@ -60,7 +60,7 @@ def verdict(name: str, got: Tensor, want: Tensor, budget: Tensor | float) -> Ver
         return Verdict(name, 0.0, 0.0, 0.0)
     found = got.detach().to_dense().double()  # compared where it is: a model's gradients are large
     error = (found - want.detach().to(found.device).double()).abs()
-    allowed = torch.as_tensor(budget, dtype=torch.float64).to(found.device).expand_as(error)
+    allowed = torch.as_tensor(budget, dtype=torch.float64, device=found.device).expand_as(error)
     # 0/0 is a perfect result where nothing was allowed; anything/0 is infinite.
     share = torch.where(error == 0, torch.zeros_like(error), error / allowed).nan_to_num(nan=math.inf, posinf=math.inf)
     worst = int(share.argmax())
