@@ -18,6 +18,8 @@ run imbalance50 $all 100 --imbalance 50
 run uniform0.2 $all 100 --noise uniform --noise-rate 0.2
 all=$all,mlc
 run imbalance20 $all 100 --imbalance 20
+run imbalance100 $all 100 --imbalance 100
+run imbalance200 $all 100 --imbalance 200
 run uniform0.4 $all 100 --noise uniform --noise-rate 0.4
 run imbalance20-uniform0.4 $all 100 --imbalance 20 --noise uniform --noise-rate 0.4
 run flip0.4 $all 100 --noise flip --noise-rate 0.4

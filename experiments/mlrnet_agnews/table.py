@@ -13,6 +13,8 @@ BIASES = {
     "imbalance10": {"uniform": "90.58*", "mw-net": "91.48*", "mlc": "91.91*", "mlrnet": "92.15*"},
     "imbalance20": {"uniform": "89.33*", "mw-net": "90.20*", "mlc": "88.75*", "mlrnet": "89.95*"},
     "imbalance50": {"uniform": "85.21*", "mw-net": "87.79*", "mlc": "78.63*", "mlrnet": "90.07*"},
+    "imbalance100": {"uniform": "81.18*", "mw-net": "84.58*", "mlc": "75.41*", "mlrnet": "88.47*"},
+    "imbalance200": {"uniform": "69.01*", "mw-net": "80.37*", "mlc": "73.87*", "mlrnet": "83.22*"},
     "uniform0.2": {"uniform": "92.19*", "mw-net": "93.27*", "mlc": "93.70*", "mlrnet": "94.10*"},
     "uniform0.4": {"uniform": "90.13*", "mw-net": "91.23*", "mlc": "91.76*", "mlrnet": "92.38*"},
     "imbalance20-uniform0.4": {"uniform": "86.18", "mw-net": "88.12", "mlrnet": "89.71"},
