@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import FunctionType
@@ -17,6 +16,7 @@ from metakern.capture.graph import leaves_of
 from metakern.capture.losses import LossFunction, per_example_losses
 from metakern.capture.members import modules_of
 from metakern.capture.parameters import require_servable, select_parameters, trainable_parameters
+from metakern.capture.state.function_state import filled_cells
 from metakern.capture.state.writes import Writes
 from metakern.engines.group import mean_over_group
 from metakern.layers.precision import require_precision
@@ -138,17 +138,15 @@ def _written(made: Any, depth: int = 4) -> Hashable:
     if isinstance(made, partial):
         held = [made.func, *made.args, *made.keywords.values()]
     elif isinstance(made, FunctionType):
-        held = [*_enclosed(made), *(made.__defaults__ or ()), *(made.__kwdefaults__ or {}).values()]
+        held = [
+            *(content for _, content in filled_cells(made)),
+            *(made.__defaults__ or ()),
+            *(made.__kwdefaults__ or {}).values(),
+        ]
     else:
         held = []
     written = getattr(made, "__code__", None) or (type(made), getattr(made, "__qualname__", ""))
     return written, tuple(_written(one, depth - 1) for one in held) if depth else ()
-
-
-def _enclosed(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # nothing is in it yet
-            yield cell.cell_contents
 
 
 def _elements(batch: Any) -> int:

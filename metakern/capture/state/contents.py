@@ -199,7 +199,7 @@ def _collection(value: Any) -> PutBack:
 
 def many_plain(values: list[Any]) -> tuple[PutBack, list[Any]]:
     """A function that restores all lists and dicts of plain values among many, such as the entries of a log, and the
-    values that are anything else. One by one, they take ten times as long.
+    values that are anything else. One by one, they take several times as long.
     """
     logs = [value for value in values if type(value) is dict and PLAIN.issuperset(map(type, value.values()))]
     logs += [value for value in values if type(value) is list and PLAIN.issuperset(map(type, value))]

@@ -6,6 +6,7 @@ may use global names. Whatever it can reach in a few steps is inspected, never c
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import sys
@@ -36,8 +37,10 @@ _DEPTH, _DEEP = 4, 10
 """Depth of the search: in every step, and before passes with NaN, which must not stay behind in any list."""
 
 _FEW = 256
-"""At most this many tensors are put aside and brought back around the meta batch's pass; further ones are data. What a
-collection holds is looked at one by one up to this size."""
+"""At most this many tensors are put aside and brought back around the meta batch's pass; further ones are data."""
+
+_ONE_BY_ONE = 256
+"""Up to this size, what a collection holds is looked at one by one."""
 
 _FUNCTIONS = frozenset((types.FunctionType, types.MethodType, functools.partial))
 _OPAQUE = (types.ModuleType, str, bytes, int, float, complex, bool, type(None))
@@ -103,7 +106,7 @@ class FunctionState:
             self._put_back.append(put_back)
             if isinstance(value, Tensor) and len(self.tensors) < _FEW:
                 self.tensors.append(value)
-        if len(held) > _FEW and depth > 1:
+        if len(held) > _ONE_BY_ONE and depth > 1:
             logs, held = many_plain(held)
             self._put_back.append(logs)
         self._visit_all(held, depth - 1)
@@ -116,11 +119,7 @@ class FunctionState:
     def _function(self, function: types.FunctionType, depth: int) -> None:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         self._visit_all((vars(function), *defaults), depth - 1)
-        for cell in function.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
+        for cell, content in filled_cells(function):
             self._put_back.append(functools.partial(_refill_cell, cell, content))
             self._visit(content, depth - 1)
         # Not `__module__`, which wrappers copy: torch's compiler keeps its stance among the globals of its wrapper.
@@ -169,6 +168,13 @@ def globals_of(code: types.CodeType) -> frozenset[str]:
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     own = (step.argval for step in dis.get_instructions(code) if step.opname.endswith(("_GLOBAL", "_NAME")))
     return frozenset(own).union(*map(globals_of, inner))
+
+
+def filled_cells(function: types.FunctionType) -> Iterator[tuple[types.CellType, Any]]:
+    """The variables that a function has from the functions around it, as far as they are assigned yet."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            yield cell, cell.cell_contents
 
 
 def _refill_cell(cell: types.CellType, content: Any) -> None:

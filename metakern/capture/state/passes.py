@@ -84,6 +84,10 @@ class RestorePoint:
         restore_random_state(self._random)
 
 
+_ONCE = "any region computed under selective activation checkpoint"
+"""In what torch says of a second backward pass."""
+
+
 @contextmanager
 def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterator[RestorePoint]:
     """Restore the model if an exception leaves the block; the block may also call `restore` itself.
@@ -111,10 +115,6 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
                 "leave out context_fn of torch.utils.checkpoint"
             ) from error
         raise
-
-
-_ONCE = "any region computed under selective activation checkpoint"
-"""In what torch says of a second backward pass."""
 
 
 @contextmanager

@@ -21,22 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from metakern.capture.layout import stored
 from metakern.capture.members import modules_of
 from metakern.capture.state.contents import attributes_of
-from metakern.capture.state.function_state import globals_of
+from metakern.capture.state.function_state import filled_cells, globals_of
 from metakern.step.programs.lookup import (
     OwnWords,
-    TensorForm,
     Words,
     constructors_of,
-    content_of,
     function_of,
     is_foreign,
     is_own,
     named_in,
     words_of,
 )
+from metakern.step.programs.tensor_form import TensorForm, form_of
 
 _DEPTH = 6
 """How deep to look into the objects of a model, and into libraries."""
@@ -128,7 +126,7 @@ class Assumptions:
                     self._found += (name, held)
                 elif name == "_parameters" or name == "_buffers":
                     for key, tensor in held.items():
-                        self._found += (key, tensor, None if tensor is None else self._but_values(tensor))
+                        self._found += (key, tensor, None if tensor is None else form_of(tensor, self._places))
                 elif name == "_modules":
                     self._found += (*held, *held.values())
                 elif kind is tuple:
@@ -140,14 +138,7 @@ class Assumptions:
             self._attributes(type(value), words, depth)
 
     def _tensor(self, value: Tensor, words: Words, depth: int) -> None:
-        self._found += (value, self._but_values(value))
-
-    def _but_values(self, tensor: Tensor) -> TensorForm:
-        first = stored(tensor)[0]
-        hooked, place = bool(tensor._backward_hooks), first.data_ptr() if self._places else 0
-        number = repr(tensor.item()) if self._places and tensor.is_cpu and tensor.dim() == 0 else ""
-        known = tensor.dtype, tensor.shape, first.stride(), tensor.device
-        return TensorForm(*known, tensor.requires_grad, hooked, place, number)
+        self._found += (value, form_of(value, self._places))
 
     def _sequence(self, values: Any, words: Words, depth: int) -> None:
         """Items of a collection; neither nesting nor cycles need a limit."""
@@ -195,7 +186,7 @@ class Assumptions:
         else:
             words, depth = own, depth - 1
         parts = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        parts += [content_of(cell) for cell in function.__closure__ or ()]
+        parts += [content for _, content in filled_cells(function)]
         names = globals_of(function.__code__)
         parts += [function.__globals__.get(name, sys.modules.get(name)) for name in names]  # imported inside it
         parts.append(vars(function).get("__wrapped__"))

@@ -7,9 +7,7 @@ import types
 from argparse import Namespace
 from collections.abc import Container, Mapping
 from threading import local
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from metakern.capture.state.contents import is_module_of_user
 from metakern.capture.state.function_state import FOREIGN
@@ -108,23 +106,3 @@ def is_foreign(value: Any) -> bool:
 def is_own(value: Any) -> bool:
     """Whether it comes from the user's code."""
     return isinstance(value, _HOLDERS) or is_module_of_user(_origin(value))
-
-
-def content_of(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-class TensorForm(NamedTuple):
-    """A tensor without its values."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    device: torch.device
-    requires_grad: bool
-    hooked: bool
-    place: int  # address in memory; 0 if that does not matter
-    number: str  # its value, if the host reads it; "" if that does not matter
