@@ -1,4 +1,4 @@
-"""What a compiled step reads without a name: constructors, backward passes, attributes of collections, tensors."""
+"""What a compiled step reads out of sight: constructors, backward passes, attributes, tensors, entries of batches."""
 
 from __future__ import annotations
 
