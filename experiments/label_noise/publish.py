@@ -1,13 +1,14 @@
-"""`python experiments/label_noise/publish.py`: tables and figure of this folder's page, from `curves.csv`."""
+"""`python -m experiments.label_noise.publish`: tables and figure of this folder's page, from `curves.csv`."""
 
 import csv
-import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from experiments import tables
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -43,7 +44,7 @@ def by_method() -> str:
         errors = found.get((method, SET_OF_CURVES))
         if errors:
             lines.append([f"`{method}`", *(spread(errors[step]) if step in errors else "-" for step in steps)])
-    return as_table(lines)
+    return tables.as_table(lines)
 
 
 def by_clean_set() -> str:
@@ -55,11 +56,7 @@ def by_clean_set() -> str:
         clean, ours = found["clean-only", size], found["l2rw", size]
         if clean and ours:
             lines.append([size, spread(clean[3000]), *(spread(ours[step]) for step in steps)])
-    return as_table(lines)
-
-
-def as_table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    return tables.as_table(lines)
 
 
 TABLES = {"methods": by_method, "clean set": by_clean_set}
@@ -67,12 +64,7 @@ TABLES = {"methods": by_method, "clean set": by_clean_set}
 
 def with_tables(text: str) -> str:
     """The text of a page with every marked table as `curves.csv` has it."""
-    return re.sub(
-        r"<!-- table: (?P<name>[^>]+) -->\n.*?<!-- end of table -->",
-        lambda match: f"<!-- table: {match['name']} -->\n{TABLES[match['name']]()}\n<!-- end of table -->",
-        text,
-        flags=re.DOTALL,
-    )
+    return tables.with_tables(text, lambda name: TABLES[name]())
 
 
 def draw(theme: str) -> None:

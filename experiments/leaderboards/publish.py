@@ -1,8 +1,9 @@
-"""`python experiments/leaderboards/publish.py`: the tables of this folder's page and README's, from the CSV files."""
+"""`python -m experiments.leaderboards.publish`: the tables of this folder's page and README's, from the CSV files."""
 
 import csv
-import re
 from pathlib import Path
+
+from experiments import tables
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -39,7 +40,7 @@ def table(board: str) -> str:
     head = ["method", "test error", "difference to `uniform`"]
     if board in CLASSES:
         head = [head[0], "area under ROC", *head[1:], *(f"accuracy on {name}" for name in CLASSES[board])]
-    return _lines(head, [_entries(row, board in CLASSES) for row in rows])
+    return tables.as_table([head, *[_entries(row, board in CLASSES) for row in rows]])
 
 
 def _entries(row: Row, binary: bool) -> list[str]:
@@ -63,22 +64,12 @@ def summary() -> str:
         best = f"{shown[rows[0]['method']]} (`{rows[0]['method']}`)"
         unit = "area under ROC" if area else "error"
         entries.append([title, unit, shown["uniform"], shown["l2rw"], best, str(len(rows))])
-    return _lines(["data", "", "plain training", "`l2rw`", "first of the methods", "methods"], entries)
-
-
-def _lines(head: list[str], entries: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *entries]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.as_table([["data", "", "plain training", "`l2rw`", "first of the methods", "methods"], *entries])
 
 
 def with_tables(text: str) -> str:
     """The text of a page with every marked table as the CSV files have it."""
-
-    def fresh(match: re.Match[str]) -> str:
-        name = match["name"]
-        return f"<!-- table: {name} -->\n{summary() if name == 'summary' else table(name)}\n<!-- end of table -->"
-
-    return re.sub(r"<!-- table: (?P<name>\S+) -->\n.*?<!-- end of table -->", fresh, text, flags=re.DOTALL)
+    return tables.with_tables(text, lambda name: summary() if name == "summary" else table(name))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""`python experiments/metabalance_credit/publish.py [OUT]`: tables of this page and `expected.csv`, from `runs.csv`.
+"""`python -m experiments.metabalance_credit.publish [OUT]`: this page's tables and `expected.csv`, from `runs.csv`.
 
 With OUT, the folder of the two comparisons, `runs.csv` is first made anew from their finished runs.
 """
 
 import csv
 import json
-import re
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+from experiments import tables
 from metakern.methods.metabalance import SAMPLERS
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def of_methods() -> str:
         rows = [found[data, method] for data in SETS]
         cells = [cell for each in rows for cell in (spread(each, "roc_area"), spread(each, "balanced_error", 1))]
         lines.append([f"`{method}`", *cells])
-    return as_table(lines)
+    return tables.as_table(lines)
 
 
 def of_pools(data: str, figure: str) -> str:
@@ -75,23 +75,17 @@ def of_pools(data: str, figure: str) -> str:
             rows = found[data, "metabalance" if pools == GIVEN else f"metabalance-{pools}"]
             cells.append(f"{statistics.mean(values(rows, figure)):.1f}")
         lines.append([f"`{inner}`", *cells])
-    return as_table(lines)
-
-
-def as_table(lines: list[list[str]]) -> str:
-    head, *others = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *others))
+    return tables.as_table(lines)
 
 
 def with_tables(text: str) -> str:
     """The text of the page with every marked table as `runs.csv` has it."""
 
-    def fresh(match: re.Match[str]) -> str:
-        data, _, figure = match["name"].partition(" ")
-        table = of_pools(data, figure) if figure else of_methods()
-        return f"<!-- table: {match['name']} -->\n{table}\n<!-- end of table -->"
+    def table(name: str) -> str:
+        data, _, figure = name.partition(" ")
+        return of_pools(data, figure) if figure else of_methods()
 
-    return re.sub(r"<!-- table: (?P<name>.+?) -->\n.*?<!-- end of table -->", fresh, text, flags=re.DOTALL)
+    return tables.with_tables(text, table)
 
 
 def write_expected() -> None:
