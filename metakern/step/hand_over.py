@@ -42,9 +42,7 @@ def hand_over(
     If the optimizer or one of its hooks raises, `.grad` is restored. Parameters and state that the optimizer updated
     before are not: that would take a copy of all of them at every step.
     """
-    own, others = separate(gradient, trainable), list[Tensor]()
-    if not accumulate:
-        others = [*frozen_with_gradient(model), *_elsewhere(optimizer, trainable)]
+    own, others = separate(gradient, trainable), [] if accumulate else stale(model, trainable, optimizer)
     before = {p: p.grad for p in (*trainable.values(), *others)}
     for p in others:
         p.grad = None
@@ -75,18 +73,16 @@ def _add_in_place(p: Tensor, earlier: Tensor | None) -> None:
         p.grad = earlier.copy_(p.grad)
 
 
-def frozen_with_gradient(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that have a gradient from an earlier backward pass, but no longer require one."""
-    return [p for p in parameters_of(model) if not p.requires_grad and p.grad is not None]
-
-
-def _elsewhere(optimizer: torch.optim.Optimizer | None, trainable: Mapping[str, nn.Parameter]) -> list[Tensor]:
-    """What else the optimizer holds a gradient of."""
-    if optimizer is None:
-        return []
+def stale(
+    model: nn.Module, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+) -> list[Tensor]:
+    """Parameters with a gradient from an earlier backward pass that no step replaces: frozen ones, and others of the
+    optimizer.
+    """
     own = {id(p) for p in trainable.values()}
-    held = (p for group in optimizer.param_groups for p in group["params"])
-    return [p for p in held if p.grad is not None and id(p) not in own]
+    frozen = [p for p in parameters_of(model) if not p.requires_grad and p.grad is not None]
+    held = () if optimizer is None else (p for group in optimizer.param_groups for p in group["params"])
+    return [*frozen, *(p for p in held if p.grad is not None and id(p) not in own)]
 
 
 def separate(gradient: Mapping[K, Tensor], parameters: Mapping[K, nn.Parameter]) -> dict[K, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern
+from metakern.capture.parameters import trainable_parameters
 from metakern.capture.state import random_state
 from metakern.ops.select import Operator
 from metakern.ops.waiting import host_may_wait, without_waiting
+from metakern.step.hand_over import stale
 from metakern.step.programs import captured
 from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.captured import CapturedStep
@@ -152,16 +156,68 @@ class Cuda:
 def test_a_capture_is_rehearsed_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, model, given = Cuda(monkeypatch), network(), batches()
 
-    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def noted(*given: Any, **settings: Any) -> StepResult:
         cuda.met.append("may wait" if host_may_wait() else "may not")
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return metakern.reweight_step(*given, **settings)
 
-    metakern.l2rw_step(model, *given, loss_fn=losses)  # proves independence, for which more passes run
-    cuda.met.clear()
-    step = metakern.capture_step(model, *given, loss_fn=losses)
-    both = 2 * ["may wait"], 2 * ["may not"]  # batch and meta batch
-    assert cuda.met == ["cuda:1", *captured.WARM_UP * both[0], "error", *both[1], 0, "capture", *both[1]]
-    assert torch.equal(step._result.weights, metakern.l2rw_step(model, *given, loss_fn=losses).weights)
+    monkeypatch.setattr(captured, "reweight_step", noted)
+    step = metakern.capture_step(model, *given)
+    assert cuda.met == ["cuda:1", *captured.WARM_UP * ["may wait"], "error", "may not", 0, "capture", "may not"]
+    assert torch.equal(step._result.weights, metakern.l2rw_step(model, *given).weights)
+
+
+class Remembering(nn.Module):
+    """A network whose output depends on the number of the pass, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.inner, self.way, self.passes = network(), way, 0
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "attribute":
+            self.passes += 1
+        elif self.way == "buffer replaced":
+            self.scale = self.scale * 0.9
+        drawn = {"Python": random.random, "NumPy": np.random.random}.get(self.way, float)()
+        return self.inner(x) * self.scale * (1 + drawn + 0.1 * self.passes)
+
+
+@pytest.mark.parametrize("way", ["Python", "NumPy", "attribute", "buffer replaced", "loss"])
+def test_what_a_replay_would_not_change_is_refused_and_taken_back(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A graph holds the numbers that Python had in the capture."""
+    Cuda(monkeypatch)
+    model, calls = Remembering(way), [1.0]
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if way == "loss":
+            calls[0] *= 0.9
+        return calls[0] * F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    scale, before = model.scale, random_state.random_state()
+    with pytest.raises(NotImplementedError, match=r"captured|buffers"):
+        metakern.capture_step(model, *batches(), loss_fn=losses)
+    assert model.scale is scale
+    assert float(scale) == 1.0
+    assert calls == [1.0]
+    assert random_state.same_state(before, random_state.random_state())
+
+
+def test_a_capture_leaves_no_trace_in_what_a_loss_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch)
+    bank = torch.zeros(10, dtype=torch.float64)
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        out = model(batch[0])
+        bank.mul_(0.9).add_(0.1 * out.detach().mean(0))
+        return F.cross_entropy(out, batch[1], reduction="none")
+
+    metakern.capture_step(network(), *batches(), loss_fn=losses)
+    # what remains of the capture, whose kernels run here and would not on a GPU
+    once = bank.clone()
+    bank.zero_()
+    metakern.capture_step(network(), *batches(), loss_fn=losses)
+    assert torch.equal(bank, once)
 
 
 def test_a_failed_capture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +232,7 @@ def test_a_failed_capture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         metakern.capture_step(model, *batches(), loss_fn=losses)
 
 
-def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
+def fake(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[CapturedStep, list[int]]:
     """A captured step whose replay runs the step itself, into the memory of the first."""
     batch, meta_batch = batches()
     own = OwnBatches(batch=batch, meta_batch=meta_batch)
@@ -193,7 +249,11 @@ def fake(model: nn.Module) -> tuple[CapturedStep, list[int]]:
         for old, value in zip(result[:4], new[:4], strict=True):
             old.copy_(value)
 
-    return CapturedStep(replay, own, gradient, result, lambda: Assumptions(model, None, "softmax", places=True)), calls
+    def assumptions() -> Assumptions:
+        return Assumptions(model, None, "softmax", places=True)
+
+    others = partial(stale, model, trainable_parameters(model), optimizer)
+    return CapturedStep(replay, own, gradient, result, assumptions, others), calls
 
 
 def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:
@@ -205,6 +265,17 @@ def test_replay_takes_the_new_batch_and_hands_out_its_own_tensors() -> None:
     kept = judgement.result.weights.clone()
     step(*batches(seed=2))
     assert torch.equal(judgement.result.weights, kept)
+
+
+def test_earlier_gradients_of_others_are_removed() -> None:
+    """The optimizer would apply them in every step."""
+    model = network()
+    frozen, outside = model[0].bias.requires_grad_(False), nn.Parameter(torch.ones(3))
+    step, _ = fake(model, torch.optim.SGD([*model.parameters(), outside], 0.1))
+    frozen.grad, outside.grad = torch.ones_like(frozen), torch.ones(3)
+    step(*batches())
+    assert frozen.grad is None
+    assert outside.grad is None
 
 
 @pytest.mark.parametrize(
@@ -239,6 +310,18 @@ def test_refuses_a_model_that_a_graph_would_not_see_change(change: Any) -> None:
     assert not calls
 
 
+def test_a_capture_leaves_earlier_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch)
+    model, outside = network(), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*model.parameters(), outside], 0.1)
+    frozen = model[0].bias.requires_grad_(False)
+    frozen.grad, outside.grad = torch.ones_like(frozen), torch.ones(3)
+    grads = [frozen.grad, outside.grad]
+    metakern.capture_step(model, *batches(), optimizer=optimizer)
+    assert frozen.grad is grads[0]
+    assert outside.grad is grads[1]
+
+
 @pytest.mark.parametrize("replace", [lambda o: o.load_state_dict(deepcopy(o.state_dict())), lambda o: o.state.clear()])
 @pytest.mark.parametrize("kind", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam])
 def test_refuses_state_of_an_optimizer_that_lies_elsewhere(kind: Any, replace: Any) -> None:
@@ -264,9 +347,9 @@ def test_draws_that_forward_mode_would_repeat_are_refused(engine: str, dropout: 
     model = nn.Sequential(network(), nn.Dropout(dropout))
     before = random_state.random_state()
     used = metakern.l2rw_step(model, *batches(), engine=engine).engine
-    after = random_state.random_state()
+    draws = not random_state.same_torch_state(before, random_state.random_state())
     with pytest.raises(NotImplementedError, match="a CUDA graph draws twice") if refused else nullcontext():
-        captured._require_no_repeated_draws(used, before, after)
+        captured._require_no_repeated_draws(used, draws)
 
 
 def test_state_made_inside_a_capture_is_refused_and_taken_back() -> None:
@@ -324,7 +407,7 @@ def test_numbers_of_the_host_are_taken_for_granted_by_a_graph() -> None:
     rate, count = torch.tensor(0.1), torch.zeros(3)
     step = CapturedStep(
         lambda: None, OwnBatches(), {}, StepResult(*[count] * 4, "ghost"),
-        lambda: Assumptions(nn.Identity(), None, "softmax", {"lr": rate, "count": count}, places=True),
+        lambda: Assumptions(nn.Identity(), None, "softmax", {"lr": rate, "count": count}, places=True), list,
     )  # fmt: skip
     count += 1
     step._known.require(step._assumptions())

@@ -10,7 +10,7 @@ The graph contains everything: both forward and backward passes, dots, weights, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,16 +24,21 @@ from metakern.capture.members import parameters_of
 from metakern.capture.parameters import trainable_parameters
 from metakern.capture.refusal import EngineUnavailable
 from metakern.capture.state.buffers import unchanged_buffers
+from metakern.capture.state.function_state import FunctionState
 from metakern.capture.state.gradients import gradients_as_before
-from metakern.capture.state.random_state import RandomState, random_state, restore_random_state, same_torch_state
+from metakern.capture.state.random_state import random_state, restore_random_state
+from metakern.step.hand_over import stale
 from metakern.step.programs.assumptions import Assumptions
 from metakern.step.programs.captured_optimizer import optimizer_as_before
+from metakern.step.programs.compilable import PartResult, observe
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.result import StepResult
 from metakern.step.reweight import reweight_step
 
 WARM_UP = 3
-"""Steps before the rehearsal: they prove independence, compile kernels, and let libraries choose theirs."""
+"""Steps before the rehearsal: they prove independence, compile kernels, and let libraries choose theirs. The first is
+looked at: what it counts or draws on the host, a replay would not.
+"""
 
 
 class CapturedStep:
@@ -46,9 +51,10 @@ class CapturedStep:
         gradient: Mapping[nn.Parameter, Tensor | None],
         result: StepResult,
         assumptions: Callable[[], Assumptions],
+        stale: Callable[[], list[Tensor]],
     ) -> None:
         self._replay, self._batches, self._gradient, self._result = replay, batches, dict(gradient), result
-        self._assumptions, self._known = assumptions, assumptions()
+        self._assumptions, self._known, self._stale = assumptions, assumptions(), stale
 
     def __call__(self, batch: Any, meta_batch: Any) -> StepResult:
         """One step on new batches; `.grad` holds the weighted gradient until the next step.
@@ -64,6 +70,8 @@ class CapturedStep:
         self._known.require(self._assumptions())
         self._batches.take(batch, meta_batch)
         self._replay()
+        for parameter in self._stale():
+            parameter.grad = None
         for parameter, grad in self._gradient.items():  # zero_grad may have removed it, or a backward pass left another
             parameter.grad = grad
         weights, dots, losses, meta_loss, engine = self._result
@@ -99,7 +107,8 @@ def capture_step(
     Raises:
         ValueError: model and batches are not on one CUDA device, the optimizer has no state yet, or it counts its steps
             on the host.
-        NotImplementedError: the step uses forward mode and draws random numbers.
+        NotImplementedError: the step uses forward mode and draws random numbers; it draws from Python's or NumPy's
+            generators, counts or keeps something from step to step, or replaces buffers by other tensors.
         RuntimeError: the step cannot be captured, for example because the model makes the host wait; the message says
             why.
         Otherwise as `reweight_step`.
@@ -121,13 +130,15 @@ def capture_step(
             optimizer=optimizer,
         )
 
-    with torch.cuda.device(device), gradients_as_before(parameters_of(model)):
-        _warm_up(model, step)
+    assumptions = partial(assumptions_of, model, loss_fn, rule, optimizer)
+    held = () if optimizer is None else (p for group in optimizer.param_groups for p in group["params"])
+    with torch.cuda.device(device), gradients_as_before([*parameters_of(model), *held]):
+        _warm_up(model, [loss_fn, rule], assumptions, step)
         with optimizer_as_before(optimizer):
             graph, result = _captured(lambda: step(optimizer))
         gradient = {p: p.grad for p in trainable.values()}
     return CapturedStep(
-        graph.replay, batches, gradient, result, partial(assumptions_of, model, loss_fn, rule, optimizer)
+        graph.replay, batches, gradient, result, assumptions, partial(stale, model, trainable, optimizer)
     )
 
 
@@ -139,17 +150,33 @@ def assumptions_of(model: nn.Module, loss_fn: Any, rule: Any, optimizer: torch.o
     return Assumptions(model, loss_fn, rule, *stepped, places=True)
 
 
-def _warm_up(model: nn.Module, step: Callable[[], StepResult]) -> None:
-    """A few steps on a separate stream, as capture requires; their effects are undone."""
+def _warm_up(
+    model: nn.Module, functions: Sequence[Any], assumptions: Callable[[], Assumptions], step: Callable[[], StepResult]
+) -> None:
+    """A few steps on a separate stream, as capture requires; their effects are undone.
+
+    Raises: EngineUnavailable: a step changes what a replay would not.
+    """
+
+    def observed() -> PartResult:
+        *values, engine = step()
+        return PartResult(engine, [*values, *(p.grad for p in parameters_of(model) if p.grad is not None)])
+
     before, stream = random_state(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream), unchanged_buffers(model):
-            for _ in range(WARM_UP):
-                step()
-            with _waits_refused():
-                engine = rehearse(step)
-        _require_no_repeated_draws(engine, before, random_state())
+        with torch.cuda.stream(stream):
+            draws = observe(model, functions, assumptions, observed).draws
+            kept = FunctionState(model, *functions)
+            try:
+                with unchanged_buffers(model):
+                    for _ in range(WARM_UP - 1):
+                        step()
+                    with _waits_refused():
+                        engine = rehearse(step)
+            finally:
+                kept.restore()
+        _require_no_repeated_draws(engine, draws)
     finally:
         torch.cuda.current_stream().wait_stream(stream)
         restore_random_state(before)
@@ -202,9 +229,9 @@ def _captured(step: Callable[[], StepResult]) -> tuple[torch.cuda.CUDAGraph, Ste
         raise RuntimeError(f"the step cannot be captured into a CUDA graph: {cause or error}") from error
 
 
-def _require_no_repeated_draws(engine: str, before: RandomState, after: RandomState) -> None:
+def _require_no_repeated_draws(engine: str, draws: bool) -> None:
     """Forward mode repeats the pass with the random numbers of the first one; a graph cannot rewind a generator."""
-    if engine == "jvp" and not same_torch_state(before, after):
+    if engine == "jvp" and draws:
         raise EngineUnavailable(
             "the step uses forward mode and draws random numbers (dropout), which its two passes must share but "
             "a CUDA graph draws twice; use compile_step, whose second pass reuses the numbers of the first"

@@ -1,4 +1,4 @@
-"""Whether a step can be compiled: run one step, and check that the program does the same."""
+"""Whether a step can be compiled or captured: run one step, and check that the program does the same."""
 
 from __future__ import annotations
 
@@ -92,18 +92,18 @@ def restored_on_error(state: FunctionState) -> Iterator[None]:
 def _require_compilable(start: RandomState, end: RandomState, values: Sequence[Tensor], changes: bool) -> None:
     if not same_elsewhere(start, end):
         raise EngineUnavailable(
-            "the pass draws random numbers from Python or NumPy, which a compiled step would draw only once; draw them "
-            "with torch, or run the step uncompiled"
+            "the pass draws random numbers from Python or NumPy, which a compiled or captured step would draw only "
+            "once; draw them with torch, or run the step as it is"
         )
     if any(value.is_sparse for value in values):
         raise EngineUnavailable(
-            "a gradient is sparse (of an embedding with sparse=True), which a compiled step cannot return; make the "
-            "embedding without sparse=True, or run the step uncompiled"
+            "a gradient is sparse (of an embedding with sparse=True), which a compiled or captured step cannot return; "
+            "make the embedding without sparse=True, or run the step as it is"
         )
     if changes:
         raise EngineUnavailable(
             "the pass writes attributes of the model or replaces its buffers by other tensors, or it counts or "
-            "keeps something else from call to call; write into buffers (copy_, mul_), or run the step uncompiled"
+            "keeps something else from call to call; write into buffers (copy_, mul_), or run the step as it is"
         )
 
 
