@@ -139,7 +139,7 @@ class VirtualRule:
             raise ValueError("virtual_lr=None takes the learning rate of optimizer, but there is no optimizer")
         if self.lr is not None and not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr)):
             raise ValueError(f"virtual_lr must be a finite number or None, got {self.lr!r}")
-        if self.optimizer is not None and (kinds or self.lr is None):
+        if self.optimizer is not None and self.reads_groups:
             _require_held(self.optimizer, chosen)
 
     @property
@@ -150,6 +150,11 @@ class VirtualRule:
     def reads_state(self) -> bool:
         """Whether it reads the optimizer's state."""
         return bool(_RULES[self.name].optimizers)
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether it matters which parameters are in which group of the optimizer."""
+        return self.reads_state or self.lr is None
 
     def rates(self) -> list[float]:
         """The learning rate, or that of every group of the optimizer."""

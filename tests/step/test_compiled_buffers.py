@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -216,3 +217,25 @@ def test_inductor_takes_one_mask_for_dots_and_gradient() -> None:
         budget.assert_within((result.weights * result.dots).sum(), along, 1 + along.abs(), dtype=torch.float64)
         seen.append(result.losses)
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_of_the_optimizer_see_the_buffers_of_the_step(fails: bool) -> None:
+    """As in an uncompiled step: an average of weights and buffers may be taken there."""
+    model, (batch, meta_batch) = nn.Sequential(Centred(lambda centre, x: centre.add_(x)), nn.Linear(6, 3)), batches()
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step, seen = compile_step(model, batch, meta_batch, optimizer=optimizer), []
+
+    def hook(*_: Any) -> None:
+        seen.append(int(model[0].count))
+        if fails:
+            raise OSError("no average today")
+
+    optimizer.register_step_post_hook(hook)
+    before = model[0].centre.clone()
+    with pytest.raises(OSError, match="no average") if fails else nullcontext():
+        step(batch, meta_batch)
+    assert seen == [1]
+    assert torch.equal(model[0].centre, before) == fails
+    assert int(model[0].count) == (0 if fails else 1)

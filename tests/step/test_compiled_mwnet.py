@@ -288,6 +288,26 @@ def test_what_it_looks_at_must_stay() -> None:
         step(batch, meta_batch, extra)
 
 
+@pytest.mark.parametrize("change", ["moved", "added", "maximize"])
+def test_groups_of_the_learning_rates_must_stay(change: str) -> None:
+    """Which parameter takes which rate is part of the program."""
+    model, batch, meta_batch = make("mlp")
+    net, parameters = weight_net(), list(model.parameters())
+    optimizer = torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 10.0}])
+    given = {"weight_optimizer": None, "virtual_lr": None, "optimizer": optimizer}
+    step = compile_mwnet_step(model, net, batch, meta_batch, **given)
+    optimizer.param_groups[0]["lr"] = 0.2
+    step(batch, meta_batch)
+    if change == "moved":
+        optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    elif change == "added":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    else:
+        optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="make another step"):
+        step(batch, meta_batch)
+
+
 def test_other_shapes_are_taken_uncompiled() -> None:
     model, batch, meta_batch = make("mlp")
     net, extra = weight_net(1), inputs.normal(len(batch[1]), 1, seed=0)

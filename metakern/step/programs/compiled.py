@@ -70,8 +70,8 @@ class CompiledStep:
     def _taken(self, batch: Any, meta_batch: Any, accumulate: bool) -> StepResult:
         found = next(self._program.run(batch, meta_batch))
         weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._names)]
-        hand_over(self._model, self._trainable, dict(zip(self._names, gradient)), self._optimizer, accumulate)
-        self._program.settle(found)
+        with self._program.settled(found):
+            hand_over(self._model, self._trainable, dict(zip(self._names, gradient)), self._optimizer, accumulate)
         return StepResult(weights, dots, losses, meta_loss, self._program.engine)
 
 

@@ -81,9 +81,18 @@ class StepProgram:
         """The batches of the last run."""
         return self._batches.built() if self._others is None else self._others
 
-    def settle(self, found: list[Tensor]) -> None:
-        """Write into the buffers the values at the end of the last part's results."""
-        self._buffers.take(found[len(found) - len(self._buffers.tensors) :])
+    @contextmanager
+    def settled(self, found: list[Tensor]) -> Iterator[None]:
+        """Inside the block and after it the buffers hold the values at the end of the last part's results, unless an
+        exception leaves it.
+        """
+        before = [buffer.clone() for buffer in self._buffers.tensors]
+        self._buffers.take(found[len(found) - len(before) :])
+        try:
+            yield
+        except BaseException:
+            self._buffers.take(before)
+            raise
 
 
 def compiled(

@@ -134,8 +134,8 @@ class CompiledParts:
                 learn(first, gradient)
             found = next(run)
             second, gradient = self._read(1, found)
-            hand_over(step.model, self._trainable, gradient, step.optimizer, accumulate)
-            self._program.settle(found)
+            with self._program.settled(found):
+                hand_over(step.model, self._trainable, gradient, step.optimizer, accumulate)
         return first, second
 
     def _read(self, place: int, found: list[Tensor]) -> tuple[list[Tensor], dict[Any, Tensor]]:
@@ -171,9 +171,13 @@ def _require_momentum(rule: VirtualRule, moved: Mapping[str, nn.Parameter]) -> N
 
 
 def _looked_at(rule: VirtualRule, model: nn.Module) -> list[Any]:
-    """The numbers and tensors that a virtual step reads from its optimizer, except learning rates."""
-    if not rule.reads_state or rule.optimizer is None:
+    """What a virtual step reads from its optimizer, except learning rates: which parameters each group holds, the
+    numbers of the groups, and momentum.
+    """
+    if rule.optimizer is None or not rule.reads_groups:
         return []
-    read = ("momentum", "dampening", "weight_decay", "maximize")
-    groups = [[group[name] for name in read] for group in rule.optimizer.param_groups]
-    return [*groups, *(rule.optimizer.state.get(p, {}).get("momentum_buffer") for p in model.parameters())]
+    groups, state = rule.optimizer.param_groups, rule.optimizer.state
+    read = ("momentum", "dampening", "weight_decay", "maximize") if rule.reads_state else ("maximize",)
+    found = [[*map(id, group["params"]), *(group.get(name) for name in read)] for group in groups]
+    buffers = (state.get(p, {}).get("momentum_buffer") for p in model.parameters()) if rule.reads_state else ()
+    return [*found, *buffers]
