@@ -172,7 +172,9 @@ def test_a_captured_step_leaves_no_gradient_either() -> None:
     own = OwnBatches(batch=batches()[0], meta_batch=batches()[1])
     result = metakern.l2rw_step(model, *own.built(), allow_unused=True)
     gradient = {p: p.grad for p in model.parameters()}
-    step = CapturedStep(lambda: None, own, gradient, result, lambda: Assumptions(model, None, "softmax", places=True))
+    step = CapturedStep(
+        lambda: None, own, gradient, result, lambda: Assumptions(model, None, "softmax", places=True), list
+    )
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     step(*batches())

@@ -7,10 +7,12 @@ a configuration, a list of scales in the model. Whether they are still the same 
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import random
 import sys
 import types
+from array import array
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Container, Mapping
 from contextvars import ContextVar
@@ -24,17 +26,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from metakern.capture.members import modules_of
 from metakern.capture.state.contents import attributes_of
 from metakern.capture.state.function_state import filled_cells, globals_of
+from metakern.step.programs.forms import TensorForm, form_of, numbers_of
 from metakern.step.programs.lookup import (
     OwnWords,
     Words,
+    called_by,
     constructors_of,
     function_of,
+    held_by,
     is_foreign,
     is_own,
     named_in,
+    names_in,
     words_of,
 )
-from metakern.step.programs.tensor_form import TensorForm, form_of
 
 _DEPTH = 6
 """How deep to look into the objects of a model, and into libraries."""
@@ -126,7 +131,9 @@ class Assumptions:
                     self._found += (name, held)
                 elif name == "_parameters" or name == "_buffers":
                     for key, tensor in held.items():
-                        self._found += (key, tensor, None if tensor is None else form_of(tensor, self._places))
+                        self._found.append(key)
+                        if tensor is not None:
+                            self._tensor(tensor, self._own, depth)
                 elif name == "_modules":
                     self._found += (*held, *held.values())
                 elif kind is tuple:
@@ -139,6 +146,8 @@ class Assumptions:
 
     def _tensor(self, value: Tensor, words: Words, depth: int) -> None:
         self._found += (value, form_of(value, self._places))
+        if value.__dict__ and self._first(value, "held"):
+            self._objects.append((value, depth))
 
     def _sequence(self, values: Any, words: Words, depth: int) -> None:
         """Items of a collection; neither nesting nor cycles need a limit."""
@@ -176,7 +185,10 @@ class Assumptions:
         own = words_of(function.__code__)
         if not own.isdisjoint(_ENVIRONMENT):
             self._environment()
-        if is_foreign(function) or not self._first(function, None):
+        if not self._first(function, None):
+            return
+        if is_foreign(function):
+            self._ahead += [(called, words, depth - 1) for called in called_by(function)]
             return
         if is_own(function):
             self._own |= own
@@ -195,7 +207,13 @@ class Assumptions:
     def _object(self, value: Any, words: Words, depth: int) -> None:
         self._found.append(value)
         self._ahead += [(function, words, depth) for function in constructors_of(value)]
+        self._ahead += [(held, words, depth - 1) for held in held_by(value)]
         self._attributes(value, words, depth)
+
+    def _getter(self, value: Any, words: Words, depth: int) -> None:
+        """An `attrgetter` or a `methodcaller`: looks up its names in whatever it is called with."""
+        self._found.append(value)
+        self._own |= names_in(value)
 
     def _attributes(self, value: Any, words: Words, depth: int) -> None:
         """Attributes of an object, class, function or Python module, its own and those of its class."""
@@ -215,6 +233,8 @@ class Assumptions:
         if words is self._own:
             self._objects.append((value, depth))
         self._named(value, words, depth)
+        if isinstance(value, type) and type(value) is not type:
+            self._attributes(type(value), words, depth)
 
     def _named(self, value: Any, words: Container[str], depth: int) -> None:
         """Its attributes of these names, and methods that run without being named; each only once."""
@@ -246,17 +266,8 @@ class Assumptions:
     def _context(self, value: ContextVar[Any], words: Words, depth: int) -> None:
         self._ahead.append((value.get(None), words, depth))
 
-    def _generator(self, value: Any, words: Words, depth: int) -> None:
-        state = value.get_state().numpy().tobytes() if isinstance(value, torch.Generator) else repr(value.getstate())
-        self._found.append(state)
-
     def _numbers(self, value: Any, words: Words, depth: int) -> None:
-        """The values of a NumPy array or scalar, or the state of a generator."""
-        if hasattr(value, "tobytes"):
-            value = value.tobytes() if value.size <= _LARGEST else value
-        elif hasattr(value, "bit_generator"):
-            value = repr(value.bit_generator.state)
-        self._found.append(value)
+        self._found.append(numbers_of(value, _LARGEST))
 
 
 _KINDS: list[tuple[Any, Callable[[Assumptions, Any, Words, int], None]]] = [
@@ -267,8 +278,9 @@ _KINDS: list[tuple[Any, Callable[[Assumptions, Any, Words, int], None]]] = [
     (types.FunctionType, Assumptions._function),
     (types.MethodType, Assumptions._method),
     (functools.partial, Assumptions._partial),
+    ((operator.attrgetter, operator.methodcaller), Assumptions._getter),
     (nn.Module, Assumptions._module),
-    ((torch.Generator, random.Random), Assumptions._generator),
+    ((torch.Generator, random.Random, array, bytearray), Assumptions._numbers),
     (ContextVar, Assumptions._context),
     ((torch.optim.Optimizer, LRScheduler), Assumptions._stepped),
     (type(os.environ), Assumptions._environment),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
+import weakref
 from argparse import Namespace
-from collections.abc import Container, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Container, Mapping
 from threading import local
 from typing import Any
 
+from torch.distributions import Distribution, Transform
+
 from metakern.capture.state.contents import is_module_of_user
-from metakern.capture.state.function_state import FOREIGN
+from metakern.capture.state.function_state import FOREIGN, filled_cells
 
 
 class OwnWords(set[str]):
@@ -84,6 +89,47 @@ def constructors_of(value: Any) -> list[types.FunctionType]:
         return []
     found = (function_of(getattr(value, name, None)) for name in ("__init__", "__new__", "__post_init__"))
     return [function for function in found if function is not None]
+
+
+def called_by(function: types.FunctionType) -> list[Any]:
+    """What a function of torch or of the standard library has been made of: what `torch.vmap` maps, what a decorator
+    decorates, what `functools.singledispatch` chooses from.
+    """
+    held = [content for _, content in filled_cells(function)]
+    held += [each for entries in held if isinstance(entries, dict) for each in entries.values()]
+    held.append(vars(function).get("__wrapped__"))
+    return [each for each in held if isinstance(each, _CALLED) or (callable(each) and not is_foreign(each))]
+
+
+_CALLED = (types.FunctionType, types.MethodType, functools.partial)
+
+_HELD: list[tuple[Any, Callable[[Any], list[Any]]]] = [
+    (functools.partialmethod, lambda value: [value.func, *value.args, *value.keywords.values()]),
+    (functools.singledispatchmethod, lambda value: [value.dispatcher]),
+    (type(functools.cache(id)), lambda value: [value.__wrapped__]),
+    (weakref.ReferenceType, lambda value: [value()]),
+    (weakref.ProxyTypes, lambda value: [value.__repr__.__self__]),
+    (ChainMap, lambda value: value.maps),
+    ((Distribution, Transform), lambda value: list(vars(value).values())),
+]
+
+
+@functools.lru_cache(4096)
+def _way_to_hold(kind: type) -> Callable[[Any], list[Any]] | None:
+    return next((held for kinds, held in _HELD if issubclass(kind, kinds)), None)
+
+
+def held_by(value: Any) -> list[Any]:
+    """What an object of torch or of the standard library calls, refers to, or computes with."""
+    way = _way_to_hold(type(value))
+    return [] if way is None else way(value)
+
+
+def names_in(getter: operator.attrgetter[Any] | operator.methodcaller) -> set[str]:
+    """The attributes that an `attrgetter` reads, or the method that a `methodcaller` calls."""
+    maker, given = getter.__reduce__()[:2]  # a partial, if the method is called with keywords
+    strings = [each for each in (*getattr(maker, "args", ()), *given) if isinstance(each, str)]
+    return {name for string in strings for name in string.split(".")}
 
 
 @functools.lru_cache(4096)
