@@ -111,10 +111,15 @@ def _reducing_wrappers() -> tuple[type[nn.Module], ...]:
     return (nn.parallel.DistributedDataParallel, *sharded)
 
 
-def _require_plain_surroundings() -> None:
-    """Reject modes around this call in which the model's calls could not be seen or differentiated."""
+def require_gradients() -> None:
+    """Reject inference mode around this call."""
     if torch.is_inference_mode_enabled():
         raise ValueError("the call is inside torch.inference_mode(), where nothing has a gradient; move it outside")
+
+
+def _require_plain_surroundings() -> None:
+    """Reject modes around this call in which the model's calls could not be seen or differentiated."""
+    require_gradients()
     if peek_interpreter_stack() is not None:
         raise NotImplementedError(
             "the call is inside a transform of torch.func (grad, vmap, jvp or similar), which rejects writes into "

@@ -125,6 +125,8 @@ MADE: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "as_tensor": lambda losses, batch: losses * torch.as_tensor([batch[0].abs().max()]),
     "new_tensor": lambda losses, batch: losses * losses.new_tensor([batch[0].abs().max()]),
     "of integers": lambda losses, batch: losses * torch.tensor([batch[1].sum(), 2])[0],
+    "legacy": lambda losses, batch: losses * torch.DoubleTensor([batch[0].abs().max(), 1.0])[0],
+    "legacy, of integers": lambda losses, batch: losses * torch.LongTensor([(batch[1] == batch[1][0]).sum()]),
     "tensor_split": lambda losses, batch: torch.cat(torch.tensor_split(losses, torch.tensor([2]))),
 }
 

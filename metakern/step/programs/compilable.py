@@ -122,18 +122,18 @@ def require_same(program: Program, seen: ObservedStep, tensors: list[Tensor]) ->
     run from where the step ended, since the step must not change numbers that determine the program.
     """
     restore_random_state(seen.start)
-    found = _all(program, [*tensors, *seen.buffers])
+    found = results_of(program, [*tensors, *seen.buffers])
     if not same_torch_state(seen.end, torch_random_state()):
         raise EngineUnavailable(
             "the traced step leaves torch's random generator in another state than the step: the pass seeds it, or "
             "repeats other draws than dropout's; run the step uncompiled"
         )
-    if found is None or _all(program, [*tensors, *seen.left]) is None:
+    if found is None or results_of(program, [*tensors, *seen.left]) is None:
         raise EngineUnavailable(
             "the pass reads a number that it changes, as BatchNorm does with momentum=None; run the step uncompiled"
         )
     for got, want in zip(found, [*seen.values, *seen.left], strict=True):
-        if not _alike(got, want):
+        if not alike(got, want):
             raise EngineUnavailable(
                 "the traced step gives other values than the step, so the pass reads something that changes from call "
                 "to call, such as a clock; run the step uncompiled"
@@ -146,7 +146,7 @@ def require_compiled_as_traced(program: Program, seen: ObservedStep, tensors: li
     """
     if seen.draws:
         return
-    found, wanted = _all(program, [*tensors, *seen.buffers]), [*seen.values, *seen.left]
+    found, wanted = results_of(program, [*tensors, *seen.buffers]), [*seen.values, *seen.left]
     largest = max(map(_size, wanted))
     if found is None or not all(_nearly(got, want, largest) for got, want in zip(found, wanted, strict=True)):
         raise EngineUnavailable(
@@ -166,7 +166,7 @@ def torch_random_state_as_before() -> Iterator[None]:
         restore_random_state(start)
 
 
-def _all(program: Program, tensors: list[Tensor]) -> list[Tensor] | None:
+def results_of(program: Program, tensors: list[Tensor]) -> list[Tensor] | None:
     """What all parts return, or None if a value that determines the program differs."""
     found: list[Tensor] = []
     for part in program(tensors):
@@ -194,7 +194,7 @@ def _size(tensor: Tensor) -> float:
     return float(tensor.detach().abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
 
 
-def _alike(got: Tensor, want: Tensor) -> bool:
+def alike(got: Tensor, want: Tensor) -> bool:
     """Equal up to rounding."""
     if not want.is_floating_point() and not want.is_complex():
         return _same(got, want)

@@ -43,7 +43,9 @@ def compiler_of(backend: str | Backend) -> Backend:
 
 _MAKERS = frozenset(("tensor", "as_tensor", "asarray", "new_tensor", "new"))
 _EXPORTS = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _READ, _EQUAL = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
+_PACK = torch.ops.aten._pack_padded_sequence.default
 
 
 class Program:
@@ -105,7 +107,7 @@ def traced(function: Callable[..., Iterator[list[Tensor]]], tensors: Sequence[Te
 
     def recorded(*given: Tensor) -> list[Tensor]:
         reads, found = _Reads(), list[Tensor]()
-        with _Untraceable(), reads, Draws():
+        with _Untraceable(reads), reads, Draws():
             for results in function(*given):
                 sizes.append(len(results))
                 found += [*results, reads.as_traced(given[0].device)]
@@ -122,14 +124,14 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._read: list[tuple[Tensor, int | bool]] = []
+        self._read: list[tuple[Tensor, int | bool | Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _READ:
             return self._value(args[0])
         if func is _EQUAL:
             return args[0].shape == args[1].shape and bool(self._value((args[0] == args[1]).all()))
-        if torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args):
+        if func is _PACK or (torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args)):
             raise EngineUnavailable(
                 f"{func.name()} makes a tensor whose size depends on values, which a compiled step cannot do; "
                 "run the step uncompiled"
@@ -150,6 +152,11 @@ class _Reads(TorchDispatchMode):
         self._read.append((tensor, value))
         return value
 
+    def keep(self, tensor: Tensor) -> None:
+        """Tie the program to the values of a tensor that C++ reads out of sight."""
+        with disable_proxy_modes_tracing():
+            self._read.append((tensor, tensor.clone()))
+
     def as_traced(self, device: torch.device) -> Tensor:
         """Whether every value read since the last call has, in this run, the value it had when traced, []."""
         same = torch.ones((), dtype=torch.bool, device=device)
@@ -168,8 +175,12 @@ def _by_numbers(func: Any, args: Any) -> bool:
 
 class _Untraceable(TorchFunctionMode):
     """Rejects numbers that leave torch, which would silently become constants of the program, and sparse tensors, which
-    fail in many operators, each with an error of its own.
+    fail in many operators, each with an error of its own; ties the program to the lengths of packed sequences.
     """
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()
+        self._reads = reads
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _EXPORTS:
@@ -183,7 +194,17 @@ class _Untraceable(TorchFunctionMode):
                 "make the new tensor by torch.stack, or run the step uncompiled"
             )
         _require_strided(args)
+        if _is_packed(func, args):
+            self._reads.keep(args[1])
         return func(*args, **(kwargs or {}))
+
+
+def _is_packed(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the call takes a packed sequence: its rows, and then how many examples each time step has, on the CPU."""
+    name = getattr(func, "__name__", "")
+    return name == "_pad_packed_sequence" or (
+        name in _RECURRENT and isinstance(args[1], Tensor) and not args[1].is_floating_point()
+    )
 
 
 def _reads_tensors(func: Any, args: Sequence[Any]) -> bool:

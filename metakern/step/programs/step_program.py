@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metakern.capture.parameters import require_gradients
 from metakern.capture.state.passes import unchanged_on_error
 from metakern.capture.state.random_state import restore_random_state, torch_random_state
 from metakern.engines.jvp import without_fused_lstm
@@ -20,6 +21,7 @@ from metakern.step.programs.compilable import (
     restored_on_error,
     torch_random_state_as_before,
 )
+from metakern.step.programs.other_values import OtherValues
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.own_buffers import OwnBuffers
 from metakern.step.programs.program import Backend, Program, traced
@@ -56,6 +58,7 @@ class StepProgram:
             non-finite loss does); ValueError if more differs than shapes and tensor values, or if anything that the
             step reads has changed in more than tensor values.
         """
+        require_gradients()
         self._known.require(self._assumptions())
         self._others = None if self._batches.fit(*given) else list(given)
         if self._others is not None:
@@ -110,12 +113,14 @@ def compiled(
     `functions` are what the step calls besides the model. Gradients are left as the step leaves them.
     """
 
-    def once() -> PartResult:
-        found = list(parts(batches.built(), numbers, engine))
+    def once(tensors: list[Tensor] | None = None, engine: str = engine) -> PartResult:
+        found = list(parts(batches.built(tensors), numbers, engine))
         return PartResult(found[-1].engine, [value for part in found for value in part.values])
 
     with unchanged_on_error(model), torch_random_state_as_before():
         seen = observe(model, functions, assumptions, once)
+        others = OtherValues(seen, batches.tensors)
+        others.observe(model, functions, lambda tensors: once(tensors, seen.engine).values)
         buffers = OwnBuffers(model, seen.buffers)
         own = len(batches.tensors)
 
@@ -130,6 +135,7 @@ def compiled(
             with without_fused_lstm(model):
                 program = traced(step, [*given, *buffers.tensors])
             require_same(program, seen, given)
+            others.require_same(program, numbers)
             program.compile(backend)
             require_compiled_as_traced(program, seen, given)
     return StepProgram(program, batches, buffers, assumptions, seen.engine, seen.draws)
