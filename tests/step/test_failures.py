@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import metakern
 from metakern.testing import inputs
@@ -431,6 +431,20 @@ def test_function_modes_around_the_call(engine: str) -> None:
     setup = Setup(model, *batches(), loss_fn=loss_fn)
     with torch.device("cpu"):
         judge_step(metakern.l2rw_step, setup, engine=engine)
+
+
+@ENGINES
+def test_function_modes_that_an_interrupt_leaves(engine: str) -> None:
+    """As ctrl-C does between a mode's `__enter__` and its block."""
+
+    def interrupted(model: nn.Module, batch: Any) -> Tensor:
+        Doubled().__enter__()
+        raise KeyboardInterrupt
+
+    model = mlp()
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        metakern.l2rw_step(model, *batches(), loss_fn=interrupted, engine=engine)
+    assert _get_current_function_mode_stack() == []
 
 
 def test_inside_no_grad() -> None:

@@ -101,7 +101,7 @@ def unchanged_on_error(model: nn.Module, writes: Writes | None = None) -> Iterat
     start = RestorePoint(model, writes)
     grads = [p.grad for p in start.parameters]
     try:
-        with uncompiled(), nothing_registered(model, start.parameters), _computed_anew():
+        with uncompiled(), nothing_registered(model, start.parameters), _computed_anew(), _modes_as_before():
             yield start
             if writes is not None:
                 writes.settle()
@@ -132,6 +132,17 @@ def _computed_anew() -> Iterator[None]:
     finally:
         parametrize._cache_enabled = enabled
         _forget_weights()
+
+
+@contextmanager
+def _modes_as_before() -> Iterator[None]:
+    """Take off torch's stack what an interrupt (ctrl-C) between a mode's `__enter__` and its block left there."""
+    depth = torch._C._len_torch_function_stack()
+    try:
+        yield
+    finally:
+        while torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
 
 
 def _forget_weights() -> None:
