@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from metakern.data.image_folder import ENDINGS
+from metakern.data.image_folder import images_of
 
 
 def contents(name: str) -> str | None:
@@ -15,7 +15,7 @@ def contents(name: str) -> str | None:
         return _digest({part: Path(part).expanduser() for part in path.split(",")})
     if kind == "images":
         root = Path(path).expanduser()
-        images = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)
+        images = sorted(file for part in images_of(root).values() for file in part)
         return _digest({str(file.relative_to(root)): file for file in images})
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from metakern.data.folder import DataNotFound
 from metakern.data.labels import numbered
 from metakern.data.split import require_every_class, stratified
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 SIDE = 64
 KEPT = range(8, 129)  # sides of images that stay as they are: three poolings need 8, and memory grows with the square
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises besides errors of its own
@@ -32,7 +33,8 @@ def image_folder(folder: str) -> Source:
     are used. Images are rotated as their EXIF data say. Transparent parts become white in all images, or black or grey
     if that leaves fewer training images blank. Images of different sizes, or with a side below 8 or above 128 pixels,
     are scaled to a shorter side of 64 and cropped to 64 x 64 in the middle. Each channel has mean 0 and deviation 1
-    over the training images. Ids are positions in the sorted list of files; hidden files are ignored.
+    over the training images. Ids are positions in the sorted list of files; hidden files are ignored, and other files
+    with a warning.
     Raises: DataNotFound for a missing folder; ValueError if there are no images, if some are in deeper folders, or if
     the test set has other classes; ModuleNotFoundError without Pillow.
     """
@@ -59,37 +61,54 @@ def image_folder(folder: str) -> Source:
     )
 
 
+def images_of(root: Path) -> dict[Path, list[Path]]:
+    """The images of the training set, the test set and the meta set, sorted, by the folder that each set is in."""
+    divided = (root / "train").is_dir() and any((root / part).is_dir() for part in ("test", "meta"))
+    folders = [root / part for part in ("train", "test", "meta")] if divided else [root]
+    return {folder: [path for path in _visible(folder) if path.suffix.lower() in ENDINGS] for folder in folders}
+
+
+def _visible(folder: Path) -> list[Path]:
+    """All files in the folders of classes, but hidden ones; a class's folder may be a link."""
+    found = sorted(path for path in folder.glob("*/**/*") if not path.is_dir())
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def _parts(root: Path) -> tuple[list[Path], list[Tensor]]:
     """The files, and which of them are the training set, the test set, and the meta set, by number.
 
-    Raises: ValueError if the training set is empty, or another set has classes that it does not have.
+    Raises: ValueError if the training set is empty, another set has classes that it does not have, or an image lies in
+    a subfolder of a class: nobody would notice that it is left out.
     """
-    divided = (root / "train").is_dir() and any((root / part).is_dir() for part in ("test", "meta"))
-    parts = [_files(root / part) for part in ("train", "test", "meta")] if divided else [_files(root), [], []]
-    if not parts[0]:
+    images = images_of(root)
+    train, *others = images
+    if not images[train]:
         raise ValueError(f"images: {root} has no folders of images, which end in {', '.join(ENDINGS)}")
-    known = {path.parent.name for path in parts[0]}
-    for name, files in zip(("test", "meta"), parts[1:], strict=True):
-        unknown = {path.parent.name for path in files} - known
+    for folder, files in images.items():
+        deeper = [path for path in files if path.parent.parent != folder]
+        if deeper:
+            place = f"a class's folder in {folder}, or in its train beside test or meta"
+            raise ValueError(f"images: {deeper[0]} lies deeper than {place}")
+        _warn_of_others(folder, files)
+    known = {path.parent.name for path in images[train]}
+    for folder in others:
+        unknown = {path.parent.name for path in images[folder]} - known
         if unknown:
-            raise ValueError(f"images: {root / name} has classes that train has not: {', '.join(sorted(unknown))}")
+            raise ValueError(f"images: {folder} has classes that train has not: {', '.join(sorted(unknown))}")
+    parts = [*images.values(), [], []][:3]
     numbers = torch.arange(sum(map(len, parts)))
     return [path for files in parts for path in files], list(numbers.split([len(files) for files in parts]))
 
 
-def _files(root: Path) -> list[Path]:
-    """The images of all classes.
-
-    Raises: ValueError for an image in a subfolder of a class: nobody would notice that it is left out.
-    """
-    images = sorted(path for path in root.glob("*/**/*") if path.suffix.lower() in ENDINGS)
-    images = [path for path in images if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    for path in images:
-        if path.parent.parent != root:
-            raise ValueError(
-                f"images: {path} lies deeper than a class's folder in {root}, or in its train beside test or meta"
-            )
-    return images
+def _warn_of_others(folder: Path, images: list[Path]) -> None:
+    """Warn of files that are left out: photographs in another format would be missing, or a whole class of them."""
+    others = [path for path in _visible(folder) if path.suffix.lower() not in ENDINGS]
+    if not others:
+        return
+    classes = sorted({path.relative_to(folder).parts[0] for path in others} - {path.parent.name for path in images})
+    message = f"images: files in {folder} are not read ({len(others)}, such as {others[0].relative_to(folder)})"
+    message += f"; folders without any image are no classes: {', '.join(classes)}" if classes else ""
+    warnings.warn(f"{message}; images end in {', '.join(ENDINGS)}", stacklevel=4)
 
 
 def _pixels(files: list[Path], train: Tensor) -> Tensor:

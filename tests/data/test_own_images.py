@@ -97,6 +97,29 @@ def test_hidden_and_deeper_images(tmp_path):
         load(f"images:{tmp_path}")
 
 
+def test_other_files_are_named(tmp_path):
+    for k in range(6):
+        for name in ("a", "b"):
+            paint(tmp_path / name / f"{k}.png", 30 * k)
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "0.heic")
+    with pytest.warns(
+        UserWarning, match=r"images: files in \S+ are not read \(1, such as a/0\.heic\); images end in \.png"
+    ):
+        assert len(load(f"images:{tmp_path}").train.ids) == 9
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.heic").touch()
+    with pytest.warns(UserWarning, match=r"\(2, such .* without any image are no classes: c; images"):
+        load(f"images:{tmp_path}")
+
+
+def test_jfif(tmp_path):
+    for k in range(6):
+        for name in ("a", "b"):
+            paint(tmp_path / name / f"{k}.jpg", 30 * k)
+            (tmp_path / name / f"{k}.jpg").rename(tmp_path / name / f"{k}.jfif")
+    assert load(f"images:{tmp_path}").train.inputs.shape == (10, 3, 8, 8)
+
+
 def shapes(folder: Path, mode: str, grey: bool = False, shades: tuple[int, int] = (0, 0)) -> None:
     """Twelve pictures each of upright and lying bars, black or of these shades, on nothing at all."""
     from PIL import Image

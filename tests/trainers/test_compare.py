@@ -174,6 +174,28 @@ def test_a_changed_image_changes_the_contents(tmp_path):
     assert contents(f"images:{tmp_path}/none") is None
 
 
+def test_contents_are_of_the_images_that_are_read(tmp_path):
+    """Also in a class's folder that is a link; neither hidden ones, nor those beside train and test."""
+    for name in (
+        "own/train/a/0.png",
+        "own/test/a/0.png",
+        "own/spare/a/0.png",
+        "own/train/a/._0.png",
+        "elsewhere/0.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"0")
+    (tmp_path / "own/train/b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = contents(f"images:{tmp_path}/own")
+    for name, changes in (
+        *(("own/spare/a/0.png", False), ("own/train/a/._0.png", False)),
+        *(("own/test/a/0.png", True), ("elsewhere/0.png", True)),
+    ):
+        (tmp_path / name).write_bytes(b"1")
+        assert (contents(f"images:{tmp_path}/own") != found) is changes
+        (tmp_path / name).write_bytes(b"0")
+
+
 def test_comparison_of_many_classes(quick, tmp_path):
     base = replace(quick, data="digits", majority=None, steps=2)
     cells = run_missing(tmp_path, grid(base, ["uniform", "random"], [None], [0, 1]), progress=False)
