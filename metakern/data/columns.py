@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from metakern.data.examples import Origin
 from metakern.data.split import standardised
 
 Row = dict[str, str]
@@ -15,16 +16,16 @@ KINDS = 100  # a column with more different words holds names or texts
 LARGEST = 1e100  # the squares of larger numbers overflow
 
 
-def features(rows: Sequence[Row], columns: Sequence[str], train: Tensor) -> Tensor:
+def features(rows: Sequence[Row], columns: Sequence[str], train: Tensor, origins: Sequence[Origin]) -> Tensor:
     """Float32 [n, d], standardised by the rows `train`; empty cells get the mean of their column.
 
     A column of words is one-hot encoded: a column of 0 and 1 for each word in the training rows. A word that occurs
-    only in other rows is 0 in all of them.
+    only in other rows is 0 in all of them. `origins` say where each row comes from.
     Raises: ValueError for columns that mix numbers and words, for columns of more than `KINDS` different words or of
     words that hardly recur, and for numbers whose squares overflow.
     """
     words = [name for name in columns if not all(is_number(row[name]) for row in rows)]
-    _require_kinds(rows, words)
+    _require_kinds(rows, words, origins)
     parts = [_kinds(rows, name, train) if name in words else _numbers(rows, name) for name in columns]
     return standardised(torch.cat(parts, 1), train).float()
 
@@ -58,14 +59,15 @@ def _kinds(rows: Sequence[Row], name: str, train: Tensor) -> Tensor:
     ).reshape(len(rows), len(known))
 
 
-def _require_kinds(rows: Sequence[Row], names: Sequence[str]) -> None:
+def _require_kinds(rows: Sequence[Row], names: Sequence[str], origins: Sequence[Origin]) -> None:
     """Raise ValueError unless each column of words has few different words, each of which recurs."""
     complaints: dict[str, str] = {}
     for name in names:
         cells = [row[name].strip() for row in rows if row[name].strip()]
         if 2 * sum(map(is_number, cells)) >= len(cells):
             first = next(k for k, row in enumerate(rows) if not is_number(row[name]))
-            complaints[name] = f"numbers, but {rows[first][name].strip()!r} in row {first + 1}"
+            place = f"row {origins[first].row} of {origins[first].file}"
+            complaints[name] = f"numbers, but {rows[first][name].strip()!r} in {place}"
         elif len(set(cells)) > min(KINDS, len(cells) // 2):
             complaints[name] = f"{len(set(cells))} different words in {len(cells)} rows"
     if complaints:

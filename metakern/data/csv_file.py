@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +52,10 @@ def csv_file(
     lacking = sorted({*head} - {"split"} - {*tables[-1][0]})
     if lacking:
         raise ValueError(f"csv: {paths[-1]} lacks columns of {paths[0]}: {', '.join(lacking)}")
-    for k, row in enumerate(rows):
-        if not row[label].strip():
-            raise ValueError(f"csv: row {k + 1} has no {label!r}")
-    targets, class_names = numbered([row[label].strip() for row in rows])
+    origins = [Origin(str(path), k + 1) for path, own in zip(paths, tables, strict=True) for k in range(len(own))]
+    labels = [row[label].strip() for row in rows]
+    _require_labels(labels, label, origins)
+    targets, class_names = numbered(labels)
     groups = None if group is None else _groups(rows, label, group, class_names)
     columns = [name for name in head if name not in (label, group, "split")]
     text = _text_column(rows, columns)
@@ -67,7 +68,7 @@ def csv_file(
     shown = [_shown(row, columns) if text is None else row[text] for row in rows]
     if text is None and encode is not None:
         raise ValueError("a tokenizer needs a column of texts, and this table has numbers and kinds")
-    inputs = features(rows, columns, train) if text is None else _tokens(shown, train, encode)
+    inputs = features(rows, columns, train, origins) if text is None else _tokens(shown, train, encode)
     training, testing, clean = (Examples(inputs[part], targets[part], part) for part in parts)
     return Source(
         table_name(names.split(",")[0]),
@@ -77,7 +78,7 @@ def csv_file(
         readable=shown,
         groups=groups,
         meta=clean if len(meta) else None,
-        origins=[Origin(str(path), k + 1) for path, own in zip(paths, tables, strict=True) for k in range(len(own))],
+        origins=origins,
     )
 
 
@@ -86,6 +87,19 @@ def _require_columns(path: Path, rows: list[dict[str, str]], named: Sequence[tup
     for option, column in named:
         if column is not None and column not in rows[0]:
             raise ValueError(f"csv: {option} {column!r} is not a column of {path}; there are {', '.join(rows[0])}")
+
+
+def _require_labels(labels: Sequence[str], column: str, origins: Sequence[Origin]) -> None:
+    """Raise ValueError if a row has no label, or "nan" among numbers, which is what a missing one becomes."""
+    numbers = all(map(is_number, labels))
+    for name, origin in zip(labels, origins, strict=True):
+        if not name:
+            raise ValueError(f"csv: row {origin.row} of {origin.file} has no {column!r}")
+        if numbers and math.isnan(float(name)):
+            raise ValueError(
+                f"csv: row {origin.row} of {origin.file} has {name!r} as its {column!r}, where all others are numbers; "
+                "leave out rows without a label, or give this class a name"
+            )
 
 
 def table_name(file: str) -> str:
@@ -137,7 +151,10 @@ def _require_head(path: Path, names: list[str]) -> None:
     if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
         raise ValueError(f"csv: cells are separated by commas; the head of {path} has none: {names[0]!r}")
     if "" in names:
-        raise ValueError(f"csv: column {names.index('') + 1} of {path} has no name; name it, or leave it out")
+        raise ValueError(
+            f"csv: column {names.index('') + 1} of {path} has no name; give it one, or leave it out (pandas writes the "
+            "numbers of rows into one, unless to_csv is told index=False)"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"csv: the head of {path} names more than one column {', '.join(map(repr, twice))}")

@@ -173,7 +173,8 @@ def test_groups_that_cannot_be_read(tmp_path):
     [
         (table(), None, "--label must name the column of the classes, one of a, b, kind"),
         (table(), "class", "--label 'class' is not a column of .*; there are a, b, kind"),
-        (["a,kind", "1,x", "2,"], "kind", "row 2 has no 'kind'"),
+        (["a,kind", "1,x", "2,"], "kind", "row 2 of .*own.csv has no 'kind'"),
+        (["a,kind", "1,0", "2,1", "3,nan"], "kind", "row 3 of .*own.csv has 'nan' as its 'kind', where all others"),
         (["a,kind", "1,x", "2,y,z"], "kind", "row 2 of .* does not have 2 cells"),
         (["a,kind", "1,x", "2,x"], "kind", "two classes at least, got \\['x'\\]"),
         (
@@ -184,12 +185,12 @@ def test_groups_that_cannot_be_read(tmp_path):
         (
             ["a,b,kind", "1,2,x", "1,inf,y", "NA,3,x", *["1,2,x", "1,2,y"] * 5],
             "kind",
-            "a \\(numbers, but 'NA' in row 3\\), b \\(numbers, but 'inf' in row 2\\)",
+            "a \\(numbers, but 'NA' in row 3 of .*own.csv\\), b \\(numbers, but 'inf' in row 2 of .*own.csv\\)",
         ),
-        (["a,kind", *["1,x", "2,y"] * 5, "1e999,x"], "kind", "a \\(numbers, but '1e999' in row 11\\)"),
+        (["a,kind", *["1,x", "2,y"] * 5, "1e999,x"], "kind", "a \\(numbers, but '1e999' in row 11 of .*\\)"),
         (["split,kind", "train,x", "train,y"], "kind", "no column to learn from"),
         (["a;kind", "1;x", "2;y"], "kind", "separated by commas; the head of .* has none: 'a;kind'"),
-        ([",a,kind", "0,1,x", "1,2,y"], "kind", "column 1 of .* has no name"),
+        ([",a,kind", "0,1,x", "1,2,y"], "kind", "column 1 of .* has no name.*index=False"),
         (["a,b,a,kind", "1,2,3,x", "2,3,4,y"], "kind", "more than one column 'a'"),
         (
             ["a,kind,split", "1,x,train", "2,y,dev"],
@@ -289,9 +290,20 @@ def test_numbers_whose_squares_overflow(tmp_path):
         load(write(tmp_path / "own.csv", lines), label="kind")
 
 
-def test_a_class_called_nan_comes_last(tmp_path):
-    lines = ["a,kind", *(f"{k},{('2', 'nan', '10')[k % 3]}" for k in range(30))]
-    assert load(write(tmp_path / "own.csv", lines), label="kind").class_names == ("2", "10", "nan")
+def test_a_class_called_nan_comes_after_numbers(tmp_path):
+    lines = ["a,kind", *(f"{k},{('2', 'nan', 'roti', '10')[k % 4]}" for k in range(40))]
+    assert load(write(tmp_path / "own.csv", lines), label="kind").class_names == ("2", "10", "nan", "roti")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("1,", r"row 2 of \S*test\.csv has no 'kind'"), ("NA,x", r"'NA' in row 2 of \S*test\.csv")],
+)
+def test_rows_of_the_second_file_are_named_by_it(tmp_path, line, message):
+    train = write(tmp_path / "train.csv", ["a,kind", *["1,x", "2,y"] * 5])
+    test = write(tmp_path / "test.csv", ["a,kind", "1,x", line])
+    with pytest.raises(ValueError, match=message):
+        load(f"{train},{test.removeprefix('csv:')}", label="kind")
 
 
 def test_a_task_takes_the_rows_as_they_are(tmp_path):
