@@ -38,8 +38,12 @@ class Audit:
 
     @property
     def suggested(self) -> np.ndarray:
-        """The class with the largest mean probability, [n] int64; it is the given one if the network agrees with it."""
-        return np.nan_to_num(self.probabilities, nan=-1.0).argmax(1)
+        """The class with the largest mean probability, [n] int64; it is the given one if the network agrees with it.
+
+        -1 for examples without a prediction.
+        """
+        likeliest = np.nan_to_num(self.probabilities, nan=-1.0).argmax(1)
+        return np.where(np.isnan(self.probabilities).any(1), -1, likeliest)
 
     def harmful_first(self) -> np.ndarray:
         """Row numbers from the lowest value to the highest, then those of examples never used, [n] int64."""

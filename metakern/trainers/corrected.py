@@ -44,10 +44,11 @@ def save_corrected(folder: Path, step: Any, model: nn.Module, task: Task) -> Non
 class Correction(NamedTuple):
     """How good proposed labels are, in percent of the examples; nan if there are none of the kind.
 
-    right: proposed labels that are true, among all examples; repaired: the same among examples whose given label is
-    wrong; left: among those whose given label is right.
+    changed: proposed labels that are not the given ones, among all examples; right: those that are true; repaired: the
+    same among examples whose given label is wrong; left: among those whose given label is right.
     """
 
+    changed: float
     given_right: float
     right: float
     repaired: float
@@ -64,20 +65,20 @@ def read_correction(folder: Path) -> Correction | None:
         torch.tensor([int(row[name]) for row in rows]) for name in ("label", "clean_label", "proposed")
     )
     right, sound = (proposed == true).double(), given == true
-    shares = (sound.double(), right, right[~sound], right[sound])
+    shares = ((proposed != given).double(), sound.double(), right, right[~sound], right[sound])
     return Correction(*(100 * share.mean().item() for share in shares))
 
 
-def correction_table(correction: Correction) -> list[list[str]]:
-    """The rows of a table, header first."""
+def correction_table(correction: Correction, *, known: bool) -> list[list[str]]:
+    """The rows of a table, header first; unless the true labels are `known`, only how many are changed."""
     shown = zip(
         (
+            "proposed labels other than the given ones",
             "given labels that are true",
             "proposed labels that are true",
             "of the wrong labels, proposed true",
             "of the true labels, proposed true",
         ),
-        correction,
-        strict=True,
+        correction if known else correction[:1],
     )
     return [["labels", "share"], *([name, f"{share:.1f} %"] for name, share in shown if share == share)]

@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(noisy, tmp_pa
 def test_order_and_suggestion():
     found = made_up()
     assert found.harmful_first().tolist() == [1, 0, 2, 3]
-    assert found.suggested.tolist()[:3] == [0, 0, 1]
+    assert found.suggested.tolist() == [0, 0, 1, -1]
 
 
 def test_table_and_page_of_text(tmp_path):
@@ -127,6 +127,8 @@ def test_table_and_page_of_text(tmp_path):
     page = write_page(made_up(), task, source, {}, [], tmp_path / "audit.html", top=2).read_text()
     assert "t&lt;2&gt;" in page
     assert "t1" not in page
+    assert (rows[3]["suggested_label"], rows[3]["confidence"]) == ("", "nan")
+    assert "1 have another suggested label than the given one. 1 have no suggestion" in page
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 1, 6, 6), (4, 3, 6, 6)])

@@ -27,8 +27,10 @@ def test_what_is_written_and_read(tmp_path, task):
     lines = (tmp_path / NAME).read_text().splitlines()
     assert lines[:3] == ["id,label,clean_label,proposed,probability,kept", "7,0,0,0,0.9,0.9", "5,1,0,0,0.8,0.2"]
     found = read_correction(tmp_path)
-    assert found == pytest.approx((75, 75, 100, 100 * 2 / 3))
-    assert correction_table(found)[3] == ["of the wrong labels, proposed true", "100.0 %"]
+    assert found == pytest.approx((50, 75, 75, 100, 100 * 2 / 3))
+    assert correction_table(found, known=True)[4] == ["of the wrong labels, proposed true", "100.0 %"]
+    unknown = [["labels", "share"], ["proposed labels other than the given ones", "50.0 %"]]
+    assert correction_table(found, known=False) == unknown
 
 
 def test_other_methods_propose_none(tmp_path, task):
@@ -42,4 +44,4 @@ def test_without_wrong_labels(tmp_path, task):
     )
     found = read_correction(tmp_path)
     assert math.isnan(found.repaired)
-    assert len(correction_table(found)) == 4
+    assert len(correction_table(found, known=True)) == 5

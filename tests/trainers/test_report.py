@@ -186,6 +186,17 @@ def test_a_meta_set_that_nobody_vouches_for_is_said(tmp_path, capsys, method, ma
         assert (f"N{said}" in (tmp_path / "run" / "report.html").read_text()) != marked
 
 
+@pytest.mark.parametrize("noise", [[], ["--noise", "uniform", "--noise-rate", "0.2"]])
+def test_labels_of_ones_own_data_are_not_taken_for_true(tmp_path, noise):
+    """Unless noise was added to them, nobody knows which of the proposed ones are right."""
+    (tmp_path / "own.csv").write_text("\n".join(["a,kind", *(f"{k % 7},{k % 3}" for k in range(60))]))
+    options = ["--data", f"csv:{tmp_path / 'own.csv'}", "--label", "kind", "--steps", "2", "--threads", "1", *noise]
+    assert main(["train", "mlc", *options, "--out", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "proposed labels other than the given ones" in page
+    assert ("given labels that are true" in page) == bool(noise)
+
+
 def test_images_of_a_meta_set_that_is_trained_on(quick, tmp_path):
     for part in ("train", "test", "meta"):
         for k in range(6):

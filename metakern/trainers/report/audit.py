@@ -25,7 +25,7 @@ def _rows(found: Audit, task: Task, order: np.ndarray) -> list[list[str]]:
     for rank, row in enumerate(order.tolist(), start=1):
         given, other = int(task.train.targets[row]), int(suggested[row])
         numbers = found.probabilities[row, other], found.value[row], found.scaled[row], found.loss[row]
-        rows.append([str(rank), str(int(task.train.ids[row])), names[given], names[other]])
+        rows.append([str(rank), str(int(task.train.ids[row])), names[given], "" if other < 0 else names[other]])
         rows[-1] += [f"{number:.6g}" for number in numbers]
     return rows
 
@@ -63,13 +63,17 @@ def write_page(
 ) -> Path:
     """Write the page with the `top` most harmful examples; `detections` holds the quality of each ranking, if known."""
     order = found.harmful_first()[:top]
-    disagreeing = int((found.suggested != task.train.targets.cpu().numpy()).sum())
+    suggested = found.suggested
+    disagreeing = int(((suggested != task.train.targets.cpu().numpy()) & (suggested >= 0)).sum())
+    unknown = int((suggested < 0).sum())
     # Of one's own data nobody knows that they are clean, unless they were marked.
     kind = "clean ones" if source.meta is not None or source.origins is None else "others, with the labels they have"
     lead = (
         f"{len(task.train):,} training examples against {len(task.meta):,} {kind}. {disagreeing:,} have another "
         f"suggested label than the given one."
     )
+    if unknown:
+        lead += f" {unknown:,} have no suggestion: no batch after the first tenth of the run had them."
     sections = [("", "".join(f"<p>{escape(note)}</p>" for note in notes))]
     if detections:
         sections.append(("Wrong labels found", _detections(detections)))
@@ -108,12 +112,17 @@ def _examples(found: Audit, task: Task, source: Source, order: np.ndarray) -> st
     for row, line in zip(order.tolist(), rows, strict=True):
         example = source.readable[int(line[1])] if source.readable is not None else _numbers(task.train, row)
         where = line[1] if source.origins is None else str(source.origins[int(line[1])].row)
-        shown.append([where, line[2], line[3] if line[3] != line[2] else "", f"{float(line[5]):.3g}", example])
+        shown.append([where, line[2], _other_label(line), f"{float(line[5]):.3g}", example])
     return f'<div class="reading">{table(shown)}</div>'
 
 
+def _other_label(line: list[str]) -> str:
+    """The suggested label, if it is not the given one."""
+    return line[3] if line[3] != line[2] else ""
+
+
 def _labels(line: list[str]) -> str:
-    return line[2] + (f" → {line[3]}" if line[3] != line[2] else "")
+    return line[2] + (f" → {other}" if (other := _other_label(line)) else "")
 
 
 def _place(source: Source, example: int) -> str:

@@ -170,7 +170,9 @@ def _weights(record: _Record, source: Source | None, label: str) -> str:
     if record.weighting is not None:
         text += "<h3>The learned weighting function</h3>" + figures.weighting_function(*record.weighting, label)
     if record.correction is not None:
-        text += "<h3>The corrected labels</h3>" + table(correction_table(record.correction))
+        # Of one's own data the true labels are known only where noise was added to them.
+        known = not is_own(record.config["data"]) or record.config["noise"] is not None
+        text += "<h3>The corrected labels</h3>" + table(correction_table(record.correction, known=known))
     if source is None:
         return text + "<p>The images are not shown: the data set is not at hand, or is another now.</p>"
     if source.train.inputs.ndim != 4 or source.train.inputs.shape[1] != 1:
