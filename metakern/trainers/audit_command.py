@@ -100,7 +100,7 @@ def run_audit(config: TrainConfig, folder: Path, *, top: int = 60, folds: int = 
         "rankings": {name: measured._asdict() for name, measured in detections.items()},
     }
     write_json(folder / NAME, record)
-    return _told(record, folder)
+    return _told(read_json(folder / NAME), folder)
 
 
 def _detections(config: TrainConfig, task: Task, found: Audit, wrong: np.ndarray, folds: int) -> dict[str, Detection]:
@@ -120,7 +120,8 @@ def _told(record: dict[str, Any], folder: Path) -> str:
     """The text to print for an audit.json."""
     rows = [["ranking", "area under ROC", "precision at k"]]
     for name, measured in record["rankings"].items():
-        rows.append([name, f"{measured['area']:.3f}", f"{100 * measured['precision'][-1]:.1f} %"])
+        area = "-" if measured["area"] is None else f"{measured['area']:.3f}"
+        rows.append([name, area, f"{100 * measured['precision'][-1]:.1f} %"])
     tables = [aligned(rows)] if record["rankings"] else []
     places = [f"table:  {folder / 'audit.csv'}", f"report: {folder / 'audit.html'}"]
     return "\n".join([*record["notes"], *tables, *places])

@@ -41,7 +41,12 @@ def stored_identity(folder: Path) -> dict[str, Any] | None:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / _NAME
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind the damage leads to
+        raise ValueError(f"{path} cannot be read; remove it to begin the run anew ({error!r:.200})") from error
 
 
 def drop_checkpoint(folder: Path) -> None:

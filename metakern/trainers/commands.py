@@ -24,7 +24,7 @@ from metakern.trainers.leaderboard import aligned, as_text, leaderboard, save
 from metakern.trainers.networks import MODELS
 from metakern.trainers.place import other_cell, other_run, place
 from metakern.trainers.report import write_comparison, write_report
-from metakern.trainers.run_folder import errors_of, finished, meta_note, read_json
+from metakern.trainers.run_folder import errors_of, finished, meta_note, read_json, read_result
 from metakern.trainers.step_costs import read_costs
 from metakern.trainers.step_time import step_time
 from metakern.trainers.stopping import Stopped, StopSignals
@@ -72,7 +72,7 @@ def train_command(options: argparse.Namespace, stop: StopSignals) -> None:
 
 def _summary(folders: Sequence[Path], step_times: dict[str, str] | None = None) -> str:
     """The results of finished runs on one task."""
-    configs, results = ([read_json(folder / name) for folder in folders] for name in ("config.json", "result.json"))
+    configs, results = [read_json(folder / "config.json") for folder in folders], list(map(read_result, folders))
     shown = [errors_of(result).columns(configs[0]["class_names"]) for result in results]
     rows = [["method", *shown[0], "seconds"]]
     for config, result, errors in zip(configs, results, shown, strict=True):

@@ -25,15 +25,42 @@ RESULTS = (
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content`; if the run is killed meanwhile, no partial file remains."""
+    """Write `content`, nan as null; if the run is killed meanwhile, no partial file remains."""
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.write_text(json.dumps(_without_nan(content), indent=2) + "\n")
     draft.replace(path)
 
 
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if content != content else content
+
+
 def read_json(path: Path) -> Any:
-    """The content of the file; None if there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """The content of the file; None if there is none.
+
+    Raises: ValueError naming the file if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read; remove it to begin anew ({error})") from error
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of result.json, with nan for what could not be measured.
+
+    Raises: FileNotFoundError if the run is not finished.
+    """
+    result = read_json(folder / "result.json")
+    if result is None:
+        raise FileNotFoundError(f"{folder} holds no finished run: result.json is missing")
+    by_class = [math.nan if error is None else error for error in result["error_by_class"]]
+    measured = {name: math.nan if value is None else value for name, value in result.items()}
+    return {**measured, "error_by_class": by_class}
 
 
 def identity(config: TrainConfig, contents: str | None) -> dict[str, Any]:
@@ -98,8 +125,10 @@ def differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def finished(folder: Path, config: TrainConfig, contents: str | None = None) -> dict[str, Any] | None:
     """The result of a finished run of exactly `config` in `folder`, and of these `contents` if they are known."""
-    result = read_json(folder / "result.json")
-    return result if result and not differing(result["identity"], identity(config, contents)) else None
+    stored = read_json(folder / "result.json")
+    if stored is None or differing(stored["identity"], identity(config, contents)):
+        return None
+    return read_result(folder)
 
 
 def errors_of(result: dict[str, Any]) -> Errors:

@@ -147,6 +147,30 @@ def test_checkpoints_from_before_an_option_go_on(here, quick, monkeypatch):
     assert finished(here / "run", quick) is not None
 
 
+@pytest.mark.parametrize(("name", "content"), [("checkpoint.pt", b""), ("checkpoint.pt", b"PK"), ("result.json", b"{")])
+def test_damaged_files_are_named(here, capsys, name, content):
+    (here / "keep").mkdir()
+    (here / "keep" / name).write_bytes(content)
+    assert main([*TRAIN, "--out", "keep"]) == 2
+    assert f"keep/{name} cannot be read; remove it to begin" in capsys.readouterr().err
+    (here / "keep" / name).unlink()
+    assert main([*TRAIN, "--out", "keep"]) == 0
+
+
+def test_what_could_not_be_measured_is_null(here, capsys):
+    """JSON has no nan; a class without test examples has no error."""
+    rows = [f"{k % 7},{'abc'[k % 3]},{'test' if k > 30 and k % 3 else 'train'}" for k in range(60)]
+    (here / "own.csv").write_text("\n".join(["x,y,split", *rows]))
+    given = ["train", "uniform", *QUICK[2:], "--data", "csv:own.csv", "--label", "y", "--out", "keep"]
+    assert main(given) == 0
+    first = capsys.readouterr().out
+    stored = json.loads((here / "keep" / "result.json").read_text(), parse_constant=pytest.fail)
+    assert stored["error_by_class"][0] is None
+    assert stored["roc_area"] is None
+    assert main(given) == 0
+    assert capsys.readouterr().out == first
+
+
 def test_comparisons_of_other_settings(here, capsys):
     many = ["compare", "--methods", "uniform", "--seeds", "0", *QUICK]
     assert main([*many, "--lr", "0.1"]) == 0

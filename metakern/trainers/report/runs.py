@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,7 +20,7 @@ from metakern.trainers.metrics import read_metrics
 from metakern.trainers.report import figures
 from metakern.trainers.report.gallery import trusted
 from metakern.trainers.report.page import page, sentence, settings, table
-from metakern.trainers.run_folder import errors_of, meta_note
+from metakern.trainers.run_folder import errors_of, meta_note, read_json, read_result
 from metakern.trainers.weighting import read_weighting
 
 
@@ -44,12 +43,10 @@ class _Record(NamedTuple):
 
 
 def _read(folder: Path) -> _Record:
-    if not (folder / "result.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run: result.json is missing")
-    config = json.loads((folder / "config.json").read_text())
+    result = read_result(folder)
+    config = read_json(folder / "config.json")
     with np.load(folder / "weights.npz", allow_pickle=False) as stored:
         weights = {name: stored[name] for name in stored.files}
-    result = json.loads((folder / "result.json").read_text())
     metrics = read_metrics(folder / "metrics.csv")
     learned = read_weighting(folder), read_correction(folder)
     return _Record(folder, config["method"], config, result, metrics, weights, *learned)
