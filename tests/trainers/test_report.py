@@ -87,7 +87,7 @@ def test_runs_of_one_method_are_told_apart(quick, tmp_path, stand_in):
     identifiers = re.findall(r'\bid="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
     other = train(replace(quick, data="digits", majority=None), tmp_path / "digits", progress=False).folder
-    with pytest.raises(ValueError, match="digits has other classes than"):
+    with pytest.raises(ValueError, match=r"have different data \(digits-4v9; digits\): one"):
         write_report([folders[0], other], tmp_path / "report.html")
 
 
@@ -133,6 +133,18 @@ def test_figures_take_odd_input():
     assert "method number 79" in error_by_cost({name: (100.0 + len(name), 3.0, 0.5) for name in many})
     zeros = torch.zeros(5).numpy()
     assert "<svg" in weight_distribution(zeros, zeros.astype(int), ("4", "9"), "all unused")
+
+
+def test_runs_of_one_name_on_other_rows(tmp_path, capsys):
+    runs = []
+    for name, shift in (("one", 0), ("two", 1)):
+        (tmp_path / "own.csv").write_text("x,y\n" + "".join(f"{(k + shift) % 7},{k % 2}\n" for k in range(40)))
+        runs.append(str(tmp_path / name))
+        given = ["--data", f"csv:{tmp_path / 'own.csv'}", "--label", "y", "--steps", "2", "--threads", "1"]
+        assert main(["train", "uniform", *given, "--meta-per-class", "1", "--out", runs[-1]]) == 0
+    assert main(["report", *runs]) == 2
+    assert "one and" in (said := capsys.readouterr().err)
+    assert "have different contents of files" in said
 
 
 def test_missing_run(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,12 +57,11 @@ def write_report(
 ) -> Path:
     """Write the report of the finished runs in `folders` to `path`, and return it; `step_times` adds a column.
 
-    Raises: FileNotFoundError if a folder has no finished run, ValueError if their classes differ.
+    Raises: FileNotFoundError if a folder has no finished run, ValueError if their data or classes differ.
     """
     records = [_read(folder) for folder in folders]
-    for record in records:
-        if record.config["class_names"] != records[0].config["class_names"]:
-            raise ValueError(f"{record.folder} has other classes than {folders[0]}: one report is of runs on one task")
+    for record in records[1:]:
+        _require_one_task(records[0], record)
     first = records[0].config
     source = _source(records[0], data_dir)
     sections = [("", _results(records, step_times)), ("Accuracy by class", _accuracies(records))]
@@ -77,6 +76,24 @@ def write_report(
     sections.append(("", settings(values)))
     path.write_text(page(_title(records), _lead(first), sections), encoding="utf-8")
     return path
+
+
+def _require_one_task(first: _Record, other: _Record) -> None:
+    """Raise ValueError if two runs were not tested on the same examples."""
+    for what, of in _TASK.items():
+        one, another = of(first), of(other)
+        if one != another:
+            raise ValueError(
+                f"{first.folder} and {other.folder} have different {what} ({one}; {another}): one report is of runs on "
+                "one task"
+            )
+
+
+_TASK: dict[str, Callable[[_Record], str | None]] = {
+    "data": lambda record: record.config["data"],
+    "contents of files": lambda record: record.result["identity"].get("contents"),
+    "classes": lambda record: ", ".join(record.config["class_names"]),
+}
 
 
 def _source(record: _Record, data_dir: str | None) -> Source | None:
