@@ -127,10 +127,9 @@ def as_text(entries: Sequence[Entry]) -> str:
 
     def shown(method: str, majority: float | None) -> str:
         entry = by_key.get((method, majority))
-        if entry is None:
-            return "-"
-        return plus_minus(entry.mean, entry.deviation)
+        return "-" if entry is None else mean_text(entry, most)
 
+    most = most_seeds(entries)
     rows = [["test error, %"] + ["" if majority is None else f"{majority:g}" for majority in majorities]]
     rows += [[method] + [shown(method, majority) for majority in majorities] for method in methods]
     if len(majorities) == 1:
@@ -141,6 +140,16 @@ def as_text(entries: Sequence[Entry]) -> str:
             row += [plus_minus(entry.difference, entry.interval, "+"), plus_minus(entry.area)]
             row += [count_text(entry.cost), count_text(entry.steps), count_text(entry.batch)]
     return aligned(rows)
+
+
+def most_seeds(entries: Sequence[Entry]) -> int:
+    """Of how many seeds a complete mean is."""
+    return max((entry.seeds for entry in entries), default=0)
+
+
+def mean_text(entry: Entry, most: int) -> str:
+    """Mean and deviation of the test error; of how many seeds, if other means are of more (`most`)."""
+    return plus_minus(entry.mean, entry.deviation) + (f" ({entry.seeds} of {most} seeds)" if entry.seeds < most else "")
 
 
 def count_text(number: float) -> str:

@@ -279,6 +279,16 @@ def test_leaderboard_of_one_seed_and_of_an_unfinished_one(quick, tmp_path):
     assert "Error against cost" in text
 
 
+def test_means_over_fewer_seeds_say_so(quick, tmp_path):
+    """And are not the lowest mean, which they may be by the seeds that they have."""
+    entries = leaderboard(cells := made_up(quick, {"uniform": [10, 12, 14], "l2rw": [5, 6]}))
+    assert "12.00 ± 2.00 " in as_text(entries)
+    assert "5.50 ± 0.71 (2 of 3 seeds)" in as_text(entries)
+    text = write_comparison(cells, tmp_path / "report.html").read_text()
+    assert "<td>5.50 ± 0.71 (2 of 3 seeds)</td>" in text
+    assert "<td class=best>12.00 ± 2.00</td>" in text
+
+
 def test_comparison_shows_each_class(quick, tmp_path):
     cells = run_missing(tmp_path, grid(quick, ["uniform"], [0.9], [0]), progress=False)
     text = write_comparison(cells, tmp_path / "report.html").read_text()

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from metakern.trainers.compare import Cell
-from metakern.trainers.leaderboard import Entry, count_text, leaderboard, plus_minus, shares
+from metakern.trainers.leaderboard import Entry, count_text, leaderboard, mean_text, most_seeds, plus_minus, shares
 from metakern.trainers.report import figures
 from metakern.trainers.report.page import page, sentence, settings, table
 from metakern.trainers.run_folder import meta_note, read_json
@@ -29,7 +29,10 @@ def write_comparison(cells: Sequence[Cell], path: Path) -> Path:
         if entry.majority is not None:
             by_method.setdefault(entry.method, {})[entry.majority] = (entry.mean, entry.deviation)
     sections = [
-        ("Test error, %", "<p>Mean and deviation over seeds; the lowest mean is set off.</p>" + _errors(entries)),
+        (
+            "Test error, %",
+            "<p>Mean and deviation over seeds; the lowest mean over all seeds is set off.</p>" + _errors(entries),
+        ),
         ("", figures.error_by_majority(by_method) if len(shares(entries)) > 1 else ""),
         (f"Difference to {config.method}, paired by seed", _differences(entries, config.method)),
         ("Error against cost", _costs(entries, config.method)),
@@ -58,20 +61,19 @@ def _errors(entries: Sequence[Entry]) -> str:
     methods, majorities, known = _axes(entries)
     areas = len(majorities) == 1 and not math.isnan(entries[0].area)
     head = [*_head(majorities), *["area under ROC"] * areas, "steps", "batch", "seconds a run", "plain steps"]
-    rows, best = [head], []
+    rows, best, most = [head], [], most_seeds(entries)
     for method in methods:
         own = [known.get((method, majority)) for majority in majorities]
         found = [entry for entry in own if entry]
-        texts = ["-" if entry is None else plus_minus(entry.mean, entry.deviation) for entry in own]
+        texts = ["-" if entry is None else mean_text(entry, most) for entry in own]
         texts += [plus_minus(entry.area) for entry in found if areas]
         texts += [count_text(fmean(entry.steps for entry in found)), count_text(found[0].batch)]
         seconds, cost = fmean(entry.seconds for entry in found), fmean(entry.cost for entry in found)
         rows.append([method, *texts, f"{seconds:.0f}", count_text(cost)])
     for column, majority in enumerate(majorities, start=1):
-        means = {
-            row: known[method, majority].mean for row, method in enumerate(methods, 1) if (method, majority) in known
-        }
-        best.append((min(means, key=means.__getitem__), column))
+        column_of = {row: known.get((method, majority)) for row, method in enumerate(methods, 1)}
+        means = {row: entry.mean for row, entry in column_of.items() if entry and entry.seeds == most}
+        best += [(min(means, key=means.__getitem__), column)] if means else []
     return table(rows, best=best)
 
 
