@@ -15,7 +15,7 @@ from metakern.methods import METHODS, find
 from metakern.methods.pages import page_of
 from metakern.trainers import train
 from metakern.trainers.audit_command import audit_folder, finished_audit, run_audit
-from metakern.trainers.compare import Cell, cell, chosen, grid, read_cells, run_missing
+from metakern.trainers.compare import Cell, CellsFailed, cell, chosen, grid, read_cells, run_missing
 from metakern.trainers.config import from_options
 from metakern.trainers.demo import demo_config
 from metakern.trainers.episode_config import LEARNERS, EpisodeConfig
@@ -93,7 +93,12 @@ def compare_command(options: argparse.Namespace, stop: StopSignals) -> None:
         return other_cell([cell(root, config).folder for config in configs], configs, found)
 
     root = place(options.out, Path("runs/compare"), held, overwrite=options.overwrite)
-    _show(run_missing(root, configs, jobs=options.jobs, stop=stop), root)
+    try:
+        _show(run_missing(root, configs, jobs=options.jobs, stop=stop), root)
+    except CellsFailed as failure:
+        if any(entry.result is not None for entry in failure.cells):
+            _show(failure.cells, root)
+        raise
 
 
 def _show(cells: Sequence[Cell], root: Path, page: Path | None = None) -> None:

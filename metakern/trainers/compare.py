@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -34,6 +35,22 @@ class Cell:
     config: TrainConfig
     folder: Path
     result: dict[str, Any] | None
+
+
+class Ended(NamedTuple):
+    """How a cell's run ended: with a result, or why its method does not support the data, or why it failed."""
+
+    folder: Path
+    skipped: str | None = None
+    failed: str | None = None
+
+
+class CellsFailed(ValueError):
+    """Some runs of a comparison failed; `cells` are all of its cells."""
+
+    def __init__(self, message: str, cells: list[Cell]) -> None:
+        super().__init__(message)
+        self.cells = cells
 
 
 def chosen(words: Sequence[str]) -> list[str]:
@@ -90,15 +107,21 @@ def _source(config: TrainConfig) -> Source:
     return make_source(config)
 
 
-def _run(base: TrainConfig, config: TrainConfig, folder: Path, stop: Stop) -> tuple[Path, str | None]:
-    """The folder of the cell, and the reason if its method does not support the data."""
+def _run(base: TrainConfig, config: TrainConfig, folder: Path, stop: Stop) -> Ended:
     if stop():
         raise Stopped("stopped between two runs")
+    task = make_task(config, _source(base))
     try:
-        train(config, folder, task=make_task(config, _source(base)), progress=False, stop=stop)
+        train(config, folder, task=task, progress=False, stop=stop)
     except NotApplicable as reason:
-        return folder, f"{config.method} is skipped: {reason}"
-    return folder, None
+        return Ended(folder, skipped=f"{config.method} is skipped: {reason}")
+    except Stopped:
+        raise
+    except (ValueError, OSError) as error:
+        return Ended(folder, failed=str(error))
+    except Exception:  # a fault of the method, or of ours
+        return Ended(folder, failed=traceback.format_exc())
+    return Ended(folder)
 
 
 def _record(root: Path, configs: Sequence[TrainConfig]) -> None:
@@ -121,11 +144,11 @@ def _begin_process(asked: Any) -> None:
     _stop = either
 
 
-def _run_in_process(base: TrainConfig, config: TrainConfig, folder: Path) -> tuple[Path, str | None]:
+def _run_in_process(base: TrainConfig, config: TrainConfig, folder: Path) -> Ended:
     return _run(base, config, folder, _stop)
 
 
-def _folders_done(cells: Sequence[Cell], jobs: int, stop: Stop) -> Iterator[tuple[Path, str | None]]:
+def _ended(cells: Sequence[Cell], jobs: int, stop: Stop) -> Iterator[Ended]:
     """Run `cells` and yield what `_run` returns as they finish."""
     if jobs == 1:
         _source.cache_clear()  # a file may have changed since another comparison
@@ -159,23 +182,34 @@ def run_missing(
 ) -> list[Cell]:
     """Run the cells of `configs` without a result, `jobs` at a time, and return all cells.
 
-    If a cell fails, the comparison stops: finished cells stay finished, and other cells in progress leave a checkpoint.
-    Methods that do not support this kind of data are left out, with a line that says why. comparison.json lists the
-    cells.
-    Raises: ValueError if jobs is below 1; Stopped as `train`, after all running cells have left a checkpoint.
+    If a cell fails, the others are run all the same. Methods that do not support this kind of data are left out, with a
+    line that says why. comparison.json lists the cells.
+    Raises: ValueError if jobs is below 1; Stopped as `train`, after all running cells have left a checkpoint; at the
+    end CellsFailed, if any failed.
     """
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     found = contents(configs[0].data) if configs else None
     missing = [entry for entry in (cell(root, config, found) for config in configs) if entry.result is None]
     bar = tqdm(total=len(configs), initial=len(configs) - len(missing), unit="run", disable=not progress)
+    failed: list[str] = []
     with bar:
-        for folder, left_out in _folders_done(missing, jobs, stop):
-            if left_out is not None:
-                bar.write(left_out, file=sys.stderr)
-            bar.set_postfix_str(folder.name, refresh=False)
+        for ended in _ended(missing, jobs, stop):
+            if ended.skipped is not None:
+                bar.write(ended.skipped, file=sys.stderr)
+            if ended.failed is not None:
+                failed.append(f"{ended.folder.name}: {ended.failed}")
+                bar.write(f"failed: {failed[-1]}", file=sys.stderr)
+            else:
+                _record(root, configs)
+            bar.set_postfix_str(ended.folder.name, refresh=False)
             bar.update()
-            _record(root, configs)
     if configs and not missing:
         _record(root, configs)
-    return [cell(root, config, found) for config in configs]
+    cells = [cell(root, config, found) for config in configs]
+    if failed:
+        reasons = "\n".join(failed)
+        raise CellsFailed(
+            f"{len(failed)} of {len(configs)} runs failed; the same command repeats them\n{reasons}", cells
+        )
+    return cells
