@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ NAME = "audit.json"
 NO_CLEANLAB = "cleanlab: left out, it is not installed; try: pip install 'metakern[audit]'"
 
 
-def audit_folder(config: TrainConfig, out: Path | None, *, top: int, folds: int, overwrite: bool) -> Path:
+def audit_folder(
+    config: TrainConfig, out: Path | None, *, top: int, folds: int, overwrite: bool
+) -> AbstractContextManager[Path]:
     """The folder of an audit, see `place`; the default is named after the data.
 
     Raises: ValueError if `out` has an audit with other settings, unless `overwrite`.

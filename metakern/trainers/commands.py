@@ -15,7 +15,7 @@ from metakern.methods import METHODS, find
 from metakern.methods.pages import page_of
 from metakern.trainers import train
 from metakern.trainers.audit_command import audit_folder, finished_audit, run_audit
-from metakern.trainers.compare import Cell, CellsFailed, cell, chosen, grid, read_cells, run_missing
+from metakern.trainers.compare import Cell, CellsFailed, cell, chosen, grid, other_table, read_cells, run_missing
 from metakern.trainers.config import from_options
 from metakern.trainers.demo import demo_config
 from metakern.trainers.episode_config import LEARNERS, EpisodeConfig
@@ -52,22 +52,18 @@ def train_command(options: argparse.Namespace, stop: StopSignals) -> None:
     config = from_options(options)
     find(config.method, config.set)
     found = contents(config.data)
-    folder = place(
-        options.out,
-        Path("runs") / config.name(),
-        lambda folder: other_run(folder, config, found),
-        overwrite=options.overwrite,
-    )
-    if finished(folder, config, found) is None or options.overwrite:
-        train(config, folder, stop=stop)
-    else:
-        print(f"metakern: {folder} already has this run; --overwrite runs it again", file=sys.stderr)
-    print(_summary([folder]))
-    note = meta_note(read_json(folder / "config.json"))
-    if note and find(config.method).needs_meta:
-        print(note)
-    page = folder / "report.html"
-    print(f"report: {page if page.is_file() else write_report([folder], page, data_dir=config.data_dir)}")
+    default, overwrite = Path("runs") / config.name(), options.overwrite
+    with place(options.out, default, lambda folder: other_run(folder, config, found), overwrite=overwrite) as folder:
+        if finished(folder, config, found) is None or overwrite:
+            train(config, folder, stop=stop)
+        else:
+            print(f"metakern: {folder} already has this run; --overwrite runs it again", file=sys.stderr)
+        print(_summary([folder]))
+        note = meta_note(read_json(folder / "config.json"))
+        if note and find(config.method).needs_meta:
+            print(note)
+        page = folder / "report.html"
+        print(f"report: {page if page.is_file() else write_report([folder], page, data_dir=config.data_dir)}")
 
 
 def _summary(folders: Sequence[Path], step_times: dict[str, str] | None = None) -> str:
@@ -90,15 +86,17 @@ def compare_command(options: argparse.Namespace, stop: StopSignals) -> None:
     found = contents(base.data)
 
     def held(root: Path) -> str | None:
-        return other_cell([cell(root, config).folder for config in configs], configs, found)
+        lost = other_cell([cell(root, config).folder for config in configs], configs, found)
+        # A folder that the user names may collect the cells of several comparisons.
+        return lost if lost is not None or options.out is not None else other_table(root, configs)
 
-    root = place(options.out, Path("runs/compare"), held, overwrite=options.overwrite)
-    try:
-        _show(run_missing(root, configs, jobs=options.jobs, stop=stop), root)
-    except CellsFailed as failure:
-        if any(entry.result is not None for entry in failure.cells):
-            _show(failure.cells, root)
-        raise
+    with place(options.out, Path("runs/compare"), held, overwrite=options.overwrite) as root:
+        try:
+            _show(run_missing(root, configs, jobs=options.jobs, stop=stop), root)
+        except CellsFailed as failure:
+            if any(entry.result is not None for entry in failure.cells):
+                _show(failure.cells, root)
+            raise
 
 
 def _show(cells: Sequence[Cell], root: Path, page: Path | None = None) -> None:
@@ -112,11 +110,11 @@ def _show(cells: Sequence[Cell], root: Path, page: Path | None = None) -> None:
 
 def audit_command(options: argparse.Namespace) -> None:
     config, given = from_options(options, method="uniform"), {"top": options.top, "folds": options.folds}
-    folder = audit_folder(config, options.out, overwrite=options.overwrite, **given)
-    found = None if options.overwrite else finished_audit(config, folder, **given)
-    if found is not None:
-        print(f"metakern: {folder} already has this audit; --overwrite runs it again", file=sys.stderr)
-    print(found or run_audit(config, folder, **given))
+    with audit_folder(config, options.out, overwrite=options.overwrite, **given) as folder:
+        found = None if options.overwrite else finished_audit(config, folder, **given)
+        if found is not None:
+            print(f"metakern: {folder} already has this audit; --overwrite runs it again", file=sys.stderr)
+        print(found or run_audit(config, folder, **given))
 
 
 def episodes_command(options: argparse.Namespace) -> None:

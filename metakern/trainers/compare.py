@@ -101,6 +101,14 @@ def read_cells(root: Path) -> list[Cell] | None:
     return None if configs is None else [cell(root, TrainConfig(**config)) for config in configs]
 
 
+def other_table(root: Path, configs: Sequence[TrainConfig]) -> str | None:
+    """What the table of the comparison in `root` has that one of `configs` would not have; None if there is nothing."""
+    known = [config.identity() for config in configs]
+    finished = [entry.config for entry in read_cells(root) or () if entry.result is not None]
+    lost = [config.name() for config in finished if config.identity() not in known]
+    return f"holds a comparison with other runs ({', '.join(lost[:4])})" if lost else None
+
+
 @lru_cache(maxsize=1)
 def _source(config: TrainConfig) -> Source:
     """The data set of the comparison, read once per process."""

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from metakern.trainers.checkpoint import stored_identity
+from metakern.trainers.claim import claimed
 from metakern.trainers.config import TrainConfig
 from metakern.trainers.run_folder import RESULTS, differing, identity, read_json
 
 Held = Callable[[Path], str | None]  # what a folder holds that would be lost, in words
 
 
-def place(out: Path | None, default: Path, held: Held, *, overwrite: bool = False) -> Path:
+_IN_USE = "is in use by another command"
+
+
+@contextmanager
+def place(out: Path | None, default: Path, held: Held, *, overwrite: bool = False) -> Iterator[Path]:
     """`out`, or the first of `default`, default-2, default-3 ... in which nothing would be lost.
 
-    Raises: ValueError if something would be lost in `out`, unless `overwrite`.
+    Inside the block it is this command's alone.
+    Raises: ValueError if something would be lost in `out`, unless `overwrite`, or if another command writes to it.
     """
-    if overwrite:
-        return out or default
-    if out is not None:
-        if (reason := held(out)) is not None:
-            raise ValueError(f"{out} {reason}; name another folder with --out, or replace it with --overwrite")
-        return out
-    folders = chain([default], (default.with_name(f"{default.name}-{k}") for k in count(2)))
-    folder = next(folder for folder in folders if held(folder) is None)
-    if folder != default:
-        print(f"metakern: {default} {held(default)}; writing to {folder} instead", file=sys.stderr)
-    return folder
+    if out is not None or overwrite:
+        folder = out or default
+        with claimed(folder) as alone:
+            if not alone:
+                raise ValueError(f"{folder} {_IN_USE}; wait for it, or name another folder with --out")
+            if not overwrite and (reason := held(folder)) is not None:
+                raise ValueError(f"{folder} {reason}; name another folder with --out, or replace it with --overwrite")
+            yield folder
+        return
+    reasons: list[str] = []
+    for folder in chain([default], (default.with_name(f"{default.name}-{k}") for k in count(2))):
+        with claimed(folder) as alone:
+            reason = held(folder) if alone else _IN_USE
+            if reason is None:
+                if reasons:
+                    print(f"metakern: {default} {reasons[0]}; writing to {folder} instead", file=sys.stderr)
+                yield folder
+                return
+            reasons.append(reason)
 
 
 def other_run(folder: Path, config: TrainConfig, contents: str | None) -> str | None:

@@ -1,6 +1,8 @@
 """Where commands write: a finished run is never lost to a typo, nor to the next run of a sweep."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,11 +183,49 @@ def test_comparisons_of_other_settings(here, capsys):
     assert main([*many, "--lr", "0.2", "--out", "runs/compare"]) == 2
     assert "(--lr 0.1, now 0.2); name another folder" in capsys.readouterr().err
     assert files(here / "runs/compare") == before
-    # Cells of another name stand beside these.
-    assert main([*many, "--lr", "0.1", "--seeds", "1"]) == 0
-    assert len(list((here / "runs/compare/cells").iterdir())) == 2
     assert main([*many, "--lr", "0.2", "--out", "runs/compare", "--overwrite"]) == 0
     assert files(here / "runs/compare") != before
+
+
+def test_comparisons_of_other_runs(here, capsys):
+    """More seeds or methods are added to a table, other ones do not replace it, unless the folder is named."""
+    many = ["compare", "--methods", "uniform", *QUICK]
+    assert main([*many, "--seeds", "0"]) == 0
+    assert main([*many, "--seeds", "0-1", "--threads", "2"]) == 0
+    assert [path.name for path in (here / "runs").iterdir()] == ["compare"]
+    before = files(here / "runs/compare")
+    assert main([*many, "--seeds", "2"]) == 0
+    said = capsys.readouterr().err
+    first, second = "digits-4v9-0.9-uniform-0", "digits-4v9-0.9-uniform-1"
+    assert f"compare holds a comparison with other runs ({first}, {second}); writing to runs/compare-2 instead" in said
+    assert files(here / "runs/compare") == before
+    assert main([*many, "--seeds", "2", "--out", "runs/compare"]) == 0
+    assert len(list((here / "runs/compare/cells").iterdir())) == 3
+
+
+def test_a_folder_in_use(here, capsys):
+    """By another process; what it has written so far does not say whose the folder is."""
+    name = "runs/digits-4v9-0.9-uniform-0"
+    holder = f"from metakern.trainers.claim import claimed\nwith claimed(Path({name!r})): print(1, flush=True), input()"
+    command = [sys.executable, "-c", f"from pathlib import Path\n{holder}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        assert main([*TRAIN, "--out", name]) == 2
+        assert f"{name} is in use by another command; wait for it" in capsys.readouterr().err
+        assert main(TRAIN) == 0
+        assert f"{name} is in use by another command; writing to {name}-2 instead" in capsys.readouterr().err
+        other.communicate("\n")
+    assert [path.name for path in (here / "runs").iterdir()] == [f"{Path(name).name}-2"]
+    assert ".lock" not in files(here / f"{name}-2")
+    assert main(TRAIN) == 0
+
+
+def test_a_claim_ends_with_its_process(here):
+    """However that ends: what a killed one leaves does not keep the next one out."""
+    (here / "own").mkdir()
+    (here / "own" / ".lock").touch()
+    assert main([*TRAIN, "--out", "own"]) == 0
 
 
 def test_audits_are_kept_apart(here, capsys, monkeypatch):
