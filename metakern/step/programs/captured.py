@@ -160,7 +160,7 @@ def _warm_up(
 
     def observed() -> PartResult:
         *values, engine = step()
-        return PartResult(engine, [*values, *(p.grad for p in parameters_of(model) if p.grad is not None)])
+        return PartResult(engine, values, {p: p.grad for p in parameters_of(model) if p.grad is not None})
 
     before, stream = random_state(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

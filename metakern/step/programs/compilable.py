@@ -29,11 +29,16 @@ from metakern.step.programs.program import Program
 
 
 class PartResult(NamedTuple):
-    """What a step, or a part of it, computes: weights, dots, gradients."""
+    """What a step, or a part of it, computes."""
 
     engine: str
-    values: list[Tensor]
+    values: list[Tensor]  # weights, dots, losses
+    gradient: dict[Any, Tensor]  # of the model by name, of a second network by parameter
     more: bool = False  # whether another part follows
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.values, *self.gradient.values()]
 
 
 class ObservedStep(NamedTuple):
@@ -72,12 +77,12 @@ def observe(
                 left = [b.clone() for b in written]
                 changed = assumptions().differs_from(known)
             end = random_state()
-            _require_compilable(start, end, found.values, changed and _changes(model, assumptions, step))
+            _require_compilable(start, end, found.tensors, changed and _changes(model, assumptions, step))
         finally:
             restore_random_state(start)
     if not changed:
         state.restore()
-    return ObservedStep(found.engine, written, start, end, found.values, left, state)
+    return ObservedStep(found.engine, written, start, end, found.tensors, left, state)
 
 
 @contextmanager

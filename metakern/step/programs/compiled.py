@@ -37,13 +37,11 @@ class CompiledStep:
         model: nn.Module,
         program: StepProgram,
         trainable: Mapping[str, nn.Parameter],
-        names: Sequence[str],
         optimizer: torch.optim.Optimizer | None,
         uncompiled: Callable[..., StepResult],
     ) -> None:
         self._program, self._optimizer, self._uncompiled = program, optimizer, uncompiled
         self._model, self._trainable = model, trainable
-        self._names = names  # of the parameters for which the program returns a gradient
 
     def __call__(self, batch: Any, meta_batch: Any, *, accumulate: bool = False) -> StepResult:
         """One step on new batches, as `reweight_step` would take it.
@@ -69,10 +67,10 @@ class CompiledStep:
 
     def _taken(self, batch: Any, meta_batch: Any, accumulate: bool) -> StepResult:
         found = next(self._program.run(batch, meta_batch))
-        weights, dots, losses, meta_loss, *gradient = found[: 4 + len(self._names)]
-        with self._program.settled(found):
-            hand_over(self._model, self._trainable, dict(zip(self._names, gradient)), self._optimizer, accumulate)
-        return StepResult(weights, dots, losses, meta_loss, self._program.engine)
+        weights, dots, losses, meta_loss = found.values
+        with self._program.settled():
+            hand_over(self._model, self._trainable, found.gradient, self._optimizer, accumulate)
+        return StepResult(weights, dots, losses, meta_loss, found.engine)
 
 
 def compile_step(
@@ -115,7 +113,6 @@ def compile_step(
     compiler, trainable = compiler_of(backend), trainable_parameters(model)
     require_optimizer(optimizer, trainable)
     batches = OwnBatches(batch=batch, meta_batch=meta_batch)
-    names: list[str] = []  # of the parameters that take part
 
     def take(batch: Any, meta_batch: Any, engine: str = engine, **settings: Any) -> StepResult:
         return reweight_step(
@@ -133,9 +130,7 @@ def compile_step(
 
     def parts(given: list[Any], numbers: Sequence[Tensor], engine: str) -> Iterator[PartResult]:
         *result, used = take(given[0], given[1], engine)
-        gradient = {name: p.grad for name, p in trainable.items() if p.grad is not None}
-        names[:] = gradient
-        yield PartResult(used, [*result, *gradient.values()])
+        yield PartResult(used, result, {name: p.grad for name, p in trainable.items() if p.grad is not None})
 
     def assumptions() -> Assumptions:
         return Assumptions(model, loss_fn, rule)
@@ -146,4 +141,4 @@ def compile_step(
     def uncompiled(*given: Any, accumulate: bool) -> StepResult:
         return take(*given, optimizer=optimizer, accumulate=accumulate)
 
-    return CompiledStep(model, program, trainable, names, optimizer, uncompiled)
+    return CompiledStep(model, program, trainable, optimizer, uncompiled)

@@ -22,10 +22,11 @@ from metakern.engines.problem import Problem
 from metakern.step.logit_tangents import LogitsFunction
 from metakern.step.meta_network import are_asked_for, require_meta_network, step_meta_network
 from metakern.step.mlc import Carry, Corrected, CorrectionResult, label_gradient, mlc_step, require_carry, with_carry
+from metakern.step.programs.compilable import PartResult
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.program import Backend, compiler_of
 from metakern.step.programs.step_program import NotThisProgram
-from metakern.step.programs.two_parts import CompiledParts, Half, TwoParts, compilable_rule
+from metakern.step.programs.two_parts import CompiledParts, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
 
 
@@ -158,13 +159,13 @@ def compile_mlc_step(
     )
 
     def program(again: bool) -> CompiledParts:
-        def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[Half]:
+        def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[PartResult]:
             train = Corrected(problem, label_net, logits_fn, *others)
             found = label_gradient(problem, train, rule, again=again, carried=carries)
             gamma = [] if found.gamma is None else [found.gamma]
-            yield Half(engine, [found.tangents, found.meta_loss, *gamma], found.gradient)
+            yield PartResult(engine, [found.tangents, found.meta_loss, *gamma], found.gradient, more=True)
             labels, gradient = train.corrected() if again else (found.labels, found.virtual)
-            yield Half(engine, [labels, train.losses(labels).detach()], gradient)
+            yield PartResult(engine, [labels, train.losses(labels).detach()], gradient)
 
         step = TwoParts(
             model,

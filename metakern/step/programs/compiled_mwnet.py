@@ -22,10 +22,11 @@ from metakern.engines import pose
 from metakern.engines.problem import Problem
 from metakern.step.meta_network import Features, are_asked_for
 from metakern.step.mwnet import MetaStepResult, meta_gradient, mwnet_step, require_weight_net
+from metakern.step.programs.compilable import PartResult
 from metakern.step.programs.own_batches import OwnBatches
 from metakern.step.programs.program import Backend, compiler_of
 from metakern.step.programs.step_program import NotThisProgram
-from metakern.step.programs.two_parts import CompiledParts, Half, TwoParts, compilable_rule
+from metakern.step.programs.two_parts import CompiledParts, TwoParts, compilable_rule
 from metakern.step.virtual import VirtualRule
 from metakern.step.weighting import Weighting
 
@@ -109,13 +110,13 @@ def compile_mwnet_step(
     asked = features if are_asked_for(features) else None
     weighting = Weighting(weight_net, normalise, detach_losses)
 
-    def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[Half]:
+    def halves(problem: Problem, others: Sequence[Any], rule: VirtualRule, engine: str) -> Iterator[PartResult]:
         given = Features(*others)
         start = RestorePoint(problem.model, problem.writes)
         train, used, dots, meta_loss, gradient = meta_gradient(problem, start, weighting, given, rule, engine)
-        yield Half(used, [dots, meta_loss], gradient)
+        yield PartResult(used, [dots, meta_loss], gradient, more=True)
         weights = weighting.weights(train.losses, given.values)
-        yield Half(used, [weights, train.losses], train.weighted_gradient(weights))
+        yield PartResult(used, [weights, train.losses], train.weighted_gradient(weights))
 
     uncompiled = partial(
         mwnet_step,

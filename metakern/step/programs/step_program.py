@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,6 +34,14 @@ class NotThisProgram(Exception):
     """Raised if batches have other shapes than the compiled ones, or take another branch."""
 
 
+class PartForm(NamedTuple):
+    """What a part of a program returns, in this order; after the last part come the buffers."""
+
+    values: int
+    keys: tuple[Any, ...]  # of the gradient
+    more: bool
+
+
 class StepProgram:
     """A compiled step; between its parts the caller may change what later parts read."""
 
@@ -43,15 +51,17 @@ class StepProgram:
         batches: OwnBatches,
         buffers: OwnBuffers,
         assumptions: Callable[[], Assumptions],
+        forms: Sequence[PartForm],
         engine: str,
         draws: bool,
     ) -> None:
         self._program, self._batches, self._buffers, self._draws = program, batches, buffers, draws
-        self._assumptions, self._known = assumptions, assumptions()
+        self._assumptions, self._known, self._forms = assumptions, assumptions(), forms
+        self._left: list[Tensor] = []  # the buffers at the end of the last run
         self._others: list[Any] | None = None  # the last batches, if they had other shapes
         self.engine = engine
 
-    def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+    def run(self, *given: Any, numbers: Sequence[Tensor] = ()) -> Iterator[PartResult]:
         """What each part computes for new batches.
 
         Raises: NotThisProgram if a batch has other shapes than the compiled one, or takes another branch (as a
@@ -64,10 +74,14 @@ class StepProgram:
         if self._others is not None:
             raise NotThisProgram
         self._batches.take(*given)
-        for found in self._program([*self._batches.tensors, *numbers, *self._buffers.tensors]):
+        tensors = [*self._batches.tensors, *numbers, *self._buffers.tensors]
+        for form, found in zip(self._forms, self._program(tensors)):
             if found is None:
                 raise NotThisProgram
-            yield found
+            end = form.values + len(form.keys)
+            self._left = found[end:]
+            gradient = dict(zip(form.keys, found[form.values : end], strict=True))
+            yield PartResult(self.engine, found[: form.values], gradient, form.more)
 
     @contextmanager
     def nothing_drawn_on_error(self) -> Iterator[None]:
@@ -85,12 +99,10 @@ class StepProgram:
         return self._batches.built() if self._others is None else self._others
 
     @contextmanager
-    def settled(self, found: list[Tensor]) -> Iterator[None]:
-        """Inside the block and after it the buffers hold the values at the end of the last part's results, unless an
-        exception leaves it.
-        """
+    def settled(self) -> Iterator[None]:
+        """Inside the block and after it the buffers are as the last run left them, unless an exception leaves it."""
         before = [buffer.clone() for buffer in self._buffers.tensors]
-        self._buffers.take(found[len(found) - len(before) :])
+        self._buffers.take(self._left)
         try:
             yield
         except BaseException:
@@ -115,20 +127,21 @@ def compiled(
 
     def once(tensors: list[Tensor] | None = None, engine: str = engine) -> PartResult:
         found = list(parts(batches.built(tensors), numbers, engine))
-        return PartResult(found[-1].engine, [value for part in found for value in part.values])
+        return PartResult(found[-1].engine, [tensor for part in found for tensor in part.tensors], {})
 
     with unchanged_on_error(model), torch_random_state_as_before():
         seen = observe(model, functions, assumptions, once)
         others = OtherValues(seen, batches.tensors)
         others.observe(model, functions, lambda tensors: once(tensors, seen.engine).values)
         buffers = OwnBuffers(model, seen.buffers)
-        own = len(batches.tensors)
+        own, forms = len(batches.tensors), list[PartForm]()
 
         def step(*tensors: Tensor) -> Iterator[list[Tensor]]:
             end = own + len(numbers)
             with buffers.copied(tensors[end:]) as written:
                 for part in parts(batches.built(list(tensors[:own])), tensors[own:end], seen.engine):
-                    yield part.values if part.more else [*part.values, *written]
+                    forms.append(PartForm(len(part.values), tuple(part.gradient), part.more))
+                    yield part.tensors if part.more else [*part.tensors, *written]
 
         given = [*batches.tensors, *numbers]
         with restored_on_error(seen.function_state):
@@ -138,4 +151,4 @@ def compiled(
             others.require_same(program, numbers)
             program.compile(backend)
             require_compiled_as_traced(program, seen, given)
-    return StepProgram(program, batches, buffers, assumptions, seen.engine, seen.draws)
+    return StepProgram(program, batches, buffers, assumptions, forms, seen.engine, seen.draws)

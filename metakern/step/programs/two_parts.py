@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,6 @@ from metakern.step.programs.program import Backend
 from metakern.step.programs.step_program import compiled
 from metakern.step.virtual import VirtualRule
 
-
-class Half(NamedTuple):
-    """The outcome of one part."""
-
-    engine: str
-    values: list[Tensor]
-    gradient: Mapping[Any, Tensor]  # of the second network by parameter, of the model by name
-
-
 Learn = Callable[[list[Tensor], dict[nn.Parameter, Tensor]], None]
 """What happens between the parts, given the values of the first and the gradient of the second network."""
 
@@ -56,11 +47,11 @@ class TwoParts:
     allow_unused: bool
     features: Any  # of the second network: a function, or None if they come with the batches
     functions: Sequence[Any]  # what it calls besides networks and loss function
-    halves: Callable[[Problem, Sequence[Any], VirtualRule, str], Iterator[Half]]
+    halves: Callable[[Problem, Sequence[Any], VirtualRule, str], Iterator[PartResult]]
     """A function that yields both parts, given the batches as a problem, features and other inputs, the rule at this
     step's learning rates, and the name of an engine."""
 
-    def parts(self, given: Sequence[Any], rates: Sequence[Tensor], engine: str) -> Iterator[Half]:
+    def parts(self, given: Sequence[Any], rates: Sequence[Tensor], engine: str) -> Iterator[PartResult]:
         """One after the other, with no optimizer step in between."""
         batch, meta_batch, *others = self.with_features(given)
         posed = self.model, batch, meta_batch, self.loss_fn, self.params, "reuse"
@@ -96,15 +87,8 @@ class CompiledParts:
 
     def __init__(self, step: TwoParts, batches: OwnBatches, engine: str, compiler: Backend) -> None:
         self._step, self._trainable = step, trainable_parameters(step.model)
-        self._layout: list[tuple[int, tuple[Any, ...]]] = [(0, ()), (0, ())]  # number of values, keys of the gradient
-
-        def parts(given: list[Any], rates: Sequence[Tensor], engine: str) -> Iterator[PartResult]:
-            for place, half in enumerate(step.parts(given, rates, engine)):
-                self._layout[place] = len(half.values), tuple(half.gradient)
-                yield PartResult(half.engine, [*half.values, *half.gradient.values()], more=place == 0)
-
         self._program = compiled(
-            step.both(), step.called(), step.assumptions, batches, parts, engine, compiler, step.rates()
+            step.both(), step.called(), step.assumptions, batches, step.parts, engine, compiler, step.rates()
         )
 
     @property
@@ -127,20 +111,15 @@ class CompiledParts:
         step = self._step
         run = self._program.run(*given, numbers=step.rates())
         with undone_on_error(step.network, step.network_optimizer):
-            first, gradient = self._read(0, next(run))
+            first = next(run)
             if learn is None:
-                step_meta_network(step.network, step.network_optimizer, gradient)
+                step_meta_network(step.network, step.network_optimizer, first.gradient)
             else:
-                learn(first, gradient)
-            found = next(run)
-            second, gradient = self._read(1, found)
-            with self._program.settled(found):
-                hand_over(step.model, self._trainable, gradient, step.optimizer, accumulate)
-        return first, second
-
-    def _read(self, place: int, found: list[Tensor]) -> tuple[list[Tensor], dict[Any, Tensor]]:
-        values, keys = self._layout[place]
-        return found[:values], dict(zip(keys, found[values:]))
+                learn(first.values, first.gradient)
+            second = next(run)
+            with self._program.settled():
+                hand_over(step.model, self._trainable, second.gradient, step.optimizer, accumulate)
+        return first.values, second.values
 
 
 def compilable_rule(
