@@ -12,11 +12,10 @@ run() {  # folder, methods, clean texts of each class, and the bias
         --optimizer adam --lr 5e-4 --warmup 0.1 --evaluations 1 --threads 1 --out "$out/$folder"
 }
 
-all=uniform,random,mw-net,glc,mlrnet
+all=uniform,random,mw-net,mlc,glc,mlrnet
 run imbalance10 $all 100 --imbalance 10
 run imbalance50 $all 100 --imbalance 50
 run uniform0.2 $all 100 --noise uniform --noise-rate 0.2
-all=$all,mlc
 run imbalance20 $all 100 --imbalance 20
 run imbalance100 $all 100 --imbalance 100
 run imbalance200 $all 100 --imbalance 200
