@@ -23,16 +23,24 @@ from metakern.step.programs.program import Program
 class OtherValues:
     """What a step returns for other values of the tensors in its batches, if it can be run on them."""
 
-    def __init__(self, seen: ObservedStep, tensors: Sequence[Tensor]) -> None:
-        self._seen, self._tensors = seen, [_other(tensor) for tensor in tensors]
+    def __init__(self, seen: ObservedStep) -> None:
+        self._seen = seen
+        self._tensors: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def observe(
-        self, model: nn.Module, functions: Sequence[Any], step: Callable[[list[Tensor]], Sequence[Tensor]]
+        self,
+        model: nn.Module,
+        functions: Sequence[Any],
+        tensors: Sequence[Tensor],
+        step: Callable[[list[Tensor]], Sequence[Tensor]],
     ) -> None:
-        """Run the step on them, and undo its effects; `functions` are what it calls besides the model."""
+        """Run the step on other values of these tensors, and undo its effects; `functions` are what it calls besides the
+        model.
+        """
         state = FunctionState(model, *functions)
         try:
+            self._tensors = [_other(tensor) for tensor in tensors]
             with unchanged_buffers(model):
                 self._values = list(step(self._tensors))
         except Exception:  # some models take few values: probabilities that sum to one, the nodes of one graph
@@ -45,11 +53,11 @@ class OtherValues:
         """Raise unless the program returns what that step did; not checked if these values take another branch, or
         leave other parameters unused.
         """
+        if len(self._values) != len(self._seen.values):
+            return
         restore_random_state(self._seen.start)
         found = results_of(program, [*self._tensors, *numbers, *self._seen.buffers])
-        if found is None or len(self._values) != len(self._seen.values):
-            return
-        if not all(map(alike, found, self._values)):  # after the values come buffers
+        if found is not None and not all(map(alike, found, self._values)):  # after the values come buffers
             raise EngineUnavailable(
                 "the traced step gives other values than the step where the tensors of the batches have other values, "
                 "so the pass takes numbers out of tensors unseen (torch.Tensor([x.max()]), ctypes); use torch.stack, "

@@ -131,8 +131,8 @@ def compiled(
 
     with unchanged_on_error(model), torch_random_state_as_before():
         seen = observe(model, functions, assumptions, once)
-        others = OtherValues(seen, batches.tensors)
-        others.observe(model, functions, lambda tensors: once(tensors, seen.engine).values)
+        others = OtherValues(seen)
+        others.observe(model, functions, batches.tensors, lambda tensors: once(tensors, seen.engine).values)
         buffers = OwnBuffers(model, seen.buffers)
         own, forms = len(batches.tensors), list[PartForm]()
 
