@@ -35,7 +35,7 @@ class OtherValues:
         tensors: Sequence[Tensor],
         step: Callable[[list[Tensor]], Sequence[Tensor]],
     ) -> None:
-        """Run the step on other values of these tensors, and undo its effects; `functions` are what it calls besides the
+        """Run the step on other values of `tensors`, and undo its effects; `functions` are what it calls besides the
         model.
         """
         state = FunctionState(model, *functions)
